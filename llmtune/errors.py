@@ -1,0 +1,96 @@
+"""Every error a user can cause, one class per cause, one sentence format for all of them.
+
+A message answers four questions in one line: where, what was found, what is allowed, what to do.
+Tests match on the class and on the parts of the sentence people act on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class LlmtuneError(Exception):
+    """Base of all errors that llmtune raises on purpose. Shown to users without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(LlmtuneError):
+    """The recipe, or an override on the command line, cannot be understood."""
+
+    exit_code = 2
+
+
+class PlanError(LlmtuneError):
+    """The parts of a recipe do not fit together, or do not fit this machine."""
+
+    exit_code = 2
+
+
+class PluginError(LlmtuneError):
+    """A plugin is missing, broken, blocked, offered twice, or made for another llmtune."""
+
+    exit_code = 2
+
+
+class DataError(LlmtuneError):
+    """A data set cannot be read or holds rows that cannot be used."""
+
+    exit_code = 3
+
+
+class LoadError(LlmtuneError):
+    """Model weights are missing, surplus, of the wrong shape, or in a damaged file."""
+
+    exit_code = 4
+
+
+class CheckpointError(LlmtuneError):
+    """A checkpoint is damaged, or does not belong to this recipe."""
+
+    exit_code = 4
+
+
+class EditError(LlmtuneError):
+    """A plugin's change of the model broke one of the laws that the core checks."""
+
+    exit_code = 2
+
+
+class DivergedError(LlmtuneError):
+    """The loss or a gradient is no longer finite."""
+
+    exit_code = 5
+
+
+class ErrorList(LlmtuneError):
+    """Several errors found in one go, so that a user mends them in one go."""
+
+    exit_code = 2
+
+    def __init__(self, errors: Sequence[LlmtuneError]) -> None:
+        self.errors = list(errors)
+        super().__init__("\n".join(str(error) for error in errors))
+
+
+def raise_all(errors: Sequence[LlmtuneError]) -> None:
+    """Raise nothing, the one error, or all of them together."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ErrorList(errors)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`' Did you mean "rank"?'` where a known name is near, else an empty string."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f' Did you mean "{near[0]}"?' if near else ""
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """`a, b, c and 12 more`: a list short enough for a sentence."""
+    names = [str(name) for name in names]
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"

@@ -1,0 +1,341 @@
+"""The contract between llmtune and its plugins: typed records and protocols, nothing that acts.
+
+Plugins import these names from `llmtune`. Nothing here imports torch at run time, so that a plugin's
+entry module stays light; tensors appear in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+API_VERSION = 1
+"""Version of this contract. A plugin made for another major version is not used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """One thing a recipe can name. A hook returns a list of these."""
+
+    name: str
+    """What the recipe writes; also the name of the entry point that leads here."""
+    config: type
+    """A dataclass: its fields are the recipe keys, its docstrings their documentation."""
+    build: Callable[[Any], Any]
+    """Called with the validated config once the recipe is valid. Heavy imports belong in here."""
+    summary: str = ""
+    """One line for `llmtune plugins`."""
+    needs: frozenset[str] = frozenset()
+    """Capability words that another part of the recipe must give."""
+    gives: frozenset[str] = frozenset()
+    """Capability words that this plugin adds to a recipe."""
+    refuses: frozenset[str] = frozenset()
+    """Capability words that make this plugin impossible."""
+    requires: tuple[str, ...] = ()
+    """Python requirements checked when a recipe names the plugin, such as `bitsandbytes>=0.48`."""
+    api: int = API_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What a plugin may know of the run it takes part in. Plain values, the same on every rank."""
+
+    mode: Literal["train", "infer"]
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    """Number of processes the model is spread over."""
+    compute_dtype: torch.dtype
+    """Type of the activations, and of frozen weights in memory."""
+    trainable_dtype: torch.dtype
+    """Type in which trainable parameters are stored and updated."""
+    gather_dtype: torch.dtype
+    """Type in which parameters travel between ranks. Packed storage of this type is never cast."""
+    words: frozenset[str] = frozenset()
+    """Capability words that all plugins of the recipe give together."""
+    autocast: bool = False
+    """Whether the forward pass runs under `torch.autocast(compute_dtype)`."""
+    model_name: str | None = None
+    """The recipe's `model`, for files that name their base."""
+    revision: str | None = None
+
+
+class Part(Protocol):
+    """One rank's view of a tensor that is being loaded; see `LoadRule.convert_part`."""
+
+    shape: tuple[int, ...]
+    """Full shape of the source tensor."""
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened source."""
+        ...
+
+    def rows(self, target: str) -> tuple[int, int]:
+        """Rows `[start, stop)` of the target that this rank keeps."""
+        ...
+
+    def concatenate(self, piece: Tensor) -> Tensor:
+        """Join the 1-D pieces of all ranks, in rank order. Every rank must call it."""
+        ...
+
+
+class LoadRule(Protocol):
+    """How one tensor of the original model becomes other tensors, and back.
+
+    `source` and `targets` are names in the model: `source` as the edit found it, `targets` as it left it.
+    Renames by later edits are followed by the core.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+
+    def convert(self, source: Tensor) -> Mapping[str, Tensor]:
+        """Whole source tensor to whole targets."""
+        ...
+
+    def restore(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """Whole targets back to the source, for export and merge."""
+        ...
+
+    def convert_part(self, part: Part) -> Mapping[str, Tensor] | None:
+        """This rank's rows only, or None where the rule needs the whole tensor."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What an edit did to the model. The core checks each claim before a weight is read."""
+
+    rules: Sequence[LoadRule] = ()
+    """For each original tensor that left the model: how to load it elsewhere."""
+    fresh: Mapping[str, Callable[[Tensor], object]] = field(default_factory=dict)
+    """New tensors that no checkpoint holds, by name: fills the full tensor in place. The core seeds
+    torch's generator from the recipe's seed and the name, so the values do not depend on the ranks."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """New tensors that start equal to another one: new name to existing name, after this edit."""
+    files: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    """New tensors that a safetensors file holds: name to (file, key in it)."""
+    buffers: frozenset[str] = frozenset()
+    """New tensors that the edit already filled with real values, on any device but meta."""
+    settle: Sequence[Callable[[nn.Module], None]] = ()
+    """Called in order once all weights are in place, for values that depend on them."""
+    trainable: Callable[[str], bool] | None = None
+    """Which parameters train, by name. Exactly one edit may decide; without one all train."""
+    store_trainable: Literal["float32", "compute"] | None = None
+    """Overrides the type in which trainable parameters are stored; None follows the recipe."""
+    ops: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Replacements for operations the core calls by name, such as `linear_cross_entropy`."""
+    attention: str | None = None
+    """Name of an attention function registered with transformers' `AttentionInterface`."""
+    report: Sequence[str] = ()
+    """Lines for `llmtune plan`: how many layers, which names."""
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """What `build` of a quant, peft or kernel plugin returns."""
+
+    def apply(self, model: nn.Module, situation: Situation) -> Change:
+        """Edit the structure. Everything is on the meta device; nothing may be materialised."""
+        ...
+
+
+class Quant(Edit, Protocol):
+    """Stores frozen base weights in another form. All it has to say is in `Change.rules`."""
+
+
+class Peft(Edit, Protocol):
+    """Decides which parameters train, and knows the files in which others read the result."""
+
+    kind: str
+    """`adapter`: only the trained tensors are saved. `weights`: the whole model is saved."""
+
+    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, situation: Situation) -> None:
+        """Write the trained tensors (full, on CPU, by model name) in the format others read."""
+        ...
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the trained tensors into the base in place, leaving plain modules (one device only)."""
+        ...
+
+
+class Kernel(Edit, Protocol):
+    """Replaces operations or modules by faster ones that compute the same."""
+
+
+class TensorReader(Protocol):
+    """Reads tensors of a checkpoint folder; handed to an init plugin."""
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def read(self, key: str) -> Tensor: ...
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor: ...
+
+
+class Init(Protocol):
+    """How checkpoint tensors arrive on a rank. Called for the same keys in the same order on all ranks."""
+
+    whole: bool
+    """True if this rank has to see whole tensors, False if it can fetch rows."""
+
+    def fetch(self, reader: TensorReader, key: str, rows: tuple[int, int] | None) -> Tensor:
+        """Tensor `key`, or its rows `[start, stop)`. May use collectives of `torch.distributed`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoss:
+    """A sum over the micro-batch, not a mean: the loop divides by the weight of the whole step."""
+
+    total: Tensor
+    """Scalar with a graph: the summed loss of this micro-batch."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached sums, reported as `sum / weight`."""
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch of token rows, on this rank's device.
+
+    Two layouts. Padded: `input_ids` (B, T) with `attention_mask` (B, T). Flat: `input_ids` (1, T), documents laid
+    end to end, `position_ids` restarting at 0 and `document_starts` (documents + 1,) giving their bounds.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    """Same shape as `input_ids`; `labels[t]` is the token *at* t, -100 where it does not count."""
+    weight: float
+    """This micro-batch's share of the denominator, for sft the number of supervised tokens."""
+    predict_at: Tensor
+    """(N,) positions in the flattened (B*T) rows whose *next* token counts; found on the CPU, so that no
+    device has to be waited for."""
+    targets: Tensor
+    """(N,) the tokens those positions have to predict."""
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    document_starts: Tensor | None = None
+    """int32, on the device of `input_ids`."""
+    longest_document: int = 0
+    sample_ids: tuple[int, ...] = ()
+    """Row numbers in the data set, for error messages."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments for a transformers model, document bounds included where there are any."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        if self.position_ids is not None:
+            inputs["position_ids"] = self.position_ids
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask
+        if self.document_starts is not None:
+            inputs |= {
+                "cu_seq_lens_q": self.document_starts,
+                "cu_seq_lens_k": self.document_starts,
+                "max_length_q": self.longest_document,
+                "max_length_k": self.longest_document,
+            }
+        return inputs
+
+
+class StageContext(Protocol):
+    """What a stage may call besides the model."""
+
+    ops: Mapping[str, Callable[..., Any]]
+    """`linear_cross_entropy(hidden_ND, head, targets_N, transform) -> summed float32 loss`, and what plugins add.
+    `head` is the output head (a module), `transform` what `logit_transform` returned."""
+
+    def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Last hidden states (B, T, D), without building logits."""
+        ...
+
+    def head(self, model: nn.Module) -> nn.Linear:
+        """The output head."""
+        ...
+
+    def logit_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """What the model does to its logits after the head (soft-capping, scaling), or None."""
+        ...
+
+
+class Stage(Protocol):
+    """What is learnt from a batch. Runs inside the root module's forward, so it may call any part of the model."""
+
+    def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss: ...
+
+
+class Distribute(Protocol):
+    """Spreads a model over the ranks of a mesh, before weights are loaded."""
+
+    def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, situation: Situation) -> None: ...
+
+
+class OptimizerFactory(Protocol):
+    """Makes the optimiser for named parameter groups."""
+
+    def create(
+        self, decay: Sequence[tuple[str, nn.Parameter]], no_decay: Sequence[tuple[str, nn.Parameter]], lr: float
+    ) -> torch.optim.Optimizer: ...
+
+
+class Schedule(Protocol):
+    """Learning rate as a pure function of progress; warm-up is the core's."""
+
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """Multiplier of the learning rate for the 0-based optimiser step, `step >= warmup_steps`."""
+        ...
+
+
+class Logger(Protocol):
+    """Receives metrics on rank 0. An error in it is reported once and never stops a run."""
+
+    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of what `observe` receives."""
+
+    step: int
+    kind: ClassVar[str] = "event"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """After an optimiser step that logs."""
+
+    metrics: Mapping[str, float]
+    kind: ClassVar[str] = "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """After an evaluation."""
+
+    metrics: Mapping[str, float]
+    kind: ClassVar[str] = "evaluated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    """After a checkpoint was published."""
+
+    folder: Path
+    kind: ClassVar[str] = "saved"
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """Optional on any built plugin object: plan-time objections, one sentence each."""
+
+    def check(self, situation: Situation, model: nn.Module) -> Iterable[str]: ...
