@@ -255,7 +255,11 @@ class StageContext(Protocol):
         """Last hidden states (B, T, D), without building logits."""
         ...
 
-    def head(self, model: nn.Module) -> nn.Linear:
+    def next_token_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed cross-entropy (float32 scalar) of the batch's targets, by the recipe's fastest sound way."""
+        ...
+
+    def head(self, model: nn.Module) -> nn.Module:
         """The output head."""
         ...
 

@@ -1,0 +1,27 @@
+"""What ships with the core, offered through the same hooks as anyone's plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmtune.hookspecs import hookimpl
+from llmtune.parallel import Fsdp2Config
+from llmtune.records import Plugin
+
+
+def _fsdp2(config: Any) -> Any:
+    from llmtune.parallel import Fsdp2
+
+    return Fsdp2(config)
+
+
+@hookimpl
+def dist_config() -> list[Plugin]:
+    return [
+        Plugin(
+            name="fsdp2",
+            config=Fsdp2Config,
+            build=_fsdp2,
+            summary="PyTorch FSDP2: parameters, gradients and optimiser state sharded by layer",
+        )
+    ]

@@ -1,0 +1,269 @@
+"""Weights last: stream a checkpoint into a model that is already edited and sharded.
+
+One tensor at a time is read, renamed and converted as transformers does it, converted as a plugin's load rule says,
+and this rank's piece is kept. The largest tensor bounds what is held besides the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.edits import Ledger, PlacedRule, named_tensors, persistent_names
+from llmtune.errors import EditError, LoadError, listed
+from llmtune.placement import local_rows, materialise, put, seeded
+from llmtune.reader import FolderReader
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llmtune.records import Init
+
+
+@dataclass
+class Original:
+    """One or more checkpoint keys that make up one or more tensors of the original model."""
+
+    keys: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """What they become; for a plain (renamed) tensor exactly one."""
+    converter: Any = None
+    """transformers' `WeightConverter`, or None where the key is only renamed."""
+    patterns: list[str] = field(default_factory=list)
+
+
+def match_keys(model: Any, keys: list[str], names: set[str]) -> tuple[list[Original], list[str]]:
+    """Pair checkpoint `keys` with the original model's tensor `names`, through transformers' conversion mapping.
+
+    Returns what to read, in checkpoint order, and the keys that match nothing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = dict.fromkeys(names, True)
+    found: dict[str, Original] = {}
+    unexpected = []
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in names and key in names:
+            name, pattern = key, None
+        if name not in names:
+            unexpected.append(key)
+            continue
+        original = found.setdefault(name, Original())
+        original.keys.append(key)
+        if pattern is None:
+            original.names = [name]
+            continue
+        original.patterns.append(pattern)
+        if original.converter is None:
+            original.converter = deepcopy(by_pattern[pattern])
+            first, *_ = targets = original.converter.target_patterns
+            original.names = [name.replace(first, target) for target in targets]
+    return list(found.values()), unexpected
+
+
+@dataclass
+class Loader:
+    """State of one load; `run` does it."""
+
+    model: Any
+    ledger: Ledger
+    folder: Path
+    init: Init
+    device: torch.device
+    seed: int
+    new_heads: bool = False
+    """Whether tensors outside the base model may be missing (a new classification head)."""
+
+    def run(self) -> None:
+        """Materialise, fill, settle. Raises LoadError listing every missing, surplus or misshapen key."""
+        materialise(self.model, self.device)
+        self.tensors = named_tensors(self.model)
+        self.done: set[str] = set(self.ledger.filled)
+        with FolderReader(self.folder) as self.reader:
+            originals = self._matched()
+            for original in originals:
+                for name, key, value in self._arrivals(original):
+                    self._deliver(name, key, value)
+        self._fill_new()
+        self._check_all_filled()
+        for _, step in self.ledger.settle:
+            step(self.model)
+
+    def _matched(self) -> list[Original]:
+        names = set(self.ledger.direct) | set(self.ledger.rules)
+        originals, unexpected = match_keys(self.model, self.reader.keys(), names)
+        covered = {name for original in originals for name in original.names}
+        aliases = self._tied(covered)
+        missing = sorted(names - covered - aliases)
+        if self.new_heads:
+            head = [name for name in missing if not name.startswith(self.model.base_model_prefix + ".")]
+            for name in head:
+                self._initialise_head(name)
+            missing = [name for name in missing if name not in head]
+        missing = _without(missing, self.model._keys_to_ignore_on_load_missing)
+        surplus = _without(unexpected, {*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"})  # fmt: skip
+        if self.new_heads:
+            surplus = [key for key in surplus if key.startswith(self.model.base_model_prefix + ".")]
+        misshapen = [
+            f"{original.keys[0]} {list(self.reader.shape(original.keys[0]))}, the model wants {list(self._shape(original.names[0]))}"
+            for original in originals
+            if original.converter is None
+            and original.names[0] in self.ledger.direct
+            and self.reader.shape(original.keys[0]) != self._shape(original.names[0])
+        ]
+        problems = [
+            f"{what}: {listed(found)}"
+            for what, found in (("missing", missing), ("not part of the model", surplus), ("of another shape", misshapen))
+            if found
+        ]
+        if problems:
+            raise LoadError(
+                f"{self.folder}: the weights do not fit {type(self.model).__name__}. {'; '.join(problems)}. "
+                "Check that `model` and `model_class` name what the files hold"
+            )
+        return originals
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[self.ledger.direct[name]].shape)
+
+    def _tied(self, covered: set[str]) -> set[str]:
+        """Names that share their tensor with a covered one."""
+        have = {id(self.tensors[self.ledger.direct[name]]) for name in covered if name in self.ledger.direct}
+        return {name for name, now in self.ledger.direct.items() if id(self.tensors[now]) in have}
+
+    def _initialise_head(self, name: str) -> None:
+        import torch
+
+        tensor = self.tensors[self.ledger.direct[name]]
+        value = torch.zeros(tensor.shape)
+        if value.dim() > 1:
+            with seeded(self.seed, name):
+                value.normal_(std=getattr(self.model.config, "initializer_range", 0.02))
+        put(tensor, value)
+        self.done.add(self.ledger.direct[name])
+
+    def _arrivals(self, original: Original) -> Iterator[tuple[str, str | None, Tensor | None]]:
+        """`(original name, key, None)` where a key can be fetched in pieces, `(name, None, tensor)` where not."""
+        if original.converter is None:
+            yield original.names[0], original.keys[0], None
+            return
+        name = original.names[0]
+        for key, pattern in zip(original.keys, original.patterns, strict=True):
+            # Deferred, so that a converter's tensors are read one group at a time.
+            original.converter.add_tensor(name, key, pattern, lambda key=key: self._fetch(key, None))
+        made = original.converter.convert(name, model=self.model, config=self.model.config)
+        for target, value in made.items():
+            yield target, None, value[0] if isinstance(value, list) else value
+
+    def _fetch(self, key: str, rows: tuple[int, int] | None) -> Tensor:
+        return self.init.fetch(self.reader, key, rows)
+
+    def _deliver(self, name: str, key: str | None, value: Tensor | None) -> None:
+        if placed := self.ledger.rules.get(name):
+            self._convert(placed, key, value)
+            return
+        now = self.ledger.direct[name]
+        tensor = self.tensors[now]
+        rows = None if self.init.whole or key is None else local_rows(tensor)
+        if value is None:
+            assert key is not None
+            value = self._fetch(key, rows)
+        put(tensor, value, whole=rows is None)
+        self.done.add(now)
+
+    def _convert(self, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:
+        pieces: Mapping[str, Tensor] | None = None
+        if key is not None and not self.init.whole and any(local_rows(self.tensors[now]) for now in placed.where.values()):
+            pieces = placed.rule.convert_part(_Piece(self, placed, key))
+        partly = pieces is not None
+        if pieces is None:
+            if value is None:
+                assert key is not None
+                value = self._fetch(key, None)
+            pieces = placed.rule.convert(value.to(self.device))
+        for target, piece in pieces.items():
+            now = placed.where[target]
+            put(self.tensors[now], piece, whole=not (partly and local_rows(self.tensors[now])))
+            self.done.add(now)
+
+    def _fill_new(self) -> None:
+        import torch
+        from safetensors import safe_open
+
+        for name, fill in self.ledger.fresh.items():
+            tensor = self.tensors[name]
+            with seeded(self.seed, name):
+                value = torch.zeros(tensor.shape, dtype=torch.float32 if tensor.dtype.is_floating_point else tensor.dtype)
+                fill(value)
+            put(tensor, value)
+        for name, (path, key) in self.ledger.files.items():
+            with safe_open(path, framework="pt") as file:
+                put(self.tensors[name], file.get_tensor(key))
+        for name, source in self.ledger.copies.items():
+            put(self.tensors[name], _piece_of(self.tensors[source]), whole=False)
+        self.done |= {*self.ledger.fresh, *self.ledger.files, *self.ledger.copies}
+
+    def _check_all_filled(self) -> None:
+        filled = {id(self.tensors[name]) for name in self.done}
+        persistent = persistent_names(self.model)
+        if empty := [name for name in sorted(persistent) if id(self.tensors[name]) not in filled]:
+            raise EditError(f"after loading, nothing has given {listed(empty)} a value")
+        if meta := [name for name, tensor in self.tensors.items() if tensor.is_meta]:
+            raise EditError(f"after loading, {listed(meta)} still have no storage")
+
+
+def _piece_of(tensor: Tensor) -> Tensor:
+    from llmtune.placement import local
+
+    return local(tensor).detach()
+
+
+class _Piece:
+    """`Part` for one key: what a rule may ask in order to convert only this rank's rows."""
+
+    def __init__(self, loader: Loader, placed: PlacedRule, key: str) -> None:
+        self._loader, self._placed, self._key = loader, placed, key
+        self.shape = loader.reader.shape(key)
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        width = 1
+        for size in self.shape[1:]:
+            width *= size
+        first, last = start // width, -(-stop // width)
+        rows = self._loader._fetch(self._key, (first, last)).reshape(-1)
+        return rows[start - first * width : stop - first * width].to(self._loader.device)
+
+    def rows(self, target: str) -> tuple[int, int]:
+        tensor = self._loader.tensors[self._placed.where[target]]
+        return local_rows(tensor) or (0, tensor.shape[0])
+
+    def concatenate(self, piece: Tensor) -> Tensor:
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return piece
+        sizes = [torch.zeros(1, dtype=torch.int64, device=piece.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([piece.numel()], device=piece.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=piece.dtype, device=piece.device)
+        padded[: piece.numel()] = piece
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(pieces, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(pieces, sizes, strict=True)])
+
+
+def _without(keys: list[str], patterns: Any) -> list[str]:
+    import re
+
+    return [key for key in keys if not any(re.search(pattern, key) for pattern in patterns or ())]

@@ -1,0 +1,100 @@
+"""The root module of a run: the model and what is learnt from it, in one forward.
+
+FSDP2 gathers the root's own weights (embeddings, final norm, head) around the root's forward. With the stage inside it,
+a stage may call the model, its backbone or its head as it likes, without building full logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmtune.records import Batch, Stage, StageLoss
+
+
+class Objective(nn.Module):
+    """`forward(batch)` is the stage's summed loss on the model."""
+
+    def __init__(self, model: nn.Module, stage: Stage, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None):
+        super().__init__()
+        self.model = model
+        self.stage = stage
+        self.context = Context(ops)
+        self.autocast = autocast
+
+    def forward(self, batch: Batch) -> StageLoss:
+        with torch.autocast(batch.input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.stage.loss(self.model, batch, self.context)
+
+
+class Context:
+    """`StageContext` for a transformers model."""
+
+    def __init__(self, ops: Mapping[str, Callable[..., Any]]) -> None:
+        self.ops = {"linear_cross_entropy": linear_cross_entropy, **ops}
+        self._head_explains_logits: bool | None = None
+
+    def hidden_states(self, model: Any, batch: Batch) -> Tensor:
+        """Last hidden states (B, T, D), without building logits."""
+        return model.base_model(**batch.model_inputs()).last_hidden_state
+
+    def head(self, model: Any) -> nn.Module:
+        return model.get_output_embeddings()
+
+    def logit_transform(self, model: Any) -> Callable[[Tensor], Tensor] | None:
+        """Soft-capping (Gemma 2), scaling up (Cohere) or down (Granite) after the head; None for most models."""
+        config = model.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        if cap:
+            return lambda logits: torch.tanh(logits / cap) * cap
+        if factor != 1:
+            return lambda logits: logits * factor
+        return None
+
+    def next_token_loss(self, model: Any, batch: Batch) -> Tensor:
+        """Summed cross-entropy (float32 scalar) of the batch's targets under the model."""
+        if self._head_explains_logits is None:
+            self._head_explains_logits = self._probe(model, batch)
+        if self._head_explains_logits:
+            hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
+            return self.ops["linear_cross_entropy"](hidden_ND, self.head(model), batch.targets, self.logit_transform(model))
+        logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
+        return F.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
+
+    def _probe(self, model: Any, batch: Batch) -> bool:
+        """Whether head and transform on the backbone's output give this model's logits. Asked once a run, on 4 tokens:
+        a model that does more to its logits than we know must not be trained on other ones."""
+        if self.head(model) is None or not hasattr(model, "base_model"):
+            return False
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                inputs = {"input_ids": batch.input_ids[:1, :4], "use_cache": False}
+                expected = model(**inputs).logits.float()
+                found = self.head(model)(model.base_model(**inputs).last_hidden_state)
+                transform = self.logit_transform(model)
+                found = (transform(found) if transform else found).float()
+        except (AttributeError, TypeError):
+            return False
+        finally:
+            model.train(training)
+        return expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-2, atol=1e-3)
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, transform: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """The plain operation: logits for all N positions at once, then summed cross-entropy in float32."""
+    logits_NV = head(hidden_ND)
+    if transform is not None:
+        logits_NV = transform(logits_NV)
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")

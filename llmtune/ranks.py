@@ -1,0 +1,116 @@
+"""Processes of a run: who am I, how many are we, sums over all. The only reader of RANK and WORLD_SIZE."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def ranks_from_environment() -> Ranks:
+    """As `torchrun` (torch.distributed.elastic) sets it; one process where it does not."""
+    return Ranks(
+        rank=int(os.environ.get("RANK", 0)),
+        size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+    )
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` is a GPU where there is one. Raises PlanError for a GPU that is not there."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if wanted == "cuda" and not count:
+        raise PlanError('device: found "cuda", but torch sees no GPU; use device: auto or install a CUDA build of torch')
+    if wanted == "cpu" or not count:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise PlanError(f"rank {local_rank} of this machine has no GPU of its own: {count} found; use --nproc {count} or fewer")
+    return torch.device("cuda", local_rank)
+
+
+def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
+    """Make the process group of a distributed run; nothing for a single process."""
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks.size > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def leave() -> None:
+    """Undo `join`."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, in place; unchanged for one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all() -> None:
+    """A barrier; nothing for one rank."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value of a small picklable object, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Stop on all ranks if they were started with different recipes, plugins or data."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, dict(facts))
+    for key in facts:
+        for rank, other in enumerate(everyone):
+            if other.get(key) != everyone[0].get(key):
+                raise PlanError(
+                    f"ranks disagree on {key}: rank 0 has {everyone[0].get(key)!r}, rank {rank} has {other.get(key)!r}; "
+                    f"install the same packages and use the same files on all machines"
+                )

@@ -1,0 +1,58 @@
+"""From config.json to modules: the whole model on the meta device, with only its computed buffers real."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def build_skeleton(auto_class: Any, config: Any, dtype: torch.dtype, attention: str | None, **kwargs: Any) -> nn.Module:
+    """A transformers model with parameters and persistent buffers on meta, in `dtype`.
+
+    Buffers that no checkpoint holds (rotary frequencies, position ids) are computed by the model's own
+    initialisation, exactly as `from_pretrained` does it. Modules that a model keeps in float32 stay so.
+    """
+    import torch
+    from transformers import initialization
+
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        model = auto_class.from_config(config, dtype=dtype, **kwargs)
+    _keep_float32(model, dtype)
+    model.tie_weights()
+    _compute_buffers(model)
+    model.train()
+    return model
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    import re
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    patterns = {pattern: re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)") for pattern in plan}
+    for name, parameter in model.named_parameters():
+        for pattern, regex in patterns.items():
+            if regex.search(name):
+                parameter.data = parameter.data.to(plan[pattern])
+
+
+def _compute_buffers(model: Any) -> None:
+    """Give non-persistent buffers their values, through the model's own `initialize_weights`."""
+    import torch
+
+    # Everything else is marked as done, so that only these buffers are initialised.
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    with torch.device("cpu"):
+        model.initialize_weights()
