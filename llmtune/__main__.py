@@ -1,0 +1,7 @@
+"""`python -m llmtune` is the command line."""
+
+import sys
+
+from llmtune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,163 @@
+"""The command line. Only this module parses arguments and decides exit codes; torch loads inside commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmtune import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    from llmtune.errors import LlmtuneError
+
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except LlmtuneError as error:
+        _record_for_launcher(error)
+        print(f"llmtune: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("llmtune: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; nothing more can be said to it.
+        sys.stderr.close()
+        return 0
+
+
+def _record_for_launcher(error: BaseException) -> None:
+    """Leave the error where torch's elastic launcher looks for it."""
+    import os
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="llmtune", description="Fine-tune language models from a short recipe.")
+    top.add_argument("--version", action="version", version=f"llmtune {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], int | None], text: str, more: str = "") -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=f"{text}. {more}".strip())
+        made.set_defaults(command=run)
+        return made
+
+    train = command("train", _train, "Train as a recipe says", "An interrupted run continues when the same command is run again.")
+    _recipe_arguments(train)
+    train.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine (default: one per GPU)")
+    plan = command("plan", _plan, "Show what a recipe would do, without reading weights", "Finds every error that a run would hit later.")
+    _recipe_arguments(plan)
+    plan.add_argument("--nproc", type=int, metavar="N", help="plan for this many ranks")
+    chat = command("chat", _chat, "Talk to a run, a checkpoint or a model")
+    chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder or a hub id")
+    chat.add_argument("overrides", nargs="*", metavar="key=value", help="generation parameters (temperature=0.2) or recipe keys")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    export = command("export", _export, "Merge an adapter into its base and write a plain model")
+    export.add_argument("run", metavar="RUN", help="a run's folder or one of its checkpoints")
+    export.add_argument("overrides", nargs="*", metavar="key=value", help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id")
+    plugins = command("plugins", _plugins, "List extension points and what is installed for them")
+    plugins.add_argument("--json", action="store_true", help="for machines")
+    command("schema", _schema, "Print the JSON Schema of recipes, with the installed plugins' blocks")
+    return top
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys: learning_rate=1e-4 peft_config.r=32")
+
+
+def _train(options: Any) -> int:
+    from llmtune.launch import launch, under_launcher
+    from llmtune.recipe import load_recipe
+    from llmtune.registry import Registry
+    from llmtune.run import default_ranks
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if not under_launcher():
+        ranks = options.nproc or default_ranks(recipe.train.device)
+        if ranks > 1:
+            return launch(["train", options.recipe, *options.overrides], ranks)
+    from llmtune.show import outcome_text
+    from llmtune.training import train_here
+
+    outcome = train_here(recipe, Registry())
+    if outcome.plan.ranks.first:
+        print("\n" + outcome_text(outcome))
+    return EXIT_INTERRUPTED if outcome.status == "interrupted" else 0
+
+
+EXIT_INTERRUPTED = 75
+"""Saved and stopped on request; a scheduler may run the same command again (EX_TEMPFAIL)."""
+
+
+def _plan(options: Any) -> None:
+    from llmtune.plan import make_plan
+    from llmtune.ranks import Ranks, pick_device
+    from llmtune.recipe import load_recipe
+    from llmtune.registry import Registry
+    from llmtune.run import default_ranks
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    ranks = options.nproc or default_ranks(recipe.train.device)
+    print(make_plan(recipe, Registry(), Ranks(size=ranks), pick_device(recipe.train.device)))
+
+
+def _chat(options: Any) -> None:
+    from dataclasses import fields
+
+    from llmtune.chat import Conversation, GenerateConfig, chat_loop
+    from llmtune.recipe import parse_overrides
+    from llmtune.reopen import open_model, recipe_of
+    from llmtune.schema import decode
+
+    given = parse_overrides(options.overrides)
+    names = {field.name for field in fields(GenerateConfig)}
+    config, problems = decode(GenerateConfig, {key: value for key, value in given.items() if key in names})
+    _raise_problems(problems)
+    others = {key: value for key, value in given.items() if key not in names}
+    model, tokenizer = open_model(options.model, **others)
+    conversation = Conversation(model, tokenizer, dict(recipe_of(options.model).data.template_kwargs), config)
+    if options.prompt is None:
+        chat_loop(conversation)
+        return
+    for piece in conversation.stream(options.prompt):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _raise_problems(problems: Sequence[Any]) -> None:
+    from llmtune.errors import RecipeError, raise_all
+
+    raise_all([RecipeError(f"{problem.key}: {problem.message}") for problem in problems])
+
+
+def _export(options: Any) -> None:
+    from llmtune.export import export
+    from llmtune.recipe import parse_overrides
+
+    target = export(options.run, **parse_overrides(options.overrides))
+    print(f"Wrote {target}. Try: llmtune chat {target}")
+
+
+def _plugins(options: Any) -> None:
+    from llmtune.registry import Registry, print_listing
+
+    print_listing(Registry().listing(), json=options.json)
+
+
+def _schema(options: Any) -> None:
+    import json
+
+    from llmtune.reference import recipe_schema
+    from llmtune.registry import Registry
+
+    print(json.dumps(recipe_schema(Registry()), indent=2))

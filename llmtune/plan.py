@@ -1,0 +1,258 @@
+"""Decide everything before a weight is read or a device touched. A plan can be printed, compared and trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmtune.data import prepare
+from llmtune.edits import Ledger, set_trainable
+from llmtune.errors import LlmtuneError, PlanError, raise_all
+from llmtune.feed import Feed
+from llmtune.parts import Parts, collect, find_parts
+from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.precision import Precision, choose_precision, stored_dtype
+from llmtune.ranks import Ranks
+from llmtune.records import Checks, Situation
+from llmtune.skeleton import build_skeleton
+from llmtune.source import ModelFiles, allow_remote_code, auto_class, load_model_config, load_tokenizer, resolve_model
+from llmtune.structure import transformer_layers
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.data import Prepared
+    from llmtune.recipe import Recipe
+    from llmtune.registry import Registry
+
+STRUCTURE_POINTS = ("init_config", "quant_config", "peft_config", "kernel_config", "stage_config", "dist_config")
+"""The extension points that make the model, without those that only training needs."""
+
+ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3", "fa4": "flash_attention_4"}  # fmt: skip
+"""The recipe's `flash_attn` to transformers' `attn_implementation`; `auto` leaves the choice to them and to kernels."""
+
+
+Mode = Literal["train", "build", "infer"]
+"""`train`: data and steps too. `build`: the model as it is trained, without data. `infer`: only to be used."""
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """A recipe, resolved. `model` is on the meta device, edited, and ready to be spread and loaded."""
+
+    recipe: Recipe
+    parts: Parts
+    ranks: Ranks
+    device: torch.device
+    mode: Mode
+    files: ModelFiles
+    precision: Precision
+    situation: Situation
+    tokenizer: Any
+    model: Any
+    ledger: Ledger
+    trainable: list[str] = field(default_factory=list)
+    data: Prepared | None = None
+    feed: Feed | None = None
+    flat: bool = False
+    attention: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.train.output_dir or f"runs/{self.recipe.name}")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        assert self.feed is not None
+        train = self.recipe.train
+        return train.max_steps or max(1, math.ceil(train.num_train_epochs * self.feed.order.steps_per_epoch - 1e-9))
+
+    @property
+    def warmup_steps(self) -> int:
+        train = self.recipe.train
+        return train.warmup_steps or math.ceil(train.warmup_ratio * self.steps)
+
+    def parameters(self) -> tuple[int, int]:
+        """(trainable, total), counted on the original shapes: a packed 4-bit weight counts its real size."""
+        packed = self.ledger.packed()
+        rules = sum(self._original_numel[name] for name in self.ledger.rules)
+        held = [(name, p) for name, p in self.model.named_parameters() if name not in packed]
+        trainable = sum(p.numel() for _, p in held if p.requires_grad)
+        return trainable, rules + sum(p.numel() for _, p in held)
+
+    _original_numel: dict[str, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must agree on."""
+        from llmtune import __version__
+
+        return {
+            "llmtune": __version__,
+            "recipe": json.dumps(self.recipe.resolved, sort_keys=True, default=str),
+            "plugins": self.parts.fingerprint(),
+            "training samples": len(self.data.train) if self.data else 0,
+            "training tokens": int(self.data.train.lengths.sum()) if self.data else 0,
+        }
+
+    def __str__(self) -> str:
+        from llmtune.show import plan_text
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def make_plan(
+    recipe: Recipe, registry: Registry, ranks: Ranks, device: torch.device, mode: Mode = "train", dtype: torch.dtype | None = None
+) -> Plan:
+    """Resolve `recipe` for `ranks` processes on `device`. Raises all problems found, at once.
+
+    `dtype` overrides the type the model is held and computed in, for using a model that was trained in another.
+    """
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, EXTENSION_POINTS if mode == "train" else STRUCTURE_POINTS)
+    model_problems: list[LlmtuneError] = []
+    with collect(model_problems):
+        allow_remote_code(recipe.model, recipe.is_local)
+        files = resolve_model(recipe.model, weights=False)
+        config = load_model_config(files, recipe.model)
+        tokenizer = load_tokenizer(files, recipe.model)
+    precision: Precision | None = None
+    with collect(problems):
+        train = recipe.train
+        precision = (
+            Precision(dtype, dtype, autocast=False) if dtype else choose_precision(device, train.bf16, train.fp16, train.pure_bf16)
+        )
+    if model_problems:
+        raise_all([*problems, *model_problems])
+    data = None
+    if mode == "train":
+        with collect(problems):
+            data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir)
+    raise_all(problems)
+    assert precision is not None
+    situation = Situation(
+        mode="infer" if mode == "infer" else "train", device="cuda" if device.type == "cuda" else "cpu", ranks=ranks.size, compute_dtype=precision.compute,
+        trainable_dtype=precision.trainable, gather_dtype=precision.compute, words=parts.words,
+        autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,
+    )  # fmt: skip
+    attention = ATTENTION.get(recipe.model.flash_attn)
+    kwargs = {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
+    model = build_skeleton(auto_class(recipe.model), config, precision.compute, attention, **kwargs)
+    plan = Plan(
+        recipe=recipe, parts=parts, ranks=ranks, device=device, mode=mode, files=files, precision=precision,
+        situation=situation, tokenizer=tokenizer, model=model, ledger=Ledger(model), data=data,
+    )  # fmt: skip
+    plan._original_numel = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    edit(plan, problems)
+    with collect(problems):
+        check_output(plan)
+    raise_all(problems)
+    if data is not None:
+        plan.feed = make_feed(plan)
+    return plan
+
+
+def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
+    """Quantise, adapt, fuse: on the meta device, in this order, each edit checked."""
+    model, ledger, situation = plan.model, plan.ledger, plan.situation
+    before = len(problems)
+    for point in ("quant_config", "peft_config"):
+        for part in plan.parts.at(point):
+            problems += objections(part, situation, model)
+            with collect(problems):
+                ledger.apply(part.plugin.name, part.built, situation)
+    if len(problems) > before:
+        return
+    if plan.mode != "infer":
+        wish = next((change.store_trainable for _, change in ledger.changes if change.store_trainable), None)
+        with collect(problems):
+            plan.trainable = set_trainable(model, ledger, stored_dtype(plan.precision, wish))
+    else:
+        model.requires_grad_(False)
+    for part in plan.parts.at("kernel_config"):
+        problems += objections(part, situation, model)
+        with collect(problems):
+            ledger.apply(part.plugin.name, part.built, situation)
+    choose_attention(plan)
+    if plan.mode == "train" and not transformer_layers(model) and plan.ranks.size > 1:
+        problems.append(PlanError(f"model: {type(model).__name__} has no repeated layers to spread over ranks; use one rank"))
+
+
+def objections(part: Any, situation: Situation, model: Any) -> list[LlmtuneError]:
+    """What a plugin has to say against this recipe, as errors that carry its extension point."""
+    if not isinstance(part.built, Checks):
+        return []
+    return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(situation, model)]
+
+
+def choose_attention(plan: Plan) -> None:
+    """A kernel's attention function, unless the recipe names one itself; and the batch layout that follows."""
+    wanted = next((change.attention for _, change in plan.ledger.changes if change.attention), None)
+    chosen = plan.recipe.model.flash_attn
+    if wanted and chosen == "auto":
+        plan.model.set_attn_implementation(wanted)
+    elif wanted:
+        plan.notes.append(f"flash_attn: {chosen} is set, so the kernel's attention is not used")
+        wanted = None
+    plan.attention = wanted or plan.model.config._attn_implementation
+    # These attend within a document's bounds, so rows can be laid end to end and nothing is padded.
+    plan.flat = wanted is not None or plan.attention.startswith("flash_attention")
+
+
+def make_feed(plan: Plan) -> Feed:
+    """The order of rows and their grouping into steps."""
+    assert plan.data is not None
+    train, data = plan.recipe.train, plan.recipe.data
+    return Feed.make(
+        plan.data.train, packing=data.packing, cutoff_len=data.cutoff_len, per_device=train.per_device_train_batch_size,
+        micro_steps=train.gradient_accumulation_steps, ranks=plan.ranks, seed=train.seed,
+        shuffle=not data.disable_shuffling, flat=plan.flat, pad_id=pad_id(plan.tokenizer),
+    )  # fmt: skip
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any id will do: padding is masked by position and never a target."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
+def check_output(plan: Plan) -> None:
+    """Before hours are spent: `output_dir` can be made and written to, plots can be drawn."""
+    from llmtune.plot import plotting_problem
+
+    if plan.mode != "train":
+        return
+    folder = plan.output_dir
+    problems: list[LlmtuneError] = []
+    if plan.recipe.train.plot_loss and (reason := plotting_problem()):
+        problems.append(PlanError(f"plot_loss: {reason}"))
+    existing = next((parent for parent in [folder, *folder.absolute().parents] if parent.exists()), None)
+    if folder.exists() and not folder.is_dir():
+        problems.append(PlanError(f"output_dir: {folder} is a file; name a folder"))
+    elif existing is not None and not _writable(existing):
+        problems.append(PlanError(f"output_dir: {existing} cannot be written to; choose another folder or change its permissions"))
+    raise_all(problems)
+
+
+def _writable(folder: Path) -> bool:
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def edits_report(plan: Plan) -> Sequence[tuple[str, Sequence[str]]]:
+    """What each edit did to the model, in order."""
+    return [(plugin, change.report) for plugin, change in plan.ledger.changes]

@@ -1,0 +1,169 @@
+"""The Python API: `train`, `plan`, `build`, `load`, and the `Run` they give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune import rundir
+from llmtune.errors import CheckpointError, PlanError
+
+if TYPE_CHECKING:
+    from llmtune.plan import Plan
+
+
+
+class Run:
+    """A run on disk: its metrics, its model, what can be made of it."""
+
+    def __init__(self, folder: str | Path, *, answers: list[tuple[str, str, str]] | None = None) -> None:
+        self.output_dir = Path(folder)
+        self.answers = answers or []
+        self._conversation: Any = None
+        self._model: tuple[Any, Any] | None = None
+
+    @property
+    def status(self) -> str:
+        """`done`, `interrupted`, `running` or `failed`."""
+        return str(rundir.read_record(self.output_dir).get("status", "unknown"))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict per logged step: step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second, eval_loss."""
+        from llmtune.log import read_metrics
+
+        return read_metrics(self.output_dir)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Curves of loss, learning rate, gradient norm and speed; a matplotlib Figure, saved if `path` is given."""
+        from llmtune.plot import plot_metrics
+
+        return plot_metrics(self.metrics, Path(path) if path else None)
+
+    def model(self) -> tuple[Any, Any]:
+        """The trained model (adapter in place) and its tokenizer, loaded once, on the best device here."""
+        if self._model is None:
+            from llmtune.reopen import open_model
+
+            self._model = open_model(self.output_dir)
+        return self._model
+
+    def chat(self, text: str, **generation: Any) -> str:
+        """Answer `text`, continuing the conversation; keywords are the generation parameters (`temperature=0.2`)."""
+        from llmtune.chat import Conversation, GenerateConfig
+
+        if self._conversation is None or generation:
+            model, tokenizer = self.model()
+            self._conversation = Conversation(model, tokenizer, self._template_kwargs(), GenerateConfig(**generation))
+        return self._conversation.ask(text)
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        from llmtune.reopen import recipe_of
+
+        return dict(recipe_of(self.output_dir).data.template_kwargs)
+
+    def export(self, export_dir: str | Path, **keys: Any) -> Path:
+        """Merge the adapter into its base and write a plain model; keys as `llmtune export` takes them."""
+        from llmtune.export import export
+
+        return export(self.output_dir, export_dir=str(export_dir), **keys)
+
+    def __repr__(self) -> str:
+        losses = [row["loss"] for row in self.metrics if row.get("loss") is not None]
+        curve = f", loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
+        return f"Run({str(self.output_dir)!r}, {self.status}{curve})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from llmtune.log import loss_table
+
+        answers = "".join(
+            f"<tr><td>{escape(question)}</td><td>{escape(before)}</td><td>{escape(after)}</td></tr>"
+            for question, before, after in self.answers
+        )
+        table = f"<table><tr><th>question</th><th>before</th><th>after</th></tr>{answers}</table>" if answers else ""
+        return f"<b>{escape(repr(self))}</b>{table}<pre>{escape(loss_table(self.metrics))}</pre>"
+
+
+def _recipe_and_registry(recipe: Any, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
+    from llmtune.recipe import load_recipe
+    from llmtune.registry import Registry
+
+    return load_recipe(recipe, overrides), Registry()
+
+
+def train(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, **overrides: Any) -> Run:
+    """Train as the recipe says (a file or a mapping; keywords override keys) and return the run.
+
+    `nproc` starts that many ranks on this machine; by default one per GPU. Raises the errors of `llmtune.errors`.
+    """
+    from llmtune.launch import under_launcher
+
+    loaded, registry = _recipe_and_registry(recipe, overrides)
+    ranks = nproc or default_ranks(loaded.train.device)
+    if ranks > 1 and not under_launcher():
+        return _train_in_processes(loaded, ranks)
+    from llmtune.show import outcome_text
+    from llmtune.training import train_here
+
+    outcome = train_here(loaded, registry)
+    if outcome.plan.ranks.first:
+        print("\n" + outcome_text(outcome))
+    return Run(outcome.plan.output_dir, answers=outcome.answers)
+
+
+def default_ranks(device: str) -> int:
+    """One rank per visible GPU, one on a CPU."""
+    if device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _train_in_processes(recipe: Any, ranks: int) -> Run:
+    import tempfile
+
+    from llmtune.launch import LaunchError, launch, write_temporary_recipe
+
+    folder = Path(recipe.train.output_dir or f"runs/{recipe.name}")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = write_temporary_recipe({**recipe.resolved, "output_dir": str(folder)}, Path(scratch))
+        code = launch(["train", str(path)], ranks)
+    if code:
+        raise LaunchError(f"a rank of the run failed with exit code {code}; its message is above")
+    return Run(folder)
+
+
+def plan(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, **overrides: Any) -> Plan:
+    """Resolve everything without reading weights or touching a device; print the result to see it."""
+    from llmtune.plan import make_plan
+    from llmtune.ranks import Ranks, pick_device
+
+    loaded, registry = _recipe_and_registry(recipe, overrides)
+    device = pick_device(loaded.train.device)
+    return make_plan(loaded, registry, Ranks(size=nproc or default_ranks(loaded.train.device)), device)
+
+
+def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:
+    """The composed model, with weights, and its tokenizer: for notebooks and own loops. One process."""
+    from llmtune.build import build_objective
+    from llmtune.plan import make_plan
+    from llmtune.ranks import Ranks, pick_device
+
+    loaded, registry = _recipe_and_registry(recipe, overrides)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise PlanError("llmtune.build makes a model in one process; under torchrun use llmtune.train")
+    needs_data = loaded.data.dataset is not None
+    made = make_plan(loaded, registry, Ranks(), pick_device(loaded.train.device), "train" if needs_data else "build")
+    return build_objective(made).model, made.tokenizer
+
+
+def load(run_dir: str | Path) -> Run:
+    """Reopen a run. Raises CheckpointError if the folder holds none."""
+    if not (Path(run_dir) / "run.json").exists():
+        raise CheckpointError(f"{run_dir}: holds no run of llmtune (no run.json)")
+    return Run(run_dir)

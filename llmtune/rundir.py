@@ -1,0 +1,155 @@
+"""A run's folder: what it records, and whether a new process starts over, continues, or must not touch it.
+
+    recipe.yaml     as given            resolved.yaml   with defaults and overrides
+    run.json        versions, plugins, status             metrics.jsonl   one line per logged step
+    model/          what others read    trained.safetensors  the trained tensors of an adapter, by model name
+    checkpoints/    see llmtune.checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import CheckpointError, PlanError, listed
+
+if TYPE_CHECKING:
+    from llmtune.checkpoint import Manifest
+    from llmtune.plan import Plan
+
+# Keys that may differ between a run and its continuation: they change what is reported or kept, not what is learnt.
+COSMETIC = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
+    "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset", "plot_loss", "logger_config",
+    "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
+    "export_legacy_format", "infer_dtype", "init_config", "disable_gradient_checkpointing", "use_reentrant_gc",
+    "dist_config", "ddp_timeout",
+}  # fmt: skip
+SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+"""May differ as long as the global batch stays the same."""
+
+
+def prepare_folder(plan: Plan) -> tuple[Path, Manifest] | None:
+    """Make the output folder ready (rank 0). Returns the checkpoint to continue from, or None for a fresh start.
+
+    Raises PlanError where the folder belongs to something else or to a finished run, CheckpointError where a
+    checkpoint is damaged or comes from another recipe.
+    """
+    from llmtune import checkpoint
+
+    folder, train = plan.output_dir, plan.recipe.train
+    if train.overwrite_output_dir:
+        clear(folder)
+    resume = train.resume_from_checkpoint
+    if isinstance(resume, str) and resume != "auto":
+        manifest = checkpoint.verify(Path(resume))
+        compare(plan, manifest)
+        return Path(resume), manifest
+    status = read_record(folder).get("status")
+    if status == "done":
+        raise PlanError(
+            f"output_dir: {folder} holds a finished run; name another folder, or set overwrite_output_dir=true to replace it"
+        )
+    if status is None and folder.exists() and any(folder.iterdir()):
+        raise PlanError(f"output_dir: {folder} is not empty and holds no run of llmtune; name another folder")
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        return None
+    if resume != "auto":
+        raise PlanError(
+            f"output_dir: {folder} holds an unfinished run; set resume_from_checkpoint=auto to continue it, or "
+            "overwrite_output_dir=true to replace it"
+        )
+    path, manifest, passed = found
+    plan.notes += [f"passed over a damaged checkpoint: {reason}" for reason in passed]
+    compare(plan, manifest)
+    return path, manifest
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run of llmtune left in `folder`, and nothing else."""
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / "run.json").exists():
+        raise PlanError(f"overwrite_output_dir: {folder} holds no run of llmtune, so it is not emptied; name another folder")
+    for name in ("checkpoints", "model", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("recipe.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "loss.png", "trained.safetensors", "failure.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def compare(plan: Plan, manifest: Manifest) -> None:
+    """Refuse to continue a run with a recipe that would have made another one. Names every difference."""
+    old, new = dict(manifest.recipe), plain(plan.recipe.resolved)
+    differing = sorted(key for key in (old.keys() | new.keys()) - COSMETIC - SPLIT if old.get(key) != new.get(key))
+    old_batch = old.get("per_device_train_batch_size", 1) * old.get("gradient_accumulation_steps", 1) * manifest.ranks
+    train = plan.recipe.train
+    new_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * plan.ranks.size
+    if old_batch != new_batch:
+        raise CheckpointError(
+            f"per_device_train_batch_size: the run was started with {old_batch} rows a step ({manifest.ranks} ranks), this "
+            f"recipe makes {new_batch} ({plan.ranks.size} ranks); set it so that the product stays the same"
+        )
+    if differing:
+        shown = listed(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
+        raise CheckpointError(f"the run in {plan.output_dir} was started with other values of {shown}; restore them, or name another output_dir")
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON would give it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def write_records(plan: Plan) -> None:
+    """Recipe as given, recipe resolved, and run.json with status `running`."""
+    folder = plan.output_dir
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
+    (folder / "resolved.yaml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
+    write_status(folder, "running", **versions(plan), model_origin=plan.files.origin, model_revision=plan.files.revision)
+
+
+def write_status(folder: Path, status: str, **more: Any) -> None:
+    """Update run.json in one step, so that no reader sees half of it."""
+    record = read_record(folder) | {"status": status, "updated": datetime.now(UTC).isoformat(timespec="seconds")} | more
+    partial = folder / "run.json.partial"
+    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    partial.replace(folder / "run.json")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json, or an empty record."""
+    path = folder / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise PlanError(f"{path}: not readable as JSON ({error}); delete it to give the folder up") from error
+
+
+def versions(plan: Plan) -> Mapping[str, Any]:
+    """Everything one would ask when a result cannot be repeated."""
+    packages = {}
+    for name in ("llmtune", "torch", "transformers", "peft", "bitsandbytes", "safetensors"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "packages": packages,
+        "plugins": plan.parts.fingerprint(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": str(plan.device),
+        "ranks": plan.ranks.size,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }

@@ -1,0 +1,84 @@
+"""Plans and results as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmtune.plan import Plan
+    from llmtune.training import Outcome
+
+
+def plan_text(plan: Plan) -> str:
+    """What will happen, for a person to read before it does."""
+    lines = [*_model_lines(plan), "", "Steps, in order", *_edit_lines(plan), "", *_number_lines(plan)]
+    if plan.notes:
+        lines += ["", *(f"Note: {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def _model_lines(plan: Plan) -> list[str]:
+    rows = [
+        ("Model", f"{plan.recipe.model.model} ({type(plan.model).__name__}, from {plan.files.origin})"),
+        ("Device", f"{plan.device.type}, {plan.ranks.size} rank{'s' if plan.ranks.size > 1 else ''}, {plan.precision.name}"),
+        ("Attention", f"{plan.attention}, {'documents end to end' if plan.flat else 'padded rows'}"),
+    ]
+    if plan.files.note:
+        rows.append(("", plan.files.note))
+    return [f"{name:<10}{text}" for name, text in rows]
+
+
+def _edit_lines(plan: Plan) -> list[str]:
+    reports = {id(part): [] for part in plan.parts.all}
+    edits = [part for part in plan.parts.all if part.point in ("quant_config", "peft_config", "kernel_config")]
+    for part, (_, change) in zip(edits, plan.ledger.changes, strict=False):
+        reports[id(part)] = list(change.report)
+    lines = []
+    for part in plan.parts.all:
+        summary, *more = reports[id(part)] or [part.plugin.summary]
+        lines.append(f"  {part.point.removesuffix('_config'):<13}{part.plugin.name:<17}{part.package:<26}{summary}")
+        lines += [f"{'':<58}{line}" for line in more]
+    return lines
+
+
+def _number_lines(plan: Plan) -> list[str]:
+    trainable, everything = plan.parameters()
+    rows = [("Parameters", f"{trainable:,} trainable of {everything:,} ({trainable / everything:.2%})")]
+    if plan.feed is not None and plan.data is not None:
+        order, train = plan.feed.order, plan.recipe.train
+        tokens = int(plan.data.train.lengths.sum())
+        what = "packs" if plan.recipe.data.packing else "rows"
+        rows += [
+            ("Data", str(plan.data.report).replace("\n", f"\n{'':<12}")),
+            ("Batch", f"{order.batch} {what} a step = {train.per_device_train_batch_size} x {train.gradient_accumulation_steps} micro-batches x {plan.ranks.size} ranks, about {tokens * order.batch // max(1, len(plan.feed.units)):,} tokens"),
+            ("Steps", f"{plan.steps} ({order.steps_per_epoch} an epoch, {plan.warmup_steps} of them warm-up)"),
+            ("Output", f"{plan.output_dir}"),
+        ]  # fmt: skip
+    return [f"{name:<12}{text}" for name, text in rows]
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """The end of a run: answers side by side, losses, where everything is, what to try next."""
+    from llmtune.log import loss_table, read_metrics, side_by_side
+
+    plan = outcome.plan
+    folder = plan.output_dir
+    if outcome.status == "interrupted":
+        return f"Interrupted and saved. Run the same command again to continue: {folder}"
+    parts = [side_by_side(question, before, after, 100) for question, before, after in outcome.answers]
+    parts.append(loss_table(read_metrics(folder)))
+    from llmtune.save import is_adapter
+
+    kind = "adapter" if is_adapter(plan) else "model"
+    parts.append(
+        "\n".join(
+            [
+                f"Saved the {kind}, tokenizer and chat template in {folder / 'model'}, metrics in {folder / 'metrics.jsonl'}.",
+                "Try next:",
+                f"  llmtune chat {folder}",
+                f"  llmtune export {folder} export_dir={folder / 'merged'}",
+                "  llmtune plan recipes/lora.yaml",
+            ]
+        )
+    )
+    return "\n\n".join(parts)

@@ -1,0 +1,166 @@
+"""One process of a training run, from the recipe to the saved model. With `loop.py` this is the whole story."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune import checkpoint, rundir
+from llmtune.build import build_objective
+from llmtune.chat import GenerateConfig, answer
+from llmtune.errors import LlmtuneError
+from llmtune.log import Loggers, read_metrics
+from llmtune.loop import LossScale, Training, train
+from llmtune.optim import make_optimizer
+from llmtune.plan import Plan, make_plan
+from llmtune.ranks import check_agreement, from_first, join, leave, pick_device, ranks_from_environment, wait_for_all
+from llmtune.save import write_result
+from llmtune.watch import Keeper, StopRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.objective import Objective
+    from llmtune.recipe import Recipe
+    from llmtune.registry import Registry
+
+
+@dataclass
+class Outcome:
+    """What a process knows at the end."""
+
+    plan: Plan
+    status: str
+    """`done`, or `interrupted` (saved; run the same command again)."""
+    objective: Objective
+    answers: list[tuple[str, str, str]] = field(default_factory=list)
+    """(question, answer before, answer after) of the recipe's `sample_prompts`."""
+
+
+def train_here(recipe: Recipe, registry: Registry, show: Any = print) -> Outcome:
+    """Plan, build, train and save in this process, as one of the ranks that the environment names.
+
+    Data are tokenised before any process group exists, so that no collective can time out on it.
+    """
+    ranks = ranks_from_environment()
+    device = pick_device(recipe.train.device, ranks.local_rank)
+    plan = make_plan(recipe, registry, ranks, device)
+    join(ranks, device, recipe.train.ddp_timeout)
+    try:
+        check_agreement(plan.facts())
+        return _train(plan, registry, show if ranks.first else _nothing)
+    finally:
+        leave()
+
+
+def _nothing(*_: object) -> None:
+    """Ranks other than the first say nothing."""
+
+
+def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
+    found = _shared(lambda: rundir.prepare_folder(plan), plan)
+    if plan.ranks.first:
+        rundir.write_records(plan)
+    show(str(plan))
+    try:
+        outcome = _run(plan, registry, found, show)
+    except BaseException as error:
+        if plan.ranks.first:
+            rundir.write_status(plan.output_dir, "failed", error=f"{type(error).__name__}: {error}")
+        raise
+    if plan.ranks.first:
+        rundir.write_status(plan.output_dir, outcome.status)
+    return outcome
+
+
+def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest] | None, show: Any) -> Outcome:
+    recipe = plan.recipe.train
+    assert plan.feed is not None
+    objective = build_objective(plan)
+    optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate)
+    scaler = LossScale() if plan.precision.scaled else None
+    before = sample_answers(plan, objective)
+    first_step = found[1].step if found else 0
+    with StopRequest() as stop:
+        loggers = start_loggers(plan, first_step)
+        keeper = Keeper(plan, objective, optimizer, loggers, registry.observers(), stop, scaler)
+        if found:
+            checkpoint.restore(found[0], found[1], plan.model, optimizer, plan.ranks)
+            keeper.restore(found[1])
+            show(f"Continuing after step {first_step} from {found[0]}")
+        training = Training(
+            objective=objective, optimizer=optimizer, schedule=plan.parts.one("lr_scheduler_config").built, feed=plan.feed,
+            ranks=plan.ranks, device=plan.device, total_steps=plan.steps, warmup_steps=plan.warmup_steps,
+            max_grad_norm=recipe.max_grad_norm, seed=recipe.seed, scaler=scaler, first_step=first_step,
+        )  # fmt: skip
+        try:
+            train(training, keeper)
+        finally:
+            if loggers is not None:
+                loggers.finish()
+    if keeper.interrupted:
+        return Outcome(plan, "interrupted", objective)
+    if best := keeper.best_folder():
+        checkpoint.restore(best, checkpoint.verify(best), plan.model, None, plan.ranks)
+        show(f"The best weights are those of step {keeper.best_step}")
+    after = sample_answers(plan, objective)
+    write_result(plan, plan.output_dir / "model")
+    if plan.ranks.first and recipe.plot_loss:
+        from llmtune.plot import plot_metrics
+
+        plot_metrics(read_metrics(plan.output_dir), plan.output_dir / "loss.png")
+    wait_for_all()
+    answers = [(question, old, new) for question, old, new in zip(recipe.sample_prompts, before, after, strict=True)]
+    return Outcome(plan, "done", objective, answers)
+
+
+def _shared(work: Any, plan: Plan) -> Any:
+    """Do something on rank 0; every rank gets the result, or raises the same error."""
+    result: Any = None
+    if plan.ranks.first:
+        try:
+            result = work()
+        except LlmtuneError as error:
+            result = error
+    result = from_first(result)
+    if isinstance(result, LlmtuneError):
+        raise result
+    return result
+
+
+def start_loggers(plan: Plan, first_step: int) -> Loggers | None:
+    """metrics.jsonl, the console and the recipe's loggers, on rank 0."""
+    if not plan.ranks.first:
+        return None
+    loggers = Loggers(
+        plan.output_dir,
+        [part.built for part in plan.parts.at("logger_config")],
+        total_steps=plan.steps,
+        resume_step=first_step,
+    )
+    loggers.start(rundir.plain(plan.recipe.resolved))
+    return loggers
+
+
+def sample_answers(plan: Plan, objective: Objective) -> list[str]:
+    """Greedy answers to the recipe's `sample_prompts`. Collective: every rank generates the same."""
+    config = GenerateConfig(do_sample=False, max_new_tokens=64)
+    objective.eval()
+    answers = [
+        answer(plan.model, plan.tokenizer, question, config, template_kwargs=dict(plan.recipe.data.template_kwargs))
+        for question in plan.recipe.train.sample_prompts
+    ]
+    objective.train()
+    return answers
+
+
+def report_failure(error: BaseException) -> int:
+    """Print an error the way a user should see it; returns the exit code."""
+    if isinstance(error, LlmtuneError):
+        print(f"llmtune: {error}", file=sys.stderr)
+        return error.exit_code
+    traceback.print_exception(error)
+    return 1
