@@ -1,4 +1,4 @@
-"""Fetching a model from the Hugging Face hub: safetensors and text files only, and quick to notice an absent network."""
+"""Fetching a model from the Hugging Face hub: safetensors and text files only, quick to notice an absent network."""
 
 from __future__ import annotations
 

@@ -189,8 +189,8 @@ def allow_remote_code(config: ModelConfig, recipe_is_local: bool) -> bool:
     """Whether code from the model's repository may run. PlanError if a recipe from elsewhere asks for it."""
     if config.trust_remote_code and not recipe_is_local:
         raise PlanError(
-            "trust_remote_code: found true in a recipe that is no local file; a model's code is run only at the word of a "
-            "recipe on this machine. Save the recipe here, read it, and run that file"
+            "trust_remote_code: found true in a recipe that is no local file; a model's code runs only at the word of "
+            "a recipe on this machine. Save the recipe here, read it, and run that file"
         )
     return config.trust_remote_code
 
