@@ -1,0 +1,109 @@
+"""The parts of a conversation, brought to one shape and checked, whatever format they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmtune.errors import listed
+
+_KINDS = {
+    type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
+    dict: "an object",
+}  # fmt: skip
+
+
+class BadRow(Exception):
+    """A row that cannot be used: a short reason to count by, and what was found in this one."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def text_of(value: Any, place: str) -> str:
+    """Text, or the joined text parts of OpenAI's list form."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, Mapping) and "type" in part for part in value):
+        other = sorted({str(part["type"]) for part in value} - {"text"})
+        if other:
+            raise BadRow("not only text", f"{place} holds parts of type {listed(other)}, allowed is text")
+        if all(isinstance(part.get("text"), str) for part in value):
+            return "".join(part["text"] for part in value)
+    raise BadRow("content is not text", f"{place} is {kind(value)}, allowed is text")
+
+
+def _parsed(value: str, what: str, reason: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise BadRow(reason, f"{what} is not JSON ({error}): {value[:60]!r}") from None
+
+
+def normal_tools(value: Any) -> list[dict[str, Any]] | None:
+    """`tools` as a list in OpenAI's shape, from that, from bare function objects, or from JSON text of either."""
+    if isinstance(value, str):
+        value = _parsed(value, '"tools"', "bad tools") if value.strip() else None
+    if isinstance(value, Mapping):
+        value = [value]
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise BadRow("bad tools", f'"tools" is {kind(value)}, allowed is a list of functions')
+    tools = []
+    for number, tool in enumerate(value, start=1):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow("bad tools", f"tool {number} has no function name, needed are name and parameters")
+        tools.append({"type": "function", "function": dict(function)})
+    return tools
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow("bad tool call", f"{place} has no function name, allowed is {{name, arguments}}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"arguments of {place}", "bad tool call") if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
+        raise BadRow("bad tool call", f"arguments of {place} are {kind(arguments)}, allowed is an object")
+    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    # Most templates write arguments as JSON themselves; given JSON text they would quote it a second time.
+    return {**named, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
+    """OpenAI's `tool_calls` of message `number`, arguments as objects."""
+    if not isinstance(calls, list):
+        raise BadRow("bad tool call", f"tool_calls of message {number} is {kind(calls)}, allowed is a list")
+    return [_call(call, f"tool call {at} of message {number}") for at, call in enumerate(calls, start=1)]
+
+
+def parse_calls(value: str, number: int) -> list[dict[str, Any]]:
+    """ShareGPT's `function_call` text: one `{name, arguments}` or a list of them."""
+    calls = _parsed(value, f"the function call in message {number}", "bad tool call")
+    return tool_calls(calls if isinstance(calls, list) else [calls], number)
+
+
+def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
+    """BadRow unless there is something to learn and the roles follow each other."""
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise BadRow("no assistant turn", f"found {listed(roles) or 'no messages'}, needed is one by the assistant")
+    for number, message in enumerate(messages, start=1):
+        role, before = message["role"], messages[number - 2]["role"] if number > 1 else None
+        if role == "system" and before is not None:
+            raise BadRow("roles out of order", f"message {number} is a system message, which can only come first")
+        if role == "tool" and before not in ("assistant", "tool"):
+            found = f"message {number} is a tool result after {before or 'nothing'}"
+            raise BadRow("roles out of order", f"{found}, allowed is after an assistant message")
+        if role == "assistant" and not message["content"] and not message.get("tool_calls"):
+            raise BadRow("empty answer", f"message {number} (assistant) is empty; the model would learn to say nothing")

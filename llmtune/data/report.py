@@ -1,0 +1,136 @@
+"""What became of the data, in numbers, for the log and for `llmtune plan`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llmtune.data.tokens import TokenSamples
+
+SHOWN = 5
+"""Bad rows that a message spells out; all of them are counted."""
+
+
+@dataclass(kw_only=True)
+class SourceReport:
+    """One data set."""
+
+    name: str
+    format: str = ""
+    why: str = ""
+    """What the format was recognised by, or that it was named."""
+    rows: int = 0
+    """Rows read, bad ones included."""
+    bad: Counter[str] = field(default_factory=Counter)
+    """Rows that cannot be used, by reason."""
+    examples: list[str] = field(default_factory=list)
+    """The first few bad rows, spelt out with their origin."""
+
+    def add_bad(self, origin: str, reason: str, detail: str) -> None:
+        """Count a bad row; the first ones are kept to be shown."""
+        self.bad[reason] += 1
+        if len(self.examples) < SHOWN:
+            self.examples.append(detail if detail.startswith(origin) else f"{origin}: {reason}: {detail}")
+
+    def bad_lines(self) -> list[str]:
+        """Counts by reason, then the examples."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.bad.most_common())
+        hidden = self.bad.total() - len(self.examples)
+        more = [f"  ... and {hidden:,} more"] if hidden else []
+        first = f"{self.bad.total():,} of {self.rows:,} rows ({reasons}):"
+        return [first, *(f"  {line}" for line in self.examples), *more]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """The samples of training or of evaluation."""
+
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+
+    @staticmethod
+    def of(samples: TokenSamples) -> PartReport:
+        """Count `samples`."""
+        longest = int(samples.lengths.max()) if len(samples) else 0
+        return PartReport(
+            samples=len(samples), tokens=len(samples.ids), supervised_tokens=int(samples.mask.sum()), longest=longest
+        )
+
+    def __str__(self) -> str:
+        share = self.supervised_tokens / max(1, self.tokens)
+        return (
+            f"{self.samples:,} samples, {self.tokens:,} tokens, {self.supervised_tokens:,} trained on ({share:.0%}), "
+            f"longest {self.longest:,}"
+        )
+
+
+@dataclass(kw_only=True)
+class Losses:
+    """What `cutoff_len` and the mask cost."""
+
+    truncated: int = 0
+    """Samples cut off at cutoff_len."""
+    tokens_cut: int = 0
+    no_target: int = 0
+    """Samples without a trained token, dropped."""
+    no_target_origins: list[str] = field(default_factory=list)
+    split_rows: int = 0
+    """Conversations that became several samples because the template writes earlier turns differently."""
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(**{key: value + getattr(other, key) for key, value in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """Everything that was found, left out, cut and kept."""
+
+    sources: Sequence[SourceReport]
+    losses: Losses
+    cutoff_len: int
+    train: PartReport
+    evaluation: PartReport | None = None
+    end_of_turn: tuple[str, ...] = ()
+    """Tokens that close the trained turns, most frequent first; generation has to stop at them."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows read, bad ones included."""
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Rows and samples left out, by reason."""
+        total = sum((source.bad for source in self.sources), Counter[str]())
+        return total + Counter({"no trained token": self.losses.no_target})
+
+    def __str__(self) -> str:
+        lines = [
+            f"{source.name}: detected: {source.format} ({source.why}), {source.rows:,} rows"
+            if source.why != "as named"
+            else f"{source.name}: {source.format}, as named, {source.rows:,} rows"
+            for source in self.sources
+        ]
+        for source in self.sources:
+            if source.bad:
+                first, *rest = source.bad_lines()
+                lines += [f"skipped from {source.name}: {first}", *rest]
+        lost = self.losses
+        if lost.truncated:
+            cut = f"{lost.truncated:,} samples cut, {lost.tokens_cut:,} tokens lost"
+            lines.append(f"cutoff_len {self.cutoff_len:,}: {cut}")
+        if lost.no_target:
+            first = lost.no_target_origins[0]
+            lines.append(f"dropped: {lost.no_target:,} samples without a trained token, first {first}")
+        if lost.split_rows:
+            lines.append(f"split: {lost.split_rows:,} conversations, as the template rewrites their earlier turns")
+        lines.append(f"train: {self.train}")
+        if self.evaluation:
+            lines.append(f"evaluation: {self.evaluation}")
+        if self.end_of_turn:
+            lines.append(f"turns end with {', '.join(self.end_of_turn)}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
