@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llmtune.data.collate import collate
+from llmtune.data.batches import collate
 from llmtune.data.order import Order, pack, split
 
 if TYPE_CHECKING:
