@@ -1,0 +1,148 @@
+"""The laws of editing: no weight is lost, none invented, none materialised early, and one decides what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmtune.edits import Ledger, named_tensors, set_trainable
+from llmtune.errors import EditError
+from llmtune.records import Change, Situation
+from llmtune.skeleton import build_skeleton
+from tests.tiny import tiny_config
+
+SITUATION = Situation(
+    mode="train", device="cpu", ranks=1, compute_dtype=torch.float32, trainable_dtype=torch.float32, gather_dtype=torch.float32
+)
+
+
+def skeleton() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return build_skeleton(AutoModelForCausalLM, tiny_config(tie_word_embeddings=True), torch.float32, None)
+
+
+class Edit:
+    def __init__(self, work: Callable[[Any], Change]) -> None:
+        self.work = work
+
+    def apply(self, model: Any, situation: Situation) -> Change:
+        return self.work(model)
+
+
+class Wrapped(nn.Module):
+    """Holds the module it replaces, as PEFT does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class Rule:
+    source = "model.norm.weight"
+    targets = ("model.norm.packed",)
+
+    def convert(self, source: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"model.norm.packed": source * 2}
+
+    def restore(self, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+        return targets["model.norm.packed"] / 2
+
+    def convert_part(self, part: Any) -> None:
+        return None
+
+
+def pack_norm(model: Any, rules: tuple[Any, ...]) -> Change:
+    packed = nn.Module()
+    packed.packed = nn.Parameter(torch.empty(32, device="meta"), requires_grad=False)
+    model.model.norm = packed
+    return Change(rules=rules)
+
+
+def test_a_wrapped_module_is_followed_by_identity() -> None:
+    model = skeleton()
+    ledger = Ledger(model)
+
+    def wrap(model: Any) -> Change:
+        model.lm_head = Wrapped(model.lm_head)
+        model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp)
+        return Change()
+
+    ledger.apply("wrap", Edit(wrap), SITUATION)
+    assert ledger.direct["lm_head.weight"] == "lm_head.inner.weight"
+    assert ledger.direct["model.embed_tokens.weight"] == "model.embed_tokens.weight"
+    assert ledger.direct["model.layers.0.mlp.up_proj.weight"] == "model.layers.0.mlp.inner.up_proj.weight"
+
+
+def test_a_rule_is_followed_through_later_edits() -> None:
+    model = skeleton()
+    ledger = Ledger(model)
+    ledger.apply("pack", Edit(lambda model: pack_norm(model, (Rule(),))), SITUATION)
+
+    def wrap(model: Any) -> Change:
+        model.model.norm = Wrapped(model.model.norm)
+        return Change()
+
+    ledger.apply("wrap", Edit(wrap), SITUATION)
+    assert ledger.rules["model.norm.weight"].where == {"model.norm.packed": "model.norm.inner.packed"}
+    assert "model.norm.weight" not in ledger.direct
+
+
+def test_losing_a_weight_is_an_error_naming_plugin_and_weight() -> None:
+    with pytest.raises(EditError, match=r"plugin pack removed model\.norm\.weight and gave no rule"):
+        Ledger(skeleton()).apply("pack", Edit(lambda model: pack_norm(model, ())), SITUATION)
+
+
+def test_a_new_weight_without_a_source_is_an_error() -> None:
+    def add(model: Any) -> Change:
+        model.extra = nn.Parameter(torch.empty(3, device="meta"))
+        return Change()
+
+    with pytest.raises(EditError, match="plugin adder added extra and said neither how to load nor how to initialise"):
+        Ledger(skeleton()).apply("adder", Edit(add), SITUATION)
+
+
+def test_materialising_early_is_an_error() -> None:
+    def add(model: Any) -> Change:
+        model.extra = nn.Parameter(torch.zeros(3))
+        return Change(fresh={"extra": nn.init.ones_})
+
+    with pytest.raises(EditError, match="plugin adder materialised extra"):
+        Ledger(skeleton()).apply("adder", Edit(add), SITUATION)
+
+
+def test_reporting_what_is_not_there_is_an_error() -> None:
+    with pytest.raises(EditError, match="plugin liar reported ghost, which the model does not have"):
+        Ledger(skeleton()).apply("liar", Edit(lambda model: Change(fresh={"ghost": nn.init.ones_})), SITUATION)
+
+
+def test_two_plugins_cannot_both_decide_what_trains() -> None:
+    ledger = Ledger(skeleton())
+    ledger.apply("one", Edit(lambda model: Change(trainable=lambda name: True)), SITUATION)
+    with pytest.raises(EditError, match="both one and two decide which parameters train"):
+        ledger.apply("two", Edit(lambda model: Change(trainable=lambda name: True)), SITUATION)
+
+
+def test_trainable_parameters_are_stored_in_their_own_type_and_keep_their_ties() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = build_skeleton(AutoModelForCausalLM, tiny_config(tie_word_embeddings=True), torch.bfloat16, None)
+    ledger = Ledger(model)
+    ledger.apply("head", Edit(lambda model: Change(trainable=lambda name: "embed" in name)), SITUATION)
+    assert set_trainable(model, ledger, torch.float32) == ["model.embed_tokens.weight"]
+    tensors = named_tensors(model)
+    assert tensors["lm_head.weight"] is tensors["model.embed_tokens.weight"]
+    assert tensors["lm_head.weight"].dtype == torch.float32
+    assert tensors["model.norm.weight"].dtype == torch.bfloat16
+    assert not tensors["model.norm.weight"].requires_grad
+
+
+def test_training_nothing_is_an_error() -> None:
+    ledger = Ledger(skeleton())
+    ledger.apply("none", Edit(lambda model: Change(trainable=lambda name: False)), SITUATION)
+    with pytest.raises(EditError, match="nothing would train"):
+        set_trainable(ledger.model, ledger, torch.float32)

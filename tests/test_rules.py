@@ -1,0 +1,132 @@
+"""Who may import whom, and other promises about the source itself."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = sorted((ROOT / "llmtune").rglob("*.py"))
+PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+CONTRACT = {"llmtune.records", "llmtune.hookspecs", "llmtune.errors", "llmtune.schema", "llmtune.structure"}
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module of a file, and whether the import runs when the module is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {
+        id(node)
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))
+        for node in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or "", id(node) not in lazy
+
+
+def plugin_packages() -> set[str]:
+    return {entry.name for plugin in PLUGINS for entry in plugin.glob("llmtune_*") if entry.is_dir()}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_the_core_never_imports_a_plugin(path: Path) -> None:
+    found = {name.split(".")[0] for name, _ in imports(path)}
+    assert not found & plugin_packages()
+    assert not found & {"peft", "bitsandbytes", "liger_kernel", "flash_attn"}
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_a_plugin_imports_only_the_public_names(plugin: Path) -> None:
+    (own,) = (entry.name for entry in plugin.glob("llmtune_*") if entry.is_dir())
+    for path in (plugin / own).rglob("*.py"):
+        for name, _ in imports(path):
+            top = name.split(".")[0]
+            assert name == "llmtune" or top != "llmtune", f"{path}: imports {name}"
+            assert top == own or top not in plugin_packages(), f"{path}: imports the plugin {name}"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_a_plugins_entry_module_is_light(plugin: Path) -> None:
+    (own,) = (entry for entry in plugin.glob("llmtune_*") if entry.is_dir())
+    heavy = {"torch", "transformers", "peft", "bitsandbytes", "liger_kernel", "numpy", "matplotlib"}
+    eager = {name.split(".")[0] for name, now in imports(own / "__init__.py") if now}
+    assert not eager & heavy
+
+
+def test_the_contract_imports_nothing_of_llmtune_but_itself() -> None:
+    for name in CONTRACT:
+        path = ROOT / (name.replace(".", "/") + ".py")
+        for module, eager in imports(path):
+            assert not module.startswith("llmtune") or module in CONTRACT, f"{path} imports {module}"
+            assert not (eager and module.split(".")[0] in {"torch", "transformers"}), f"{path} imports {module} eagerly"
+
+
+def test_the_core_does_not_spell_a_plugins_name() -> None:
+    names = {
+        name
+        for plugin in PLUGINS
+        for name in tomllib.loads((plugin / "pyproject.toml").read_text())["project"]["entry-points"]["llmtune"]
+    }
+    common = {"auto", "linear", "constant"}  # words that mean other things too
+    texts = {
+        path: {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)} for path in CORE
+    }
+    said = {f"{path.name}: {name}" for path, strings in texts.items() for name in (names - common) & strings}
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("torch.distributed.fsdp", {"parallel.py"}),
+        ("pluggy", {"hookspecs.py", "registry.py"}),
+        ("argparse", {"cli.py"}),
+    ],
+)
+def test_only_one_place_knows(module: str, allowed: set[str]) -> None:
+    users = {path.name for path in CORE for name, _ in imports(path) if name == module}
+    assert users <= allowed
+
+
+def test_no_file_is_long() -> None:
+    files = [*CORE, *(path for plugin in PLUGINS for path in plugin.rglob("*.py")), *(ROOT / "tests").rglob("*.py")]
+    assert not [f"{path}: {n}" for path in files if (n := len(path.read_text().splitlines())) > 400]
+
+
+def test_no_function_is_long() -> None:
+    long = [
+        f"{path.name}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for path in [*CORE, *(path for plugin in PLUGINS for path in plugin.glob("llmtune_*/**/*.py"))]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 70
+    ]
+    assert not long
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plugins"], ["schema"], ["train", "--help"]])
+def test_these_commands_load_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys, contextlib, io\nfrom llmtune.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        f"    main({command!r})\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_importing_llmtune_loads_almost_nothing() -> None:
+    code = "import sys; before = set(sys.modules); import llmtune; print(len(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20
