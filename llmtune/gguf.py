@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -176,8 +177,11 @@ def _convert(gguf: Path, target: Path) -> None:
             )
         except ImportError as error:
             raise LoadError(f"{gguf.name} needs the package gguf to be read: pip install gguf ({error})") from error
-        except (ValueError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
-            raise LoadError(f"{gguf.name} cannot be converted: {str(error).splitlines()[0]}") from error
+        except (ValueError, KeyError, IndexError, OSError, RuntimeError, struct.error) as error:
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise LoadError(
+                f"{gguf.name} cannot be converted: {text}. Fetch it again, or use a safetensors model"
+            ) from error
         _mend(gguf, model, tokenizer)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
