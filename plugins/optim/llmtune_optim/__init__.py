@@ -1,0 +1,72 @@
+"""Optimisers: `optim_config: adamw` and `optim_config: adamw_8bit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from llmtune import Ge, Gt, Lt, Plugin, hookimpl
+
+Beta = Annotated[float, Ge(0), Lt(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW, decoupled weight decay (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a matrix that decays per step, times the learning rate. Norms, biases and other vectors never decay.
+    0.0 is the default of transformers' Trainer (torch's own is 0.01)."""
+    fused: bool | None = None
+    """One kernel for the whole update. null: wherever it exists (CPU, CUDA, MPS, XPU). false: torch's plain
+    operations, which on CPU are some 5 times slower but give the same bits for every number of ranks; the fused CPU
+    kernel rounds the last few elements of a shard differently (1 unit in the last place)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bitConfig:
+    """AdamW with 8-bit states, quantised in blocks of 256 (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861)."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Share of a matrix that decays per step, times the learning rate. Norms, biases and other vectors never decay."""
+    min_8bit_size: Annotated[int, Ge(0)] = 4096
+    """Parameters with fewer elements (over all ranks) keep 32-bit states."""
+    full_precision_names: tuple[str, ...] = ("embed", "wte", "wpe")
+    """Parameters with one of these in their name keep 32-bit states. By default the embeddings, whose rare and uneven
+    gradients 8-bit states represent badly (section 2.3 of the paper)."""
+    paged: bool = False
+    """Let CUDA move states to host memory when the GPU is full."""
+
+
+def build_adamw(config: AdamWConfig) -> Any:
+    from llmtune_optim.adamw import AdamWFactory
+
+    return AdamWFactory(config)
+
+
+def build_adamw_8bit(config: AdamW8bitConfig) -> Any:
+    from llmtune_optim.adamw_8bit import AdamW8bitFactory
+
+    return AdamW8bitFactory(config)
+
+
+@hookimpl
+def optim_config() -> list[Plugin]:
+    return [
+        Plugin(name="adamw", config=AdamWConfig, build=build_adamw, summary="AdamW, fused where it exists"),
+        Plugin(
+            name="adamw_8bit",
+            config=AdamW8bitConfig,
+            build=build_adamw_8bit,
+            summary="AdamW with 8-bit states (bitsandbytes): 2 bytes per trained parameter instead of 8",
+            requires=("bitsandbytes>=0.48",),
+        ),
+    ]

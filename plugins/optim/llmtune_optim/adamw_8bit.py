@@ -1,0 +1,147 @@
+"""bitsandbytes' 8-bit AdamW, for plain parameters and for shards (DTensor)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llmtune import PlanError
+from llmtune_optim import AdamW8bitConfig
+from llmtune_optim.adamw import Named, decay_groups, require_parameters
+
+
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """bitsandbytes warns at import about optional CPU kernels for 4-bit products, which no optimiser uses."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+with quiet("bitsandbytes.backends.cpu.ops"):
+    import bitsandbytes
+
+
+class AdamW8bitFactory:
+    """Makes a `ShardedAdamW8bit`."""
+
+    def __init__(self, config: AdamW8bitConfig) -> None:
+        self.config = config
+
+    def create(self, decay: Named, no_decay: Named, lr: float) -> ShardedAdamW8bit:
+        """Groups by decay and by width of the states. Raises PlanError for paged states without CUDA."""
+        config = self.config
+        require_parameters(decay, no_decay)
+        for name, parameter in [*decay, *no_decay]:
+            if config.paged and parameter.device.type != "cuda":
+                raise PlanError(
+                    f"optim_config.paged: found true, but {name} is on {parameter.device.type} and only CUDA pages; "
+                    "leave paged out"
+                )
+        groups = []
+        for bits in (8, 32):
+            chosen = [[pair for pair in named if self.bits(*pair) == bits] for named in (decay, no_decay)]
+            if any(chosen):
+                groups += [group | {"bits": bits} for group in decay_groups(*chosen, config.weight_decay)]
+        return ShardedAdamW8bit(groups, lr=lr, betas=config.betas, eps=config.eps, paged=config.paged)
+
+    def bits(self, name: str, parameter: nn.Parameter) -> int:
+        """Width of a parameter's states: by its full size, so that it does not depend on the number of ranks."""
+        small = parameter.numel() < self.config.min_8bit_size
+        return 32 if small or any(part in name for part in self.config.full_precision_names) else 8
+
+
+class ShardedAdamW8bit(torch.optim.Optimizer):
+    """AdamW8bit over this rank's part of each parameter.
+
+    `state[parameter]` holds `step` (int), `state1` and `state2` (uint8 codes, or float32 where the group's `bits` is
+    32) in the shape of this rank's part and, for codes, `absmax1` and `absmax2` (float32, one per block of 256). Entries
+    assigned from outside are taken over at the next step, so putting saved ones back continues exactly. The code tables
+    are constants of bitsandbytes and not part of the state. A rank whose part of a parameter is empty has no state
+    for it. Blocks begin anew on every rank: other numbers of ranks round alike only where parts are whole blocks.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, paged: bool
+    ) -> None:
+        super().__init__([dict(group) for group in groups], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._inner = [
+            bitsandbytes.optim.AdamW8bit(
+                [nn.Parameter(local_part(parameter.detach())) for parameter in group["params"]],
+                min_8bit_size=0 if group["bits"] == 8 else sys.maxsize,
+                is_paged=paged,
+            )
+            for group in self.param_groups
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, inner in zip(self.param_groups, self._inner, strict=True):
+            self._step_group(group, inner)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], inner: Any) -> None:
+        inner.param_groups[0].update({key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+        moved = []
+        for parameter, part in zip(group["params"], inner.param_groups[0]["params"], strict=True):
+            local = local_part(parameter.detach())
+            if parameter.grad is None or not local.numel():
+                continue
+            # Taken anew at each step, because sharding may swap a parameter's storage (`to_empty`, offloading).
+            part.data = local.contiguous()
+            part.grad = local_part(parameter.grad).contiguous()
+            if self.state[parameter]:
+                take_over(inner, part, self.state[parameter])
+            moved.append((parameter, part, local))
+        inner.step()
+        for parameter, part, local in moved:
+            part.grad = None
+            if part.data_ptr() != local.data_ptr():
+                local.copy_(part)
+            self.state[parameter] = {key: value for key, value in inner.state[part].items() if "qmap" not in key}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As torch's, but codes stay codes: torch would cast them to the parameters' type."""
+        super().load_state_dict({**state_dict, "state": {}})
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, state in state_dict["state"].items():
+            self.state[parameters[index]] = dict(state)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its storage; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def take_over(inner: Any, part: nn.Parameter, state: Mapping[str, Any]) -> None:
+    """Give bitsandbytes the `state` of `part`, copied into buffers of its own unless it already holds them."""
+    held = inner.state[part]
+    for key, value in state.items():
+        if key == "step":
+            held[key] = int(value)
+        elif held.get(key) is value:
+            continue
+        elif key.startswith("state"):
+            held[key] = inner.get_state_buffer(part, dtype=value.dtype)
+            held[key].copy_(local_part(value).reshape(part.shape))
+        else:
+            held[key] = local_part(value).reshape(-1).to(part.device, copy=True)
+    if state["state1"].dtype == torch.uint8 and "qmap1" not in held:
+        for key, table in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
+            inner.name2qmap[table] = inner.name2qmap[table].to(part.device)
+            held[key] = inner.name2qmap[table]
