@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 from llmtune.chat import ContextFull, Conversation, GenerateConfig, answer, chat_loop, stop_tokens
 from llmtune.errors import DataError
 from llmtune.schema import decode
+from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 GREEDY = GenerateConfig(do_sample=False, max_new_tokens=8)
 
@@ -88,7 +88,9 @@ def test_stops_at_the_templates_end_of_turn_even_if_eos_is_another(model, tokeni
     end_of_turn = other.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.eos_token_id = model.config.eos_token_id = 0
     assert stop_tokens(model, other) == [0, end_of_turn]
-    talk = Conversation(always(model, end_of_turn), other, config=GenerateConfig(skip_special_tokens=False, max_new_tokens=5))
+    talk = Conversation(
+        always(model, end_of_turn), other, config=GenerateConfig(skip_special_tokens=False, max_new_tokens=5)
+    )
     assert talk.ask("hi") == "<|im_end|>"
 
 
@@ -188,7 +190,12 @@ def test_terminal_loop_leaves_at_ctrl_d_and_survives_ctrl_c(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
-    [("temperature", 0, "> 0"), ("top_p", 1.5, "<= 1"), ("num_beams", 0, ">= 1"), ("max_new_tokens", "5", "whole number")],
+    [
+        ("temperature", 0, "> 0"),
+        ("top_p", 1.5, "<= 1"),
+        ("num_beams", 0, ">= 1"),
+        ("max_new_tokens", "5", "whole number"),
+    ],
 )
 def test_settings_out_of_range_are_refused(key, value, allowed):
     _, problems = decode(GenerateConfig, {key: value})

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import CHATML, tiny_model, tiny_model_folder, tiny_tokenizer
 
 from llmtune import gguf, hub
 from llmtune.errors import ErrorList, LoadError, PlanError
@@ -32,6 +31,7 @@ from llmtune.source import (
     resolve_model,
 )
 from llmtune.weight_files import check_weight_files
+from tests.tiny import CHATML, tiny_model, tiny_model_folder, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
