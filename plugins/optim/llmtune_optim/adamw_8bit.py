@@ -65,10 +65,11 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
     """AdamW8bit over this rank's part of each parameter.
 
     `state[parameter]` holds `step` (int), `state1` and `state2` (uint8 codes, or float32 where the group's `bits` is
-    32) in the shape of this rank's part and, for codes, `absmax1` and `absmax2` (float32, one per block of 256). Entries
-    assigned from outside are taken over at the next step, so putting saved ones back continues exactly. The code tables
-    are constants of bitsandbytes and not part of the state. A rank whose part of a parameter is empty has no state
-    for it. Blocks begin anew on every rank: other numbers of ranks round alike only where parts are whole blocks.
+    32) in the shape of this rank's part and, for codes, `absmax1` and `absmax2` (float32, one per block of 256).
+    Entries assigned from outside are taken over at the next step, so putting saved ones back continues exactly. The
+    code tables are constants of bitsandbytes and not part of the state. A rank whose part of a parameter is empty has
+    no state for it. Blocks begin anew on every rank: other numbers of ranks round alike only where parts are whole
+    blocks.
     """
 
     def __init__(

@@ -10,12 +10,11 @@ import sys
 
 import torch
 import torch.distributed as dist
+from llmtune_optim import AdamW8bitConfig, AdamWConfig, build_adamw, build_adamw_8bit
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-
-from llmtune_optim import AdamW8bitConfig, AdamWConfig, build_adamw, build_adamw_8bit
 
 STEPS = 6
 

@@ -212,7 +212,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         for rank in range(2)
     ]
     outputs = [rank.communicate(timeout=180) for rank in ranks]
