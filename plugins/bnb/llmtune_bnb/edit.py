@@ -1,0 +1,93 @@
+"""Replace linear layers by quantised ones on the meta device, and say how their weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmtune import Change, EditError, LoadRule, Situation, linear_layers
+from llmtune_bnb.eight import Int8Rule, Linear8bit
+from llmtune_bnb.four import FourBits, FourBitRule, Linear4bit
+
+if TYPE_CHECKING:
+    from llmtune_bnb import BnbConfig
+
+
+class Bnb:
+    """The quant edit: every linear layer but output heads."""
+
+    def __init__(self, config: BnbConfig) -> None:
+        self.config = config
+
+    def check(self, situation: Situation, model: nn.Module) -> Iterator[str]:
+        """8-bit bases cannot be trained on."""
+        if self.config.quantization_bit == 8 and situation.mode == "train":
+            yield (
+                "quantization_bit is 8, which is for inference only: its products round the activations to 8 bits, and "
+                "gradients through them are not those of the model. Train with quantization_bit: 4, or without quant_config"
+            )
+
+    def apply(self, model: nn.Module, situation: Situation) -> Change:
+        """Swap the layers. Raises EditError if the model has no linear layer to quantise."""
+        found = list(quantisable(linear_layers(model)))
+        if not found:
+            raise EditError(
+                f"quant_config: {type(model).__name__} has no linear layer besides its output head; remove quant_config"
+            )
+        make = self._four if self.config.quantization_bit == 4 else self._eight
+        before = sum(layer.weight.numel() * layer.weight.element_size() for _, layer in found)
+        weights = sum(layer.weight.numel() for _, layer in found)
+        rules: list[LoadRule] = []
+        stored = 0
+        for name, layer in found:
+            new, rule = make(name, layer, situation)
+            new.bias = layer.bias
+            new.train(layer.training)
+            model.set_submodule(name, new)
+            rules.append(rule)
+            stored += sum(t.numel() * t.element_size() for t in (new.weight, *new.statistics()))
+        # PEFT and other libraries look here to learn what they wrap.
+        setattr(model, f"is_loaded_in_{self.config.quantization_bit}bit", True)
+        line = (
+            f"{len(found)} linear layers -> {self._kind()}: {weights / 1e6:.1f}M weights, "
+            f"{before / 1e6:.1f} -> {stored / 1e6:.1f} MB"
+        )
+        return Change(rules=rules, report=[line])
+
+    def _kind(self) -> str:
+        if self.config.quantization_bit == 8:
+            return "int8"
+        return self.config.quantization_type + (" (double quantisation)" if self.config.double_quantization else "")
+
+    def _four(self, name: str, layer: Any, situation: Situation) -> tuple[Linear4bit, LoadRule]:
+        bits = FourBits(
+            kind=self.config.quantization_type,
+            double=self.config.double_quantization,
+            dtype=situation.compute_dtype,
+            storage=situation.gather_dtype,
+        )
+        product = self.config.compute_dtype
+        compute = situation.compute_dtype if product == "auto" else getattr(torch, product)
+        shape, transposed = out_in(layer)
+        return Linear4bit(shape, layer.bias is not None, bits, compute), FourBitRule(name, shape, bits, transposed)
+
+    def _eight(self, name: str, layer: Any, situation: Situation) -> tuple[Linear8bit, LoadRule]:
+        shape, transposed = out_in(layer)
+        return Linear8bit(shape, layer.bias is not None), Int8Rule(name, situation.compute_dtype, transposed)
+
+
+def quantisable(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
+    """Layers whose whole meaning is `x W^T + b`: a subclass of `nn.Linear` may do more, and is left alone."""
+    for name, layer in layers:
+        if type(layer) is nn.Linear or isinstance(layer, Conv1D):
+            yield name, layer
+
+
+def out_in(layer: Any) -> tuple[tuple[int, int], bool]:
+    """((outputs, inputs), whether the weight is stored the other way round, as in GPT-2's Conv1D)."""
+    rows, columns = layer.weight.shape
+    return ((columns, rows), True) if isinstance(layer, Conv1D) else ((rows, columns), False)

@@ -1,0 +1,232 @@
+"""4-bit weights: the layer, the bytes it holds, and the rule that makes them, whole or this rank's rows only.
+
+A weight is cut into blocks of 64 numbers. Each block keeps its largest magnitude (`absmax`) and, for every number, which
+of sixteen multiples of it comes nearest: two numbers a byte. With double quantisation the maxima are stored in 8 bits,
+in blocks of 256, after their mean (`offset`) is taken off. QLoRA, https://arxiv.org/abs/2305.14314.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
+from torch import Tensor, nn
+
+from llmtune import Part
+
+BLOCK = 64
+"""Numbers that share one maximum."""
+NESTED_BLOCK = 256
+"""Maxima that share one maximum, with double quantisation."""
+
+
+def blocks(numbers: int) -> int:
+    """How many blocks begin in `numbers` numbers."""
+    return -(-numbers // BLOCK)
+
+
+@lru_cache
+def codes(kind: str) -> tuple[Tensor, Tensor]:
+    """The sixteen values of a 4-bit number and the 256 of a quantised maximum; float32, on CPU."""
+    _, state = quantize_4bit(torch.zeros(BLOCK), blocksize=BLOCK, quant_type=kind, compress_statistics=True)
+    return state.code, state.state2.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBits:
+    """How numbers are stored."""
+
+    kind: str
+    """`nf4` or `fp4`."""
+    double: bool
+    """Whether the block maxima are quantised too."""
+    dtype: torch.dtype
+    """Type that weights have before quantisation and after dequantisation."""
+    storage: torch.dtype
+    """Type whose elements carry the packed bytes."""
+
+    def rows(self, numbers: int) -> int:
+        """Elements of `storage` that hold so many 4-bit numbers."""
+        return -(-numbers // (2 * self.storage.itemsize))
+
+    def quantise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Any tensor, from the start of a block on, to (bytes, block maxima in float32), both flat."""
+        flat = numbers.reshape(-1).to(self.dtype)
+        if not flat.numel():
+            return flat.new_empty(0, dtype=torch.uint8), flat.new_empty(0, dtype=torch.float32)
+        packed, state = quantize_4bit(flat, blocksize=BLOCK, quant_type=self.kind)
+        return packed.reshape(-1), state.absmax
+
+    def pack(self, packed: Tensor, rows: int) -> Tensor:
+        """Flat bytes as `(rows, 1)` of the storage type; a last element that is not full ends in zeros."""
+        room = packed.new_zeros(rows * self.storage.itemsize)
+        room[: packed.numel()] = packed
+        return room.view(self.storage).unsqueeze(1)
+
+    def statistics(self, absmax: Tensor) -> dict[str, Tensor]:
+        """The block maxima of a whole weight as the layer stores them."""
+        if not self.double:
+            return {"absmax": absmax}
+        offset = absmax.mean()
+        small, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        return {"absmax": small, "nested_absmax": nested.absmax, "offset": offset}
+
+    def empty_statistics(self, numbers: int) -> dict[str, Tensor]:
+        """What `statistics` returns for so many numbers, on the meta device."""
+        count = blocks(numbers)
+        if not self.double:
+            return {"absmax": torch.empty(count, device="meta")}
+        nested = -(-count // NESTED_BLOCK)
+        return {
+            "absmax": torch.empty(count, dtype=torch.uint8, device="meta"),
+            "nested_absmax": torch.empty(nested, device="meta"),
+            "offset": torch.empty((), device="meta"),
+        }
+
+    def state(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], code: Tensor, nested_code: Tensor
+    ) -> QuantState:
+        """bitsandbytes' description of a stored weight of `shape` (out, in)."""
+        common = {"blocksize": BLOCK, "quant_type": self.kind, "dtype": self.dtype, "shape": torch.Size(shape)}
+        if not self.double:
+            return QuantState(absmax=parts["absmax"], code=code, **common)
+        nested = QuantState(
+            absmax=parts["nested_absmax"], code=nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+        )
+        return QuantState(absmax=parts["absmax"], code=code, offset=parts["offset"], state2=nested, **common)
+
+    def unpack(self, packed: Tensor, numbers: int) -> Tensor:
+        """`(rows, 1)` of the storage type as bytes `(numbers / 2, 1)`; shares memory."""
+        return packed.view(torch.uint8).reshape(-1, 1)[: -(-numbers // 2)]
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """`x W^T + b` with W (out, in) stored in 4 bits. A subclass of bitsandbytes' layer so that others recognise it.
+
+    The packed weight is a plain parameter and the statistics are buffers, so that the model can be moved, sharded and
+    loaded by means that know nothing of bitsandbytes.
+    """
+
+    def __init__(self, shape: tuple[int, int], bias: bool, bits: FourBits, compute_dtype: torch.dtype) -> None:
+        super().__init__(
+            shape[1],
+            shape[0],
+            bias,
+            compute_dtype=compute_dtype,
+            compress_statistics=bits.double,
+            quant_type=bits.kind,
+            quant_storage=bits.storage,
+            device="meta",
+        )
+        self.bits = bits
+        self.numbers = shape[0] * shape[1]
+        packed = torch.empty(bits.rows(self.numbers), 1, dtype=bits.storage, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self._describe_weight()
+        for name, empty in bits.empty_statistics(self.numbers).items():
+            self.register_buffer(name, empty)
+        code, nested_code = codes(bits.kind)
+        self.register_buffer("code", code, persistent=False)
+        self.register_buffer("nested_code", nested_code, persistent=False)
+
+    def _describe_weight(self) -> None:
+        # PEFT reads these two off the weight when it wraps the layer.
+        self.weight.compress_statistics = self.bits.double
+        self.weight.quant_type = self.bits.kind
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        super()._apply(fn, recurse)
+        self._describe_weight()  # moving makes a new parameter
+        return self
+
+    def statistics(self) -> list[Tensor]:
+        """The buffers that belong to this weight alone."""
+        return [getattr(self, name) for name in self.bits.empty_statistics(0)]
+
+    def state(self) -> QuantState:
+        parts = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset") if hasattr(self, name)}
+        return self.bits.state((self.out_features, self.in_features), parts, self.code, self.nested_code)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the type of `x`. bitsandbytes' own forward may repack the weight in place."""
+        wide = x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(wide.dtype)
+        packed = self.bits.unpack(self.weight.detach(), self.numbers)
+        # Transposed: up to bitsandbytes 0.49 that marks a weight of (out, in); later ones take either.
+        return bnb.matmul_4bit(wide, packed.t(), quant_state=self.state(), bias=bias).to(x.dtype)
+
+    def dequantize(self) -> Tensor:
+        """W as (out, in) in its original type. Collective if the weight is sharded; empty if it is on meta."""
+        weight = self.weight.detach()
+        if weight.is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=self.bits.dtype, device="meta")
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
+        return dequantize_4bit(self.bits.unpack(weight, self.numbers), self.state())
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """Its presence makes PEFT call `dequantize` where it needs the plain weight (DoRA)."""
+        return self.weight
+
+
+@dataclass(frozen=True)
+class FourBitRule:
+    """Load rule: a linear layer's weight to packed bytes and block maxima."""
+
+    layer: str
+    shape: tuple[int, int]
+    """(out, in), as the layer uses it."""
+    bits: FourBits
+    transposed: bool = False
+    """Whether the source is (in, out), as in GPT-2's Conv1D."""
+
+    @property
+    def source(self) -> str:
+        return f"{self.layer}.weight"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.source, *(f"{self.layer}.{name}" for name in self.bits.empty_statistics(0)))
+
+    @property
+    def numbers(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def convert(self, source: Tensor) -> dict[str, Tensor]:
+        """The same bytes as bitsandbytes gives for the tensor in the run's compute type."""
+        packed, absmax = self.bits.quantise(source.t() if self.transposed else source)
+        return self._named(self.bits.pack(packed, self.bits.rows(self.numbers)), absmax)
+
+    def convert_part(self, part: Part) -> dict[str, Tensor] | None:
+        """Bytes of this rank's rows, maxima of all: each rank gives those of the blocks that begin in its rows."""
+        if self.transposed:
+            return None
+        start, stop = part.rows(self.source)
+        per_row = 2 * self.bits.storage.itemsize
+        first, last = (min(row * per_row, self.numbers) for row in (start, stop))
+        # Rows need not end where blocks end, so the blocks they touch are quantised whole and cut.
+        low, high = first // BLOCK * BLOCK, min(blocks(last) * BLOCK, self.numbers)
+        if first == last:
+            low = high = first
+        packed, absmax = self.bits.quantise(part.elements(low, high))
+        own = packed[(first - low) // 2 : (first - low) // 2 + -(-(last - first) // 2)]
+        begun = absmax[blocks(first) - low // BLOCK :] if first != last else absmax
+        return self._named(self.bits.pack(own, stop - start), part.concatenate(begun))
+
+    def restore(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """The dequantised weight in its original orientation."""
+        parts = {name.rpartition(".")[2]: tensor for name, tensor in targets.items()}
+        packed = parts.pop("weight")
+        code, nested_code = (values.to(packed.device) for values in codes(self.bits.kind))
+        state = self.bits.state(self.shape, parts, code, nested_code)
+        whole = dequantize_4bit(self.bits.unpack(packed, self.numbers), state)
+        return whole.t().contiguous() if self.transposed else whole
+
+    def _named(self, packed: Tensor, absmax: Tensor) -> dict[str, Tensor]:
+        made = {"weight": packed} | self.bits.statistics(absmax)
+        return {f"{self.layer}.{name}": tensor for name, tensor in made.items()}

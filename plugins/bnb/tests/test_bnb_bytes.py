@@ -1,0 +1,124 @@
+"""The bytes: equal to bitsandbytes' own, whole or in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor
+
+from llmtune_bnb.eight import Int8Rule
+from llmtune_bnb.four import FourBitRule, FourBits
+
+
+class Ranks:
+    """Plays the core for several ranks in turn: FSDP2's split of rows, and a gather that waits for all."""
+
+    def __init__(self, source: Tensor, rows: int, size: int) -> None:
+        self.source, self.size = source, size
+        chunk = -(-rows // size)
+        self.bounds = [(min(rank * chunk, rows), min((rank + 1) * chunk, rows)) for rank in range(size)]
+        self.pieces: list[Tensor] = []
+
+    def run(self, rule: FourBitRule) -> list[dict[str, Tensor]]:
+        for rank in range(self.size):  # first round: collect what each rank contributes
+            rule.convert_part(One(self, rank))
+        whole = torch.cat(self.pieces)
+        return [rule.convert_part(One(self, rank, whole)) for rank in range(self.size)]
+
+
+class One:
+    def __init__(self, ranks: Ranks, rank: int, whole: Tensor | None = None) -> None:
+        self.ranks, self.rank, self.whole = ranks, rank, whole
+        self.shape = tuple(ranks.source.shape)
+        self.read: list[tuple[int, int]] = []
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        self.read.append((start, stop))
+        return self.ranks.source.reshape(-1)[start:stop]
+
+    def rows(self, target: str) -> tuple[int, int]:
+        return self.ranks.bounds[self.rank]
+
+    def concatenate(self, piece: Tensor) -> Tensor:
+        if self.whole is not None:
+            return self.whole
+        self.ranks.pieces.append(piece)
+        return piece if piece.numel() else torch.ones(1)
+
+
+def rule_for(shape: tuple[int, int], kind: str, double: bool, storage: torch.dtype) -> FourBitRule:
+    bits = FourBits(kind=kind, double=double, dtype=torch.float32, storage=storage)
+    return FourBitRule("layer", shape, bits)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(48, 80), (32, 64), (7, 24)])
+def test_whole_weight_has_bitsandbytes_bytes(kind: str, double: bool, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    made = rule_for(shape, kind, double, torch.float32).convert(weight)
+    packed, state = quantize_4bit(
+        weight, blocksize=64, quant_type=kind, compress_statistics=double, quant_storage=torch.float32
+    )
+    assert torch.equal(made["layer.weight"].view(torch.uint8), packed.view(torch.uint8))
+    assert torch.equal(made["layer.absmax"], state.absmax)
+    if double:
+        assert torch.equal(made["layer.nested_absmax"], state.state2.absmax)
+        assert torch.equal(made["layer.offset"], state.offset)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+# 48x80 in float32 rows: 480 rows, aligned splits. 7x24: 21 rows of 8 numbers, splits inside blocks and an empty rank.
+# 3x5: an odd number of values in one partly filled row.
+@pytest.mark.parametrize("shape", [(48, 80), (7, 24), (30, 50), (3, 5)])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_pieces_of_all_ranks_join_to_the_whole(
+    ranks: int, kind: str, double: bool, shape: tuple[int, int], storage: torch.dtype
+) -> None:
+    rule = rule_for(shape, kind, double, storage)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    whole = rule.convert(weight)
+    pieces = Ranks(weight, rule.bits.rows(rule.numbers), ranks).run(rule)
+    joined = torch.cat([piece["layer.weight"] for piece in pieces])
+    assert torch.equal(joined.view(torch.uint8), whole["layer.weight"].view(torch.uint8))
+    for name in set(whole) - {"layer.weight"}:
+        assert all(torch.equal(piece[name], whole[name]) for piece in pieces)
+
+
+def test_a_rank_reads_only_its_own_part() -> None:
+    rule = rule_for((48, 80), "nf4", True, torch.float32)
+    ranks = Ranks(torch.randn(48, 80), rule.bits.rows(3840), 2)
+    one = One(ranks, 1)
+    rule.convert_part(one)
+    assert one.read == [(1920, 3840)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("double", [True, False])
+def test_restore_gives_what_the_bytes_mean(double: bool, transposed: bool) -> None:
+    bits = FourBits(kind="nf4", double=double, dtype=torch.float32, storage=torch.bfloat16)
+    rule = FourBitRule("layer", (48, 80), bits, transposed)
+    weight = torch.randn(48, 80, generator=torch.Generator().manual_seed(3))
+    back = rule.restore(rule.convert(weight.t().contiguous() if transposed else weight))
+    expected = dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double))
+    assert torch.equal(back, expected.t() if transposed else expected)
+
+
+def test_weights_are_rounded_to_the_compute_type_first() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(4))
+    bits = FourBits(kind="nf4", double=False, dtype=torch.bfloat16, storage=torch.bfloat16)
+    made = FourBitRule("layer", (32, 64), bits).convert(weight)
+    _, state = quantize_4bit(weight.to(torch.bfloat16), blocksize=64, quant_type="nf4")
+    assert torch.equal(made["layer.absmax"], state.absmax)
+
+
+def test_int8_restore_is_within_half_a_step() -> None:
+    # Half a step of int8, and up to 127 * 2**-11 steps of rounding to float16 before it.
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(5))
+    rule = Int8Rule("layer", torch.float32)
+    back = rule.restore(rule.convert(weight))
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((back - weight).abs() <= 0.57 * step).all()
