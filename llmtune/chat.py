@@ -130,7 +130,7 @@ def encode(
     """Token ids (1, T) of the conversation up to where the assistant's answer starts."""
     if not (tokenizer.chat_template or template_kwargs.get("chat_template")):
         raise DataError("the model's tokenizer has no chat template, so it cannot chat; name one with template")
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_kwargs
     )
     return encoded["input_ids"]
@@ -200,14 +200,14 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _whole_answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Any], skip_special_tokens: bool
+    model: Any, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Any], skip_special_tokens: bool
 ) -> str:
     answer_T = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(answer_T, skip_special_tokens=skip_special_tokens)).strip()
 
 
 def _pieces(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Any], skip_special_tokens: bool
+    model: Any, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Any], skip_special_tokens: bool
 ) -> Iterator[str]:
     """Pieces of the answer. `generate` runs in a thread of its own; leaving the iterator stops it at the next token."""
     import torch

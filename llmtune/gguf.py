@@ -171,7 +171,7 @@ def _convert(gguf: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         folder = Path(scratch) / "model"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+            tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )

@@ -251,11 +251,12 @@ def load_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenize
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(
             files.folder, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
     except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
         raise LoadError(f"{files.folder} has no usable tokenizer: {_first_line(error, config)}") from error
+    return tokenizer
 
 
 def auto_class(config: ModelConfig) -> Any:
