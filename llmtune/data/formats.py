@@ -84,7 +84,7 @@ def _first_turn(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
 
 def _role(turn: Mapping[str, Any], key: str, roles: Mapping[str, str], number: int) -> str:
     if key not in turn:
-        near = did_you_mean(key, [str(name) for name in turn])
+        near = next((hint for name in turn if (hint := did_you_mean(str(name), [key]))), "")
         raise BadRow(f"message without {key}", f'message {number} has no "{key}", found {listed(turn)}.{near}')
     role = turn[key]
     if role not in roles:

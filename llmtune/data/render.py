@@ -22,6 +22,7 @@ from llmtune.data.formats import Conversation, Message
 from llmtune.data.messages import BadRow
 from llmtune.errors import DataError
 
+_STAND_IN = "\ue000answer\ue000"  # private-use characters, which no text of a data set should hold
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -128,20 +129,19 @@ class Renderer:
 
     def _turn(self, messages: list[Message], tools: Any, at: int, text: str, seen: dict[int, str]) -> Turn | None:
         """Turn `at` in `text`, or None where `text` shows it otherwise than as the latest turn."""
-        message = messages[at]
         if at + 1 not in seen:
             seen[at + 1] = self.render(messages[: at + 1], tools)
         whole = seen[at + 1]
         same = _common(whole, text)
-        written = self._written(message, whole)
+        written = self._written(messages, tools, at, whole)
         if same < len(whole) and (written is None or not self._any_special.search(whole[:same], written[1])):
             return None
         head = self.render(messages[:at], tools, prompt=True)
         has_prompt = at > 0 and "add_generation_prompt" in self._template(tools)
         if has_prompt and whole.startswith(head):
             start = len(head)
-        elif written is not None:
-            start = written[0]  # the template gives no prompt, or another one than it writes before the answer
+        elif probed := self._probe(messages, tools, at, whole):
+            start, _ = probed  # the template gives no prompt, or another one than it writes before the answer
         else:
             raise BadRow("turns cannot be told apart", f"the template writes message {at + 1} in no recognisable place")
         tail = max(start, written[1] if written else start)
@@ -149,17 +149,27 @@ class Renderer:
         stop = ends[-1] if ends else written[1] if written else same
         return Turn(start=start, stop=stop, ended=bool(ends))
 
-    def _written(self, message: Message, whole: str) -> tuple[int, int] | None:
-        """Where the text of the last message stands in `whole`, in characters."""
-        text = _answer(message).strip()
-        if calls := message.get("tool_calls"):
+    def _written(self, messages: list[Message], tools: Any, at: int, whole: str) -> tuple[int, int] | None:
+        """Where the text of message `at`, the last one in `whole`, stands in it; None if that cannot be told."""
+        text = _answer(messages[at]).strip()
+        if calls := messages[at].get("tool_calls"):
             name = calls[-1]["function"]["name"]
             after = whole.rfind(name)
-            begin = whole.rfind(text, 0, after) if text else after
-            return (begin, after + len(name)) if text and begin >= 0 and after >= 0 else None
+            begin = whole.rfind(text, 0, after) if text else -1
+            return (begin, after + len(name)) if begin >= 0 else None
+        if self._any_special.search(text):
+            return self._probe(messages, tools, at, whole)
         body = _without_tail(whole, self._special)
         begin = len(body) - len(text) if body.endswith(text) else whole.rfind(text)
         return (begin, begin + len(text)) if text and begin >= 0 else None
+
+    def _probe(self, messages: list[Message], tools: Any, at: int, whole: str) -> tuple[int, int] | None:
+        """The same, found at the cost of a rendering with a stand-in for the text that occurs nowhere else."""
+        probe = self.render([*messages[:at], {**messages[at], "content": _STAND_IN}], tools)
+        before, found, after = probe.partition(_STAND_IN)
+        if not found or not whole.startswith(before) or not whole.endswith(after):
+            return None
+        return len(before), max(len(before), len(whole) - len(after))
 
     def _check_texts(self, conversation: Conversation, full: str) -> None:
         """BadRow if something of the conversation is missing in the rendering: a typo in the template, say."""

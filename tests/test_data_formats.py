@@ -1,0 +1,193 @@
+"""Alpaca, ShareGPT and OpenAI rows become one shape; rows that do not fit say why."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from llmtune.data import FORMATS, detect
+from llmtune.data.messages import BadRow
+from llmtune.errors import DataError
+
+CALL = {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}
+TOOL = {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}}
+ASSISTANT_CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def test_alpaca() -> None:
+    read = FORMATS["alpaca"].read
+    assert read({"instruction": "Sum", "input": "1 2", "output": "3"}).messages == turns(
+        ("user", "Sum\n1 2"), ("assistant", "3")
+    )
+    row = {"instruction": "c", "input": None, "output": "d", "system": "s", "history": [["a", "b"]], "id": 7}
+    assert read(row).messages == turns(
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
+    )
+    assert read({"instruction": "a", "output": "b", "system": None, "history": None}).messages == turns(
+        ("user", "a"), ("assistant", "b")
+    )
+
+
+@pytest.mark.parametrize("tools", [json.dumps([TOOL]), [TOOL], [{"type": "function", "function": TOOL}]])
+@pytest.mark.parametrize(
+    "value", [json.dumps(CALL), json.dumps([CALL]), json.dumps(CALL | {"arguments": '{"a": 1, "b": [2, "é"]}'})]
+)
+def test_sharegpt_with_tools(tools: Any, value: str) -> None:
+    conversation = FORMATS["sharegpt"].read(
+        {
+            "conversations": [
+                {"from": "human", "value": "Add"},
+                {"from": "function_call", "value": value},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "It is 3"},
+            ],
+            "system": "Be exact",
+            "tools": tools,
+        }
+    )
+    assert conversation.messages == [
+        *turns(("system", "Be exact"), ("user", "Add")),
+        ASSISTANT_CALL,
+        *turns(("tool", "3"), ("assistant", "It is 3")),
+    ]
+    assert conversation.tools == [{"type": "function", "function": TOOL}]
+
+
+@pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
+def test_openai_with_tools(arguments: Any) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    conversation = FORMATS["openai"].read(
+        {
+            "messages": [
+                {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "exact"}]},
+                {"role": "user", "content": "Add"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "3", "tool_call_id": "1"},
+                {"role": "assistant", "content": "3", "reasoning_content": "easy"},
+            ]
+        }
+    )
+    called = ASSISTANT_CALL["tool_calls"][0] | {"id": "1"}
+    assert conversation.messages == [
+        {"role": "system", "content": "Be exact"},
+        {"role": "user", "content": "Add"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+        {"role": "assistant", "content": "3", "reasoning_content": "easy"},
+    ]
+    assert conversation.tools is None
+
+
+def test_openai_messages_under_conversations() -> None:
+    row = {"conversations": turns(("user", "a"), ("assistant", "b"))}
+    found, why = detect([row], "x")
+    assert (found.name, why) == ("openai", "conversations with role/content")
+    assert found.read(row).messages == row["conversations"]
+
+
+OK = ("assistant", "b")
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "reason", "detail"),
+    [
+        ("alpaca", {"instruction": "a", "outptu": "b"}, "misspelt column", '"outptu". Did you mean "output"'),
+        ("alpaca", {"instruction": "a", "inputs": "b", "output": "c"}, "misspelt column", 'Did you mean "input"'),
+        ("alpaca", {"instruction": "a", "text": "b"}, "no output", "found instruction, text"),
+        ("alpaca", {"instruction": "a", "output": None}, "null content", '"output" is null'),
+        ("alpaca", {"instruction": "a", "output": ""}, "empty answer", "say nothing"),
+        ("alpaca", {"instruction": 3, "output": "b"}, "instruction is not text", "is a number, allowed is text"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["x"]]}, "bad history", "entry 1"),
+        ("alpaca", ["a", "b"], "not an object", "the row is a list"),
+        ("openai", {"messages": "hello"}, "messages is not a list", '"messages" is text, allowed is a list'),
+        ("openai", {"messages": ["hello"]}, "message is not an object", "message 1 is text"),
+        ("openai", {"messages": turns(("user", "a"))}, "no assistant turn", "found user"),
+        ("openai", {"messages": []}, "no assistant turn", "found no messages"),
+        ("openai", {"messages": turns(("usr", "a"), OK)}, "unknown role", '"usr", allowed are .*Did you mean "user"'),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": None}, *turns(OK)]},
+            "null content",
+            r"message 1 \(user\)",
+        ),
+        ("openai", {"messages": [{"rol": "user", "content": "a"}]}, "message without role", 'Did you mean "role"'),
+        (
+            "openai",
+            {"messages": turns(("user", "a"), ("tool", "x"), OK)},
+            "roles out of order",
+            "tool result after user",
+        ),
+        (
+            "openai",
+            {"messages": turns(("user", "a"), ("system", "x"), OK)},
+            "roles out of order",
+            "can only come first",
+        ),
+        ("openai", {"mesages": []}, "misspelt column", 'Did you mean "messages"'),
+        ("openai", {"messages": turns(("user", "a"), OK), "tools": "{"}, "bad tools", "not JSON"),
+        ("openai", {"messages": turns(("user", "a"), OK), "images": ["a.jpg"]}, "not only text", "images"),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, *turns(OK)]},
+            "not only text",
+            "message 1 holds parts of type image_url",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "add(1)"}]},
+            "bad tool call",
+            "the function call in message 2 is not JSON",
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": '{"arguments": {}}'},
+                ]
+            },
+            "bad tool call",
+            "tool call 1 of message 2 has no function name",
+        ),
+        ("sharegpt", {"conversations": [{"from": "humn", "value": "a"}]}, "unknown role", 'Did you mean "human"'),
+    ],
+)
+def test_bad_rows_give_a_reason(format: str, row: Any, reason: str, detail: str) -> None:
+    with pytest.raises(BadRow, match=detail) as caught:
+        FORMATS[format].read(row)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "why"),
+    [
+        ({"instruction": "a", "output": "b"}, "alpaca", "instruction and output"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt", "conversations with from/value"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "openai", "messages with role/content"),
+    ],
+)
+def test_detection_explains_itself(row: dict, name: str, why: str) -> None:
+    found, reason = detect([row, {"broken": 1}], "x")
+    assert (found.name, reason) == (name, why)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "completion": "b"}], "found the columns prompt, completion.*alpaca: instruction, output"),
+        ([{"instrction": "a", "output": "b"}], 'Did you mean "instruction"'),
+        ([{"instruction": "a", "output": "b", "messages": [{"role": "user"}]}], r"several formats \(alpaca, openai\)"),
+        ([{"conversations": [{"from": "human", "value": ""}], "chosen": {}, "rejected": {}}], "preference pairs"),
+        ([{"messages": [{"role": "user"}], "label": False}], "labelled answers.*data_format"),
+        ([3], "found the columns none"),
+    ],
+)
+def test_what_is_not_recognised_is_not_guessed(rows: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        detect(rows, "x")
