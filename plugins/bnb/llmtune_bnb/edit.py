@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune import Change, EditError, LoadRule, Situation, linear_layers
 from llmtune_bnb.eight import Int8Rule, Linear8bit
-from llmtune_bnb.four import FourBits, FourBitRule, Linear4bit
+from llmtune_bnb.four import FourBitRule, FourBits, Linear4bit
 
 if TYPE_CHECKING:
     from llmtune_bnb import BnbConfig
@@ -27,8 +27,8 @@ class Bnb:
         """8-bit bases cannot be trained on."""
         if self.config.quantization_bit == 8 and situation.mode == "train":
             yield (
-                "quantization_bit is 8, which is for inference only: its products round the activations to 8 bits, and "
-                "gradients through them are not those of the model. Train with quantization_bit: 4, or without quant_config"
+                "quantization_bit is 8, which is for inference only: its products round the activations to 8 bits, so "
+                "that gradients are not those of the model. Train with quantization_bit: 4, or without quant_config"
             )
 
     def apply(self, model: nn.Module, situation: Situation) -> Change:

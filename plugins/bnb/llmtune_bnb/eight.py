@@ -46,7 +46,7 @@ class Linear8bit(bnb.nn.Linear8bitLt):
         return int8_vectorwise_dequant(self.weight.detach(), self.SCB)
 
     @property
-    def W_q(self) -> Tensor:  # noqa: N802
+    def W_q(self) -> Tensor:
         """Its presence makes PEFT call `dequantize` where it needs the plain weight (DoRA)."""
         return self.weight
 

@@ -1,8 +1,8 @@
 """4-bit weights: the layer, the bytes it holds, and the rule that makes them, whole or this rank's rows only.
 
-A weight is cut into blocks of 64 numbers. Each block keeps its largest magnitude (`absmax`) and, for every number, which
-of sixteen multiples of it comes nearest: two numbers a byte. With double quantisation the maxima are stored in 8 bits,
-in blocks of 256, after their mean (`offset`) is taken off. QLoRA, https://arxiv.org/abs/2305.14314.
+A weight is cut into blocks of 64 numbers. Each block keeps its largest magnitude (`absmax`) and, for every number,
+which of sixteen multiples of it comes nearest: two numbers a byte. With double quantisation the maxima are stored in
+8 bits, in blocks of 256, after their mean (`offset`) is taken off. QLoRA, https://arxiv.org/abs/2305.14314.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         return dequantize_4bit(self.bits.unpack(weight, self.numbers), self.state())
 
     @property
-    def W_q(self) -> Tensor:  # noqa: N802
+    def W_q(self) -> Tensor:
         """Its presence makes PEFT call `dequantize` where it needs the plain weight (DoRA)."""
         return self.weight
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from torch import Tensor
-
 from llmtune_bnb.eight import Int8Rule
 from llmtune_bnb.four import FourBitRule, FourBits
+from torch import Tensor
 
 
 class Ranks:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from llmtune_bnb import AutoConfig, BnbConfig, build, build_auto, quant_config
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.bnb import Linear4bit as LoraOn4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmtune import EditError
-from llmtune_bnb import AutoConfig, BnbConfig, build, build_auto, quant_config
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
