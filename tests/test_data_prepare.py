@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmtune.data import DataConfig, TokenSamples, prepare
+from llmtune.data import FORMATS, DataConfig, TokenSamples, prepare
 from llmtune.errors import DataError
 from llmtune.schema import decode, json_schema
 from tests.tiny import CHATML, CHATML_MARKED, tiny_tokenizer
@@ -260,6 +260,14 @@ def test_keys_are_checked(keys: dict, message: str | None) -> None:
         import re
 
         assert re.search(message, "\n".join(f"{problem.key}: {problem.message}" for problem in problems))
+
+
+def test_every_format_can_be_named(tmp_path: Path) -> None:
+    assert json_schema(DataConfig)["properties"]["data_format"]["enum"] == ["auto", *FORMATS]
+    write(tmp_path / "rows.jsonl", alpaca(1))
+    config = DataConfig(dataset={"path": "rows.jsonl", "format": "alpca"})
+    with pytest.raises(DataError, match=r'no format "alpca"\. Did you mean "alpaca"'):
+        prepare(config, tiny_tokenizer(), seed=0, base_dir=tmp_path)
 
 
 def test_keys_have_documentation_and_a_schema() -> None:

@@ -116,6 +116,20 @@ def test_a_prompt_that_is_not_written_before_answers_is_not_trained() -> None:
     assert trained == ["<b>Hello<|im_end|>", "<think<|im_end|>"]
 
 
+def test_inline_thinking_trains_where_the_template_keeps_it() -> None:
+    assert encode("no_prompt", talk("Hi", "<think>x</think>Yes"))[0][1] == ["<think>x</think>Yes<|im_end|>"]
+    # A template that always writes a block of thinking, and a prompt that says there will be none.
+    block = (
+        "{%- set parts = message['content'].split('</think>') %}"
+        "{{ '[' + (parts[0][7:] if parts[1:] else '') + ']' + parts[-1] }}"
+    )
+    template = CHATML.replace("assistant\n{%", "assistant\n[]{%").replace("{{ message['content'] or '' }}", block)
+    tokenizer = tiny_tokenizer(template)
+    ((sample,),) = Renderer(tokenizer).encode([Conversation(messages=talk("Hi", "<think>x</think>Yes"))])
+    assert tokenizer.decode(sample.ids).endswith("assistant\n[x]Yes<|im_end|>\n")
+    assert tokenizer.decode(sample.ids[sample.mask]) == "Yes<|im_end|>"
+
+
 def test_short_answers_are_not_mistaken_for_the_header() -> None:
     for template in ("no_prompt", "other", "chatml"):
         assert encode(template, talk("a", "a", "assistant", "assistant"))[0][1] == [

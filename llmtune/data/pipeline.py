@@ -127,12 +127,12 @@ def _conversations(
         chosen, report.why = detect(readable, source.path) if name == "auto" else (FORMATS[name], "as named")
         report.format = chosen.name
     else:
-        rows = iter(())  # nothing to tell the format by: these rows are reported, and no more are read
+        chosen, rows = None, iter(())  # nothing to tell the format by: these rows are reported, no more are read
     for row in chain(first, rows):
         report.rows += 1
         try:
-            if row.problem is not None:
-                raise BadRow("unreadable", row.problem)
+            if row.problem is not None or chosen is None:
+                raise BadRow("unreadable", row.problem or "")
             yield row.origin, chosen.read(row.data)
         except BadRow as bad:
             report.add_bad(row.origin, bad.reason, bad.detail)

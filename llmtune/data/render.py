@@ -165,11 +165,14 @@ class Renderer:
 
     def _probe(self, messages: list[Message], tools: Any, at: int, whole: str) -> tuple[int, int] | None:
         """The same, found at the cost of a rendering with a stand-in for the text that occurs nowhere else."""
-        probe = self.render([*messages[:at], {**messages[at], "content": _STAND_IN}], tools)
-        before, found, after = probe.partition(_STAND_IN)
-        if not found or not whole.startswith(before) or not whole.endswith(after):
-            return None
-        return len(before), max(len(before), len(whole) - len(after))
+        content = messages[at]["content"]
+        thinking = content.removesuffix(_answer(messages[at]))
+        for kept in dict.fromkeys(("", thinking)):  # thinking is kept where the template writes it elsewhere
+            probe = self.render([*messages[:at], {**messages[at], "content": kept + _STAND_IN}], tools)
+            before, found, after = probe.partition(_STAND_IN)
+            if found and whole.startswith(before) and whole.endswith(after):
+                return len(before), max(len(before), len(whole) - len(after))
+        return None
 
     def _check_texts(self, conversation: Conversation, full: str) -> None:
         """BadRow if something of the conversation is missing in the rendering: a typo in the template, say."""

@@ -25,7 +25,7 @@ class TokenSamples:
 
     @staticmethod
     def from_lists(
-        samples: Sequence[tuple[np.ndarray, np.ndarray]], rows: Sequence[int], origins: Sequence[str] = ()
+        samples: Sequence[tuple[np.ndarray, np.ndarray]], rows: Sequence[int] | np.ndarray, origins: Sequence[str] = ()
     ) -> TokenSamples:
         """Join (ids, mask) pairs; `rows[i]` is the row that sample i comes from."""
         starts = np.zeros(len(samples) + 1, dtype=np.int64)
