@@ -120,7 +120,7 @@ def test_inline_thinking_trains_where_the_template_keeps_it() -> None:
     assert encode("no_prompt", talk("Hi", "<think>x</think>Yes"))[0][1] == ["<think>x</think>Yes<|im_end|>"]
     # A template that always writes a block of thinking, and a prompt that says there will be none.
     block = (
-        "{%- set parts = message['content'].split('</think>') %}"
+        "{% set parts = message['content'].split('</think>') %}"
         "{{ '[' + (parts[0][7:] if parts[1:] else '') + ']' + parts[-1] }}"
     )
     template = CHATML.replace("assistant\n{%", "assistant\n[]{%").replace("{{ message['content'] or '' }}", block)
