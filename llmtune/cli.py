@@ -151,7 +151,7 @@ def _export(options: Any) -> None:
 def _plugins(options: Any) -> None:
     from llmtune.registry import Registry, print_listing
 
-    print_listing(Registry().listing(), json=options.json)
+    print_listing(Registry().listing(), as_json=options.json)
 
 
 def _schema(options: Any) -> None:
