@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +125,16 @@ def _write_state(state: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(_with_dimensions(state), storage_writer=writer, no_dist=ranks.size == 1)
+    with _alone_is_fine():
+        dcp.save(_with_dimensions(state), storage_writer=writer, no_dist=ranks.size == 1)
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch.distributed.checkpoint warns about each save and load of a single process, which is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _with_dimensions(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +171,8 @@ def restore(
             f"{folder}: this optimiser's state is cut for {manifest.ranks} ranks and cannot be used on {ranks.size}; resume on "
             f"{manifest.ranks} ranks, or start a new run from its weights"
         )
-    dcp.load(state, storage_reader=reader, no_dist=ranks.size == 1)
+    with _alone_is_fine():
+        dcp.load(state, storage_reader=reader, no_dist=ranks.size == 1)
     if optimizer is None:
         return
     for key, value in state.items():
@@ -286,5 +298,6 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
         for key, facts in stored.items()
         if key.startswith("model/")
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with _alone_is_fine():
+        dcp.load(state, storage_reader=reader, no_dist=True)
     return {key.removeprefix("model/"): tensor for key, tensor in state.items()}

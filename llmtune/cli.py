@@ -75,6 +75,14 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys: learning_rate=1e-4 peft_config.r=32")
 
 
+def _quiet_libraries() -> None:
+    """transformers' bars for loading and writing files say nothing that our own lines do not."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def _train(options: Any) -> int:
     from llmtune.launch import launch, under_launcher
     from llmtune.recipe import load_recipe
@@ -89,6 +97,7 @@ def _train(options: Any) -> int:
     from llmtune.show import outcome_text
     from llmtune.training import train_here
 
+    _quiet_libraries()
     outcome = train_here(recipe, Registry())
     if outcome.plan.ranks.first:
         print("\n" + outcome_text(outcome))
@@ -106,6 +115,7 @@ def _plan(options: Any) -> None:
     from llmtune.registry import Registry
     from llmtune.run import default_ranks
 
+    _quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
     ranks = options.nproc or default_ranks(recipe.train.device)
     print(make_plan(recipe, Registry(), Ranks(size=ranks), pick_device(recipe.train.device)))
@@ -119,6 +129,7 @@ def _chat(options: Any) -> None:
     from llmtune.reopen import open_model, recipe_of
     from llmtune.schema import decode
 
+    _quiet_libraries()
     given = parse_overrides(options.overrides)
     names = {field.name for field in fields(GenerateConfig)}
     config, problems = decode(GenerateConfig, {key: value for key, value in given.items() if key in names})
@@ -144,6 +155,7 @@ def _export(options: Any) -> None:
     from llmtune.export import export
     from llmtune.recipe import parse_overrides
 
+    _quiet_libraries()
     target = export(options.run, **parse_overrides(options.overrides))
     print(f"Wrote {target}. Try: llmtune chat {target}")
 
