@@ -53,6 +53,7 @@ def _build(config: AutoKernelsConfig) -> Any:
 
 @hookimpl
 def kernel_config() -> list[Plugin]:
+    """Offer `auto`."""
     return [
         Plugin(
             name="auto",

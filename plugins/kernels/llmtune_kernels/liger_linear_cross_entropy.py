@@ -24,7 +24,7 @@ def liger_linear_cross_entropy(
     plain = is_plain(head) and not hasattr(head.weight, "full_tensor")
     if transform is not None or not plain or not hidden_ND.shape[0] or not hidden_ND.is_cuda:
         return linear_cross_entropy(hidden_ND, head, targets_N, transform)
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # pyrefly: ignore[missing-import]
 
     loss = liger_fused_linear_cross_entropy(
         hidden_ND, head.weight, targets_N, bias=head.bias, reduction="sum", accum_dtype=torch.float32

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,8 +65,8 @@ def replace_norms(model: nn.Module, rms_norm: RmsNorm) -> list[tuple[str, nn.Mod
 
 
 @functools.cache
-def _forward(rms_norm: RmsNorm, variant: Variant) -> Callable[[nn.Module, Tensor], Tensor]:
-    def forward(self: nn.Module, hidden_states: Tensor, /) -> Tensor:
+def _forward(rms_norm: RmsNorm, variant: Variant) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, hidden_states: Tensor, /) -> Tensor:
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
         # Never in place: Gemma's residual needs the gradient that in-place code would overwrite.
         return rms_norm(hidden_states, self.weight, eps, variant.offset, variant.casting, False)
@@ -78,7 +79,7 @@ def _suits(model: nn.Module, situation: Situation) -> str | None:
 
 
 def _apply(model: nn.Module, situation: Situation) -> Change:
-    from liger_kernel.transformers.functional import liger_rms_norm
+    from liger_kernel.transformers.functional import liger_rms_norm  # pyrefly: ignore[missing-import]
 
     return Change(report=[f"liger_rms_norm: used in {where(replace_norms(model, liger_rms_norm))}"])
 

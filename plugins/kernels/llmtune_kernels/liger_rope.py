@@ -88,7 +88,7 @@ def _suits(model: Any, situation: Situation) -> str | None:
 
 
 def _apply(model: nn.Module, situation: Situation) -> Change:
-    from liger_kernel.transformers.functional import liger_rope
+    from liger_kernel.transformers.functional import liger_rope  # pyrefly: ignore[missing-import]
 
     return Change(report=[f"liger_rope: used in {where(replace_attention(model, liger_rope))}"])
 

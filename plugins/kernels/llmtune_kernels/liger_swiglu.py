@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,14 +27,14 @@ def replace_mlps(model: nn.Module, silu_mul: SiluMul) -> list[tuple[str, nn.Modu
 
 
 @functools.cache
-def _forward(silu_mul: SiluMul) -> Callable[[nn.Module, Tensor], Tensor]:
-    def forward(self: nn.Module, hidden_states: Tensor, /) -> Tensor:
+def _forward(silu_mul: SiluMul) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, hidden_states: Tensor, /) -> Tensor:
         return self.down_proj(silu_mul(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
     return forward
 
 
-def _mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _mlps(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, mlp) for name, mlp in modules_of(model, CLASSES) if mlp.config.hidden_act in ("silu", "swish")]
 
 
@@ -42,7 +43,7 @@ def _suits(model: nn.Module, situation: Situation) -> str | None:
 
 
 def _apply(model: nn.Module, situation: Situation) -> Change:
-    from liger_kernel.transformers.functional import liger_swiglu
+    from liger_kernel.transformers.functional import liger_swiglu  # pyrefly: ignore[missing-import]
 
     return Change(report=[f"liger_swiglu: used in {where(replace_mlps(model, liger_swiglu))}"])
 

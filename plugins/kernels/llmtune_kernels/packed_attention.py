@@ -31,7 +31,7 @@ from llmtune_kernels.spec import KernelSpec
 NAME = "llmtune_packed"
 
 Varlen = Callable[..., Tensor]
-"""`f(query_THD, key_TKD, value_TKD, starts, longest, scale, window, dropout) -> (T, H, D)`."""
+"""`f(query_THD, key_TKD, value_TKD, starts, longest, scale, window) -> (T, H, D)`."""
 
 _lengths: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Document lengths of a bounds tensor, so that a GPU is waited for once a batch and not once a layer."""
@@ -50,12 +50,14 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, _real_mask(attention_mask), **arguments)
     scale = arguments.get("scaling")
     dropout = arguments.get("dropout", 0.0)
-    varlen = _varlen() if query.is_cuda and query.shape[-1] == value.shape[-1] <= 256 else None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    if varlen and dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
-        parts = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+    width = query.shape[-1]
+    # The kernels take 16-bit types and widths in steps of 8, and torch's has no dropout.
+    fits = query.is_cuda and dtype in (torch.bfloat16, torch.float16) and not dropout
+    if fits and width == value.shape[-1] <= 256 and width % 8 == 0 and (found := _varlen()):
+        query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
         longest = arguments.get("max_length_q") or max(_documents(starts))
-        return varlen(*parts, starts, int(longest), scale, window, dropout).unsqueeze(0), None
+        return found[1](query, key, value, starts, int(longest), scale, window).unsqueeze(0), None
     return _document_by_document(query, key, value, _documents(starts), scale, window, dropout), None
 
 
@@ -117,65 +119,47 @@ def _windowed(
 
 
 @functools.cache
-def _varlen() -> Varlen | None:
-    """The variable-length kernel of this machine: flash-attn's if installed, else torch's, else None."""
+def _varlen() -> tuple[str, Varlen] | None:
+    """The variable-length kernel of this machine and its name: flash-attn's if installed, else torch's, else None."""
     if find_spec("flash_attn") is not None:
         if find_spec("flash_attn.flash_attn_interface") is not None:
-            from flash_attn import flash_attn_varlen_func
+            from flash_attn import flash_attn_varlen_func  # pyrefly: ignore[missing-import]
 
-            return functools.partial(_flash_attn, flash_attn_varlen_func)
+            return "flash-attn", functools.partial(_flash_attn, flash_attn_varlen_func)
         if find_spec("flash_attn.cute") is not None:
-            from flash_attn.cute import flash_attn_varlen_func
+            from flash_attn.cute import flash_attn_varlen_func  # pyrefly: ignore[missing-import]
 
-            return functools.partial(_flash_attn_cute, flash_attn_varlen_func)
+            return "flash-attn 4", functools.partial(_flash_attn_cute, flash_attn_varlen_func)
     from torch.nn.attention.varlen import varlen_attn
 
     known = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
-    return functools.partial(_torch_varlen, varlen_attn) if known else None
+    return ("torch's varlen_attn", functools.partial(_torch_varlen, varlen_attn)) if known else None
 
 
 # All three count a window as the tokens before the current one, transformers counts the current one too.
 
 
 def _flash_attn(
-    call: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None,
-    dropout: float,
-) -> Tensor:  # fmt: skip
+    call: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
     reach = (window - 1, 0) if window else (-1, -1)
-    return call(
-        q, k, v, starts, starts, longest, longest,
-        dropout_p=dropout, softmax_scale=scale, causal=True, window_size=reach,
-    )  # fmt: skip
+    return call(q, k, v, starts, starts, longest, longest, softmax_scale=scale, causal=True, window_size=reach)
 
 
 def _flash_attn_cute(
-    call: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None,
-    dropout: float,
-) -> Tensor:  # fmt: skip
-    if dropout:
-        return _document_by_document(*_batched(q, k, v), _documents(starts), scale, window, dropout)[0]
-    found = call(
-        q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, causal=True, window_size=(window - 1, 0) if window else (None, None),
-    )  # fmt: skip
+    call: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    bounds = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    reach = (window - 1, 0) if window else (None, None)
+    found = call(q, k, v, **bounds, softmax_scale=scale, causal=True, window_size=reach)
     return found[0] if isinstance(found, tuple) else found
 
 
 def _torch_varlen(
-    call: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None,
-    dropout: float,
-) -> Tensor:  # fmt: skip
-    if dropout:
-        return _document_by_document(*_batched(q, k, v), _documents(starts), scale, window, dropout)[0]
-    reach = (window - 1 if window else -1, 0)
-    return call(
-        q, k, v, starts, starts, longest, longest,
-        scale=scale, window_size=reach, enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-
-
-def _batched(*tensors: Tensor) -> Iterator[Tensor]:
-    return (tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors)
+    call: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    reach, grouped = (window - 1 if window else -1, 0), q.shape[1] != k.shape[1]
+    return call(q, k, v, starts, starts, longest, longest, scale=scale, window_size=reach, enable_gqa=grouped)
 
 
 def packed_mask(**arguments: Any) -> Tensor | None:
@@ -245,7 +229,7 @@ def _apply(model: Any, situation: Situation) -> Change:
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
     varlen = _varlen() if situation.device == "cuda" else None
-    how = f"{varlen.func.__name__.strip('_')} for 16-bit types" if varlen else "each document by itself"
+    how = f"{varlen[0]} for 16-bit types" if varlen else "each document by itself"
     return Change(
         attention=NAME,
         report=[f"packed_attention: used in {model.config.get_text_config().num_hidden_layers} layers, {how}"],

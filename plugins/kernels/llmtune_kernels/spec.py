@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def transformers_class(module: nn.Module) -> str:
     return cls.__name__ if cls.__module__.startswith("transformers.models.") else ""
 
 
-def modules_of(model: nn.Module, classes: Mapping[str, object]) -> list[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module, classes: Mapping[str, object]) -> list[tuple[str, Any]]:
     """Modules whose exact class is listed, with their names."""
     return [(name, module) for name, module in model.named_modules() if transformers_class(module) in classes]
 

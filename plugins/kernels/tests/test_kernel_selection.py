@@ -6,9 +6,10 @@ from typing import Any
 import llmtune_kernels
 import pytest
 import torch
-from llmtune import PlanError, Situation
 from llmtune_kernels import KERNELS, AutoKernelsConfig, selection
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmtune import PlanError, Situation
 
 SIZES = {
     "vocab_size": 64,

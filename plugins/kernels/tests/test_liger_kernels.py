@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from llmtune import Situation
 from llmtune_kernels import liger_rms_norm, liger_rope, liger_swiglu, selection
 from llmtune_kernels.linear_cross_entropy import linear_cross_entropy
 from llmtune_kernels.spec import transformers_class
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmtune import Situation
 
 SIZES = {
     "vocab_size": 64,

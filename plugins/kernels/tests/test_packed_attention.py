@@ -173,6 +173,34 @@ def test_it_is_registered_under_its_name(model: Any) -> None:
     assert AttentionMaskInterface()[packed.NAME] is packed.packed_mask
 
 
+def flash_reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, left: int | None) -> Tensor:
+    """What flash-attn and torch document: `left` tokens before the current one, all of them for -1 or None."""
+    outputs = []
+    for query, key, value in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
+        seen = (distance >= 0) & (distance <= (len(query) if left in (None, -1) else left))
+        tensors = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+        out = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=seen, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("kernel", ["_flash_attn", "_flash_attn_cute", "_torch_varlen"])
+def test_kernels_are_asked_for_the_right_window_and_scale(kernel: str, window: int | None) -> None:
+    query, key, value = (torch.randn(sum(LENGTHS), heads, 8) for heads in (4, 2, 2))
+    starts = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, window_size: tuple, **rest: Any) -> Tensor:
+        assert window_size[1] == 0 or rest["causal"] and window is None  # torch has no `causal`, it reads the window
+        scale = rest["scale"] if kernel == "_torch_varlen" else rest["softmax_scale"]
+        return flash_reference(q, k, v, list(LENGTHS), scale, window_size[0])
+
+    found = getattr(packed, kernel)(call, query, key, value, starts, max(LENGTHS), 0.3, window)
+    batched = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+    torch.testing.assert_close(found, packed._document_by_document(*batched, list(LENGTHS), 0.3, window, 0.0)[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("window", [None, 6])
