@@ -109,16 +109,17 @@ class TrainConfig:
 
     def _contradictions(self) -> Iterator[str]:
         if self.warmup_steps and self.warmup_ratio:
-            yield f"warmup_ratio: found {self.warmup_ratio} beside warmup_steps {self.warmup_steps}; give one of the two"
+            yield f"warmup_ratio: found {self.warmup_ratio} beside warmup_steps {self.warmup_steps}; give one"
         precisions = [name for name in ("bf16", "fp16", "pure_bf16") if getattr(self, name)]
         if len(precisions) > 1:
-            yield f"{precisions[1]}: found true beside {precisions[0]}; at most one of bf16, fp16, pure_bf16 can be true"
+            yield f"{precisions[1]}: found true beside {precisions[0]}; only one of bf16, fp16, pure_bf16 can be true"
         if self.use_reentrant_gc:
             yield "use_reentrant_gc: found true, allowed is false; the non-reentrant kind gives the same gradients"
         if self.resume_from_checkpoint and self.overwrite_output_dir and self.resume_from_checkpoint != "auto":
             yield "resume_from_checkpoint: found a checkpoint beside overwrite_output_dir; remove one of the two"
         if self.eval_strategy != "steps" and self.eval_steps is not None:
-            yield f'eval_steps: found {self.eval_steps} with eval_strategy "{self.eval_strategy}"; set eval_strategy: steps'
+            found = f'{self.eval_steps} with eval_strategy "{self.eval_strategy}"'
+            yield f"eval_steps: found {found}; set eval_strategy: steps"
         if self.eval_strategy == "no":
             for name in ("load_best_model_at_end", "early_stopping_patience"):
                 if getattr(self, name):

@@ -1,4 +1,4 @@
-"""A recipe: from a file or a mapping, with overrides, to typed values. Every mistake is found at once, with its line."""
+"""A recipe: from a file or a mapping, with overrides, to typed values. All mistakes are found at once, with lines."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune import recipe_text
+from llmtune.blank import SECRETS, blank, blank_text, escaped
 from llmtune.config import TrainConfig
 from llmtune.data.config import DataConfig
 from llmtune.errors import RecipeError, did_you_mean, listed, raise_all
@@ -31,8 +32,6 @@ CONFIGS: tuple[type, ...] = (ModelConfig, DataConfig, TrainConfig)
 """The dataclasses that own the top-level keys."""
 SEVERAL = ("kernel_config", "logger_config")
 """Extension points that take a list of blocks."""
-SECRETS = frozenset({"token", "access_token", "auth_token", "api_key", "password", "secret"})
-"""Keys, at any depth, whose values are written nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +86,8 @@ class Places:
 
     def error(self, key: str, message: str) -> RecipeError:
         """`recipes/my.yaml:14:3  peft_config.rnak: no such key ...`"""
+        if SECRETS & set(split(key)) and message.startswith("found"):
+            message = "found something else than text (not shown); put the value in quotes"
         return RecipeError(f"{self.of(key)}  {key}: {message}" if key else f"{self.origin}  {message}")
 
 
@@ -103,12 +104,12 @@ def load_recipe(
     else:
         changes, where = parse_overrides(overrides or ()), "command line"
     places = Places(origin, found.places, {split(key): where for key in changes})
-    _check_mapping(found.tree, origin)
+    _check_mapping(found, origin)
     tree = _with_names(found.tree)
     tree = _override(tree, changes, where)
     resolved = _resolve(tree, places)
-    raise_all([places.error(show(path), "found a number that is not finite") for path in not_finite(resolved)])
-    problems = _unknown(resolved, places)
+    problems = [*found.problems, *_unknown(resolved, places)]
+    problems += [places.error(show(path), "found a number that is not finite") for path in not_finite(resolved)]
     configs = []
     for config in CONFIGS:
         made, wrong = decode(config, {key: resolved[key] for key in field_types(config) if key in resolved})
@@ -117,15 +118,16 @@ def load_recipe(
     blocks = {point: _blocks(point, resolved.get(point), places, problems) for point in EXTENSION_POINTS}
     blocks = {point: several for point, several in blocks.items() if several}
     if None not in configs:
-        problems += _nothing_to_evaluate(*configs[1:], places)
+        problems += _nothing_to_evaluate(configs[1], configs[2], places)
     raise_all(problems)
     model, data, train = configs
     name = _name(source, model)
     train = dataclasses.replace(train, output_dir=train.output_dir or f"runs/{name}")
     shown = _shown((model, data, train), blocks, tree)
-    text = _blank_text(found, tree) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(_blank(tree))
+    text = blank_text(found, tree) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(blank(tree))
     return Recipe(
-        model=model, data=data, train=train, blocks=blocks, resolved=shown, tree=tree, name=name, text=text, places=places
+        model=model, data=data, train=train, blocks=blocks, resolved=shown, tree=tree, name=name, text=text,
+        places=places,
     )  # fmt: skip
 
 
@@ -139,7 +141,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             made[key.strip()] = recipe_text.parse_value(value, "value")
         except RecipeError as error:
-            raise RecipeError(f"command line  {key}: {error}; put the value in quotes if it is meant as text") from error
+            raise RecipeError(
+                f"command line  {key}: {error}; put the value in quotes if it is meant as text"
+            ) from error
     return made
 
 
@@ -152,7 +156,9 @@ def decode_block(recipe: Recipe, point: str, index: int, config: type) -> tuple[
     for problem in wrong:
         message = problem.message
         if message.startswith("no such key"):
-            message = f'no such key for "{name}"{_renamed_inside(point, problem.key)}{message.removeprefix("no such key")}'
+            message = (
+                f'no such key for "{name}"{_renamed_inside(point, problem.key)}{message.removeprefix("no such key")}'
+            )
         key, _, rest = message.partition(": ")
         if problem.key == at and key in field_types(config):  # a check of the dataclass itself names its key in front
             problems.append(recipe.places.error(f"{at}.{key}", rest))
@@ -179,18 +185,21 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Text
     try:
         if path.stat().st_size > recipe_text.MOST_BYTES:
             size = path.stat().st_size
-            raise RecipeError(f"{origin}: has {size:,} bytes, a recipe at most {recipe_text.MOST_BYTES:,}; is this another file?")
+            raise RecipeError(
+                f"{origin}: has {size:,} bytes, a recipe at most {recipe_text.MOST_BYTES:,}; is this another file?"
+            )
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{origin}: not UTF-8 text (byte {error.start}); is this a recipe?") from error
     except OSError as error:
         raise RecipeError(f"{origin}: cannot be read: {error.strerror}") from error
-    found_text = recipe_text.parse(text, origin, as_json=path.suffix.lower() == ".json")
-    return origin, dataclasses.replace(found_text, text=text)
+    return origin, recipe_text.parse(text, origin, as_json=path.suffix.lower() == ".json")
 
 
-def _check_mapping(tree: Any, origin: str) -> None:
-    if tree is None or tree == {}:
+def _check_mapping(found: Text, origin: str) -> None:
+    tree = found.tree
+    if not tree:
+        raise_all(found.problems)
         raise RecipeError(f"{origin}: the recipe is empty; it needs at least `model: NAME`")
     if not isinstance(tree, dict):
         kind = {list: "a list", str: "text"}.get(type(tree), "a single value")
@@ -213,14 +222,13 @@ def _block(key: str, value: Any) -> Any:
 
 
 def _override(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    config = OmegaConf.create(tree)
+    config = _omega(tree, where)
     for key, value in changes.items():
         path = split(key)
         if not path:
             raise RecipeError(f'{where}: "{key}" is no key')
         value = recipe_text.plain(value, where, path)
-        if len(path) == 1:
-            value = _block(key, value)
+        value = _block(key, value)
         try:
             OmegaConf.update(config, ".".join(map(str, path)), value, merge=False)
         except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
@@ -228,14 +236,24 @@ def _override(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> d
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
+def _omega(tree: dict[str, Any], origin: str) -> Any:
+    try:
+        return OmegaConf.create(tree)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the recipe"
+        raise RecipeError(
+            rf"{origin}  {key}: {_first_line(error)}; write \${{ for these two signs themselves"
+        ) from error
+
+
 def _resolve(tree: Mapping[str, Any], places: Places) -> dict[str, Any]:
     """`${key}` and `${oc.env:NAME}` replaced by what they stand for; keys that were not given have their defaults."""
-    config = OmegaConf.create({**_defaults(), **tree})
+    config = _omega({**_defaults(), **tree}, places.origin)
     resolved = {}
     problems = []
     for key in tree:
         try:
-            value = OmegaConf.select(config, key) if "." not in key else tree[key]
+            value = config[key]
             resolved[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException as error:
             full = getattr(error, "full_key", None) or key
@@ -270,7 +288,9 @@ def _unknown(tree: Mapping[str, Any], places: Places) -> list[RecipeError]:
         if key in renamed():
             message = f"no such key; here it is {renamed()[key]}"
         elif key.endswith("_config"):
-            message = f"no such extension point.{did_you_mean(key, EXTENSION_POINTS)} Known: {listed(EXTENSION_POINTS, 20)}"
+            message = (
+                f"no such extension point.{did_you_mean(key, EXTENSION_POINTS)} Known: {listed(EXTENSION_POINTS, 20)}"
+            )
         else:
             near = did_you_mean(key, known) or " `llmtune schema` lists all keys"
             message = f"no such key.{near}"
@@ -311,12 +331,16 @@ def _blocks(point: str, value: Any, places: Places, problems: list[RecipeError])
         at = _at(point, index, len(entries))
         entry = {"name": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
-            problems.append(places.error(at, f"found {entry!r}, allowed is a plugin's name or {{name: ..., parameters}}"))
+            problems.append(
+                places.error(at, f"found {entry!r}, allowed is a plugin's name or {{name: ..., parameters}}")
+            )
             continue
         name = entry.get("name", default_blocks().get(point))
         if not isinstance(name, str) or not name:
             found = "no name" if "name" not in entry else f"the name {entry['name']!r}"
-            problems.append(places.error(at, f"found {found}; say which plugin the block is for, as in {point}: {{name: ...}}"))
+            problems.append(
+                places.error(at, f"found {found}; say which plugin the block is for, as in {point}: {{name: ...}}")
+            )
             continue
         made.append((name, {key: item for key, item in entry.items() if key != "name"}))
     return made
@@ -336,42 +360,14 @@ def _name(source: Any, model: ModelConfig) -> str:
 def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Every key with its value, safe to write down and to read back."""
     made = {
-        item.name: _escaped(recipe_text.plain(getattr(config, item.name), "recipe"))
+        item.name: escaped(recipe_text.plain(getattr(config, item.name), "recipe"))
         for config in configs
         for item in dataclasses.fields(config)
     }
     defaults = {point: [(name, {})] for point, name in default_blocks().items()}
     for point in EXTENSION_POINTS:
-        several = [{"name": name, **_escaped(more)} for name, more in blocks.get(point) or defaults.get(point, [])]
+        several = [{"name": name, **escaped(more)} for name, more in blocks.get(point) or defaults.get(point, [])]
         made[point] = several if len(several) > 1 else several[0] if several else None
     if "${oc.env:" in str(tree):  # what stands in the environment stays there
         made |= {key: value for key, value in tree.items() if "${" in str(value)}
-    return _blank(made)
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    return [_escaped(item) for item in value] if isinstance(value, list) else value
-
-
-def _blank(value: Any, secret: bool = False) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _blank(item, key in SECRETS) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_blank(item, secret) for item in value]
-    return None if secret and not str(value).startswith("${") else value
-
-
-def _blank_text(found: Text, tree: Mapping[str, Any]) -> str:
-    """The file's text with secret values replaced by null."""
-    text = found.text
-    secret = [(start, stop) for path, (start, stop) in found.spans.items() if SECRETS & set(path)]
-    if not secret and _blank(tree) != tree:  # no places are known: JSON with tabs
-        return recipe_text.dump(_blank(tree))
-    for start, stop in sorted(secret, reverse=True):
-        if not text[start:stop].strip("\"'").startswith("${"):
-            text = text[:start] + "null" + text[stop:]
-    return text
+    return blank(made)

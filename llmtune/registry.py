@@ -1,67 +1,31 @@
-"""Find plugins by their packages' metadata, import only those a recipe names, and say clearly what is wrong.
-
-An entry point of the group `llmtune` bears the name of a plugin that its module offers; a module may have several.
-So a name leads to a module without importing any other.
-"""
+"""Plugins: found by their packages' metadata, imported only when a recipe names them."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module, metadata
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pluggy
-from packaging.requirements import InvalidRequirement, Requirement
 
 from llmtune import __version__, hookspecs
-from llmtune.errors import PluginError, did_you_mean, listed
+from llmtune.errors import PluginError, did_you_mean, listed, raise_all
 from llmtune.hookspecs import EXTENSION_POINTS
-from llmtune.records import API_VERSION, Plugin
+from llmtune.listing import Listed, print_listing, question
+from llmtune.packages import BLOCK, CORE, GROUP, OBSERVE, Source, blocked, installed, unmet, usable, wants_other_llmtune
+from llmtune.records import API_VERSION, Event, Plugin
+from llmtune.schema import split_names
 
-GROUP = "llmtune"
-BLOCK = "LLMTUNE_BLOCK_PLUGINS"
-"""Environment variable: comma list of plugin or package names that are not to be used."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry point: a name, the module behind it, and the package it comes from. Nothing is imported yet."""
-
-    name: str
-    module: str
-    distribution: str
-    version: str
-    requires: tuple[str, ...] = ()
-
-    @property
-    def package(self) -> str:
-        return f"{self.distribution} {self.version}"
-
-    @property
-    def blocked(self) -> bool:
-        names = {name.strip().lower() for name in os.environ.get(BLOCK, "").split(",")}
-        return bool(names & {self.name.lower(), self.distribution.lower()})
-
-    @property
-    def misfit(self) -> str | None:
-        """Why the package is not for this llmtune, as its metadata says; None if it is."""
-        for text in self.requires:
-            try:
-                need = Requirement(text)
-            except InvalidRequirement:
-                continue
-            if need.name.lower() == "llmtune" and not need.specifier.contains(__version__, prereleases=True):
-                return f"needs llmtune {need.specifier}, this is {__version__}"
-        return None
+__all__ = ["Listed", "Offer", "Registry", "Source", "fingerprint", "print_listing", "question"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Offer:
-    """A plugin and who offers it."""
+    """A plugin, and who offers it."""
 
     point: str
     plugin: Plugin
@@ -70,212 +34,245 @@ class Offer:
     module: str
 
 
-@dataclass(frozen=True)
-class Listed:
-    """One line of `llmtune plugins`."""
-
-    point: str | None
-    name: str
-    package: str
-    version: str
-    state: str
-    """`ok`, or `broken: ...`, `blocked`, `incompatible: ...`, `duplicate: ...`."""
-    summary: str = ""
-    requires: tuple[str, ...] = ()
-    unmet: tuple[str, ...] = ()
-
-
-def installed_entries() -> list[Entry]:
-    """All entry points of the group, from metadata alone, and what ships with the core."""
-    found = [Entry("fsdp2", "llmtune.builtin", "llmtune", __version__)]
-    seen = set()
-    for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        for point in distribution.entry_points:
-            # A package found twice on the path is the first one, as imports see it.
-            if point.group == GROUP and (name, point.name) not in seen:
-                seen.add((name, point.name))
-                requires = tuple(distribution.requires or ())
-                found.append(Entry(point.name, point.value, name, distribution.version, requires))
-    return sorted(found, key=lambda entry: (entry.name, entry.distribution))
-
-
-@dataclass
 class Registry:
-    """What is installed. Modules are imported when a name leads to them, once."""
+    """The plugins of this environment. Making one reads metadata; nothing is imported."""
 
-    entries: list[Entry] = field(default_factory=installed_entries)
-    _offers: dict[str, list[tuple[str, Plugin]]] = field(default_factory=dict)
-    _modules: dict[str, ModuleType] = field(default_factory=dict)
+    def __init__(self, sources: Iterable[Source] | None = None) -> None:
+        self.sources = [CORE, *(installed() if sources is None else sources)]
+        self._loaded: dict[Source, _Module | PluginError] = {}
+        self._used: list[Source] = []
 
     def find(self, point: str, name: str) -> Offer:
-        """The plugin a recipe means by `name` at `point`. Raises PluginError: unknown, broken, blocked, twice, misfit."""
-        named = [entry for entry in self.entries if entry.name == name]
-        usable = [entry for entry in named if not entry.blocked]
-        if named and not usable:
-            raise PluginError(f'{point}: plugin "{name}" is blocked by {BLOCK}={os.environ[BLOCK]}; unset it to use the plugin')
-        offers = [offer for entry in usable for offer in self._from_entry(entry, point)]
+        """The plugin that a recipe names. Raises PluginError: unknown, broken, blocked, made for another llmtune,
+        offered twice, or missing a Python requirement."""
+        offers: list[Offer] = []
+        problems: list[PluginError] = []
+        for source in self.sources:
+            if name not in source.names and source is not CORE:
+                continue
+            try:
+                usable(source, name)
+                offers += [
+                    _offer(source, point, plugin)
+                    for plugin in self._module(source).plugins(point)
+                    if plugin.name == name
+                ]
+            except PluginError as error:
+                problems.append(error if source is CORE else PluginError(f"{point}: {error}"))
         if not offers:
-            raise PluginError(self._unknown(point, name))
-        if len(offers) > 1:
-            packages = " and ".join(f"{offer.distribution} {offer.version}" for offer in offers)
-            raise PluginError(
-                f'{point}: "{name}" is offered by {packages}; uninstall one, or name one of these packages in {BLOCK}'
-            )
+            raise_all(problems or [self._unknown(point, name)])
+        _same_name(offers)
         (offer,) = offers
-        if lacking := unmet(offer.plugin.requires):
-            raise PluginError(
-                f"{point}: {name} of {offer.distribution} {offer.version} needs {', '.join(lacking)}; "
-                f"run: pip install {' '.join(repr(need.split(' (')[0]) for need in lacking)}"
-            )
+        check_plugin(offer)
+        source = next(
+            source for source in self.sources if source.module == offer.module and source.label == _package(offer)
+        )
+        if source not in self._used:
+            self._used.append(source)
         return offer
 
-    def _from_entry(self, entry: Entry, point: str) -> list[Offer]:
-        if reason := entry.misfit:
-            raise PluginError(f'{point}: plugin "{entry.name}" of {entry.package} {reason}; install a version made for it')
-        return [
-            Offer(point, plugin, entry.distribution, entry.version, entry.module)
-            for where, plugin in self.offers_of(entry)
-            if where == point and plugin.name == entry.name
-        ]
-
-    def _unknown(self, point: str, name: str) -> str:
-        known = sorted({item.name for item in self.listing() if item.point == point})
-        elsewhere = sorted({item.point for item in self.listing() if item.name == name and item.point})
-        hint = f" It is a plugin for {listed(elsewhere)}." if elsewhere else did_you_mean(name, known)
-        return (
-            f'{point}: no plugin "{name}" is installed.{hint} Installed: {listed(known) or "none"}. '
-            f"Plugins are pip packages; see `llmtune plugins`"
-        )
-
-    def offers_of(self, entry: Entry) -> list[tuple[str, Plugin]]:
-        """(extension point, plugin) pairs of the entry's module, imported and checked now. Raises PluginError."""
-        if entry.module not in self._offers:
-            try:
-                module = import_module(entry.module.partition(":")[0])
-            except Exception as error:
-                raise PluginError(
-                    f'plugin "{entry.name}" of {entry.package} cannot be imported: {type(error).__name__}: {error}'
-                ) from error
-            self._offers[entry.module] = list(collect_offers(module, entry))
-            self._modules[entry.module] = module
-        for _, plugin in self._offers[entry.module]:
-            self._check_record(plugin, entry)
-        return self._offers[entry.module]
-
-    def _check_record(self, plugin: Plugin, entry: Entry) -> None:
-        if plugin.api != API_VERSION:
-            raise PluginError(
-                f'plugin "{plugin.name}" of {entry.package} is made for version {plugin.api} of the plugin contract, '
-                f"this llmtune has version {API_VERSION}; install a version made for it"
-            )
-        own = {e.name for e in self.entries if e.module == entry.module and e.distribution == entry.distribution}
-        if plugin.name not in own:
-            raise PluginError(
-                f'{entry.package} offers a plugin "{plugin.name}" without an entry point of that name; add '
-                f'{plugin.name} = "{entry.module}" to its [project.entry-points.llmtune]'
-            )
+    def observers(self) -> list[Callable[[Event], object]]:
+        """What watches a run: `observe` of the modules whose plugins `find` has given, and of those that
+        `LLMTUNE_OBSERVERS` names."""
+        watching = list(self._used)
+        for name in split_names(os.environ.get(OBSERVE)):
+            sources = [source for source in self.sources if name in source.names]
+            if not sources:
+                known = sorted({name for source in self.sources for name in source.names})
+                raise PluginError(f'{OBSERVE}: no package offers "{name}".{did_you_mean(name, known)}')
+            watching += [source for source in sources if source not in watching]
+            for source in sources:
+                usable(source, name)
+        modules = [self._module(source) for source in watching]
+        return [module.observe for module in modules if module.manager.hook.observe.get_hookimpls()]
 
     def listing(self) -> list[Listed]:
-        """Every plugin that is installed, its module imported, errors noted instead of raised."""
-        rows = [row for entry in self.entries for row in self._rows(entry)]
-        places: dict[tuple[str | None, str], list[Listed]] = {}
+        """Everything that is installed. Imports all modules; what goes wrong is in the listing."""
+        rows = [row for source in self.sources for row in self._rows(source)]
+        count: dict[tuple[str, str], list[Listed]] = {}
         for row in rows:
-            if row.state == "ok":
-                places.setdefault((row.point, row.name), []).append(row)
-        twice = {key: group for key, group in places.items() if len({row.package for row in group}) > 1}
-        return [
-            Listed(**{**vars(row), "state": f"duplicate: offered by {listed(r.package for r in twice[row.point, row.name])}"})
-            if row.state == "ok" and (row.point, row.name) in twice
-            else row
-            for row in rows
-        ]
+            if row.state == "ok" and row.plugin:
+                count.setdefault((row.point, row.name), []).append(row)
+        for (point, name), several in count.items():
+            if len(several) > 1:
+                packages = " and ".join(f"{row.package} {row.version}" for row in several)
+                for row in several:
+                    reason = f'{point} "{name}" is offered by {packages}'
+                    rows[rows.index(row)] = dataclasses.replace(row, state="duplicate", reason=reason)
+        return rows
 
-    def _rows(self, entry: Entry) -> Iterator[Listed]:
-        state = "blocked" if entry.blocked else f"incompatible: {entry.misfit}" if entry.misfit else None
-        offers: list[tuple[str, Plugin]] = []
-        if state is None:
+    def _rows(self, source: Source) -> list[Listed]:
+        def row(state: str, point: str, name: str, reason: object = "", **more: Any) -> Listed:
+            return Listed(
+                point=point, name=name, package=source.distribution, version=source.version, state=state,
+                reason=str(reason), **more,
+            )  # fmt: skip
+
+        rows: list[Listed] = []
+        free = [name for name in source.names if not blocked(source, name)]
+        rows += [row("blocked", "", name, f"by {BLOCK}") for name in source.names if name not in free]
+        if source is CORE and blocked(source, ""):
+            return rows
+        if not free and source is not CORE:
+            return rows
+        if problem := wants_other_llmtune(source):
+            return [*rows, *(row("incompatible", "", name, problem) for name in free)]
+        try:
+            module = self._module(source)
+        except PluginError as error:
+            return [*rows, *(row("broken", "", name, error) for name in free)]
+        said = set()
+        for point in EXTENSION_POINTS:
             try:
-                offers = [(point, plugin) for point, plugin in self.offers_of(entry) if plugin.name == entry.name]
+                plugins = module.plugins(point)
             except PluginError as error:
-                state = f"broken: {error}"
-        if state or not offers:
-            yield Listed(None, entry.name, entry.distribution, entry.version, state or "broken: its module offers no plugin of this name")
-        for point, plugin in offers:
-            yield Listed(
-                point, plugin.name, entry.distribution, entry.version, "ok", plugin.summary, plugin.requires, tuple(unmet(plugin.requires))
-            )
+                rows.append(row("broken", point, listed(free), error))
+                said |= set(free)
+                continue
+            for plugin in plugins:
+                said.add(plugin.name)
+                if blocked(source, plugin.name):
+                    if source is CORE:
+                        rows.append(row("blocked", point, plugin.name, f"by {BLOCK}"))
+                    continue
+                state, reason = _state(source, plugin)
+                met = tuple((text, unmet(text) is None) for text in plugin.requires)
+                rows.append(row(state, point, plugin.name, reason, summary=plugin.summary, requires=met, plugin=plugin))
+        watches = bool(module.manager.hook.observe.get_hookimpls())
+        for name in sorted(set(free) - said):
+            reason = f"{source.module} offers no plugin of this name"
+            rows.append(row("ok", "observe", name) if watches else row("broken", "", name, reason))
+        return rows
 
-    def observers(self) -> list[Callable[..., Any]]:
-        """`observe` of the modules imported so far: those a recipe named."""
-        return [module.observe for module in self._modules.values() if hasattr(module, "observe")]
+    def _module(self, source: Source) -> _Module:
+        """The imported module, once; its error is remembered, too."""
+        if source not in self._loaded:
+            try:
+                self._loaded[source] = _Module(source)
+            except PluginError as error:
+                self._loaded[source] = error
+        found = self._loaded[source]
+        if isinstance(found, PluginError):
+            raise found
+        return found
+
+    def _unknown(self, point: str, name: str) -> PluginError:
+        rows = [row for row in self.listing() if row.point and row.plugin]
+        here = sorted({row.name for row in rows if row.point == point})
+        elsewhere = sorted({row.point for row in rows if row.name == name})
+        near = did_you_mean(name, here)
+        if elsewhere and not near:
+            near = f" There is a plugin of this name for {listed(elsewhere)}."
+        leads = [source for source in self.sources if name in source.names and not elsewhere]
+        if leads:
+            near = f" {leads[0].label} has an entry point of this name, but {leads[0].module} offers no such plugin."
+        return PluginError(
+            f'{point}: no plugin "{name}" is installed.{near} Installed: {listed(here, 20) or "none"}. '
+            "Install the package that offers it into this environment (llmtune's own: pip install ./plugins/*)"
+        )
 
 
-def collect_offers(module: ModuleType, entry: Entry) -> Iterator[tuple[str, Plugin]]:
-    """Call a module's hooks through pluggy, which knows misspelt hooks and wrong arguments. Raises PluginError."""
-    manager = pluggy.PluginManager("llmtune")
-    manager.add_hookspecs(hookspecs)
-    try:
-        manager.register(module, name=entry.module)
-        manager.check_pending()
-    except (pluggy.PluginValidationError, ValueError) as error:
-        raise PluginError(f"{entry.package}: {str(error).strip()}; known hooks: {listed([*EXTENSION_POINTS, 'observe'], 20)}") from error
-    for point in EXTENSION_POINTS:
+class _Module:
+    """An imported plugin module, its hooks checked against the specifications."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.manager = pluggy.PluginManager(GROUP)
+        self.manager.add_hookspecs(hookspecs)
         try:
-            results = getattr(manager.hook, point)()
+            if source is CORE:
+                loaded = import_module(source.module)
+            else:
+                loaded = EntryPoint(name="plugin", value=source.module, group=GROUP).load()
+        except (Exception, SystemExit) as error:
+            raise PluginError(
+                f"{source.label} cannot be imported: {_sentence(error)}. Reinstall or update the package, or remove "
+                "what the recipe names from it"
+            ) from error
+        try:
+            self.manager.register(loaded)
+            self.manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(
+                f"{source.label} does not keep to llmtune's hooks: {_sentence(error)}. "
+                f"Hooks: {listed(EXTENSION_POINTS, 20)}, observe"
+            ) from error
+        self._plugins: dict[str, list[Plugin]] = {}
+
+    def plugins(self, point: str) -> list[Plugin]:
+        """What the module offers for an extension point. PluginError if the hook fails or returns something else."""
+        if point not in self._plugins:
+            self._plugins[point] = self._ask(point)
+        return self._plugins[point]
+
+    def _ask(self, point: str) -> list[Plugin]:
+        label = self.source.label
+        try:
+            answers = getattr(self.manager.hook, point)()
         except Exception as error:
-            raise PluginError(f"{entry.package}: its hook {point} failed: {type(error).__name__}: {error}") from error
-        for result in results:
-            plugins = list(result) if isinstance(result, Iterable) else [result]
-            if not all(isinstance(item, Plugin) for item in plugins):
-                raise PluginError(f"{entry.package}: its hook {point} returned {result!r}; it must return a list of llmtune.Plugin")
-            yield from ((point, plugin) for plugin in plugins)
+            raise PluginError(f"the hook {point} of {label} failed: {_sentence(error)}") from error
+        found: list[Plugin] = []
+        for answer in answers:
+            if not isinstance(answer, (list, tuple)) or not all(isinstance(item, Plugin) for item in answer):
+                kind = type(answer).__name__
+                raise PluginError(f"the hook {point} of {label} returned {kind}, allowed is a list of llmtune.Plugin")
+            found += answer
+        for plugin in found:
+            if not (isinstance(plugin.config, type) and dataclasses.is_dataclass(plugin.config)):
+                raise PluginError(f"{point}: the config of {plugin.name} of {label} is not a dataclass")
+        return found
+
+    def observe(self, event: Event) -> None:
+        """Hand an event to the module."""
+        self.manager.hook.observe(event=event)
 
 
-def unmet(requirements: Sequence[str]) -> list[str]:
-    """Requirements that the environment does not meet, each with what was found."""
-    lacking = []
-    for text in requirements:
-        need = Requirement(text)
-        try:
-            found = metadata.version(need.name)
-        except metadata.PackageNotFoundError:
-            lacking.append(f"{need} (not installed)")
-            continue
-        if not need.specifier.contains(found, prereleases=True):
-            lacking.append(f"{need} (found {found})")
-    return lacking
+def check_plugin(offer: Offer) -> None:
+    """PluginError unless the plugin is made for this llmtune and has what it needs."""
+    label = f'{offer.point}: "{offer.plugin.name}" of {_package(offer)}'
+    if offer.plugin.api != API_VERSION:
+        raise PluginError(
+            f"{label} is made for version {offer.plugin.api} of the plugin interface, this llmtune {__version__} has "
+            f"{API_VERSION}; update {'llmtune' if offer.plugin.api > API_VERSION else offer.distribution}"
+        )
+    lacking = [(text, found) for text in offer.plugin.requires if (found := unmet(text))]
+    if lacking:
+        what = listed(f"{text} ({found})" for text, found in lacking)
+        command = " ".join(f'"{text}"' for text, _ in lacking)
+        raise PluginError(f"{label} needs {what}; run: pip install {command}")
 
 
-def print_listing(rows: Sequence[Listed], as_json: bool = False) -> None:
-    """For people, grouped by extension point; or as JSON."""
-    if as_json:
-        print(_as_json(rows))
-        return
-    groups: Mapping[str | None, list[Listed]] = {
-        point: [row for row in rows if row.point == point] for point in (*EXTENSION_POINTS, None)
-    }
-    for point, group in groups.items():
-        if point is None and not group:
-            continue
-        print(f"{point}: {question(point)}" if point else "Not usable")
-        for row in group or []:
-            print(f"  {row.name:<22}{f'{row.package} {row.version}':<28}{row.summary if row.state == 'ok' else row.state}")
-            if row.unmet:
-                print(f"{'':<52}needs {', '.join(row.unmet)}")
-        if not group:
-            print("  nothing installed")
-        print()
+def _state(source: Source, plugin: Plugin) -> tuple[str, str]:
+    if source is not CORE and plugin.name not in source.names:
+        return "broken", f"{source.label} has no entry point of this name, so no recipe can find it"
+    if plugin.api != API_VERSION:
+        return "incompatible", f"made for version {plugin.api} of the plugin interface, this is {API_VERSION}"
+    return "ok", ""
 
 
-def question(point: str) -> str:
-    """The first line of an extension point's documentation."""
-    return (getattr(hookspecs, point).__doc__ or "").splitlines()[0]
+def _offer(source: Source, point: str, plugin: Plugin) -> Offer:
+    return Offer(
+        point=point, plugin=plugin, distribution=source.distribution, version=source.version, module=source.module
+    )
 
 
-def _as_json(rows: Sequence[Listed]) -> str:
-    points = {point: {"question": question(point), "plugins": []} for point in EXTENSION_POINTS}
-    unusable = []
-    for row in rows:
-        (points[row.point]["plugins"] if row.point else unusable).append(vars(row))  # type: ignore[union-attr]
-    return json.dumps({"extension_points": points, "not_usable": unusable}, indent=2)
+def _package(offer: Offer) -> str:
+    return f"{offer.distribution} {offer.version}"
+
+
+def _same_name(offers: Sequence[Offer]) -> None:
+    if len(offers) > 1:
+        packages = sorted({_package(offer) for offer in offers})
+        fix = f"uninstall one, or name it in {BLOCK}" if len(packages) > 1 else "its module offers the name twice"
+        raise PluginError(
+            f'{offers[0].point}: "{offers[0].plugin.name}" is offered by {" and by ".join(packages)}; {fix}'
+        )
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
+
+
+def fingerprint(offers: Iterable[Offer]) -> Mapping[str, tuple[str, str]]:
+    """`peft_config lora` to (package, version), for ranks to compare."""
+    return {f"{offer.point} {offer.plugin.name}": (offer.distribution, offer.version) for offer in offers}
