@@ -1,0 +1,50 @@
+"""Low-rank adapters by PEFT: `peft_config: lora`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from llmtune import Ge, Lt, Plugin, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRecipe:
+    """Keys of `peft_config: {name: lora}`. LoRA: https://arxiv.org/abs/2106.09685."""
+
+    r: Annotated[int, Ge(1)] = 8
+    """Inner width of the adapters: r * (inputs + outputs) new parameters for each layer."""
+    lora_alpha: Annotated[int, Ge(1)] = 16
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of the adapter's inputs that are dropped while training."""
+    target_modules: str | tuple[str, ...] = "all"
+    """Layers that get an adapter: `all` (every linear layer but output heads), or names as a list or comma string."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead, which suits high ranks (arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train the magnitude of each output apart from its direction (arXiv 2402.09353)."""
+    modules_to_save: str | tuple[str, ...] | None = None
+    """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
+    adapter_name_or_path: str | tuple[str, ...] | None = None
+    """Folder or hub id of an adapter to continue (training), or of one or several to use in order (inference)."""
+
+
+def build(config: LoraRecipe) -> Any:
+    """The edit that `config` describes."""
+    from llmtune_lora.edit import Lora
+
+    return Lora(config)
+
+
+@hookimpl
+def peft_config() -> list[Plugin]:
+    return [
+        Plugin(
+            name="lora",
+            config=LoraRecipe,
+            build=build,
+            summary="LoRA, rsLoRA and DoRA adapters (PEFT)",
+            requires=("peft>=0.19",),
+        )
+    ]

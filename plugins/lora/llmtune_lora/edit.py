@@ -1,0 +1,190 @@
+"""The peft edit: PEFT puts adapters into the meta skeleton; what they start from is reported to the core."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmtune import Change, PlanError, Situation, split_names
+from llmtune_lora import files
+from llmtune_lora.merge import fold, set_magnitudes
+from llmtune_lora.targets import adapted_layers, classification_heads, compact, saved_modules, short, task_of
+
+if TYPE_CHECKING:
+    from llmtune_lora import LoraRecipe
+
+FRESH: dict[str, Callable[[Tensor], object]] = {
+    "lora_A": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
+    "lora_B": nn.init.zeros_,
+    "lora_embedding_A": nn.init.zeros_,
+    "lora_embedding_B": nn.init.normal_,
+    "lora_magnitude_vector": nn.init.ones_,
+}
+"""How each part of a new adapter starts, as in PEFT. Magnitudes get their value when the weights are there."""
+
+
+class Lora:
+    """Adapters beside frozen layers; what is trained is saved alone (`adapter`)."""
+
+    kind = "adapter"
+
+    def __init__(self, config: LoraRecipe) -> None:
+        self.config = config
+        self.adapters: list[str] = []
+        """PEFT's names of the adapters in the model, in order."""
+        self.saved_config: LoraConfig | None = None
+        """What `adapter_config.json` will say, without the run's own entries."""
+
+    def check(self, situation: Situation, model: nn.Module) -> list[str]:
+        """Which numbers of adapters a run can take."""
+        given = split_names(self.config.adapter_name_or_path)
+        if situation.mode == "train" and len(given) > 1:
+            return [
+                f"adapter_name_or_path names {len(given)} adapters; training continues exactly one. Merge the others "
+                "into the base first (llmtune export), or name one"
+            ]
+        return []
+
+    def apply(self, model: nn.Module, situation: Situation) -> Change:
+        """Insert the adapters. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
+        given = split_names(self.config.adapter_name_or_path)
+        return self._existing(model, given, situation) if given else self._new(model)
+
+    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, situation: Situation) -> None:
+        """Write the adapter as PEFT does."""
+        config = copy.deepcopy(self.saved_config)
+        assert config is not None, "save comes after apply"
+        config.base_model_name_or_path = situation.model_name
+        config.revision = situation.revision
+        config.inference_mode = True
+        files.write(tensors, config, folder)
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the adapters into the base. Nothing happens where they were folded in before."""
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+        if packed := [name for name, layer in layers if hasattr(layer.get_base_layer(), "dequantize")]:
+            raise PlanError(
+                f"{packed[0]} is stored quantised; adapters are merged into an unquantised base, set quant_config: null"
+            )
+        if self.adapters:
+            fold(model, self.adapters)
+            self.adapters.clear()
+
+    def _new(self, model: nn.Module) -> Change:
+        recipe = self.config
+        saved = saved_modules(model, recipe.modules_to_save)
+        saved += [head for head in classification_heads(model) if head not in saved]
+        layers = adapted_layers(model, recipe.target_modules, saved)
+        config = LoraConfig(
+            r=recipe.r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=layers,
+            use_rslora=recipe.use_rslora,
+            use_dora=recipe.use_dora,
+            modules_to_save=saved or None,
+            fan_in_fan_out=any(isinstance(model.get_submodule(layer), Conv1D) for layer in layers),
+            task_type=task_of(model),
+        )
+        self.saved_config = copy.deepcopy(config)
+        # A list, so that the file's order does not change from run to run.
+        self.saved_config.target_modules = compact(model, layers)
+        self.saved_config.modules_to_save = compact(model, saved) if saved else None
+        self._inject(model, config, "default")
+        parts = {name: found for name in model.state_dict() if (found := files.taken_apart(name))}
+        fresh = {name: FRESH[found.part] for name, found in parts.items() if found.part in FRESH}
+        copies = {
+            name: f"{found.module}.original_module.{found.rest}"
+            for name, found in parts.items()
+            if found.part == "modules_to_save"
+        }
+        settle = [partial(set_magnitudes, adapter="default")] if recipe.use_dora else []
+        report = [_summary(config, layers), *_saved_lines(model, saved)]
+        return Change(fresh=fresh, copies=copies, settle=settle, trainable=_is_adapter, report=report)
+
+    def _existing(self, model: nn.Module, places: tuple[str, ...], situation: Situation) -> Change:
+        folders = [files.adapter_folder(place) for place in places]
+        configs = [files.read_config(folder) for folder in folders]
+        self._check_several(configs, situation)
+        found: dict[str, tuple[Path, str]] = {}
+        report = []
+        for number, (folder, config) in enumerate(zip(folders, configs, strict=True)):
+            name = "default" if number == 0 else f"adapter_{number + 1}"
+            if situation.mode == "train":
+                files.check_agreement(self.config, config, folder)
+                if self.config.lora_dropout != type(self.config).lora_dropout:
+                    config.lora_dropout = self.config.lora_dropout
+                self.saved_config = copy.deepcopy(config)
+            config.inference_mode = False
+            self._inject(model, config, name)
+            held, base = files.files_of(model, name, folder)
+            found |= held
+            layers = [
+                path for path, module in model.named_modules() if isinstance(module, LoraLayer) and name in module.r
+            ]
+            report.append(f"{_summary(config, layers)}, from {folder}")
+            if base:
+                report.append(f"{folder} also holds base weights, which are not read: {files.describe(base)}")
+        several = len(places) > 1
+        if several and "quantized_base" in situation.words:
+            self._use_side_by_side(model)
+        settle = [self.merge] if several and "quantized_base" not in situation.words else []
+        return Change(files=found, settle=settle, trainable=_is_adapter, report=report)
+
+    def _check_several(self, configs: list[LoraConfig], situation: Situation) -> None:
+        if len(configs) < 2:
+            return
+        if "quantized_base" in situation.words and any(c.use_dora or c.modules_to_save for c in configs):
+            raise PlanError(
+                "peft_config.adapter_name_or_path: several adapters cannot be merged into a quantised base, and those "
+                "with use_dora or modules_to_save cannot be used side by side; name one, or remove quant_config"
+            )
+
+    def _inject(self, model: nn.Module, config: LoraConfig, adapter: str) -> None:
+        with warnings.catch_warnings():
+            # Said in the plan's own words, see `_saved_lines`; merging takes care of it.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            # Several adapters are what the recipe asked for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            try:
+                inject_adapter_in_model(config, model, adapter_name=adapter, low_cpu_mem_usage=True)
+            except (ValueError, TypeError) as error:
+                raise PlanError(f"peft_config: PEFT cannot adapt {type(model).__name__}: {error}") from error
+        self.adapters.append(adapter)
+
+    def _use_side_by_side(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_adapter([name for name in self.adapters if name in module.r])
+
+
+def _is_adapter(name: str) -> bool:
+    return files.taken_apart(name) is not None
+
+
+def _summary(config: LoraConfig, layers: list[str]) -> str:
+    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    return f"{kind} r={config.r} alpha={config.lora_alpha} on {len(layers)} layers: {files.describe(short(layers))}"
+
+
+def _saved_lines(model: nn.Module, saved: list[str]) -> list[str]:
+    lines = [f"{name} is trained in full, as a copy saved with the adapter" for name in saved]
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name for same in names.values() if len(same) > 1 for name in same}
+    return lines + [
+        f"{name} shares its weight with another module; its copy does not, so they part in training"
+        for name in saved
+        if any(other.startswith(f"{name}.original_module.") for other in tied)
+    ]

@@ -1,0 +1,159 @@
+"""PEFT's files: which tensor is under which key, what an adapter's folder holds, and writing one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from peft import LoraConfig, PeftConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llmtune import LoadError, PlanError
+
+if TYPE_CHECKING:
+    from llmtune_lora import LoraRecipe
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save"
+_NAME = re.compile(rf"(?P<module>.+)\.(?P<part>{_PARTS})\.(?P<adapter>[^.]+)(?:\.(?P<rest>.+))?")
+
+
+class AdapterTensor(NamedTuple):
+    """A tensor's name in an adapted model, taken apart."""
+
+    module: str
+    """The layer it belongs to, as the base model names it."""
+    part: str
+    """`lora_A`, `lora_B`, ..., `modules_to_save`."""
+    adapter: str
+    rest: str
+    """`weight`, `bias`, or a path inside a module trained in full."""
+
+    @property
+    def key(self) -> str:
+        """Its key in PEFT's file."""
+        if self.part == "modules_to_save":
+            return f"{PREFIX}{self.module}.{self.rest}"
+        if self.part == "lora_magnitude_vector":  # a bare parameter in PEFT's first DoRA; the file has kept that
+            return f"{PREFIX}{self.module}.{self.part}"
+        return f"{PREFIX}{self.module}.{self.part}" + (f".{self.rest}" if self.rest else "")
+
+
+def taken_apart(name: str) -> AdapterTensor | None:
+    """None for a tensor that belongs to the base model."""
+    found = _NAME.fullmatch(name)
+    return AdapterTensor(found["module"], found["part"], found["adapter"], found["rest"] or "") if found else None
+
+
+def adapter_folder(place: str) -> Path:
+    """Local folder of an adapter: `place` itself, the model folder of a run there, or a download from the hub.
+
+    Raises PlanError if there is no adapter with safetensors weights.
+    """
+    for folder in (Path(place), Path(place) / "model"):
+        if (folder / CONFIG).exists():
+            if not (folder / WEIGHTS).exists():
+                raise PlanError(
+                    f"peft_config.adapter_name_or_path: {folder} has no {WEIGHTS}; save the adapter again with PEFT"
+                )
+            return folder
+    if Path(place).exists():
+        raise PlanError(
+            f"peft_config.adapter_name_or_path: {place} holds no {CONFIG}; name a folder that PEFT or llmtune saved"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(place, WEIGHTS)
+        return Path(hf_hub_download(place, CONFIG)).parent
+    except Exception as error:
+        raise PlanError(
+            f"peft_config.adapter_name_or_path: {place} is no local folder and cannot be had from the hub "
+            f"({type(error).__name__}); check the path"
+        ) from error
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The adapter's own settings. Raises PlanError if it is no LoRA adapter or needs what llmtune does not train."""
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise PlanError(f"peft_config.adapter_name_or_path: {folder} holds a {config.peft_type} adapter, not LoRA")
+    if config.bias != "none":
+        raise PlanError(
+            f"peft_config.adapter_name_or_path: {folder} trains biases of the base model (bias: {config.bias}), "
+            "which cannot be continued here; merge it into the base with PEFT first"
+        )
+    # The values come from the file: whatever the first initialisation was, it must not run again.
+    config.init_lora_weights = True
+    return config
+
+
+def check_agreement(recipe: LoraRecipe, config: LoraConfig, folder: Path) -> None:
+    """Raise PlanError if a key of the recipe was set to something the adapter contradicts."""
+    from llmtune import split_names
+
+    for field in dataclasses.fields(recipe):
+        wish = getattr(recipe, field.name)
+        if field.name in ("adapter_name_or_path", "lora_dropout") or wish == field.default:
+            continue
+        has = getattr(config, field.name)
+        if field.name in ("target_modules", "modules_to_save"):
+            wish = sorted(split_names(wish))
+            has = sorted(has or ()) if not isinstance(has, str) else has
+        if wish != has:
+            raise PlanError(
+                f"peft_config.{field.name}: the recipe says {wish}, the adapter {folder} that is continued has {has}; "
+                "remove the key, or train a new adapter"
+            )
+
+
+def files_of(model: nn.Module, adapter: str, folder: Path) -> tuple[dict[str, tuple[Path, str]], list[str]]:
+    """Model name to (file, key) for every tensor of `adapter`, and keys of base weights that PEFT put beside them.
+
+    Only the file's header is read. Raises LoadError that lists missing, surplus and misshapen keys.
+    """
+    mine = {name: parts for name in model.state_dict() if (parts := taken_apart(name)) and parts.adapter == adapter}
+    shapes = {parts.key: tuple(model.state_dict()[name].shape) for name, parts in mine.items()}
+    path = folder / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        there = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    base = [key for key in there if key not in shapes and key.endswith(".base_layer.weight")]
+    wrong = [
+        f"{key} {list(there[key])}, wanted {list(shapes[key])}"
+        for key in shapes.keys() & there.keys()
+        if there[key] != shapes[key]
+    ]
+    problems = [
+        f"{what}: {', '.join(sorted(keys)[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        for what, keys in (
+            ("missing", list(shapes.keys() - there.keys())),
+            ("not part of this model", list(there.keys() - shapes.keys() - set(base))),
+            ("of another shape", wrong),
+        )
+        if keys
+    ]
+    if problems:
+        raise LoadError(
+            f"{path} does not fit {type(model).__name__}. {'; '.join(problems)}. Check that it was made for this model"
+        )
+    return {name: (path, parts.key) for name, parts in mine.items()}, base
+
+
+def write(tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> None:
+    """Both files, as `PeftModel.save_pretrained` writes them. Tensors are named as in the model."""
+    state = {parts.key: tensor.contiguous() for name, tensor in tensors.items() if (parts := taken_apart(name))}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def describe(names: Sequence[str]) -> str:
+    """`q_proj, v_proj and 5 more`."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
