@@ -7,7 +7,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import Any, Protocol, TextIO
 
 Clock = Callable[[], float]
@@ -19,13 +18,17 @@ HIDDEN = {"epoch", "tokens"}
 class View(Protocol):
     """One way to show progress."""
 
-    def start(self, done: int, total: int) -> None: ...
+    def start(self, done: int, total: int) -> None:
+        """Begin at `done` of `total` steps."""
+        ...
 
     def update(self, step: int, figures: str, keep: bool) -> None:
         """Show that `step` is done. `keep`: the figures should stay in sight (an evaluation)."""
         ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Leave the stream as it was found."""
+        ...
 
 
 class Console:
@@ -41,10 +44,12 @@ class Console:
         self.started = 0.0
 
     def start(self) -> None:
+        """Begin to show progress and to measure time."""
         self.started = self.clock()
         self.view.start(self.first, self.total)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of `step`; those without a `loss` are an evaluation's."""
         evaluated = "loss" not in metrics
         figures = figures_text(metrics)
         if not evaluated and (eta := self.eta_s(step)) is not None:
@@ -57,6 +62,7 @@ class Console:
         return (self.clock() - self.started) / done * (self.total - step) if done > 0 else None
 
     def finish(self) -> None:
+        """End the display."""
         self.view.finish()
 
 
@@ -65,7 +71,7 @@ def choose_view(stream: TextIO) -> View:
     if in_notebook():
         return NotebookBar()
     terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    return RichBar(stream) if terminal and find_spec("rich") else PlainLines(stream)
+    return RichBar(stream) if terminal else PlainLines(stream)
 
 
 def in_notebook() -> bool:
@@ -83,9 +89,11 @@ class PlainLines:
         self.total = 0
 
     def start(self, done: int, total: int) -> None:
+        """Nothing is printed before the first log."""
         self.total = total
 
     def update(self, step: int, figures: str, keep: bool) -> None:
+        """Print one line."""
         width = len(str(self.total))
         # Flushed, or a log file would lag by the 8 KiB of a pipe's buffer, some 100 steps.
         print(f"step {step:>{width}}/{self.total}  {figures}", file=self.stream, flush=True)
@@ -109,10 +117,12 @@ class RichBar:
         self.task: Any = None
 
     def start(self, done: int, total: int) -> None:
+        """Draw the bar."""
         self.progress.start()
         self.task = self.progress.add_task("", total=total, completed=done, figures="")
 
     def update(self, step: int, figures: str, keep: bool) -> None:
+        """Move the bar; kept figures become a line above it."""
         if keep:
             self.progress.console.print(f"step {step}  {figures}", markup=False)
             self.progress.update(self.task, completed=step)
@@ -120,6 +130,7 @@ class RichBar:
             self.progress.update(self.task, completed=step, figures=figures)
 
     def finish(self) -> None:
+        """Leave the last state of the bar in sight."""
         self.progress.stop()
 
 
@@ -130,12 +141,14 @@ class NotebookBar:
         self.bar: Any = None
 
     def start(self, done: int, total: int) -> None:
+        """Draw the bar."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tqdm asks for ipywidgets, without which it works as well
             from tqdm.auto import tqdm
         self.bar = tqdm(total=total, initial=done, unit="step")
 
     def update(self, step: int, figures: str, keep: bool) -> None:
+        """Move the bar; kept figures become a line of their own."""
         self.bar.update(step - self.bar.n)
         if keep:
             self.bar.write(f"step {step}  {figures}")
@@ -143,6 +156,7 @@ class NotebookBar:
             self.bar.set_postfix_str(figures.partition("  eta ")[0])  # tqdm shows the time left itself
 
     def finish(self) -> None:
+        """Leave the last state of the bar in sight."""
         if self.bar is not None:
             self.bar.close()
 

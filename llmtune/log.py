@@ -39,10 +39,12 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line."""
         self._file.write(_line({"step": step, **metrics}))
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

@@ -57,6 +57,8 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path | None =
 
 def draw_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], metric: str, title: str) -> None:
     """One metric against the step; evaluations of it as dots on a line of their own."""
+    from matplotlib.ticker import MaxNLocator
+
     steps, values = series(metrics, metric)
     axes.plot(steps, values, color=TRAIN, linewidth=1.4, marker="o" if len(steps) == 1 else None, label="training")
     eval_steps, eval_values = series(metrics, f"eval_{metric}")
@@ -73,7 +75,7 @@ def draw_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], metric: str, ti
         axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if not steps and not eval_steps:

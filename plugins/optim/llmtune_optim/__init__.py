@@ -47,19 +47,22 @@ class AdamW8bitConfig:
 
 
 def build_adamw(config: AdamWConfig) -> Any:
-    from llmtune_optim.adamw import AdamWFactory
+    """An `OptimizerFactory` for `adamw`."""
+    from .adamw import AdamWFactory
 
     return AdamWFactory(config)
 
 
 def build_adamw_8bit(config: AdamW8bitConfig) -> Any:
-    from llmtune_optim.adamw_8bit import AdamW8bitFactory
+    """An `OptimizerFactory` for `adamw_8bit`; imports bitsandbytes."""
+    from .adamw_8bit import AdamW8bitFactory
 
     return AdamW8bitFactory(config)
 
 
 @hookimpl
 def optim_config() -> list[Plugin]:
+    """`adamw` and `adamw_8bit`."""
     return [
         Plugin(name="adamw", config=AdamWConfig, build=build_adamw, summary="AdamW, fused where it exists"),
         Plugin(

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llmtune import PlanError
-from llmtune_optim import AdamWConfig
+
+from . import AdamWConfig
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where torch >= 2.11 has a fused AdamW."""

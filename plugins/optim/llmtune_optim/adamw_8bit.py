@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmtune import PlanError
-from llmtune_optim import AdamW8bitConfig
-from llmtune_optim.adamw import Named, decay_groups, require_parameters
+
+from . import AdamW8bitConfig
+from .adamw import Named, decay_groups, require_parameters
 
 
 @contextmanager
@@ -50,9 +51,8 @@ class AdamW8bitFactory:
                 )
         groups = []
         for bits in (8, 32):
-            chosen = [[pair for pair in named if self.bits(*pair) == bits] for named in (decay, no_decay)]
-            if any(chosen):
-                groups += [group | {"bits": bits} for group in decay_groups(*chosen, config.weight_decay)]
+            heavy, light = ([pair for pair in named if self.bits(*pair) == bits] for named in (decay, no_decay))
+            groups += [group | {"bits": bits} for group in decay_groups(heavy, light, config.weight_decay)]
         return ShardedAdamW8bit(groups, lr=lr, betas=config.betas, eps=config.eps, paged=config.paged)
 
     def bits(self, name: str, parameter: nn.Parameter) -> int:

@@ -25,6 +25,7 @@ class Linear:
     """Straight down to 0 at the last step. It has no keys."""
 
     def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """1 at the end of warm-up, 0 at `total_steps`."""
         return 1.0 - progress(step, total_steps, warmup_steps)
 
 
@@ -38,6 +39,7 @@ class Cosine:
     """Lowest learning rate as a share of `learning_rate`; transformers calls it `min_lr_rate`."""
 
     def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """1 at the end of warm-up, `min_lr_ratio` wherever the cosine is lowest."""
         angle = 2.0 * math.pi * self.num_cycles * progress(step, total_steps, warmup_steps)
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(angle))
 
@@ -47,6 +49,7 @@ class Constant:
     """The learning rate as it is. It has no keys."""
 
     def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """Always 1."""
         return 1.0
 
 
@@ -61,12 +64,14 @@ class Polynomial:
     your `learning_rate`."""
 
     def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """1 at the end of warm-up, `lr_end_ratio` at `total_steps`."""
         left = 1.0 - progress(step, total_steps, warmup_steps)
         return self.lr_end_ratio + (1.0 - self.lr_end_ratio) * left**self.power
 
 
 @hookimpl
 def lr_scheduler_config() -> list[Plugin]:
+    """All four schedules."""
     # The validated config is the schedule itself.
     return [
         Plugin(name=name, config=schedule, build=lambda config: config, summary=summary)

@@ -17,13 +17,15 @@ class TensorBoardConfig:
 
 
 def build(config: TensorBoardConfig) -> Any:
-    from llmtune_tensorboard.writer import TensorBoard
+    """A `Logger`; imports torch and tensorboard."""
+    from .writer import TensorBoard
 
     return TensorBoard(config)
 
 
 @hookimpl
 def logger_config() -> list[Plugin]:
+    """`tensorboard`."""
     return [
         Plugin(
             name="tensorboard",

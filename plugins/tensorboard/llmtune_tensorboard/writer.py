@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from llmtune_tensorboard import TensorBoardConfig
+from . import TensorBoardConfig
 
 
 class TensorBoard:
