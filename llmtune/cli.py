@@ -109,7 +109,7 @@ EXIT_INTERRUPTED = 75
 
 
 def _plan(options: Any) -> None:
-    from llmtune.plan import make_plan
+    from llmtune.planning import make_plan
     from llmtune.ranks import Ranks, pick_device
     from llmtune.recipe import load_recipe
     from llmtune.registry import Registry

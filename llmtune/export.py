@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.build import build_objective
+from llmtune.building import build_objective
 from llmtune.errors import PlanError
-from llmtune.plan import make_plan
+from llmtune.planning import make_plan
 from llmtune.precision import torch_dtype
 from llmtune.ranks import Ranks, pick_device
 from llmtune.registry import Registry

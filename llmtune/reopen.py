@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import checkpoint, rundir
-from llmtune.build import build_objective
+from llmtune.building import build_objective
 from llmtune.errors import CheckpointError
 from llmtune.placement import put
-from llmtune.plan import Plan, make_plan
+from llmtune.planning import Plan, make_plan
 from llmtune.precision import torch_dtype
 from llmtune.ranks import Ranks, pick_device
 from llmtune.recipe import load_recipe

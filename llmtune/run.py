@@ -11,7 +11,7 @@ from llmtune import rundir
 from llmtune.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
-    from llmtune.plan import Plan
+    from llmtune.planning import Plan
 
 
 
@@ -140,7 +140,7 @@ def _train_in_processes(recipe: Any, ranks: int) -> Run:
 
 def plan(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, **overrides: Any) -> Plan:
     """Resolve everything without reading weights or touching a device; print the result to see it."""
-    from llmtune.plan import make_plan
+    from llmtune.planning import make_plan
     from llmtune.ranks import Ranks, pick_device
 
     loaded, registry = _recipe_and_registry(recipe, overrides)
@@ -150,8 +150,8 @@ def plan(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, **
 
 def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:
     """The composed model, with weights, and its tokenizer: for notebooks and own loops. One process."""
-    from llmtune.build import build_objective
-    from llmtune.plan import make_plan
+    from llmtune.building import build_objective
+    from llmtune.planning import make_plan
     from llmtune.ranks import Ranks, pick_device
 
     loaded, registry = _recipe_and_registry(recipe, overrides)

@@ -22,7 +22,7 @@ from llmtune.errors import CheckpointError, PlanError, listed
 
 if TYPE_CHECKING:
     from llmtune.checkpoint import Manifest
-    from llmtune.plan import Plan
+    from llmtune.planning import Plan
 
 # Keys that may differ between a run and its continuation: they change what is reported or kept, not what is learnt.
 COSMETIC = {

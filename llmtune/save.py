@@ -10,7 +10,7 @@ from llmtune.placement import full
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.plan import Plan
+    from llmtune.planning import Plan
 
 
 def is_adapter(plan: Plan) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmtune.plan import Plan
+    from llmtune.planning import Plan
     from llmtune.training import Outcome
 
 

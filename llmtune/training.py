@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import checkpoint, rundir
-from llmtune.build import build_objective
+from llmtune.building import build_objective
 from llmtune.chat import GenerateConfig, answer
 from llmtune.errors import LlmtuneError
 from llmtune.log import Loggers, read_metrics
 from llmtune.loop import LossScale, Training, train
 from llmtune.optim import make_optimizer
-from llmtune.plan import Plan, make_plan
+from llmtune.planning import Plan, make_plan
 from llmtune.ranks import check_agreement, from_first, join, leave, pick_device, ranks_from_environment, wait_for_all
 from llmtune.save import write_result
 from llmtune.watch import Keeper, StopRequest

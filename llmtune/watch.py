@@ -21,7 +21,7 @@ from llmtune.save import is_adapter, write_adapter
 if TYPE_CHECKING:
     from llmtune.log import Loggers
     from llmtune.objective import Objective
-    from llmtune.plan import Plan
+    from llmtune.planning import Plan
 
 
 class StopRequest:

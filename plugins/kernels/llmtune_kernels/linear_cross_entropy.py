@@ -71,7 +71,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of linear_cross_entropy were handed on already: it has one backward pass")
         (hidden, *weights), ctx.gradients = ctx.gradients, None

@@ -192,7 +192,7 @@ def test_kernels_are_asked_for_the_right_window_and_scale(kernel: str, window: i
     starts = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, window_size: tuple, **rest: Any) -> Tensor:
-        assert window_size[1] == 0 or rest["causal"] and window is None  # torch has no `causal`, it reads the window
+        assert window_size[1] == 0 or (rest["causal"] and window is None)  # torch has no `causal`, it reads the window
         scale = rest["scale"] if kernel == "_torch_varlen" else rest["softmax_scale"]
         return flash_reference(q, k, v, list(LENGTHS), scale, window_size[0])
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.load import Loader
+from llmtune.loading import Loader
 from llmtune.objective import Objective
 from llmtune.parallel import checkpoint_activations
 from llmtune.source import resolve_model
 from llmtune.structure import transformer_layers
 
 if TYPE_CHECKING:
-    from llmtune.plan import Plan
+    from llmtune.planning import Plan
 
 
 def build_objective(plan: Plan) -> Objective:

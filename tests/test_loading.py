@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.edits import Ledger, named_tensors, set_trainable
 from llmtune.errors import LoadError
-from llmtune.load import Loader
+from llmtune.loading import Loader
 from llmtune.parallel import Fsdp2, Fsdp2Config
 from llmtune.placement import full
 from llmtune.ranks import join, ranks_from_environment
