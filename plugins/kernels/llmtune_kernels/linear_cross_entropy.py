@@ -71,12 +71,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         if ctx.gradients is None:
             raise RuntimeError("the gradients of linear_cross_entropy were handed on already: it has one backward pass")
         (hidden, *weights), ctx.gradients = ctx.gradients, None
         # In place: the head's gradient is as large as the head, 113 MB for 49152 x 576.
-        scaled = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in (hidden, *weights)]
+        scaled = [None if gradient is None else gradient.mul_(scale) for gradient in (hidden, *weights)]
         return scaled[0], None, None, None, None, *scaled[1:]
 
 

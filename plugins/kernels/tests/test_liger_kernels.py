@@ -13,7 +13,7 @@ from llmtune_kernels import liger_rms_norm, liger_rope, liger_swiglu, selection
 from llmtune_kernels.linear_cross_entropy import linear_cross_entropy
 from llmtune_kernels.spec import transformers_class
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from llmtune import Situation
 
@@ -148,6 +148,25 @@ def test_the_written_out_attention_is_transformers_own(family: str, attention: s
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     prompt = torch.arange(7)[None]
     assert torch.equal(made.generate(prompt, **options), plain.generate(prompt, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_written_out_attention_tells_the_attention_function_the_same(family: str) -> None:
+    told: list[dict[str, Any]] = []
+
+    def listen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> tuple:
+        told.append({name: said for name, said in arguments.items() if not isinstance(said, Tensor)})
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("listen", listen)
+    made = model(family, use_sliding_window=True, max_window_layers=1, sliding_window=4, attention_dropout=0.1)
+    made.set_attn_implementation("listen")
+    rotate = sys.modules[type(made.model).__module__].apply_rotary_pos_emb
+    made.train()(torch.arange(9)[None], use_cache=False, max_length_q=9)
+    liger_rope.replace_attention(made, rotate)
+    made(torch.arange(9)[None], use_cache=False, max_length_q=9)
+    assert len(told) == 4 and told[:2] == told[2:]
+    assert told[0]["max_length_q"] == 9 and told[0]["dropout"] == 0.1
 
 
 def test_partial_rotation_is_refused() -> None:
