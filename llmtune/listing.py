@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,14 +36,14 @@ def question(point: str) -> str:
     return re.split(r"(?<=\.)\s", (getattr(hookspecs, point).__doc__ or "").strip())[0]
 
 
-def print_listing(listing: Sequence[Listed], json: bool = False) -> None:
-    """Print what is installed, by extension point; with `json` for machines."""
-    if json:
+def print_listing(listing: Sequence[Listed], as_json: bool = False) -> None:
+    """Print what is installed, by extension point; with `as_json` for machines."""
+    if as_json:
         rows = [{name: value for name, value in vars(row).items() if name != "plugin"} for row in listing]
         for row in rows:
             row["requires"] = [{"requirement": text, "met": met} for text, met in row["requires"]]
         questions = [{"name": point, "question": question(point)} for point in EXTENSION_POINTS]
-        print(json_module.dumps({"api": API_VERSION, "extension_points": questions, "plugins": rows}, indent=1))
+        print(json.dumps({"api": API_VERSION, "extension_points": questions, "plugins": rows}, indent=1))
         return
     for point in (*EXTENSION_POINTS, "observe", ""):
         rows = [row for row in listing if row.point == point]

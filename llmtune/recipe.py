@@ -41,7 +41,7 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    blocks: Mapping[str, list[tuple[str, dict[str, Any]]]]
+    blocks: Mapping[str, list[tuple[str, dict[str, Any]]]] = field(repr=False)
     """Extension point to its (plugin name, parameters), as far as the recipe names any."""
     resolved: Mapping[str, Any]
     """Every top-level key with its value, defaults included. Secrets are null; where anything is read from the
@@ -82,7 +82,8 @@ class Places:
                 return where
             if place := self.keys.get(path[:length]):
                 return f"{self.origin}:{place[0]}:{place[1]}"
-        return self.origin
+        inside = [where for changed, where in self.overridden.items() if path and changed[: len(path)] == path]
+        return inside[0] if inside else self.origin
 
     def error(self, key: str, message: str) -> RecipeError:
         """`recipes/my.yaml:14:3  peft_config.rnak: no such key ...`"""
@@ -106,10 +107,12 @@ def load_recipe(
     places = Places(origin, found.places, {split(key): where for key in changes})
     _check_mapping(found, origin)
     tree = _with_names(found.tree)
-    tree = _override(tree, changes, where)
+    tree = _override(tree, changes, where, places)
     resolved = _resolve(tree, places)
     problems = [*found.problems, *_unknown(resolved, places)]
-    problems += [places.error(show(path), "found a number that is not finite") for path in not_finite(resolved)]
+    for path in list(not_finite(resolved)):
+        problems.append(places.error(show(path), "found a number that is not finite"))
+        resolved.pop(str(path[0]), None)
     configs = []
     for config in CONFIGS:
         made, wrong = decode(config, {key: resolved[key] for key in field_types(config) if key in resolved})
@@ -221,8 +224,8 @@ def _block(key: str, value: Any) -> Any:
     return {"name": value} if isinstance(value, str) and "${" not in value else value
 
 
-def _override(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    config = _omega(tree, where)
+def _override(tree: dict[str, Any], changes: Mapping[str, Any], where: str, places: Places) -> dict[str, Any]:
+    config = _omega(tree, places)
     for key, value in changes.items():
         path = split(key)
         if not path:
@@ -236,19 +239,25 @@ def _override(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> d
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
-def _omega(tree: dict[str, Any], origin: str) -> Any:
+def _omega(tree: dict[str, Any], places: Places) -> Any:
     try:
         return OmegaConf.create(tree)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "the recipe"
-        raise RecipeError(
-            rf"{origin}  {key}: {_first_line(error)}; write \${{ for these two signs themselves"
-        ) from error
+        raise _unresolved(getattr(error, "full_key", None) or "", error, places) from error
+
+
+def _unresolved(key: str, error: Exception, places: Places) -> RecipeError:
+    cause = _first_line(error).removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+    if "Environment variable" in cause:
+        return places.error(key, f"{cause}; set it, or write the value itself")
+    if "Missing mandatory value" in cause:
+        return places.error(key, "found ???, which stands for a value still to be filled in")
+    return places.error(key, rf"cannot be resolved: {cause}; write \${{ for these two signs themselves")
 
 
 def _resolve(tree: Mapping[str, Any], places: Places) -> dict[str, Any]:
     """`${key}` and `${oc.env:NAME}` replaced by what they stand for; keys that were not given have their defaults."""
-    config = _omega({**_defaults(), **tree}, places.origin)
+    config = _omega({**_defaults(), **tree}, places)
     resolved = {}
     problems = []
     for key in tree:
@@ -256,9 +265,7 @@ def _resolve(tree: Mapping[str, Any], places: Places) -> dict[str, Any]:
             value = config[key]
             resolved[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException as error:
-            full = getattr(error, "full_key", None) or key
-            hint = r"; write \${ for these two signs themselves" if "${" in str(tree[key]) else ""
-            problems.append(places.error(str(full), f"cannot be resolved: {_first_line(error)}{hint}"))
+            problems.append(_unresolved(getattr(error, "full_key", None) or key, error, places))
     raise_all(problems)
     return resolved
 

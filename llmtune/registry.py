@@ -51,14 +51,16 @@ class Registry:
             if name not in source.names and source is not CORE:
                 continue
             try:
-                usable(source, name)
-                offers += [
-                    _offer(source, point, plugin)
-                    for plugin in self._module(source).plugins(point)
-                    if plugin.name == name
-                ]
+                if source is not CORE:  # metadata can rule a package out before it is imported
+                    usable(source, name)
+                found = [plugin for plugin in self._module(source).plugins(point) if plugin.name == name]
+                if found:
+                    usable(source, name)
+                offers += [_offer(source, point, plugin) for plugin in found]
             except PluginError as error:
-                problems.append(error if source is CORE else PluginError(f"{point}: {error}"))
+                problem = PluginError(f"{point}: {error}")
+                problem.__cause__ = error
+                problems.append(problem)
         if not offers:
             raise_all(problems or [self._unknown(point, name)])
         _same_name(offers)
