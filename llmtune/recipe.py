@@ -24,7 +24,7 @@ from llmtune.data.config import DataConfig
 from llmtune.errors import RecipeError, did_you_mean, listed, raise_all
 from llmtune.hookspecs import EXTENSION_POINTS
 from llmtune.parts import default_blocks
-from llmtune.recipe_text import Path_, Text, not_finite, show, split
+from llmtune.recipe_text import KeyPath, Text, not_finite, show, split
 from llmtune.schema import decode, field_types
 from llmtune.source import ModelConfig
 
@@ -71,8 +71,8 @@ class Places:
     """Says where a key was given: `recipes/my.yaml:14:3`, `command line` or `keyword argument`."""
 
     origin: str
-    keys: Mapping[Path_, tuple[int, int]]
-    overridden: Mapping[Path_, str]
+    keys: Mapping[KeyPath, tuple[int, int]]
+    overridden: Mapping[KeyPath, str]
 
     def of(self, key: str) -> str:
         """The place of a key, or of the nearest block around it that stands in the file."""

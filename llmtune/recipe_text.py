@@ -19,7 +19,7 @@ MOST_NODES = 10_000
 """Values in a recipe, each alias counted as often as it is used."""
 DEEPEST = 32
 
-Path_ = tuple["str | int", ...]
+KeyPath = tuple[str | int, ...]
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
@@ -55,9 +55,9 @@ class Text:
     """Plain values, and where they stand."""
 
     tree: Any
-    places: dict[Path_, tuple[int, int]] = field(default_factory=dict)
+    places: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)
     """Key path to (line, column) of the key, from 1."""
-    spans: dict[Path_, tuple[int, int]] = field(default_factory=dict)
+    spans: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)
     """Key path to the characters [start, stop) of a scalar value."""
     text: str = ""
     problems: list[RecipeError] = field(default_factory=list)
@@ -106,15 +106,15 @@ class _Reader:
         self.origin = origin
         self.problems: list[RecipeError] = []
         self.nodes = 0
-        self.places: dict[Path_, tuple[int, int]] = {}
-        self.spans: dict[Path_, tuple[int, int]] = {}
+        self.places: dict[KeyPath, tuple[int, int]] = {}
+        self.spans: dict[KeyPath, tuple[int, int]] = {}
         self.loader = _Loader("")
 
     def refuse(self, node: yaml.Node, sentence: str) -> None:
         mark = node.start_mark
         self.problems.append(RecipeError(f"{self.origin}:{mark.line + 1}:{mark.column + 1}  {sentence}"))
 
-    def read(self, node: yaml.Node, path: Path_) -> Any:
+    def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MOST_NODES:
             raise RecipeError(
@@ -139,7 +139,7 @@ class _Reader:
             self.refuse(node, f'{show(path)}: found "{node.value}" tagged as {kind}, which it is not; remove the tag')
             return None
 
-    def mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self.key(key_node, path)
@@ -157,7 +157,7 @@ class _Reader:
                 made[key] = value
         return made
 
-    def key(self, node: yaml.Node, path: Path_) -> str | None:
+    def key(self, node: yaml.Node, path: KeyPath) -> str | None:
         if node.tag == "tag:yaml.org,2002:merge":
             self.refuse(node, "<<: merge keys are not read; write the keys out")
         elif not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN:
@@ -198,7 +198,7 @@ def _parse_json(text: str, origin: str) -> Text:
     return Text(plain(tree, origin), places.places, places.spans, text, places.problems or problems)
 
 
-def plain(value: Any, origin: str, path: Path_ = ()) -> Any:
+def plain(value: Any, origin: str, path: KeyPath = ()) -> Any:
     """A copy of a mapping's values made of dict, list, text, numbers, booleans and null only; RecipeError otherwise."""
     if len(path) > DEEPEST:
         raise RecipeError(f"{origin}: nested deeper than {DEEPEST} levels; recipes are flat")
@@ -218,7 +218,7 @@ def plain(value: Any, origin: str, path: Path_ = ()) -> Any:
     )
 
 
-def not_finite(tree: Any, path: Path_ = ()) -> Iterable[Path_]:
+def not_finite(tree: Any, path: KeyPath = ()) -> Iterable[KeyPath]:
     """Paths of the numbers that are infinite or not a number."""
     if isinstance(tree, float) and not math.isfinite(tree):
         yield path
@@ -230,12 +230,12 @@ def not_finite(tree: Any, path: Path_ = ()) -> Iterable[Path_]:
             yield from not_finite(value, (*path, index))
 
 
-def show(path: Path_) -> str:
+def show(path: KeyPath) -> str:
     """`("kernel_config", 0, "name")` as `kernel_config[0].name`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".") or "the recipe"
 
 
-def split(key: str) -> Path_:
+def split(key: str) -> KeyPath:
     """The reverse of `show`; `kernel_config.0.name` means the same."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"[.\[\]]+", key) if part)
