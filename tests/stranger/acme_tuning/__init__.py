@@ -1,0 +1,84 @@
+"""What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from llmtune import Event, Ge, Lt, Plugin, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3Config:
+    """Keys of `peft_config: {name: ia3}`. After (IA)^3: https://arxiv.org/abs/2205.05638."""
+
+    target_modules: str | tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    """Linear layers whose outputs are rescaled: last parts of their names, as a list or comma string."""
+    start: float = 1.0
+    """Value of all gains before training; 1 leaves the model as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8RowsConfig:
+    """Keys of `quant_config: {name: int8_rows}`."""
+
+    skip_modules: str | tuple[str, ...] = ()
+    """Linear layers that stay as they are, besides output heads: last parts of their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothedConfig:
+    """Keys of `stage_config: {name: smoothed}`."""
+
+    beta: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Share of the target that is spread evenly over the vocabulary; 0 is plain supervised fine-tuning."""
+
+
+def _ia3(config: Ia3Config) -> Any:
+    from acme_tuning.ia3 import Ia3
+
+    return Ia3(config)
+
+
+def _int8_rows(config: Int8RowsConfig) -> Any:
+    from acme_tuning.int8_rows import Int8Rows
+
+    return Int8Rows(config)
+
+
+def _smoothed(config: SmoothedConfig) -> Any:
+    from acme_tuning.smoothed import Smoothed
+
+    return Smoothed(config)
+
+
+@hookimpl
+def peft_config() -> list[Plugin]:
+    return [Plugin(name="ia3", config=Ia3Config, build=_ia3, summary="One trained gain for each output of a layer")]
+
+
+@hookimpl
+def quant_config() -> list[Plugin]:
+    return [
+        Plugin(
+            name="int8_rows",
+            config=Int8RowsConfig,
+            build=_int8_rows,
+            summary="Bytes with one float32 scale a row",
+            gives=frozenset({"quantized_base"}),
+        )
+    ]
+
+
+@hookimpl
+def stage_config() -> list[Plugin]:
+    return [Plugin(name="smoothed", config=SmoothedConfig, build=_smoothed, summary="Label-smoothed fine-tuning")]
+
+
+@hookimpl
+def observe(event: Event) -> None:
+    """Append the event's kind to the file that ACME_EVENTS names."""
+    if path := os.environ.get("ACME_EVENTS"):
+        with open(path, "a", encoding="utf-8") as file:
+            print(event.kind, event.step, file=file)
