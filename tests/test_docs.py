@@ -1,0 +1,104 @@
+"""What the README and docs/ say is there, is there; the README's plugin works as printed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import llmtune
+from llmtune import hookspecs
+from llmtune.recipe import load_recipe, renamed
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def test_the_two_commands_stand_in_the_readme_as_ci_reads_them() -> None:
+    assert "pip install . ./plugins/* && llmtune train recipes/quickstart.yaml" in README.splitlines()
+    assert "pip install -e '.[test]' ./plugins/* && pytest" in README.splitlines()
+
+
+@pytest.mark.parametrize("name", [*hookspecs.EXTENSION_POINTS, "observe"])
+def test_every_hook_has_its_heading_with_its_arguments(name: str) -> None:
+    arguments = ", ".join(inspect.signature(getattr(hookspecs, name)).parameters)
+    lines = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8").splitlines()
+    assert f"### {name}({arguments})" in lines
+
+
+@pytest.mark.parametrize("record", ["Plugin", "Situation", "Change"])
+def test_the_guide_names_every_field_of_the_records(record: str) -> None:
+    guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    fields = getattr(llmtune, record).__dataclass_fields__
+    assert [name for name in fields if f"`{name}`" not in guide] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_read_and_is_mentioned(path: Path) -> None:
+    assert load_recipe(path).model.model
+    assert any(f"recipes/{path.name}" in page.read_text(encoding="utf-8") for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:llmtune|tests|recipes)/[\w/-]+\.(?:py|yaml)\b", text))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_module_in_the_tour_of_the_code_exists_and_functions_are_where_the_tour_says() -> None:
+    """`name` in `llmtune/file.py`, as docs/tour.md writes it."""
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    claims = re.findall(r"`([\w.]+)\(?\)?`\s+in\s+`(llmtune/[\w/]+\.py)`", tour)
+    assert len(claims) > 10
+    for name, file in claims:
+        last = name.rpartition(".")[2]
+        assert re.search(rf"^\s*(def|class) {last}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), (name, file)
+
+
+def test_the_migration_page_names_every_renamed_key() -> None:
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    assert [key for key in renamed() if f"`{key}`" not in page] == []
+
+
+def test_every_plugin_package_has_a_page_that_names_its_plugins() -> None:
+    import tomllib
+
+    for package in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
+        page = (package.parent / "README.md").read_text(encoding="utf-8")
+        names = tomllib.loads(package.read_text(encoding="utf-8"))["project"]["entry-points"]["llmtune"]
+        assert [name for name in names if name not in page] == []
+
+
+def test_the_plugin_in_the_readme_trains(
+    tmp_path: Path, tiny_llama: str, chats: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    blocks = dict(re.findall(r"^`([\w./]+)`: [^\n]*\n```\w+\n(.*?)^```", README, re.M | re.S))
+    for name in ("llmtune_ia3/__init__.py", "llmtune_ia3/edit.py"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(blocks[name], encoding="utf-8")
+    # What pip writes for the package: its name and its entry points.
+    info = site / "llmtune_ia3-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llmtune-ia3\nVersion: 0.1.0\n")
+    entry = re.search(r"entry-points\.llmtune\]\n(.*)", blocks["pyproject.toml"])
+    assert entry
+    (info / "entry_points.txt").write_text("[llmtune]\n" + entry[1].replace('"', ""))
+    monkeypatch.syspath_prepend(str(site))
+    keys = {
+        "model": tiny_llama, "dataset": chats, "peft_config": "ia3", "quant_config": "bnb", "device": "cpu",
+        "max_steps": 6, "learning_rate": 0.05, "per_device_train_batch_size": 24, "disable_shuffling": True,
+        "logging_steps": 1, "cutoff_len": 128, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    run = llmtune.train(keys)
+    losses = [row["loss"] for row in run.metrics]
+    assert losses[-1] < losses[0]
+    assert (run.output_dir / "model" / "ia3.safetensors").exists()
+    assert (run.export(tmp_path / "merged") / "model.safetensors").exists()
