@@ -45,7 +45,8 @@ def build_auto(config: AutoConfig) -> Any:
 
 @hookimpl
 def quant_config() -> list[Plugin]:
-    given = {"gives": frozenset({"quantized_base"}), "requires": ("bitsandbytes>=0.48",)}
+    """`bnb`, and `auto`, which picks it."""
+    given = {"gives": frozenset({"quantized_base"}), "requires": ("bitsandbytes>=0.49",)}
     return [
         Plugin(
             name="bnb", config=BnbConfig, build=build, summary="4-bit or 8-bit base weights (bitsandbytes)", **given

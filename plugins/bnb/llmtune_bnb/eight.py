@@ -67,13 +67,16 @@ class Int8Rule:
 
     @property
     def source(self) -> str:
+        """The weight as the model had it."""
         return f"{self.layer}.weight"
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """The int8 weight, under the same name, and the scales of its rows."""
         return (self.source, f"{self.layer}.SCB")
 
     def convert(self, source: Tensor) -> dict[str, Tensor]:
+        """The same integers as bitsandbytes gives for the tensor in the run's compute type."""
         weight = (source.t() if self.transposed else source).contiguous()
         rows, scales, _ = int8_vectorwise_quant(weight.to(self.dtype).to(torch.float16))
         return {self.source: rows, f"{self.layer}.SCB": scales}
@@ -83,5 +86,6 @@ class Int8Rule:
         return None
 
     def restore(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """The dequantised weight in its original orientation."""
         whole = int8_vectorwise_dequant(targets[self.source], targets[f"{self.layer}.SCB"]).to(self.dtype)
         return whole.t().contiguous() if self.transposed else whole

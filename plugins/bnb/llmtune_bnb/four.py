@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -32,7 +33,7 @@ def blocks(numbers: int) -> int:
 @lru_cache
 def codes(kind: str) -> tuple[Tensor, Tensor]:
     """The sixteen values of a 4-bit number and the 256 of a quantised maximum; float32, on CPU."""
-    _, state = quantize_4bit(torch.zeros(BLOCK), blocksize=BLOCK, quant_type=kind, compress_statistics=True)
+    state: Any = quantize_4bit(torch.zeros(BLOCK), blocksize=BLOCK, quant_type=kind, compress_statistics=True)[1]
     return state.code, state.state2.code
 
 
@@ -135,8 +136,9 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def _describe_weight(self) -> None:
         # PEFT reads these two off the weight when it wraps the layer.
-        self.weight.compress_statistics = self.bits.double
-        self.weight.quant_type = self.bits.kind
+        weight: Any = self.weight
+        weight.compress_statistics = self.bits.double
+        weight.quant_type = self.bits.kind
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         super()._apply(fn, recurse)
@@ -147,7 +149,12 @@ class Linear4bit(bnb.nn.Linear4bit):
         """The buffers that belong to this weight alone."""
         return [getattr(self, name) for name in self.bits.empty_statistics(0)]
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        # bitsandbytes' version looks for the statistics on the weight; here they are buffers like any other.
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
     def state(self) -> QuantState:
+        """bitsandbytes' description of the weight this layer holds now."""
         parts = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset") if hasattr(self, name)}
         return self.bits.state((self.out_features, self.in_features), parts, self.code, self.nested_code)
 
@@ -187,14 +194,17 @@ class FourBitRule:
 
     @property
     def source(self) -> str:
+        """The weight as the model had it."""
         return f"{self.layer}.weight"
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """The packed weight, under the same name, and its statistics."""
         return (self.source, *(f"{self.layer}.{name}" for name in self.bits.empty_statistics(0)))
 
     @property
     def numbers(self) -> int:
+        """How many weights there are."""
         return self.shape[0] * self.shape[1]
 
     def convert(self, source: Tensor) -> dict[str, Tensor]:

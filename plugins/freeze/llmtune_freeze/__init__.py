@@ -38,6 +38,7 @@ def build(config: FreezeConfig) -> Any:
 
 @hookimpl
 def peft_config() -> list[Plugin]:
+    """`freeze`."""
     return [
         Plugin(
             name="freeze",

@@ -39,6 +39,7 @@ def build(config: LoraRecipe) -> Any:
 
 @hookimpl
 def peft_config() -> list[Plugin]:
+    """`lora`."""
     return [
         Plugin(
             name="lora",

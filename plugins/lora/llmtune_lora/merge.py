@@ -39,7 +39,7 @@ def _separate_tied(model: nn.Module) -> None:
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for module in model.modules():
         if isinstance(module, LoraLayer) and holders.get(id(module.get_base_layer().weight), 0) > 1:
-            base = module.get_base_layer()
+            base: Any = module.get_base_layer()
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
 
 
@@ -64,7 +64,7 @@ def set_magnitudes(model: nn.Module, adapter: str) -> None:
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
-            dora = module.lora_magnitude_vector[adapter]
+            dora: Any = module.lora_magnitude_vector[adapter]
             with torch.no_grad():
                 weight = whole_weight(module.get_base_layer())
                 norm = dora.get_weight_norm(weight, weight.new_zeros(()), module.scaling[adapter])
@@ -81,7 +81,7 @@ def whole_weight(layer: Any) -> torch.Tensor:
     return weight
 
 
-def _put(parameter: torch.Tensor, value: torch.Tensor) -> None:
+def _put(parameter: Any, value: torch.Tensor) -> None:
     """Write the whole `value` into a parameter of which this rank may hold a part only."""
     if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
