@@ -50,6 +50,11 @@ class Int8Linear(nn.Linear):
         """W as (out, in), float32."""
         return dequantise(self.packed, self.scale)
 
+    @property
+    def W_q(self) -> Tensor:
+        """Where PEFT looks for the stored weight of a layer that has no `weight`."""
+        return self.packed
+
 
 @dataclass(frozen=True)
 class RowsRule:
