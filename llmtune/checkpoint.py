@@ -83,7 +83,11 @@ def save(
             scratch.unlink()
         content = asdict(manifest) | {
             "numbers": {**manifest.numbers, "optimizer": numbers},
-            "files": {str(path.relative_to(partial)): _fingerprint(path) for path in sorted(partial.rglob("*")) if path.is_file()},
+            "files": {
+                str(path.relative_to(partial)): _fingerprint(path)
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
+            },
         }
         _write_synced(partial / "manifest.json", json.dumps(content, indent=1))
         _sync_folder(partial)
@@ -106,7 +110,10 @@ def training_state(
             continue
         tensors[f"model/{name}"] = parameter.detach()
         for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.dim() == 0:
+                # A counter: exact as a number, and safetensors storage cannot address a tensor without dimensions.
+                numbers[f"{name}/{key}"] = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+            elif isinstance(value, torch.Tensor):
                 tensors[state_key(name, key, value, parameter, ranks)] = value
             else:
                 numbers[f"{name}/{key}"] = value
@@ -126,7 +133,7 @@ def _write_state(state: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _alone_is_fine():
-        dcp.save(_with_dimensions(state), storage_writer=writer, no_dist=ranks.size == 1)
+        dcp.save(state, storage_writer=writer, no_dist=ranks.size == 1)
 
 
 @contextmanager
@@ -135,11 +142,6 @@ def _alone_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _with_dimensions(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # The safetensors storage of torch.distributed.checkpoint cannot address a tensor without dimensions.
-    return {key: value.reshape(1) if value.dim() == 0 else value for key, value in state.items()}
 
 
 def restore(
@@ -158,7 +160,9 @@ def restore(
     have = {key.removeprefix("model/") for key in stored if key.startswith("model/")}
     if have != set(trainable):
         odd = listed(sorted(have ^ set(trainable)))
-        raise CheckpointError(f"{folder}: holds other trained tensors than this recipe trains ({odd}); use the recipe it was made with")
+        raise CheckpointError(
+            f"{folder}: holds other trained tensors than this recipe trains ({odd}); use the recipe it was made with"
+        )
     state: dict[str, Tensor] = {f"model/{name}": parameter.detach() for name, parameter in trainable.items()}
     for key, facts in stored.items():
         if key.startswith("optim/") and optimizer is not None:
@@ -178,11 +182,13 @@ def restore(
     for key, value in state.items():
         if key.startswith("optim/"):
             name, leaf, *_ = _parse(key, trainable)
-            scalar = tuple(value.shape) == (1,) and tuple(trainable[name].shape) != (1,)
-            optimizer.state[trainable[name]][leaf] = value.reshape(()) if scalar else value
+            optimizer.state[trainable[name]][leaf] = value
     for key, number in manifest.numbers.get("optimizer", {}).items():
         name, _, leaf = key.rpartition("/")
-        optimizer.state[trainable[name]][leaf] = number
+        counter = isinstance(number, dict)
+        optimizer.state[trainable[name]][leaf] = (
+            torch.tensor(number["value"], dtype=getattr(torch, number["dtype"])) if counter else number
+        )
     with torch.no_grad():
         for parameter in trainable.values():
             parameter.grad = None
@@ -201,9 +207,7 @@ def _empty_like_stored(facts: Any, parameter: Tensor) -> Tensor:
     dtype = facts.properties.dtype
     if tuple(facts.size) == tuple(parameter.shape):
         return torch.zeros_like(parameter.detach(), dtype=dtype)
-    # Step counters stay where optimisers create them; private pieces live where the parameter does.
-    device = "cpu" if tuple(facts.size) == (1,) else parameter.device
-    return torch.zeros(tuple(facts.size), dtype=dtype, device=device)
+    return torch.zeros(tuple(facts.size), dtype=dtype, device=parameter.device)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -211,9 +215,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a checkpoint of llmtune, manifest.json cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{folder}: not a checkpoint of llmtune, manifest.json cannot be read ({error})"
+        ) from error
     if content.get("schema") != SCHEMA:
-        raise CheckpointError(f"{folder}: made by another llmtune (format {content.get('schema')}, this one reads {SCHEMA})")
+        raise CheckpointError(
+            f"{folder}: made by another llmtune (format {content.get('schema')}, this one reads {SCHEMA})"
+        )
     return Manifest(**content)
 
 
@@ -245,7 +253,9 @@ def newest(root: Path) -> tuple[Path, Manifest, list[str]] | None:
         except CheckpointError as error:
             passed.append(str(error))
     if folders:
-        raise CheckpointError("no checkpoint is sound: " + "; ".join(passed) + ". Start a new output_dir, or restore the files")
+        raise CheckpointError(
+            "no checkpoint is sound: " + "; ".join(passed) + ". Start a new output_dir, or restore the files"
+        )
     return None
 
 

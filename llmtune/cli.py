@@ -51,19 +51,33 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(command=run)
         return made
 
-    train = command("train", _train, "Train as a recipe says", "An interrupted run continues when the same command is run again.")
+    train = command(
+        "train", _train, "Train as a recipe says", "An interrupted run continues when the same command is run again."
+    )
     _recipe_arguments(train)
     train.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine (default: one per GPU)")
-    plan = command("plan", _plan, "Show what a recipe would do, without reading weights", "Finds every error that a run would hit later.")
+    plan = command(
+        "plan",
+        _plan,
+        "Show what a recipe would do, without reading weights",
+        "Finds every error that a run would hit later.",
+    )
     _recipe_arguments(plan)
     plan.add_argument("--nproc", type=int, metavar="N", help="plan for this many ranks")
     chat = command("chat", _chat, "Talk to a run, a checkpoint or a model")
     chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder or a hub id")
-    chat.add_argument("overrides", nargs="*", metavar="key=value", help="generation parameters (temperature=0.2) or recipe keys")
+    chat.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="generation parameters (temperature=0.2) or recipe keys"
+    )
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     export = command("export", _export, "Merge an adapter into its base and write a plain model")
     export.add_argument("run", metavar="RUN", help="a run's folder or one of its checkpoints")
-    export.add_argument("overrides", nargs="*", metavar="key=value", help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id")
+    export.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id",
+    )
     plugins = command("plugins", _plugins, "List extension points and what is installed for them")
     plugins.add_argument("--json", action="store_true", help="for machines")
     command("schema", _schema, "Print the JSON Schema of recipes, with the installed plugins' blocks")
@@ -72,19 +86,25 @@ def parser() -> argparse.ArgumentParser:
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys: learning_rate=1e-4 peft_config.r=32")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override keys: learning_rate=1e-4 peft_config.r=32"
+    )
 
 
 def _quiet_libraries() -> None:
     """transformers' bars for loading and writing files say nothing that our own lines do not."""
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # PEFT imports bitsandbytes, which on a CPU reports each kernel package that is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _train(options: Any) -> int:
-    from llmtune.launch import launch, under_launcher
+    from llmtune.launch import EXIT_INTERRUPTED, launch, under_launcher
     from llmtune.recipe import load_recipe
     from llmtune.registry import Registry
     from llmtune.run import default_ranks
@@ -102,10 +122,6 @@ def _train(options: Any) -> int:
     if outcome.plan.ranks.first:
         print("\n" + outcome_text(outcome))
     return EXIT_INTERRUPTED if outcome.status == "interrupted" else 0
-
-
-EXIT_INTERRUPTED = 75
-"""Saved and stopped on request; a scheduler may run the same command again (EX_TEMPFAIL)."""
 
 
 def _plan(options: Any) -> None:

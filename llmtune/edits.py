@@ -31,7 +31,9 @@ def persistent_names(model: nn.Module) -> set[str]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         temporary = module._non_persistent_buffers_set
         names |= {
-            f"{prefix}.{name}" if prefix else name for name in module._buffers if name not in temporary and module._buffers[name] is not None
+            f"{prefix}.{name}" if prefix else name
+            for name in module._buffers
+            if name not in temporary and module._buffers[name] is not None
         }
     return names
 
@@ -77,9 +79,13 @@ class Ledger:
         self._check(plugin, change, before, after, moved)
         self._follow(moved)
         for rule in change.rules:
-            original = next((old for old, now in self.direct.items() if now == moved.get(rule.source, rule.source)), None)
+            original = next(
+                (old for old, now in self.direct.items() if now == moved.get(rule.source, rule.source)), None
+            )
             if original is None:
-                raise EditError(f"plugin {plugin} gave a load rule for {rule.source}, which is not a tensor of the original model")
+                raise EditError(
+                    f"plugin {plugin} gave a load rule for {rule.source}, which is not a tensor of the original model"
+                )
             del self.direct[original]
             self.rules[original] = PlacedRule(rule, plugin, {target: target for target in rule.targets})
         self.fresh |= change.fresh
@@ -89,26 +95,39 @@ class Ledger:
         self.settle += [(plugin, step) for step in change.settle]
         if change.trainable is not None:
             if self.trainable is not None:
-                raise EditError(f"both {self.trainable_by} and {plugin} decide which parameters train; a recipe can name one")
+                raise EditError(
+                    f"both {self.trainable_by} and {plugin} decide which parameters train; a recipe can name one"
+                )
             self.trainable, self.trainable_by = change.trainable, plugin
         self.changes.append((plugin, change))
         return change
 
     def _check(
-        self, plugin: str, change: Change, before: Mapping[str, Tensor], after: Mapping[str, Tensor], moved: Mapping[str, str]
+        self,
+        plugin: str,
+        change: Change,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        moved: Mapping[str, str],
     ) -> None:
         kept = {id(tensor) for tensor in after.values()}
         known = {id(tensor) for tensor in before.values()}
         persistent = persistent_names(self.model)
         ruled = {rule.source for rule in change.rules}
-        if lost := [n for n, t in before.items() if id(t) not in kept and n in set(self.direct.values()) and n not in ruled]:
+        if lost := [
+            n for n, t in before.items() if id(t) not in kept and n in set(self.direct.values()) and n not in ruled
+        ]:
             raise EditError(f"plugin {plugin} removed {listed(lost)} and gave no rule to load them elsewhere")
         told = {t for rule in change.rules for t in rule.targets} | set(change.fresh) | set(change.copies)
         told |= set(change.files) | change.buffers
         new = {name: tensor for name, tensor in after.items() if id(tensor) not in known}
         if unknown := [name for name in new if name in persistent and name not in told]:
-            raise EditError(f"plugin {plugin} added {listed(unknown)} and said neither how to load nor how to initialise them")
-        if early := [name for name, t in new.items() if not t.is_meta and name in persistent and name not in change.buffers]:
+            raise EditError(
+                f"plugin {plugin} added {listed(unknown)} and said neither how to load nor how to initialise them"
+            )
+        if early := [
+            name for name, t in new.items() if not t.is_meta and name in persistent and name not in change.buffers
+        ]:
             raise EditError(f"plugin {plugin} materialised {listed(early)} before the weights are loaded")
         if absent := [name for name in told if name not in after]:
             raise EditError(f"plugin {plugin} reported {listed(absent)}, which the model does not have")

@@ -63,7 +63,9 @@ def probe_ids(tokenizer: Any) -> Tensor:
     """A short prompt as the template renders it, (1, T)."""
     import torch
 
-    text = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True
+    )
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
 
@@ -91,9 +93,13 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
     scale = trained.abs().max()
     error = ((merged - trained).abs().max() / scale).item()
     if error > 1e-3:
-        raise PlanError(f"the merged model does not answer like base plus adapter: logits differ by {error:.1e} of their size")
+        raise PlanError(
+            f"the merged model does not answer like base plus adapter: logits differ by {error:.1e} of their size"
+        )
     if bool((merged == base).all()):
-        raise PlanError("the merged model answers exactly like the base model: nothing was trained, or the wrong files were merged")
+        raise PlanError(
+            "the merged model answers exactly like the base model: nothing was trained, or the wrong files were merged"
+        )
 
 
 def write(plan: Any, target: Path, dtype: torch.dtype, train: Any) -> None:
@@ -105,7 +111,10 @@ def write(plan: Any, target: Path, dtype: torch.dtype, train: Any) -> None:
     model.config.dtype = dtype
     target.mkdir(parents=True, exist_ok=True)
     if train.export_legacy_format:
-        torch.save(untied(model, {name: t.contiguous() for name, t in model.state_dict().items()}), target / "pytorch_model.bin")
+        torch.save(
+            untied(model, {name: t.contiguous() for name, t in model.state_dict().items()}),
+            target / "pytorch_model.bin",
+        )
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(target)
         model.generation_config.save_pretrained(target)

@@ -37,7 +37,13 @@ class Feed:
         units = pack(samples.lengths, cutoff_len) if packing else [(index,) for index in range(len(samples))]
         order = Order(len(units), per_device * micro_steps * ranks.size, seed, shuffle)
         return cls(
-            samples=samples, units=units, order=order, ranks=ranks, micro_steps=micro_steps, flat=flat or packing, pad_id=pad_id
+            samples=samples,
+            units=units,
+            order=order,
+            ranks=ranks,
+            micro_steps=micro_steps,
+            flat=flat or packing,
+            pad_id=pad_id,
         )
 
     def step(self, step: int, device: torch.device) -> list[Batch]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError
 
+EXIT_INTERRUPTED = 75
+"""Saved and stopped on request; a scheduler may run the same command again (EX_TEMPFAIL)."""
+
 
 def under_launcher() -> bool:
     """Whether this process is already one of several ranks (torchrun, or `launch` below)."""
@@ -19,7 +22,7 @@ def under_launcher() -> bool:
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
     """Run `python -m llmtune <arguments>` in `ranks` processes and wait. Returns the exit code of the first to fail."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -42,6 +45,9 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as failure:
             return _first_failure(failure)
+        except SignalException:
+            # The launcher has passed the signal on and waited for the ranks to save.
+            return EXIT_INTERRUPTED
     return 0
 
 

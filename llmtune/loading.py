@@ -123,7 +123,11 @@ class Loader:
         ]
         problems = [
             f"{what}: {listed(found)}"
-            for what, found in (("missing", missing), ("not part of the model", surplus), ("of another shape", misshapen))
+            for what, found in (
+                ("missing", missing),
+                ("not part of the model", surplus),
+                ("of another shape", misshapen),
+            )
             if found
         ]
         if problems:
@@ -183,7 +187,11 @@ class Loader:
 
     def _convert(self, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:
         pieces: Mapping[str, Tensor] | None = None
-        if key is not None and not self.init.whole and any(local_rows(self.tensors[now]) for now in placed.where.values()):
+        if (
+            key is not None
+            and not self.init.whole
+            and any(local_rows(self.tensors[now]) for now in placed.where.values())
+        ):
             pieces = placed.rule.convert_part(_Piece(self, placed, key))
         partly = pieces is not None
         if pieces is None:
@@ -203,7 +211,9 @@ class Loader:
         for name, fill in self.ledger.fresh.items():
             tensor = self.tensors[name]
             with seeded(self.seed, name):
-                value = torch.zeros(tensor.shape, dtype=torch.float32 if tensor.dtype.is_floating_point else tensor.dtype)
+                value = torch.zeros(
+                    tensor.shape, dtype=torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
+                )
                 fill(value)
             put(tensor, value)
         for name, (path, key) in self.ledger.files.items():

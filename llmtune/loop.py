@@ -184,7 +184,9 @@ class LossScale:
         self.good_steps = 0
         self.scale /= 2.0
         if self.scale < 1.0:
-            raise DivergedError("float16 gradients overflow even without loss scaling; use bf16 or a lower learning_rate")
+            raise DivergedError(
+                "float16 gradients overflow even without loss scaling; use bf16 or a lower learning_rate"
+            )
         return True
 
     def state(self) -> dict[str, Any]:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class Objective(nn.Module):
     """`forward(batch)` is the stage's summed loss on the model."""
 
-    def __init__(self, model: nn.Module, stage: Stage, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None):
+    def __init__(
+        self, model: nn.Module, stage: Stage, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None
+    ):
         super().__init__()
         self.model = model
         self.stage = stage
@@ -65,7 +67,9 @@ class Context:
             self._head_explains_logits = self._probe(model, batch)
         if self._head_explains_logits:
             hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
-            return self.ops["linear_cross_entropy"](hidden_ND, self.head(model), batch.targets, self.logit_transform(model))
+            return self.ops["linear_cross_entropy"](
+                hidden_ND, self.head(model), batch.targets, self.logit_transform(model)
+            )
         logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
         return F.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
 

@@ -58,4 +58,6 @@ def reduce_only_last(root: nn.Module, last: bool) -> None:
 
 def checkpoint_activations(model: Any) -> None:
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers renamed it in the course of version 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -78,7 +78,9 @@ def default_blocks() -> Mapping[str, str]:
     return yaml.safe_load(resources.files("llmtune").joinpath("defaults.yaml").read_text(encoding="utf-8"))
 
 
-def find_parts(recipe: Recipe, registry: Registry, problems: list[LlmtuneError], points: Sequence[str] = EXTENSION_POINTS) -> Parts:
+def find_parts(
+    recipe: Recipe, registry: Registry, problems: list[LlmtuneError], points: Sequence[str] = EXTENSION_POINTS
+) -> Parts:
     """Resolve, decode and build every plugin the recipe names. What fails is added to `problems`."""
     from llmtune.recipe import decode_block
 
@@ -90,7 +92,9 @@ def find_parts(recipe: Recipe, registry: Registry, problems: list[LlmtuneError],
             with collect(problems):
                 offer = registry.find(point, name)
                 given = bool(recipe.blocks.get(point))
-                config, wrong = decode_block(recipe, point, index, offer.plugin.config) if given else (offer.plugin.config(), [])
+                config, wrong = (
+                    decode_block(recipe, point, index, offer.plugin.config) if given else (offer.plugin.config(), [])
+                )
                 problems += wrong
                 if config is None:
                     continue
@@ -105,8 +109,12 @@ def find_parts(recipe: Recipe, registry: Registry, problems: list[LlmtuneError],
                     ) from error
                 found.append(
                     Part(
-                        point=point, plugin=offer.plugin, distribution=offer.distribution, version=offer.version,
-                        config=config, built=built,
+                        point=point,
+                        plugin=offer.plugin,
+                        distribution=offer.distribution,
+                        version=offer.version,
+                        config=config,
+                        built=built,
                     )  # fmt: skip
                 )
     problems += clashes(found)

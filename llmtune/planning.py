@@ -13,8 +13,8 @@ from llmtune.data import prepare
 from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, raise_all
 from llmtune.feed import Feed
-from llmtune.parts import Parts, collect, find_parts
 from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.parts import Part, Parts, collect, find_parts
 from llmtune.precision import Precision, choose_precision, stored_dtype
 from llmtune.ranks import Ranks
 from llmtune.records import Checks, Situation
@@ -64,7 +64,8 @@ class Plan:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.recipe.train.output_dir or f"runs/{self.recipe.name}")
+        assert self.recipe.train.output_dir is not None  # filled in when the recipe was read
+        return Path(self.recipe.train.output_dir)
 
     @property
     def steps(self) -> int:
@@ -112,7 +113,12 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, registry: Registry, ranks: Ranks, device: torch.device, mode: Mode = "train", dtype: torch.dtype | None = None
+    recipe: Recipe,
+    registry: Registry,
+    ranks: Ranks,
+    device: torch.device,
+    mode: Mode = "train",
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """Resolve `recipe` for `ranks` processes on `device`. Raises all problems found, at once.
 
@@ -130,7 +136,9 @@ def make_plan(
     with collect(problems):
         train = recipe.train
         precision = (
-            Precision(dtype, dtype, autocast=False) if dtype else choose_precision(device, train.bf16, train.fp16, train.pure_bf16)
+            Precision(dtype, dtype, autocast=False)
+            if dtype
+            else choose_precision(device, train.bf16, train.fp16, train.pure_bf16)
         )
     if model_problems:
         raise_all([*problems, *model_problems])
@@ -147,7 +155,10 @@ def make_plan(
     )  # fmt: skip
     attention = ATTENTION.get(recipe.model.flash_attn)
     kwargs = {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
-    model = build_skeleton(auto_class(recipe.model), config, precision.compute, attention, **kwargs)
+    try:
+        model = build_skeleton(auto_class(recipe.model), config, precision.compute, attention, **kwargs)
+    except (ValueError, ImportError) as error:
+        raise PlanError(f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})") from error
     plan = Plan(
         recipe=recipe, parts=parts, ranks=ranks, device=device, mode=mode, files=files, precision=precision,
         situation=situation, tokenizer=tokenizer, model=model, ledger=Ledger(model), data=data,
@@ -164,13 +175,11 @@ def make_plan(
 
 def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     """Quantise, adapt, fuse: on the meta device, in this order, each edit checked."""
-    model, ledger, situation = plan.model, plan.ledger, plan.situation
+    model, ledger = plan.model, plan.ledger
     before = len(problems)
     for point in ("quant_config", "peft_config"):
         for part in plan.parts.at(point):
-            problems += objections(part, situation, model)
-            with collect(problems):
-                ledger.apply(part.plugin.name, part.built, situation)
+            apply_part(part, plan, problems)
     if len(problems) > before:
         return
     if plan.mode != "infer":
@@ -180,15 +189,24 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     else:
         model.requires_grad_(False)
     for part in plan.parts.at("kernel_config"):
-        problems += objections(part, situation, model)
-        with collect(problems):
-            ledger.apply(part.plugin.name, part.built, situation)
+        apply_part(part, plan, problems)
     choose_attention(plan)
     if plan.mode == "train" and not transformer_layers(model) and plan.ranks.size > 1:
-        problems.append(PlanError(f"model: {type(model).__name__} has no repeated layers to spread over ranks; use one rank"))
+        problems.append(
+            PlanError(f"model: {type(model).__name__} has no repeated layers to spread over ranks; use one rank")
+        )
 
 
-def objections(part: Any, situation: Situation, model: Any) -> list[LlmtuneError]:
+def apply_part(part: Part, plan: Plan, problems: list[LlmtuneError]) -> None:
+    """One edit, unless its plugin objects to this recipe."""
+    if found := objections(part, plan.situation, plan.model):
+        problems += found
+        return
+    with collect(problems):
+        plan.ledger.apply(part.plugin.name, part.built, plan.situation)
+
+
+def objections(part: Part, situation: Situation, model: Any) -> list[LlmtuneError]:
     """What a plugin has to say against this recipe, as errors that carry its extension point."""
     if not isinstance(part.built, Checks):
         return []
@@ -206,7 +224,8 @@ def choose_attention(plan: Plan) -> None:
         wanted = None
     plan.attention = wanted or plan.model.config._attn_implementation
     # These attend within a document's bounds, so rows can be laid end to end and nothing is padded.
-    plan.flat = wanted is not None or plan.attention.startswith("flash_attention")
+    end_to_end = wanted is not None or plan.attention.startswith("flash_attention")
+    plan.flat = end_to_end or plan.recipe.data.packing
 
 
 def make_feed(plan: Plan) -> Feed:
@@ -239,7 +258,9 @@ def check_output(plan: Plan) -> None:
     if folder.exists() and not folder.is_dir():
         problems.append(PlanError(f"output_dir: {folder} is a file; name a folder"))
     elif existing is not None and not _writable(existing):
-        problems.append(PlanError(f"output_dir: {existing} cannot be written to; choose another folder or change its permissions"))
+        problems.append(
+            PlanError(f"output_dir: {existing} cannot be written to; choose another folder or change its permissions")
+        )
     raise_all(problems)
 
 

@@ -49,9 +49,11 @@ def choose_precision(device: torch.device, bf16: bool | None, fp16: bool | None,
 
 
 def stored_dtype(precision: Precision, wish: str | None) -> torch.dtype:
-    """Type of trainable parameters, after a plugin's `store_trainable`."""
+    """Type of trainable parameters, after a plugin's `store_trainable`; without autocast there is only one type."""
     import torch
 
+    if not precision.autocast:
+        return precision.trainable
     match wish:
         case "float32":
             return torch.float32

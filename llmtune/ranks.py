@@ -43,16 +43,20 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 
     count = torch.cuda.device_count()
     if wanted == "cuda" and not count:
-        raise PlanError('device: found "cuda", but torch sees no GPU; use device: auto or install a CUDA build of torch')
+        raise PlanError(
+            'device: found "cuda", but torch sees no GPU; use device: auto or install a CUDA build of torch'
+        )
     if wanted == "cpu" or not count:
         return torch.device("cpu")
     if local_rank >= count:
-        raise PlanError(f"rank {local_rank} of this machine has no GPU of its own: {count} found; use --nproc {count} or fewer")
+        raise PlanError(
+            f"rank {local_rank} of this machine has no GPU of its own: {count} found; use --nproc {count} or fewer"
+        )
     return torch.device("cuda", local_rank)
 
 
-def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
-    """Make the process group of a distributed run; nothing for a single process."""
+def join(ranks: Ranks, device: torch.device, timeout_s: int) -> bool:
+    """Make the process group of a distributed run. False for a single process, or where the caller has made one."""
     import torch
     import torch.distributed as dist
 
@@ -61,6 +65,8 @@ def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
     if ranks.size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        return True
+    return False
 
 
 def leave() -> None:

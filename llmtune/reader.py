@@ -27,7 +27,9 @@ class FolderReader:
     def __enter__(self) -> FolderReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
         self._open.clear()
 
@@ -43,7 +45,9 @@ class FolderReader:
             try:
                 self._open[name] = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise LoadError(f"{path}: cannot be read as safetensors ({error}); download or copy the file again") from error
+                raise LoadError(
+                    f"{path}: cannot be read as safetensors ({error}); download or copy the file again"
+                ) from error
         return self._open[name]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -74,7 +78,9 @@ def _files_by_key(folder: Path) -> dict[str, str]:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single.name)
     except (SafetensorError, OSError) as error:
-        raise LoadError(f"{single}: cannot be read as safetensors ({error}); download or copy the file again") from error
+        raise LoadError(
+            f"{single}: cannot be read as safetensors ({error}); download or copy the file again"
+        ) from error
 
 
 def _torch_types() -> dict[str, torch.dtype]:

@@ -54,7 +54,9 @@ def open_plan(path: str | Path, *, dtype: torch.dtype | None = None, device: str
 def _usual_dtype(recipe: Recipe) -> torch.dtype:
     from llmtune.source import load_model_config, resolve_model
 
-    return torch_dtype(recipe.train.infer_dtype, load_model_config(resolve_model(recipe.model, weights=False), recipe.model))
+    return torch_dtype(
+        recipe.train.infer_dtype, load_model_config(resolve_model(recipe.model, weights=False), recipe.model)
+    )
 
 
 def is_whole_model(path: Path) -> bool:
@@ -68,7 +70,9 @@ def whole_model(recipe: Recipe, folder: Path) -> Recipe:
     return replace(recipe, model=replace(recipe.model, model=str(folder), revision=None), blocks=blocks)
 
 
-def open_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any) -> tuple[Any, Any]:
+def open_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a run, a checkpoint, a model folder or a hub id."""
     plan = open_plan(path, dtype=dtype, device=device, **overrides)
     fill(plan, Path(path))
@@ -112,5 +116,3 @@ def restore_trained(plan: Plan, tensors: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the saved tensors are not those the recipe trains: {odd[:6]}")
     for name, tensor in tensors.items():
         put(here[name], tensor)
-
-

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from llmtune.planning import Plan
 
 
-
 class Run:
     """A run on disk: its metrics, its model, what can be made of it."""
 
@@ -127,13 +126,13 @@ def default_ranks(device: str) -> int:
 def _train_in_processes(recipe: Any, ranks: int) -> Run:
     import tempfile
 
-    from llmtune.launch import LaunchError, launch, write_temporary_recipe
+    from llmtune.launch import EXIT_INTERRUPTED, LaunchError, launch, write_temporary_recipe
 
-    folder = Path(recipe.train.output_dir or f"runs/{recipe.name}")
+    folder = Path(recipe.train.output_dir)
     with tempfile.TemporaryDirectory() as scratch:
-        path = write_temporary_recipe({**recipe.resolved, "output_dir": str(folder)}, Path(scratch))
+        path = write_temporary_recipe({**recipe.tree, "output_dir": str(folder)}, Path(scratch))
         code = launch(["train", str(path)], ranks)
-    if code:
+    if code not in (0, EXIT_INTERRUPTED):
         raise LaunchError(f"a rank of the run failed with exit code {code}; its message is above")
     return Run(folder)
 

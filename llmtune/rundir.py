@@ -1,9 +1,9 @@
 """A run's folder: what it records, and whether a new process starts over, continues, or must not touch it.
 
-    recipe.yaml     as given            resolved.yaml   with defaults and overrides
-    run.json        versions, plugins, status             metrics.jsonl   one line per logged step
-    model/          what others read    trained.safetensors  the trained tensors of an adapter, by model name
-    checkpoints/    see llmtune.checkpoint
+recipe.yaml     as given            resolved.yaml   with defaults and overrides
+run.json        versions, plugins, status             metrics.jsonl   one line per logged step
+model/          what others read    trained.safetensors  the trained tensors of an adapter, by model name
+checkpoints/    see llmtune.checkpoint
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.blank import SECRETS
 from llmtune.errors import CheckpointError, PlanError, listed
 
 if TYPE_CHECKING:
@@ -79,10 +80,20 @@ def clear(folder: Path) -> None:
     if not folder.exists():
         return
     if any(folder.iterdir()) and not (folder / "run.json").exists():
-        raise PlanError(f"overwrite_output_dir: {folder} holds no run of llmtune, so it is not emptied; name another folder")
-    for name in ("checkpoints", "model", "tensorboard"):
+        raise PlanError(
+            f"overwrite_output_dir: {folder} holds no run of llmtune, so it is not emptied; name another folder"
+        )
+    for name in ("checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("recipe.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "loss.png", "trained.safetensors", "failure.json"):
+    for name in (
+        "recipe.yaml",
+        "resolved.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "loss.png",
+        "trained.safetensors",
+        "failure.json",
+    ):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -100,7 +111,9 @@ def compare(plan: Plan, manifest: Manifest) -> None:
         )
     if differing:
         shown = listed(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
-        raise CheckpointError(f"the run in {plan.output_dir} was started with other values of {shown}; restore them, or name another output_dir")
+        raise CheckpointError(
+            f"the run in {plan.output_dir} was started with other values of {shown}; restore them, or name another output_dir"
+        )
 
 
 def plain(value: Any) -> Any:
@@ -114,7 +127,9 @@ def write_records(plan: Plan) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
     (folder / "resolved.yaml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
-    write_status(folder, "running", **versions(plan), model_origin=plan.files.origin, model_revision=plan.files.revision)
+    write_status(
+        folder, "running", **versions(plan), model_origin=plan.files.origin, model_revision=plan.files.revision
+    )
 
 
 def write_status(folder: Path, status: str, **more: Any) -> None:
@@ -136,6 +151,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise PlanError(f"{path}: not readable as JSON ({error}); delete it to give the folder up") from error
 
 
+def _without_secret(word: str) -> str:
+    key, equals, _ = word.partition("=")
+    return f"{key}=<hidden>" if equals and key.rpartition(".")[2] in SECRETS else word
+
+
 def versions(plan: Plan) -> Mapping[str, Any]:
     """Everything one would ask when a result cannot be repeated."""
     packages = {}
@@ -151,5 +171,5 @@ def versions(plan: Plan) -> Mapping[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "device": str(plan.device),
         "ranks": plan.ranks.size,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *(_without_secret(word) for word in sys.argv[1:])],
     }

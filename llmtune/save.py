@@ -64,7 +64,9 @@ def write_result(plan: Plan, folder: Path) -> None:
         if plan.ranks.first:
             from safetensors.torch import save_file
 
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder.parent / "trained.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, folder.parent / "trained.safetensors"
+            )
     else:
         state = original_tensors(plan)
         if plan.ranks.first:

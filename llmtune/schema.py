@@ -81,7 +81,11 @@ def decode(config: type, tree: Mapping[str, Any], at: str = "") -> tuple[Any, li
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in known:
-            problems.append(Problem(f"{prefix}{key}", f"no such key.{did_you_mean(str(key), known)} Known: {listed(sorted(known), 40)}"))
+            problems.append(
+                Problem(
+                    f"{prefix}{key}", f"no such key.{did_you_mean(str(key), known)} Known: {listed(sorted(known), 40)}"
+                )
+            )
             continue
         try:
             values[key] = convert(known[key], value)
@@ -194,7 +198,10 @@ def describe(annotation: Any) -> str:
         shown = ", ".join(_show(choice) for choice in args)
         return shown if len(args) == 1 else f"one of {shown}"
     if origin in (tuple, list):
-        return f"a list of {describe(args[0])}" if args else "a list"
+        items = [describe(item) for item in args if item is not Ellipsis]
+        if len(items) > 1:
+            return f"a list of {len(items)}: {', '.join(items)}"
+        return f"a list of {items[0].removeprefix('a ')}s" if items and items[0].startswith("a ") else "a list"
     if origin is dict:
         return "a mapping"
     return getattr(annotation, "__name__", str(annotation))
@@ -218,7 +225,7 @@ def _hint(annotation: Any, value: Any) -> str:
     if isinstance(value, str) and choices:
         return f".{did_you_mean(value, [c for c in choices if isinstance(c, str)])}".rstrip(".")
     if str in options and isinstance(value, (bool, int, float)):
-        return '; put it in quotes if it is meant as text (YAML reads no, on, 1.10 and 12:30 as something else)'
+        return "; put it in quotes if it is meant as text (YAML reads no, on and 1.10 as something else)"
     if isinstance(value, str) and options & {int, float}:
         return "; write it without quotes"
     return ""

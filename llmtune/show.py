@@ -20,7 +20,10 @@ def plan_text(plan: Plan) -> str:
 def _model_lines(plan: Plan) -> list[str]:
     rows = [
         ("Model", f"{plan.recipe.model.model} ({type(plan.model).__name__}, from {plan.files.origin})"),
-        ("Device", f"{plan.device.type}, {plan.ranks.size} rank{'s' if plan.ranks.size > 1 else ''}, {plan.precision.name}"),
+        (
+            "Device",
+            f"{plan.device.type}, {plan.ranks.size} rank{'s' if plan.ranks.size > 1 else ''}, {plan.precision.name}",
+        ),
         ("Attention", f"{plan.attention}, {'documents end to end' if plan.flat else 'padded rows'}"),
     ]
     if plan.files.note:

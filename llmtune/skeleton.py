@@ -35,7 +35,9 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return
-    patterns = {pattern: re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)") for pattern in plan}
+    patterns = {
+        pattern: re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)") for pattern in plan
+    }
     for name, parameter in model.named_parameters():
         for pattern, regex in patterns.items():
             if regex.search(name):

@@ -17,7 +17,9 @@ def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     from torch import nn
 
     listed = set(getattr(model, "_no_split_modules", None) or ())
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     found = [
         (f"{name}.{index}", block)
         for name, blocks in lists

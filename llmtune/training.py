@@ -21,7 +21,6 @@ from llmtune.save import write_result
 from llmtune.watch import Keeper, StopRequest
 
 if TYPE_CHECKING:
-    import torch
 
     from llmtune.objective import Objective
     from llmtune.recipe import Recipe
@@ -48,12 +47,13 @@ def train_here(recipe: Recipe, registry: Registry, show: Any = print) -> Outcome
     ranks = ranks_from_environment()
     device = pick_device(recipe.train.device, ranks.local_rank)
     plan = make_plan(recipe, registry, ranks, device)
-    join(ranks, device, recipe.train.ddp_timeout)
+    joined = join(ranks, device, recipe.train.ddp_timeout)
     try:
         check_agreement(plan.facts())
         return _train(plan, registry, show if ranks.first else _nothing)
     finally:
-        leave()
+        if joined:
+            leave()
 
 
 def _nothing(*_: object) -> None:

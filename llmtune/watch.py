@@ -132,7 +132,11 @@ class Keeper:
         metrics = evaluate(
             self.objective,
             lambda: evaluation_batches(
-                samples, per_device=train.per_device_eval_batch_size, ranks=plan.ranks, flat=plan.flat, pad_id=feed.pad_id,
+                samples,
+                per_device=train.per_device_eval_batch_size,
+                ranks=plan.ranks,
+                flat=plan.flat,
+                pad_id=feed.pad_id,
                 device=plan.device,
             ),  # fmt: skip
             plan.device,

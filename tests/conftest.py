@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,9 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture
+def folder(tiny_llama: str, tmp_path: Path) -> Path:
+    """A copy of the tiny model for a test that spoils it."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))

@@ -24,12 +24,14 @@ def in_ranks(ranks: int, scratch: Path, function: Callable[..., Any], *arguments
     scratch.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     processes = [
-        context.Process(target=_one, args=(rank, ranks, port, str(scratch), function, arguments)) for rank in range(ranks)
+        context.Process(target=_one, args=(rank, ranks, port, str(scratch), function, arguments))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(240)
+        process.kill()
     results = []
     for rank, process in enumerate(processes):
         path = scratch / f"rank{rank}.pickle"
@@ -41,7 +43,9 @@ def in_ranks(ranks: int, scratch: Path, function: Callable[..., Any], *arguments
     return results
 
 
-def _one(rank: int, ranks: int, port: int, scratch: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _one(
+    rank: int, ranks: int, port: int, scratch: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

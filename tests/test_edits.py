@@ -16,7 +16,12 @@ from llmtune.skeleton import build_skeleton
 from tests.tiny import tiny_config
 
 SITUATION = Situation(
-    mode="train", device="cpu", ranks=1, compute_dtype=torch.float32, trainable_dtype=torch.float32, gather_dtype=torch.float32
+    mode="train",
+    device="cpu",
+    ranks=1,
+    compute_dtype=torch.float32,
+    trainable_dtype=torch.float32,
+    gather_dtype=torch.float32,
 )
 
 

@@ -122,5 +122,3 @@ def test_weights_that_do_not_fit_are_an_error_that_lists_keys(change: str, messa
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(LoadError, match=message):
         _load(str(folder), "OnMeta")
-
-

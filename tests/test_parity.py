@@ -50,7 +50,10 @@ def recipe(model: str, data: str, output: Path, **changes: Any) -> dict[str, Any
 
 def train(keys: dict[str, Any]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step."""
-    run = llmtune.train(keys)
+    return numbers(llmtune.train(keys))
+
+
+def numbers(run: llmtune.Run) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in run.metrics if "loss" in row]
 
 
@@ -72,7 +75,7 @@ def hand_written(keys: dict[str, Any], prepare_model: Callable[[Any], Any]) -> l
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, keys["warmup_steps"], STEPS)
     rows = [json.loads(line)["messages"] for line in Path(keys["dataset"]).read_text().splitlines()]
-    numbers = []
+    found = []
     for step in range(STEPS):
         batch = [encode(tokenizer, rows[index]) for index in plan.feed.order.step_units(step)]
         loss = mean_loss(model, batch, tokenizer.pad_token_id)
@@ -81,8 +84,8 @@ def hand_written(keys: dict[str, Any], prepare_model: Callable[[Any], Any]) -> l
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        numbers.append((loss.item(), norm.item()))
-    return numbers
+        found.append((loss.item(), norm.item()))
+    return found
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -152,8 +155,10 @@ def reference_model(keys: Mapping[str, Any]) -> Callable[[str], Any]:
     return build
 
 
-def assert_same(found: list[tuple[float, float]], expected: list[tuple[float, float]], tolerance: float = 1e-5) -> None:
-    assert len(found) == len(expected) == STEPS
+def assert_same(
+    found: list[tuple[float, float]], expected: list[tuple[float, float]], tolerance: float = 1e-5, steps: int = STEPS
+) -> None:
+    assert len(found) == len(expected) == steps
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours == pytest.approx(theirs, rel=tolerance), f"step {step + 1}"
 
@@ -166,14 +171,45 @@ def test_twenty_steps_equal_a_loop_written_by_hand(method: str, tiny_llama: str,
     assert expected[-1][0] < expected[0][0]  # it has learnt, so the comparison means something
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "dora", "freeze", "qlora", "qlora_double"])
-@pytest.mark.parametrize("init", ["init_on_meta", "init_on_rank0", "init_on_default"])
-def test_two_ranks_learn_what_one_learns(method: str, init: str, tiny_llama: str, chats: str, tmp_path: Path) -> None:
-    keys = recipe(tiny_llama, chats, tmp_path / "one", **METHODS[method])
-    halves = {**keys, "output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1, "init_config": init}
-    in_ranks(2, tmp_path / "ranks", train, halves)
-    two = [(row["loss"], row["grad_norm"]) for row in llmtune.load(tmp_path / "two").metrics if "loss" in row]
-    assert_same(two, train(keys))
+TWO = [
+    (method, init)
+    for method in ("full", "lora", "dora", "freeze", "modules_to_save", "qlora", "qlora_double", "qdora")
+    for init in ("init_on_meta", "init_on_rank0", "init_on_default")
+]
+
+
+def train_each(recipes: list[dict[str, Any]]) -> None:
+    """Several runs in one set of processes and one process group: starting them costs more than a run."""
+    torch.distributed.init_process_group("gloo")
+    for keys in recipes:
+        llmtune.train(keys)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_llama: str, chats: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method with every init on two ranks, one folder each; half the micro-steps, so the same global batch."""
+    root = tmp_path_factory.mktemp("two")
+    half = {"gradient_accumulation_steps": 1, "max_steps": 6}
+    recipes = [
+        recipe(tiny_llama, chats, root / f"{method}-{init}", **METHODS[method], **half, init_config=init)
+        for method, init in TWO
+    ]
+    in_ranks(2, root / "ranks", train_each, recipes)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_llama: str, chats: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("one")
+    return {
+        method: train(recipe(tiny_llama, chats, root / method, **METHODS[method], max_steps=6))
+        for method, _ in TWO[::3]
+    }
+
+
+@pytest.mark.parametrize(("method", "init"), TWO)
+def test_two_ranks_learn_what_one_learns(method: str, init: str, two_ranks: Path, one_rank: dict[str, Any]) -> None:
+    assert_same(numbers(llmtune.load(two_ranks / f"{method}-{init}")), one_rank[method], steps=6)
 
 
 @pytest.mark.parametrize(("size", "micro_steps"), [(8, 1), (2, 4), (1, 8)])
@@ -182,7 +218,8 @@ def test_the_split_into_micro_batches_changes_nothing(
 ) -> None:
     keys = recipe(tiny_llama, chats, tmp_path / "a", **METHODS["lora"])
     other = {**keys, "per_device_train_batch_size": size, "gradient_accumulation_steps": micro_steps}
-    assert_same(train({**other, "output_dir": str(tmp_path / "b")}), train(keys))
+    short = {"max_steps": 6}
+    assert_same(train({**other, **short, "output_dir": str(tmp_path / "b")}), train({**keys, **short}), steps=6)
 
 
 @pytest.mark.parametrize("changes", [{"kernel_config": "auto"}, {"disable_gradient_checkpointing": False}])
@@ -190,11 +227,14 @@ def test_kernels_and_checkpointing_change_no_number(
     changes: dict[str, Any], tiny_llama: str, chats: str, tmp_path: Path
 ) -> None:
     keys = recipe(tiny_llama, chats, tmp_path / "plain", **METHODS["lora"])
-    assert_same(train({**keys, **changes, "output_dir": str(tmp_path / "other")}), train(keys))
+    short = {"max_steps": 6}
+    assert_same(
+        train({**keys, **changes, **short, "output_dir": str(tmp_path / "other")}), train({**keys, **short}), steps=6
+    )
 
 
 def test_evaluating_between_steps_changes_nothing(tiny_llama: str, chats: str, tmp_path: Path) -> None:
     keys = recipe(tiny_llama, chats, tmp_path / "without", **METHODS["qlora"])
-    evaluating = {"eval_dataset": chats, "eval_strategy": "steps", "eval_steps": 1, "output_dir": str(tmp_path / "with")}
-    dropout = {"peft_config": {**LORA, "lora_dropout": 0.2}}
-    assert train({**keys, **dropout, **evaluating}) == train({**keys, **dropout})
+    keys |= {"peft_config": {**LORA, "lora_dropout": 0.2}, "max_steps": 6}
+    evaluating = {"eval_dataset": chats, "eval_strategy": "steps", "eval_steps": 1}
+    assert train({**keys, **evaluating, "output_dir": str(tmp_path / "with")}) == train(keys)

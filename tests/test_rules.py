@@ -31,8 +31,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) not in lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module or "", id(node) not in lazy
+            # A relative import stays inside its own package.
+            yield path.parent.name if node.level else node.module or "", id(node) not in lazy
 
 
 def plugin_packages() -> set[str]:
@@ -80,7 +80,8 @@ def test_the_core_does_not_spell_a_plugins_name() -> None:
     }
     common = {"auto", "linear", "constant"}  # words that mean other things too
     texts = {
-        path: {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)} for path in CORE
+        path: {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        for path in CORE
     }
     said = {f"{path.name}: {name}" for path, strings in texts.items() for name in (names - common) & strings}
     assert not said
@@ -127,6 +128,9 @@ def test_these_commands_load_no_torch(command: list[str]) -> None:
 
 
 def test_importing_llmtune_loads_almost_nothing() -> None:
-    code = "import sys; before = set(sys.modules); import llmtune; print(len(set(sys.modules) - before))"
+    code = (
+        "import sys; before = set(sys.modules); import llmtune; new = set(sys.modules) - before\n"
+        "print([name for name in new if 'site-packages' in (getattr(sys.modules[name], '__file__', None) or '')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 20
+    assert done.stdout.strip() == "[]"
