@@ -45,7 +45,14 @@ MIXED: dict[str, dict[str, Any]] = {
 }
 """The stranger's parts beside llmtune's own."""
 
-TRAIN = "import json, sys, llmtune\nfor keys in json.load(open(sys.argv[1])): llmtune.train(keys)\n"
+TRAIN = """
+import json, sys, torch.distributed, llmtune
+# One group for all runs: gloo may find the addresses of the last group if a second one is made under torchrun.
+torch.distributed.init_process_group("gloo")
+for keys in json.load(open(sys.argv[1])):
+    llmtune.train(keys)
+torch.distributed.destroy_process_group()
+"""
 USE = """
 import json, sys, torch, llmtune
 from llmtune.cli import main
