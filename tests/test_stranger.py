@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 STRANGER = ROOT / "tests" / "stranger"
 GAINED = ("k_proj", "v_proj", "down_proj")
 BETA = 0.2
+QUESTION, PROBE = "How much is 3 and 3?", [1, *range(20, 60, 3)]
 STEPS = 6
 TOGETHER = {
     "quant_config": "int8_rows",
@@ -148,9 +149,6 @@ def trained(place: Place) -> Place:
     return place
 
 
-QUESTION = "How much is 3 and 3?"
-
-
 @pytest.fixture(scope="module")
 def used(trained: Place) -> dict[str, Any]:
     """One process that trains the mixed recipes on one rank, then reopens, chats with and exports the first run."""
@@ -158,17 +156,13 @@ def used(trained: Place) -> dict[str, Any]:
     job = {
         "recipes": [trained.keys(name, **changes) for name, changes in MIXED.items()],
         "run": str(folder / "together-1"),
-        "ids": probe(),
+        "ids": PROBE,
         "logits": str(folder / "logits.pt"),
         "question": QUESTION,
         "export": str(folder / "merged"),
     }
     _, said, _ = finish(trained.start("-c", USE, trained.write("job.json", job))).split("=====\n")
     return {"logits": torch.load(job["logits"]), "said": said.strip(), "merged": Path(job["export"])}
-
-
-def probe() -> list[int]:
-    return [1, *range(20, 60, 3)]
 
 
 def rows(weight: Tensor) -> Tensor:
@@ -271,15 +265,12 @@ def test_its_three_parts_train_as_a_loop_in_plain_torch(trained: Place, ranks: i
     expected, gains = by_hand(trained, rows, BETA)
     found = metrics(trained, "together", ranks, "loss", "grad_norm", "plain_loss", "accuracy")
     assert_close(found, expected)
+    assert_close(found, metrics(trained, "together", 1, *found[0]))
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.05
     saved = load_file(trained.folder / f"together-{ranks}" / "trained.safetensors")
     assert saved.keys() == {f"{name}.gain" for name in gains}
     for name, gain in gains.items():
         torch.testing.assert_close(saved[f"{name}.gain"], gain, rtol=1e-5, atol=1e-5)
-
-
-def test_two_ranks_learn_what_one_learns(trained: Place) -> None:
-    assert_close(metrics(trained, "together", 2), metrics(trained, "together", 1))
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -317,7 +308,7 @@ def test_the_run_reopens_and_answers_as_trained(used: dict[str, Any], trained: P
 
     tokenizer = AutoTokenizer.from_pretrained(trained.model)
     with gained(base(trained, rows), by_hand(trained, rows, BETA)[1]) as model, torch.no_grad():
-        logits = model(input_ids=torch.tensor([probe()])).logits
+        logits = model(input_ids=torch.tensor([PROBE])).logits
         torch.testing.assert_close(used["logits"], logits, rtol=1e-4, atol=1e-4)
         asked = tokenizer.apply_chat_template(
             [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -334,7 +325,7 @@ def test_export_folds_the_gains_into_a_plain_model(used: dict[str, Any], trained
         name.removesuffix(".gain"): gain
         for name, gain in load_file(trained.folder / "together-1" / "model" / "adapter.safetensors").items()
     }
-    ids = torch.tensor([probe()])
+    ids = torch.tensor([PROBE])
     whole = base(trained, lambda weight: weight)
     with torch.no_grad():
         before = whole(input_ids=ids).logits
