@@ -333,12 +333,8 @@ def test_export_folds_the_gains_into_a_plain_model(used: dict[str, Any], trained
             expected = whole(input_ids=ids).logits
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert (expected - before).abs().max() > 0.1
-
-
-def test_the_adapter_file_is_its_own_format(trained: Place) -> None:
     with safe_open(trained.folder / "together-2" / "model" / "adapter.safetensors", "pt") as file:
         assert file.metadata() == {"base_model": trained.model}
-        assert all(name.endswith(".gain") for name in file.keys())  # noqa: SIM118 - not a mapping
 
 
 def test_it_watches_the_run_from_the_first_rank(trained: Place) -> None:
