@@ -1,0 +1,27 @@
+"""Small recipes that really train, for tests of what surrounds training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LORA: dict[str, Any] = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+
+
+def recipe(model: str, data: str, output: Path, **changes: Any) -> dict[str, Any]:
+    """Twelve steps of LoRA with dropout on a tiny model, three an epoch."""
+    return {
+        "model": model,
+        "dataset": data,
+        "output_dir": str(output),
+        "device": "cpu",
+        "peft_config": LORA,
+        "learning_rate": 1e-2,
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "save_steps": None,
+        "cutoff_len": 128,
+        **changes,
+    }
