@@ -14,7 +14,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     from llmtune.errors import LlmtuneError
 
-    options = parser().parse_args(arguments)
+    top = parser()
+    # argparse alone would refuse key=value words that follow an option.
+    options, rest = top.parse_known_args(arguments)
+    if strange := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
+        top.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
     try:
         return options.command(options) or 0
     except LlmtuneError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,8 +56,11 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(ranks: Ranks, device: torch.device, timeout_s: int) -> bool:
-    """Make the process group of a distributed run. False for a single process, or where the caller has made one."""
+def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
+    """Make the process group of a distributed run; nothing for a single process, or where there is one already.
+
+    It lasts until the process ends: a second group on the same rendezvous store would meet the keys of the first.
+    """
     import torch
     import torch.distributed as dist
 
@@ -65,8 +69,7 @@ def join(ranks: Ranks, device: torch.device, timeout_s: int) -> bool:
     if ranks.size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        return True
-    return False
+        atexit.register(leave)
 
 
 def leave() -> None:

@@ -16,7 +16,7 @@ from llmtune.log import Loggers, read_metrics
 from llmtune.loop import LossScale, Training, train
 from llmtune.optim import make_optimizer
 from llmtune.planning import Plan, make_plan
-from llmtune.ranks import check_agreement, from_first, join, leave, pick_device, ranks_from_environment, wait_for_all
+from llmtune.ranks import check_agreement, from_first, join, pick_device, ranks_from_environment, wait_for_all
 from llmtune.save import write_result
 from llmtune.watch import Keeper, StopRequest
 
@@ -47,13 +47,9 @@ def train_here(recipe: Recipe, registry: Registry, show: Any = print) -> Outcome
     ranks = ranks_from_environment()
     device = pick_device(recipe.train.device, ranks.local_rank)
     plan = make_plan(recipe, registry, ranks, device)
-    joined = join(ranks, device, recipe.train.ddp_timeout)
-    try:
-        check_agreement(plan.facts())
-        return _train(plan, registry, show if ranks.first else _nothing)
-    finally:
-        if joined:
-            leave()
+    join(ranks, device, recipe.train.ddp_timeout)
+    check_agreement(plan.facts())
+    return _train(plan, registry, show if ranks.first else _nothing)
 
 
 def _nothing(*_: object) -> None:
