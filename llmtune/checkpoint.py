@@ -49,6 +49,7 @@ class Manifest:
 
 
 def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is published; the name sorts as the number does."""
     return root / f"step-{step:08d}"
 
 
@@ -172,8 +173,8 @@ def restore(
             state[key] = _empty_like_stored(facts, trainable[name])
     if optimizer is not None and any("/rank" in key for key in stored) and manifest.ranks != ranks.size:
         raise CheckpointError(
-            f"{folder}: this optimiser's state is cut for {manifest.ranks} ranks and cannot be used on {ranks.size}; resume on "
-            f"{manifest.ranks} ranks, or start a new run from its weights"
+            f"{folder}: this optimiser's state is cut for {manifest.ranks} ranks and cannot be used on {ranks.size}; "
+            f"resume on {manifest.ranks} ranks, or start a new run from its weights"
         )
     with _alone_is_fine():
         dcp.load(state, storage_reader=reader, no_dist=ranks.size == 1)
@@ -226,7 +227,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Check that every file is there with the size and hash the manifest names. Raises CheckpointError naming the file."""
+    """Check every file against the manifest's size and hash. Raises CheckpointError naming the file."""
     manifest = read_manifest(folder)
     for name, (size, digest) in manifest.files.items():
         path = folder / name
@@ -300,13 +301,14 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
     """The trained weights of a checkpoint, whole, by model name, whatever the number of ranks that wrote it."""
     import torch
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.HuggingFaceStorageReader(str(folder / "state"))
     stored = reader.read_metadata().state_dict_metadata
     state = {
         key: torch.empty(tuple(facts.size), dtype=facts.properties.dtype)
         for key, facts in stored.items()
-        if key.startswith("model/")
+        if key.startswith("model/") and isinstance(facts, TensorStorageMetadata)
     }
     with _alone_is_fine():
         dcp.load(state, storage_reader=reader, no_dist=True)

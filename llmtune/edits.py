@@ -183,7 +183,8 @@ def set_trainable(model: nn.Module, ledger: Ledger, dtype: torch.dtype) -> list[
         trains = trains and parameter.dtype.is_floating_point
         if trains and name in packed:
             raise EditError(
-                f"{name} is stored quantised and cannot train; add a peft_config that trains an adapter, or remove quant_config"
+                f"{name} is stored quantised and cannot train; add a peft_config that trains an adapter, "
+                "or remove quant_config"
             )
         parameter.requires_grad_(trains)
         if trains:

@@ -103,7 +103,7 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
 
 
 def write(plan: Any, target: Path, dtype: torch.dtype, train: Any) -> None:
-    """Safetensors of at most `export_size` GB (or one pickled .bin), config, tokenizer, template; optionally the hub."""
+    """Safetensors of at most `export_size` GB (or one pickled .bin), config, tokenizer; optionally to the hub."""
     import torch
 
     model = plan.model

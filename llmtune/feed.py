@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.data.batches import collate
 from llmtune.data.order import Order, pack, split
@@ -79,7 +79,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     if device.type == "cpu":
         return batch
-    moved = {
+    moved: dict[str, Any] = {
         name: value.pin_memory().to(device, non_blocking=True)
         for name, value in vars(batch).items()
         if isinstance(value, torch.Tensor)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from llmtune.records import Init
 
 
+FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Old checkpoints hold these; transformers computes them now."""
+
+
 @dataclass
 class Original:
     """One or more checkpoint keys that make up one or more tensors of the original model."""
@@ -111,11 +115,13 @@ class Loader:
                 self._initialise_head(name)
             missing = [name for name in missing if name not in head]
         missing = _without(missing, self.model._keys_to_ignore_on_load_missing)
-        surplus = _without(unexpected, {*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"})  # fmt: skip
+        surplus = _without(unexpected, self.model._keys_to_ignore_on_load_unexpected)
+        surplus = _without(surplus, FORMER_BUFFERS)
         if self.new_heads:
             surplus = [key for key in surplus if key.startswith(self.model.base_model_prefix + ".")]
         misshapen = [
-            f"{original.keys[0]} {list(self.reader.shape(original.keys[0]))}, the model wants {list(self._shape(original.names[0]))}"
+            f"{original.keys[0]} {list(self.reader.shape(original.keys[0]))}, "
+            f"the model wants {list(self._shape(original.names[0]))}"
             for original in originals
             if original.converter is None
             and original.names[0] in self.ledger.direct

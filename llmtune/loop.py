@@ -151,8 +151,9 @@ def require_finite(loss: float, grad_norm: float, step: int, micros: Sequence[Ba
         return
     rows = listed([row for micro in micros for row in micro.sample_ids], 16)
     raise DivergedError(
-        f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the update, so the weights "
-        f"and the last checkpoint are good. Rows on this rank: {rows}. Lower learning_rate, or look at these rows"
+        f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the update, "
+        f"so the weights and the last checkpoint are good. Rows on this rank: {rows}. "
+        "Lower learning_rate, or look at these rows"
     )
 
 

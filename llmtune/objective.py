@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from llmtune.records import StageContext
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,8 +25,8 @@ class Objective(nn.Module):
     """`forward(batch)` is the stage's summed loss on the model."""
 
     def __init__(
-        self, model: nn.Module, stage: Stage, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None
-    ):
+        self, model: nn.Module, stage: Stage | None, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
@@ -33,14 +35,15 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> StageLoss:
         with torch.autocast(batch.input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            assert self.stage is not None, "a model opened for use only has no stage"
             return self.stage.loss(self.model, batch, self.context)
 
 
-class Context:
+class Context(StageContext):
     """`StageContext` for a transformers model."""
 
     def __init__(self, ops: Mapping[str, Callable[..., Any]]) -> None:
-        self.ops = {"linear_cross_entropy": linear_cross_entropy, **ops}
+        self.ops: Mapping[str, Callable[..., Any]] = {"linear_cross_entropy": linear_cross_entropy, **ops}
         self._head_explains_logits: bool | None = None
 
     def hidden_states(self, model: Any, batch: Batch) -> Tensor:
@@ -48,6 +51,7 @@ class Context:
         return model.base_model(**batch.model_inputs()).last_hidden_state
 
     def head(self, model: Any) -> nn.Module:
+        """The output head."""
         return model.get_output_embeddings()
 
     def logit_transform(self, model: Any) -> Callable[[Tensor], Tensor] | None:

@@ -115,7 +115,7 @@ def find_parts(
                         version=offer.version,
                         config=config,
                         built=built,
-                    )  # fmt: skip
+                    )
                 )
     problems += clashes(found)
     return Parts(found)

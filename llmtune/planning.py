@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 STRUCTURE_POINTS = ("init_config", "quant_config", "peft_config", "kernel_config", "stage_config", "dist_config")
 """The extension points that make the model, without those that only training needs."""
 
-ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3", "fa4": "flash_attention_4"}  # fmt: skip
+ATTENTION = {
+    "disabled": "eager",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+    "fa4": "flash_attention_4",
+}
 """The recipe's `flash_attn` to transformers' `attn_implementation`; `auto` leaves the choice to them and to kernels."""
 
 
@@ -149,7 +155,8 @@ def make_plan(
     raise_all(problems)
     assert precision is not None
     situation = Situation(
-        mode="infer" if mode == "infer" else "train", device="cuda" if device.type == "cuda" else "cpu", ranks=ranks.size, compute_dtype=precision.compute,
+        mode="infer" if mode == "infer" else "train", device="cuda" if device.type == "cuda" else "cpu",
+        ranks=ranks.size, compute_dtype=precision.compute,
         trainable_dtype=precision.trainable, gather_dtype=precision.compute, words=parts.words,
         autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,
     )  # fmt: skip
@@ -158,7 +165,9 @@ def make_plan(
     try:
         model = build_skeleton(auto_class(recipe.model), config, precision.compute, attention, **kwargs)
     except (ValueError, ImportError) as error:
-        raise PlanError(f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})") from error
+        raise PlanError(
+            f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"
+        ) from error
     plan = Plan(
         recipe=recipe, parts=parts, ranks=ranks, device=device, mode=mode, files=files, precision=precision,
         situation=situation, tokenizer=tokenizer, model=model, ledger=Ledger(model), data=data,

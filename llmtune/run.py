@@ -30,7 +30,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict per logged step: step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second, eval_loss."""
+        """One dict per line: step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second, eval_loss."""
         from llmtune.log import read_metrics
 
         return read_metrics(self.output_dir)

@@ -57,7 +57,8 @@ def prepare_folder(plan: Plan) -> tuple[Path, Manifest] | None:
     status = read_record(folder).get("status")
     if status == "done":
         raise PlanError(
-            f"output_dir: {folder} holds a finished run; name another folder, or set overwrite_output_dir=true to replace it"
+            f"output_dir: {folder} holds a finished run; name another folder, "
+            "or set overwrite_output_dir=true to replace it"
         )
     if status is None and folder.exists() and any(folder.iterdir()):
         raise PlanError(f"output_dir: {folder} is not empty and holds no run of llmtune; name another folder")
@@ -106,13 +107,14 @@ def compare(plan: Plan, manifest: Manifest) -> None:
     new_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * plan.ranks.size
     if old_batch != new_batch:
         raise CheckpointError(
-            f"per_device_train_batch_size: the run was started with {old_batch} rows a step ({manifest.ranks} ranks), this "
-            f"recipe makes {new_batch} ({plan.ranks.size} ranks); set it so that the product stays the same"
+            f"per_device_train_batch_size: the run was started with {old_batch} rows a step ({manifest.ranks} ranks), "
+            f"this recipe makes {new_batch} ({plan.ranks.size} ranks); set it so that the product stays the same"
         )
     if differing:
         shown = listed(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
         raise CheckpointError(
-            f"the run in {plan.output_dir} was started with other values of {shown}; restore them, or name another output_dir"
+            f"the run in {plan.output_dir} was started with other values of {shown}; "
+            "restore them, or name another output_dir"
         )
 
 

@@ -185,7 +185,10 @@ def _within(bound: Any, value: Any) -> bool:
 def describe(annotation: Any) -> str:
     """The allowed values in words: `one of "nf4", "fp4"`, `a whole number >= 1`."""
     origin, args = get_origin(annotation), get_args(annotation)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null", dict: "a mapping", Path: "a path", Any: "anything"}  # fmt: skip
+    names = {
+        bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
+        dict: "a mapping", Path: "a path", Any: "anything",
+    }  # fmt: skip
     if annotation in names:
         return names[annotation]
     if origin is typing.Annotated:
@@ -265,7 +268,10 @@ def json_schema(config: type) -> dict[str, Any]:
 
 def _schema_of(annotation: Any) -> dict[str, Any]:
     origin, args = get_origin(annotation), get_args(annotation)
-    simple = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null", dict: "object"}  # fmt: skip
+    simple = {
+        bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null",
+        dict: "object",
+    }  # fmt: skip
     if annotation is Any:
         return {}
     if annotation in simple:

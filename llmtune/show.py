@@ -50,10 +50,13 @@ def _number_lines(plan: Plan) -> list[str]:
     if plan.feed is not None and plan.data is not None:
         order, train = plan.feed.order, plan.recipe.train
         tokens = int(plan.data.train.lengths.sum())
+        rows_each, micros = train.per_device_train_batch_size, train.gradient_accumulation_steps
+        split = f"{rows_each} x {micros} micro-batches x {plan.ranks.size} ranks"
+        step_tokens = tokens * order.batch // len(plan.feed.units)
         what = "packs" if plan.recipe.data.packing else "rows"
         rows += [
             ("Data", str(plan.data.report).replace("\n", f"\n{'':<12}")),
-            ("Batch", f"{order.batch} {what} a step = {train.per_device_train_batch_size} x {train.gradient_accumulation_steps} micro-batches x {plan.ranks.size} ranks, about {tokens * order.batch // max(1, len(plan.feed.units)):,} tokens"),
+            ("Batch", f"{order.batch} {what} a step = {split}, about {step_tokens:,} tokens"),
             ("Steps", f"{plan.steps} ({order.steps_per_epoch} an epoch, {plan.warmup_steps} of them warm-up)"),
             ("Output", f"{plan.output_dir}"),
         ]  # fmt: skip
@@ -76,7 +79,8 @@ def outcome_text(outcome: Outcome) -> str:
     parts.append(
         "\n".join(
             [
-                f"Saved the {kind}, tokenizer and chat template in {folder / 'model'}, metrics in {folder / 'metrics.jsonl'}.",
+                f"Saved the {kind}, tokenizer and chat template in {folder / 'model'},",
+                f"metrics in {folder / 'metrics.jsonl'}.",
                 "Try next:",
                 f"  llmtune chat {folder}",
                 f"  llmtune export {folder} export_dir={folder / 'merged'}",

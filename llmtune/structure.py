@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ def _plain_class_name(module: nn.Module) -> str:
     return type(module).__name__.removeprefix("FSDP")
 
 
-def output_heads(model: nn.Module) -> set[str]:
+def output_heads(model: Any) -> set[str]:
     """Full names of the modules that map hidden states to logits or scores."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = {name for name, module in model.named_modules() if head is not None and module is head}

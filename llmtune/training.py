@@ -21,7 +21,6 @@ from llmtune.save import write_result
 from llmtune.watch import Keeper, StopRequest
 
 if TYPE_CHECKING:
-
     from llmtune.objective import Objective
     from llmtune.recipe import Recipe
     from llmtune.registry import Registry
@@ -88,9 +87,10 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
             keeper.restore(found[1])
             show(f"Continuing after step {first_step} from {found[0]}")
         training = Training(
-            objective=objective, optimizer=optimizer, schedule=plan.parts.one("lr_scheduler_config").built, feed=plan.feed,
-            ranks=plan.ranks, device=plan.device, total_steps=plan.steps, warmup_steps=plan.warmup_steps,
-            max_grad_norm=recipe.max_grad_norm, seed=recipe.seed, scaler=scaler, first_step=first_step,
+            objective=objective, optimizer=optimizer, feed=plan.feed,
+            schedule=plan.parts.one("lr_scheduler_config").built, ranks=plan.ranks, device=plan.device,
+            total_steps=plan.steps, warmup_steps=plan.warmup_steps,
+            max_grad_norm=recipe.max_grad_norm or 0.0, seed=recipe.seed, scaler=scaler, first_step=first_step,
         )  # fmt: skip
         try:
             train(training, keeper)

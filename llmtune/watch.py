@@ -138,7 +138,7 @@ class Keeper:
                 flat=plan.flat,
                 pad_id=feed.pad_id,
                 device=plan.device,
-            ),  # fmt: skip
+            ),
             plan.device,
         )
         if self.loggers is not None:
@@ -165,7 +165,11 @@ class Keeper:
             step=step, ranks=plan.ranks.size, recipe=plain(plan.recipe.resolved), plugins=plan.parts.fingerprint(),
             llmtune=__version__, numbers=self.state(),
         )  # fmt: skip
-        extra = (lambda folder: write_adapter(plan, folder / "adapter")) if is_adapter(plan) else None
+
+        def extra(folder: Path) -> None:
+            if is_adapter(plan):
+                write_adapter(plan, folder / "adapter")
+
         folder = checkpoint.save(root, plan.model, self.optimizer, manifest, plan.ranks, extra)
         self.saved_step = step
         if plan.ranks.first:

@@ -102,7 +102,9 @@ def test_an_untrained_adapter_is_not_exported(tiny_llama: str, chats: str, tmp_p
     ],
     ids=["full", "freeze", "qdora", "modules_to_save"],
 )
-def test_every_method_reopens_and_exports(changes: dict[str, Any], tiny_tied_llama: str, chats: str, tmp_path: Path) -> None:
+def test_every_method_reopens_and_exports(
+    changes: dict[str, Any], tiny_tied_llama: str, chats: str, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     run = llmtune.train(recipe(tiny_tied_llama, chats, tmp_path / "run", max_steps=4, **changes))
@@ -125,10 +127,21 @@ def test_a_plan_reads_no_weights_and_says_what_will_happen(folder: Path, chats: 
 
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert len(list(file.keys())) > 10
-    plan = llmtune.plan(recipe(str(folder), chats, tmp_path / "run", quant_config="bnb", num_train_epochs=1.5, max_steps=None))
+    plan = llmtune.plan(
+        recipe(str(folder), chats, tmp_path / "run", quant_config="bnb", num_train_epochs=1.5, max_steps=None)
+    )
     assert all(parameter.is_meta for parameter in plan.model.parameters())
     text = str(plan)
-    for said in ("nf4", "14 layers", "q_proj", "trainable of", "8 rows a step", "Steps", str(tmp_path / "run"), "llmtune-lora"):
+    for said in (
+        "nf4",
+        "14 layers",
+        "q_proj",
+        "trainable of",
+        "8 rows a step",
+        "Steps",
+        str(tmp_path / "run"),
+        "llmtune-lora",
+    ):
         assert said in text, said
     assert plan.steps == 5  # 24 rows, 8 a step: 3 an epoch, half an epoch more
     assert not (tmp_path / "run").exists()

@@ -128,7 +128,10 @@ def test_the_terminal_shows_a_sentence_not_a_traceback(keys: dict[str, Any], tmp
     path = tmp_path / "r.json"
     path.write_text(json.dumps({**keys, "peft_config": "lorra"}))
     done = subprocess.run(
-        [sys.executable, "-m", "llmtune", "train", str(path), "--nproc", "2"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "llmtune", "train", str(path), "--nproc", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

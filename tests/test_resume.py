@@ -94,7 +94,9 @@ def test_two_ranks_continue_bit_identically(method: str, tiny_tied_llama: str, c
     assert_equal_runs(tmp_path / "run-straight", tmp_path / "run")
 
 
-def test_a_lora_checkpoint_holds_the_adapter_and_its_optimiser_only(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+def test_a_lora_checkpoint_holds_the_adapter_and_its_optimiser_only(
+    tiny_llama: str, chats: str, tmp_path: Path
+) -> None:
     keys = recipe(tiny_llama, chats, tmp_path / "run", save_steps=6)
     llmtune.train(keys)
     folder = tmp_path / "run" / "checkpoints" / "step-00000006"
@@ -171,7 +173,9 @@ def test_a_partial_checkpoint_is_invisible(unfinished: dict[str, Any]) -> None:
         ({"peft_config": {"name": "lora", "r": 8}}, "other values of peft_config"),
     ],
 )
-def test_another_recipe_cannot_continue_the_run(change: dict[str, Any], message: str, unfinished: dict[str, Any]) -> None:
+def test_another_recipe_cannot_continue_the_run(
+    change: dict[str, Any], message: str, unfinished: dict[str, Any]
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         llmtune.train({**unfinished, **change})
 
@@ -225,7 +229,9 @@ def test_early_stopping_counts_evaluations_without_gain(tiny_llama: str, chats: 
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_llama: str, chats: str, tmp_path: Path) -> None:
-    keys = recipe(tiny_llama, chats, tmp_path / "run", peft_config=None, learning_rate=1e30, save_steps=1, max_grad_norm=0)
+    keys = recipe(
+        tiny_llama, chats, tmp_path / "run", peft_config=None, learning_rate=1e30, save_steps=1, max_grad_norm=0
+    )
     with pytest.raises(LlmtuneError, match=r"step \d+: the loss is .* stopped before the update.*Lower learning_rate"):
         llmtune.train(keys)
     assert llmtune.load(tmp_path / "run").status == "failed"

@@ -33,7 +33,7 @@ class AutoConfig:
 
 def build(config: BnbConfig) -> Any:
     """The edit that `config` describes."""
-    from llmtune_bnb.edit import Bnb
+    from .edit import Bnb
 
     return Bnb(config)
 

@@ -10,11 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmtune import Change, EditError, LoadRule, Situation, linear_layers
-from llmtune_bnb.eight import Int8Rule, Linear8bit
-from llmtune_bnb.four import FourBitRule, FourBits, Linear4bit
+
+from .eight import Int8Rule, Linear8bit
+from .four import FourBitRule, FourBits, Linear4bit
 
 if TYPE_CHECKING:
-    from llmtune_bnb import BnbConfig
+    from . import BnbConfig
 
 
 class Bnb:

@@ -31,7 +31,7 @@ class FreezeConfig:
 
 def build(config: FreezeConfig) -> Any:
     """The edit that `config` describes."""
-    from llmtune_freeze.edit import Freeze
+    from .edit import Freeze
 
     return Freeze(config)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtune import Change, PlanError, Situation, split_names, transformer_layers
 
 if TYPE_CHECKING:
-    from llmtune_freeze import FreezeConfig
+    from . import FreezeConfig
 
 
 class Freeze:

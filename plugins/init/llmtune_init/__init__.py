@@ -24,6 +24,7 @@ def _build(name: str) -> Any:
 
 @hookimpl
 def init_config() -> list[Plugin]:
+    """The three ways."""
     return [
         Plugin(
             name="init_on_meta",

@@ -35,10 +35,8 @@ class OnRank0:
     def fetch(self, reader: TensorReader, key: str, rows: tuple[int, int] | None) -> Tensor:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return reader.read(key)
-        if dist.get_rank() == 0:
-            tensor = reader.read(key)
-        else:
-            tensor = torch.empty(reader.shape(key), dtype=reader.dtype(key))
+        first = dist.get_rank() == 0
+        tensor = reader.read(key) if first else torch.empty(reader.shape(key), dtype=reader.dtype(key))
         if dist.get_backend() == "nccl":
             tensor = tensor.cuda()
         dist.broadcast(tensor, src=0)

@@ -32,7 +32,7 @@ class LoraRecipe:
 
 def build(config: LoraRecipe) -> Any:
     """The edit that `config` describes."""
-    from llmtune_lora.edit import Lora
+    from .edit import Lora
 
     return Lora(config)
 

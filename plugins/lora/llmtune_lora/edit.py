@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmtune import Change, PlanError, Situation, split_names
-from llmtune_lora import files
-from llmtune_lora.merge import fold, set_magnitudes
-from llmtune_lora.targets import adapted_layers, classification_heads, compact, saved_modules, short, task_of
+
+from . import files
+from .merge import fold, set_magnitudes
+from .targets import adapted_layers, classification_heads, compact, saved_modules, short, task_of
 
 if TYPE_CHECKING:
-    from llmtune_lora import LoraRecipe
+    from . import LoraRecipe
 
 FRESH: dict[str, Callable[[Tensor], object]] = {
     "lora_A": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmtune import LoadError, PlanError
 
 if TYPE_CHECKING:
-    from llmtune_lora import LoraRecipe
+    from . import LoraRecipe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

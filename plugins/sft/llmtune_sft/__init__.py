@@ -22,6 +22,7 @@ class Sft:
 
 @hookimpl
 def stage_config() -> list[Plugin]:
+    """Supervised fine-tuning."""
     return [
         Plugin(
             name="sft",
