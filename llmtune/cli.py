@@ -111,6 +111,7 @@ def _quiet_libraries() -> None:
 
 def _train(options: Any) -> int:
     from llmtune.launch import EXIT_INTERRUPTED, launch, under_launcher
+    from llmtune.ranks import leave
     from llmtune.recipe import load_recipe
     from llmtune.registry import Registry
     from llmtune.run import default_ranks
@@ -127,6 +128,7 @@ def _train(options: Any) -> int:
     outcome = train_here(recipe, Registry())
     if outcome.plan.ranks.first:
         print("\n" + outcome_text(outcome))
+    leave()
     return EXIT_INTERRUPTED if outcome.status == "interrupted" else 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
     """Make the process group of a distributed run; nothing for a single process, or where there is one already.
 
-    It lasts until the process ends: a second group on the same rendezvous store would meet the keys of the first.
+    It outlasts the run: a second group on the same rendezvous store would meet the keys of the first.
     """
     import torch
     import torch.distributed as dist
@@ -69,14 +68,17 @@ def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
     if ranks.size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        atexit.register(leave)
 
 
 def leave() -> None:
-    """Undo `join`."""
+    """End the process group of a finished run, all ranks together: gloo's threads abort a process that exits otherwise.
+
+    Not from `atexit`, which runs when those threads can no longer be joined (seen: two of six exits with SIGABRT).
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -204,7 +204,7 @@ def describe(annotation: Any) -> str:
         items = [describe(item) for item in args if item is not Ellipsis]
         if len(items) > 1:
             return f"a list of {len(items)}: {', '.join(items)}"
-        return f"a list of {items[0].removeprefix('a ')}s" if items and items[0].startswith("a ") else "a list"
+        return f"a list of {items[0]}" if items else "a list"
     if origin is dict:
         return "a mapping"
     return getattr(annotation, "__name__", str(annotation))

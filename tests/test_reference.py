@@ -118,6 +118,13 @@ def test_the_reference_in_the_docs_is_current(first_party: Registry) -> None:
     )
 
 
+def test_the_schema_in_the_docs_is_current(first_party: Registry) -> None:
+    written = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())
+    assert written == json.loads(json.dumps(recipe_schema(first_party))), (
+        "run: llmtune schema > docs/recipe.schema.json"
+    )
+
+
 def test_the_reference_names_every_key_and_plugin(first_party: Registry) -> None:
     text = write_reference(first_party)
     for key in recipe_schema(first_party)["properties"]:

@@ -63,7 +63,7 @@ def test_values_are_taken_as_their_types() -> None:
         ("modules", ["a", 3], "found ['a', 3], allowed is text or a list of text"),
         ("folder", 3, "found 3, allowed is a path or null"),
         ("more", [1], "found [1], allowed is a mapping"),
-        ("betas", [0.9], "found [0.9], allowed is a list of a number"),
+        ("betas", [0.9], "found [0.9], allowed is a list of 2: a number, a number"),
         ("flag", "yes", 'found "yes", allowed is true or false or a whole number; write it without quotes'),
     ],
 )

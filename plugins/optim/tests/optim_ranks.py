@@ -95,6 +95,7 @@ def main() -> None:
     dist.all_gather_object(resumed, resume_8bit(mesh, narrow))
     if rank == 0:
         print(json.dumps(result | {"resumed": resumed}))
+    dist.barrier()
     dist.destroy_process_group()
 
 
