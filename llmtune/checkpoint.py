@@ -41,6 +41,10 @@ class Manifest:
     """The resolved recipe, to compare on resume."""
     plugins: Mapping[str, Any]
     llmtune: str
+    data: str = ""
+    """Hash of the tokenised training data."""
+    revision: str | None = None
+    """The base model's commit on the hub."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """Plain values the run continues with: counters, loss scale, optimiser scalars."""
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
@@ -91,7 +95,8 @@ def save(
             },
         }
         _write_synced(partial / "manifest.json", json.dumps(content, indent=1))
-        _sync_folder(partial)
+        for inner in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+            _sync_folder(inner)
         os.rename(partial, final)
         _sync_folder(root)
     wait_for_all()
@@ -258,6 +263,13 @@ def newest(root: Path) -> tuple[Path, Manifest, list[str]] | None:
             "no checkpoint is sound: " + "; ".join(passed) + ". Start a new output_dir, or restore the files"
         )
     return None
+
+
+def sweep(root: Path) -> None:
+    """Delete what killed runs left half-written or half-deleted."""
+    for pattern in (".step-*.partial", ".step-*.deleted"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def retain(root: Path, most: int | None, keep: set[Path]) -> list[Path]:

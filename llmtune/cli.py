@@ -27,13 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _record_for_launcher(error)
         print(f"llmtune: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader (`| head`) has gone; nothing more can be said to it.
+            sys.stderr.close()
+            return 0
+        _record_for_launcher(error)
+        print(f"llmtune: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("llmtune: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (`| head`) has gone; nothing more can be said to it.
-        sys.stderr.close()
-        return 0
 
 
 def _record_for_launcher(error: BaseException) -> None:
@@ -61,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "train", _train, "Train as a recipe says", "An interrupted run continues when the same command is run again."
     )
     _recipe_arguments(train)
-    train.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine (default: one per GPU)")
+    train.add_argument("--nproc", type=_count, metavar="N", help="ranks on this machine (default: one per GPU)")
     plan = command(
         "plan",
         _plan,
@@ -69,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "Finds every error that a run would hit later.",
     )
     _recipe_arguments(plan)
-    plan.add_argument("--nproc", type=int, metavar="N", help="plan for this many ranks")
+    plan.add_argument("--nproc", type=_count, metavar="N", help="plan for this many ranks")
     chat = command("chat", _chat, "Talk to a run, a checkpoint or a model")
     chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder or a hub id")
     chat.add_argument(
@@ -88,6 +92,12 @@ def parser() -> argparse.ArgumentParser:
     plugins.add_argument("--json", action="store_true", help="for machines")
     command("schema", _schema, "Print the JSON Schema of recipes, with the installed plugins' blocks")
     return top
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, allowed is a whole number >= 1")
+    return int(text)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -82,7 +82,8 @@ class TrainConfig:
     """By how much the metric must improve to count."""
 
     save_steps: Annotated[int, Ge(1)] | None = 500
-    """Optimiser steps between checkpoints; null saves at the end only."""
+    """Optimiser steps between checkpoints; null: none but on request (SIGTERM). With a number, the last step
+    is saved too."""
     save_total_limit: Annotated[int, Ge(1)] | None = None
     """Keep this many checkpoints, the newest and the best; null keeps all."""
 

@@ -6,7 +6,7 @@ object identity, so a plugin may wrap a module without saying so, but cannot los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +66,12 @@ class Ledger:
     trainable: Callable[[str], bool] | None = None
     trainable_by: str = ""
     changes: list[tuple[str, Change]] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the original tensors, by original name."""
 
     def __post_init__(self) -> None:
+        tensors = named_tensors(self.model)
+        self.shapes = {name: tuple(tensors[name].shape) for name in persistent_names(self.model)}
         self.direct = {name: name for name in sorted(persistent_names(self.model))}
 
     def apply(self, plugin: str, edit: Edit, situation: Situation) -> Change:
@@ -148,13 +152,6 @@ class Ledger:
         """Names whose stored type belongs to a plugin and is never cast."""
         return {name for placed in self.rules.values() for name in placed.where.values()}
 
-    def filler_of(self) -> Iterator[str]:
-        """Present names that something fills, repeats included."""
-        yield from self.direct.values()
-        for placed in self.rules.values():
-            yield from placed.where.values()
-        yield from [*self.fresh, *self.copies, *self.files, *self.filled]
-
 
 def _moves(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, str]:
     """Old name to new name for tensors that are still there under another name."""
@@ -193,9 +190,3 @@ def set_trainable(model: nn.Module, ledger: Ledger, dtype: torch.dtype) -> list[
     if not chosen:
         raise EditError("nothing would train: the recipe's peft_config leaves no parameter trainable")
     return chosen
-
-
-def apply_edits(ledger: Ledger, edits: Sequence[tuple[str, Edit]], situation: Situation) -> None:
-    """Apply `(plugin, edit)` pairs in order."""
-    for plugin, edit in edits:
-        ledger.apply(plugin, edit, situation)

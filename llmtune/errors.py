@@ -73,6 +73,10 @@ class ErrorList(LlmtuneError):
         self.errors = list(errors)
         super().__init__("\n".join(str(error) for error in errors))
 
+    def __reduce__(self) -> tuple[type[ErrorList], tuple[list[LlmtuneError]]]:
+        # Errors travel between ranks; the default would rebuild the list from its text.
+        return ErrorList, (self.errors,)
+
 
 def raise_all(errors: Sequence[LlmtuneError]) -> None:
     """Raise nothing, the one error, or all of them together."""

@@ -123,9 +123,7 @@ class Loader:
             f"{original.keys[0]} {list(self.reader.shape(original.keys[0]))}, "
             f"the model wants {list(self._shape(original.names[0]))}"
             for original in originals
-            if original.converter is None
-            and original.names[0] in self.ledger.direct
-            and self.reader.shape(original.keys[0]) != self._shape(original.names[0])
+            if original.converter is None and self.reader.shape(original.keys[0]) != self._shape(original.names[0])
         ]
         problems = [
             f"{what}: {listed(found)}"
@@ -144,7 +142,7 @@ class Loader:
         return originals
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[self.ledger.direct[name]].shape)
+        return self.ledger.shapes[name]
 
     def _tied(self, covered: set[str]) -> set[str]:
         """Names that share their tensor with a covered one."""

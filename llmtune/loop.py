@@ -86,7 +86,7 @@ def train(run: Training, watcher: Watcher) -> int:
         if run.scaler is not None and run.scaler.overflowed(grad_norm):
             run.optimizer.zero_grad(set_to_none=True)
             continue
-        require_finite(loss, grad_norm, step, micros)
+        require_finite(run, loss, grad_norm, step, micros)
         clip(run, norm, grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -145,11 +145,11 @@ def read_back(run: Training, sums: Mapping[str, Tensor], norm: Tensor) -> tuple[
     return numbers.pop("loss"), grad_norm / scale, numbers
 
 
-def require_finite(loss: float, grad_norm: float, step: int, micros: Sequence[Batch]) -> None:
+def require_finite(run: Training, loss: float, grad_norm: float, step: int, micros: Sequence[Batch]) -> None:
     """Stop a run that would otherwise write NaN into its weights."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    rows = listed([row for micro in micros for row in micro.sample_ids], 16)
+    rows = listed([run.feed.samples.origin(sample) for micro in micros for sample in micro.sample_ids], 16)
     raise DivergedError(
         f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the update, "
         f"so the weights and the last checkpoint are good. Rows on this rank: {rows}. "

@@ -18,11 +18,15 @@ from llmtune.records import StageContext
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.records import Batch, Stage, StageLoss
+    from llmtune.records import Batch, Stage
 
 
 class Objective(nn.Module):
-    """`forward(batch)` is the stage's summed loss on the model."""
+    """`forward(batch)` is the stage's summed loss on the model.
+
+    `forward(function)` calls the function instead: whatever uses the model while it is sharded (generation, checks) has
+    to run in here, where FSDP2 has gathered the root's weights.
+    """
 
     def __init__(
         self, model: nn.Module, stage: Stage | None, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None
@@ -33,8 +37,11 @@ class Objective(nn.Module):
         self.context = Context(ops)
         self.autocast = autocast
 
-    def forward(self, batch: Batch) -> StageLoss:
-        with torch.autocast(batch.input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+    def forward(self, batch: Batch | Callable[[], Any]) -> Any:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            if callable(batch):
+                return batch()
             assert self.stage is not None, "a model opened for use only has no stage"
             return self.stage.loss(self.model, batch, self.context)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmtune import rundir
 from llmtune.data import prepare
 from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, raise_all
@@ -19,7 +20,15 @@ from llmtune.precision import Precision, choose_precision, stored_dtype
 from llmtune.ranks import Ranks
 from llmtune.records import Checks, Situation
 from llmtune.skeleton import build_skeleton
-from llmtune.source import ModelFiles, allow_remote_code, auto_class, load_model_config, load_tokenizer, resolve_model
+from llmtune.source import (
+    ModelFiles,
+    allow_remote_code,
+    attention_name,
+    auto_class,
+    load_model_config,
+    load_tokenizer,
+    resolve_model,
+)
 from llmtune.structure import transformer_layers
 
 if TYPE_CHECKING:
@@ -31,16 +40,6 @@ if TYPE_CHECKING:
 
 STRUCTURE_POINTS = ("init_config", "quant_config", "peft_config", "kernel_config", "stage_config", "dist_config")
 """The extension points that make the model, without those that only training needs."""
-
-ATTENTION = {
-    "disabled": "eager",
-    "sdpa": "sdpa",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_3",
-    "fa4": "flash_attention_4",
-}
-"""The recipe's `flash_attn` to transformers' `attn_implementation`; `auto` leaves the choice to them and to kernels."""
-
 
 Mode = Literal["train", "build", "infer"]
 """`train`: data and steps too. `build`: the model as it is trained, without data. `infer`: only to be used."""
@@ -88,12 +87,10 @@ class Plan:
     def parameters(self) -> tuple[int, int]:
         """(trainable, total), counted on the original shapes: a packed 4-bit weight counts its real size."""
         packed = self.ledger.packed()
-        rules = sum(self._original_numel[name] for name in self.ledger.rules)
+        rules = sum(math.prod(self.ledger.shapes[name]) for name in self.ledger.rules)
         held = [(name, p) for name, p in self.model.named_parameters() if name not in packed]
         trainable = sum(p.numel() for _, p in held if p.requires_grad)
         return trainable, rules + sum(p.numel() for _, p in held)
-
-    _original_numel: dict[str, int] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """What all ranks must agree on."""
@@ -103,9 +100,15 @@ class Plan:
             "llmtune": __version__,
             "recipe": json.dumps(self.recipe.resolved, sort_keys=True, default=str),
             "plugins": self.parts.fingerprint(),
-            "training samples": len(self.data.train) if self.data else 0,
-            "training tokens": int(self.data.train.lengths.sum()) if self.data else 0,
+            "training data": self.data_hash(),
         }
+
+    def data_hash(self) -> str:
+        """SHA-256 of the tokens, masks and bounds that this run trains on."""
+        digest = hashlib.sha256()
+        for array in (self.data.train.ids, self.data.train.mask, self.data.train.starts) if self.data else ():
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def __str__(self) -> str:
         from llmtune.show import plan_text
@@ -160,7 +163,7 @@ def make_plan(
         trainable_dtype=precision.trainable, gather_dtype=precision.compute, words=parts.words,
         autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,
     )  # fmt: skip
-    attention = ATTENTION.get(recipe.model.flash_attn)
+    attention = attention_name(recipe.model)
     kwargs = {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
     try:
         model = build_skeleton(auto_class(recipe.model), config, precision.compute, attention, **kwargs)
@@ -172,7 +175,6 @@ def make_plan(
         recipe=recipe, parts=parts, ranks=ranks, device=device, mode=mode, files=files, precision=precision,
         situation=situation, tokenizer=tokenizer, model=model, ledger=Ledger(model), data=data,
     )  # fmt: skip
-    plan._original_numel = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     edit(plan, problems)
     with collect(problems):
         check_output(plan)
@@ -186,6 +188,8 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     """Quantise, adapt, fuse: on the meta device, in this order, each edit checked."""
     model, ledger = plan.model, plan.ledger
     before = len(problems)
+    for part in plan.parts.at("stage_config") if plan.mode == "train" else []:
+        problems += objections(part, plan.situation, model)
     for point in ("quant_config", "peft_config"):
         for part in plan.parts.at(point):
             apply_part(part, plan, problems)
@@ -263,10 +267,10 @@ def check_output(plan: Plan) -> None:
     problems: list[LlmtuneError] = []
     if plan.recipe.train.plot_loss and (reason := plotting_problem()):
         problems.append(PlanError(f"plot_loss: {reason}"))
-    existing = next((parent for parent in [folder, *folder.absolute().parents] if parent.exists()), None)
-    if folder.exists() and not folder.is_dir():
-        problems.append(PlanError(f"output_dir: {folder} is a file; name a folder"))
-    elif existing is not None and not _writable(existing):
+    with collect(problems):
+        rundir.check_folder(plan)
+    existing = next((parent for parent in [folder, *folder.absolute().parents] if parent.is_dir()), None)
+    if existing is not None and not _writable(existing):
         problems.append(
             PlanError(f"output_dir: {existing} cannot be written to; choose another folder or change its permissions")
         )
@@ -281,8 +285,3 @@ def _writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def edits_report(plan: Plan) -> Sequence[tuple[str, Sequence[str]]]:
-    """What each edit did to the model, in order."""
-    return [(plugin, change.report) for plugin, change in plan.ledger.changes]

@@ -126,6 +126,8 @@ def load_recipe(
     model, data, train = configs
     name = _name(source, model)
     train = dataclasses.replace(train, output_dir=train.output_dir or f"runs/{name}")
+    if "eval_strategy" not in tree and (data.val_size or data.eval_dataset is not None):
+        train = dataclasses.replace(train, eval_strategy="epoch")
     shown = _shown((model, data, train), blocks, tree)
     text = blank_text(found, tree) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(blank(tree))
     return Recipe(

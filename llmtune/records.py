@@ -225,7 +225,7 @@ class Batch:
     """int32, on the device of `input_ids`."""
     longest_document: int = 0
     sample_ids: tuple[int, ...] = ()
-    """Row numbers in the data set, for error messages."""
+    """Numbers of the samples among those trained on, for error messages."""
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments for a transformers model, document bounds included where there are any."""

@@ -39,51 +39,79 @@ SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 def prepare_folder(plan: Plan) -> tuple[Path, Manifest] | None:
-    """Make the output folder ready (rank 0). Returns the checkpoint to continue from, or None for a fresh start.
+    """Make the output folder ready and record the run (rank 0). Returns the checkpoint to continue from, or None.
 
     Raises PlanError where the folder belongs to something else or to a finished run, CheckpointError where a
     checkpoint is damaged or comes from another recipe.
     """
     from llmtune import checkpoint
 
+    check_folder(plan)
+    if plan.recipe.train.overwrite_output_dir:
+        clear(plan.output_dir)
+    found = checkpoint_to_continue(plan)
+    if found is not None:
+        compare(plan, found[1])
+    checkpoint.sweep(plan.output_dir / "checkpoints")
+    write_records(plan)
+    return found
+
+
+def check_folder(plan: Plan) -> None:
+    """Raise PlanError unless a run may start, or go on, in the output folder. Changes nothing, reads no checkpoint."""
     folder, train = plan.output_dir, plan.recipe.train
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(f"output_dir: {folder} is a file; name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "run.json").exists():
+        what = "overwrite_output_dir" if train.overwrite_output_dir else "output_dir"
+        raise PlanError(f"{what}: {folder} is not empty and holds no run of llmtune; name another folder")
     if train.overwrite_output_dir:
-        clear(folder)
-    resume = train.resume_from_checkpoint
-    if isinstance(resume, str) and resume != "auto":
-        manifest = checkpoint.verify(Path(resume))
-        compare(plan, manifest)
-        return Path(resume), manifest
-    status = read_record(folder).get("status")
-    if status == "done":
+        return
+    if read_record(folder).get("status") == "done":
         raise PlanError(
             f"output_dir: {folder} holds a finished run; name another folder, "
             "or set overwrite_output_dir=true to replace it"
         )
-    if status is None and folder.exists() and any(folder.iterdir()):
-        raise PlanError(f"output_dir: {folder} is not empty and holds no run of llmtune; name another folder")
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        return None
-    if resume != "auto":
+    if not train.resume_from_checkpoint and any((folder / "checkpoints").glob("step-*")):
         raise PlanError(
             f"output_dir: {folder} holds an unfinished run; set resume_from_checkpoint=auto to continue it, or "
             "overwrite_output_dir=true to replace it"
         )
-    path, manifest, passed = found
-    plan.notes += [f"passed over a damaged checkpoint: {reason}" for reason in passed]
-    compare(plan, manifest)
+
+
+def checkpoint_to_continue(plan: Plan) -> tuple[Path, Manifest] | None:
+    """The verified checkpoint that `resume_from_checkpoint` means: a path, or with `auto` this folder's newest."""
+    from llmtune import checkpoint
+
+    resume, own = plan.recipe.train.resume_from_checkpoint, plan.output_dir / "checkpoints"
+    if not resume:
+        return None
+    root = own if resume == "auto" else Path(str(resume)) / "checkpoints"
+    if resume == "auto" or (Path(str(resume)) / "run.json").exists():
+        found = checkpoint.newest(root)
+        if found is None and resume != "auto":
+            raise CheckpointError(f"resume_from_checkpoint: the run {resume} has no checkpoint")
+        if found is None:
+            return None
+        plan.notes += [f"passed over a damaged checkpoint: {reason}" for reason in found[2]]
+        return found[0], found[1]
+    path = Path(str(resume))
+    manifest = checkpoint.verify(path)
+    later = [
+        step.name for step in sorted(own.glob("step-*")) if step.name > checkpoint.step_folder(own, manifest.step).name
+    ]
+    if later:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {own} holds later steps than {path.name} ({listed(later)}); "
+            "delete them to go back, or name another output_dir"
+        )
     return path, manifest
 
 
 def clear(folder: Path) -> None:
     """Delete what a run of llmtune left in `folder`, and nothing else."""
-    if not folder.exists():
-        return
-    if any(folder.iterdir()) and not (folder / "run.json").exists():
-        raise PlanError(
-            f"overwrite_output_dir: {folder} holds no run of llmtune, so it is not emptied; name another folder"
-        )
     for name in ("checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (
@@ -93,7 +121,6 @@ def clear(folder: Path) -> None:
         "metrics.jsonl",
         "loss.png",
         "trained.safetensors",
-        "failure.json",
     ):
         (folder / name).unlink(missing_ok=True)
 
@@ -109,6 +136,16 @@ def compare(plan: Plan, manifest: Manifest) -> None:
         raise CheckpointError(
             f"per_device_train_batch_size: the run was started with {old_batch} rows a step ({manifest.ranks} ranks), "
             f"this recipe makes {new_batch} ({plan.ranks.size} ranks); set it so that the product stays the same"
+        )
+    if manifest.data and manifest.data != plan.data_hash():
+        raise CheckpointError(
+            "dataset: the tokens to train on are not those the run was started with (the files, the tokenizer or the "
+            "template have changed); restore them, or name another output_dir"
+        )
+    if manifest.revision != plan.files.revision:
+        raise CheckpointError(
+            f"revision: the run was started from commit {manifest.revision}, now the model is {plan.files.revision}; "
+            f"set revision: {manifest.revision}"
         )
     if differing:
         shown = listed(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
@@ -146,7 +183,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     """run.json, or an empty record."""
     path = folder / "run.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("not a mapping")
+        return record
     except FileNotFoundError:
         return {}
     except ValueError as error:

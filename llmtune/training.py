@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from llmtune import checkpoint, rundir
 from llmtune.building import build_objective
 from llmtune.chat import GenerateConfig, answer
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, PlanError
+from llmtune.isolation import check_isolation
 from llmtune.log import Loggers, read_metrics
 from llmtune.loop import LossScale, Training, train
 from llmtune.optim import make_optimizer
@@ -57,8 +58,6 @@ def _nothing(*_: object) -> None:
 
 def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
     found = _shared(lambda: rundir.prepare_folder(plan), plan)
-    if plan.ranks.first:
-        rundir.write_records(plan)
     show(str(plan))
     try:
         outcome = _run(plan, registry, found, show)
@@ -67,7 +66,7 @@ def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
             rundir.write_status(plan.output_dir, "failed", error=f"{type(error).__name__}: {error}")
         raise
     if plan.ranks.first:
-        rundir.write_status(plan.output_dir, outcome.status)
+        rundir.write_status(plan.output_dir, outcome.status, answers=outcome.answers)
     return outcome
 
 
@@ -77,6 +76,8 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
     objective = build_objective(plan)
     optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate)
     scaler = LossScale() if plan.precision.scaled else None
+    if plan.flat:
+        check_isolation(objective, plan.device, plan.recipe.data.packing)
     before = sample_answers(plan, objective)
     first_step = found[1].step if found else 0
     with StopRequest() as stop:
@@ -93,7 +94,8 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
             max_grad_norm=recipe.max_grad_norm or 0.0, seed=recipe.seed, scaler=scaler, first_step=first_step,
         )  # fmt: skip
         try:
-            train(training, keeper)
+            if not keeper.stopped_early:
+                train(training, keeper)
         finally:
             if loggers is not None:
                 loggers.finish()
@@ -121,6 +123,8 @@ def _shared(work: Any, plan: Plan) -> Any:
             result = work()
         except LlmtuneError as error:
             result = error
+        except OSError as error:
+            result = PlanError(f"output_dir: {plan.output_dir} cannot be used ({error}); name another folder")
     result = from_first(result)
     if isinstance(result, LlmtuneError):
         raise result
@@ -143,10 +147,13 @@ def start_loggers(plan: Plan, first_step: int) -> Loggers | None:
 
 def sample_answers(plan: Plan, objective: Objective) -> list[str]:
     """Greedy answers to the recipe's `sample_prompts`. Collective: every rank generates the same."""
-    config = GenerateConfig(do_sample=False, max_new_tokens=64)
+    data = plan.recipe.data
+    config = GenerateConfig(do_sample=False, max_new_tokens=64, default_system=data.default_system)
     objective.eval()
     answers = [
-        answer(plan.model, plan.tokenizer, question, config, template_kwargs=dict(plan.recipe.data.template_kwargs))
+        objective(
+            lambda question=question: answer(plan.model, plan.tokenizer, question, config, dict(data.template_kwargs))
+        )
         for question in plan.recipe.train.sample_prompts
     ]
     objective.train()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune import __version__, checkpoint
+from llmtune.errors import PlanError, listed
 from llmtune.feed import evaluation_batches
 from llmtune.loop import LossScale, StepStats, evaluate
 from llmtune.ranks import total
@@ -79,9 +81,11 @@ class Keeper:
             self.log(step)
         if self.evaluates_at(step, last):
             self.stopped_early = self.evaluate(step)
-        self.interrupted = self.asked_to_stop()
+        # Asked on every step by every rank; at the last one there is nothing left to interrupt.
+        self.interrupted = self.asked_to_stop() and not last
         done = last or self.interrupted or self.stopped_early
-        if (train.save_steps and step % train.save_steps == 0) or (done and not last) or self._best_unsaved(step):
+        regular = train.save_steps is not None and (step % train.save_steps == 0 or done)
+        if regular or self.interrupted or self._best_unsaved(step):
             self.save(step)
         return done
 
@@ -144,17 +148,25 @@ class Keeper:
         if self.loggers is not None:
             self.loggers.log(step, {"epoch": round(step / feed.order.steps_per_epoch, 4), **metrics})
         self.tell(Evaluated(step=step, metrics=metrics))
-        value = metrics[train.metric_for_best_model]
-        better = self.best_value is None or (
-            value > self.best_value + train.early_stopping_threshold
-            if train.greater_is_better
-            else value < self.best_value - train.early_stopping_threshold
-        )
-        if better:
-            self.best_value, self.best_step, self.bad_evaluations = value, step, 0
+        if train.metric_for_best_model not in metrics:
+            raise PlanError(
+                f'metric_for_best_model: found "{train.metric_for_best_model}", allowed is one of {listed(metrics)}'
+            )
+        self.judge(step, metrics[train.metric_for_best_model])
+        return train.early_stopping_patience is not None and self.bad_evaluations >= train.early_stopping_patience
+
+    def judge(self, step: int, value: float) -> None:
+        """Remember the best value; count evaluations that gain less than the threshold. NaN is never better."""
+        train = self.plan.recipe.train
+        before = self.best_value
+        gain = 0.0 if before is None else (value - before if train.greater_is_better else before - value)
+        first = before is None and math.isfinite(value)
+        if first or gain > 0:
+            self.best_value, self.best_step = value, step
+        if first or gain > train.early_stopping_threshold:
+            self.bad_evaluations = 0
         else:
             self.bad_evaluations += 1
-        return train.early_stopping_patience is not None and self.bad_evaluations >= train.early_stopping_patience
 
     def save(self, step: int) -> None:
         """Publish a checkpoint, then delete surplus ones. Collective."""
@@ -163,7 +175,7 @@ class Keeper:
         plan, root = self.plan, self.plan.output_dir / "checkpoints"
         manifest = checkpoint.Manifest(
             step=step, ranks=plan.ranks.size, recipe=plain(plan.recipe.resolved), plugins=plan.parts.fingerprint(),
-            llmtune=__version__, numbers=self.state(),
+            llmtune=__version__, data=plan.data_hash(), revision=plan.files.revision, numbers=self.state(),
         )  # fmt: skip
 
         def extra(folder: Path) -> None:
@@ -184,6 +196,8 @@ class Keeper:
             "best_value": self.best_value,
             "best_step": self.best_step,
             "bad_evaluations": self.bad_evaluations,
+            "stopped_early": self.stopped_early,
+            "window": [asdict(stats) for stats in self.window],
             "loss_scale": self.scaler.state() if self.scaler else None,
         }
 
@@ -191,16 +205,24 @@ class Keeper:
         numbers = manifest.numbers
         self.tokens = numbers["tokens"]
         self.best_value, self.best_step = numbers["best_value"], numbers["best_step"]
+        if self.best_step is not None and not self._folder(self.best_step).exists():
+            # Continued from another folder's checkpoint: its best step is not here to return to.
+            self.best_value = self.best_step = None
         self.bad_evaluations = numbers["bad_evaluations"]
+        self.stopped_early = numbers["stopped_early"]
+        self.window = [StepStats(**stats) for stats in numbers["window"]]
         self.saved_step = manifest.step
         if self.scaler and numbers.get("loss_scale"):
             self.scaler.restore(numbers["loss_scale"])
+
+    def _folder(self, step: int) -> Path:
+        return checkpoint.step_folder(self.plan.output_dir / "checkpoints", step)
 
     def best_folder(self) -> Path | None:
         """The best checkpoint, if the recipe wants it at the end and it is not the last step's weights."""
         if not self.plan.recipe.train.load_best_model_at_end or self.best_step is None:
             return None
-        return checkpoint.step_folder(self.plan.output_dir / "checkpoints", self.best_step)
+        return self._folder(self.best_step)
 
     def tell(self, event: Event) -> None:
         """Let observers watch; what they raise is reported and changes nothing."""

@@ -170,10 +170,11 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_line_from_recipe_to_answer(tiny_llama: str, chats: str, tmp_path: Path) -> None:
     path = tmp_path / "small.json"
-    path.write_text(json.dumps(recipe(tiny_llama, chats, tmp_path / "run")))
+    path.write_text(json.dumps(recipe(tiny_llama, chats, tmp_path / "run", sample_prompts=["Who?"])))
     trained = command("train", str(path), "max_steps=2", "peft_config.r=2", "--nproc", "2")
     assert trained.returncode == 0, trained.stderr
     assert "llmtune chat" in trained.stdout
+    assert "Question: Who?" in trained.stdout  # generation while the model is spread over ranks
     assert json.loads((tmp_path / "run" / "run.json").read_text())["ranks"] == 2
     said = command("chat", str(tmp_path / "run"), "--prompt", "Who?", "max_new_tokens=4", "do_sample=false")
     assert said.returncode == 0, said.stderr

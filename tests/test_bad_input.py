@@ -48,6 +48,7 @@ def keys(tiny_llama: str, chats: str, tmp_path: Path) -> dict[str, Any]:
         ({"dataset": "./absent.jsonl"}, "absent.jsonl"),
         ({"device": "cuda"}, 'device: found "cuda", but torch sees no GPU'),
         ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps: found 0"),
+        ({"model_class": "cls"}, "stage_config: sft predicts tokens, and LlamaForSequenceClassification has no head"),
     ],
 )
 def test_a_plan_finds_it_and_names_the_key(change: dict[str, Any], said: str, keys: dict[str, Any]) -> None:
