@@ -26,7 +26,8 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
     Recurrent layers, convolutions, position schemes counted over the whole row and attention without a mask for
     document bounds all leak, and the loss curve does not show it.
     """
-    vocabulary = objective.model.config.get_text_config().vocab_size
+    model: Any = objective.model
+    vocabulary = model.config.get_text_config().vocab_size
     rng = np.random.default_rng(0)
     one, other, second = (rng.integers(0, vocabulary, size) for size in (FIRST, FIRST, SECOND))
     training = objective.training
