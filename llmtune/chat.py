@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from llmtune.errors import DataError
-from llmtune.schema import Ge, Gt, Le
+from llmtune.errors import DataError, RecipeError, raise_all
+from llmtune.schema import Ge, Gt, Le, decode
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class GenerateConfig:
     length_penalty: float = 1.0
     """With beams: above 0 favours long answers, below 0 short ones."""
     default_system: str | None = None
-    """System message of conversations that have none; null leaves it to the template."""
+    """System message of conversations that have none; null leaves it to the template. Not given, it is the one that
+    the recipe trained with."""
     skip_special_tokens: bool = True
     """Leave the template's control tokens out of the text."""
 
@@ -111,6 +114,20 @@ class Conversation:
         if self.config.default_system is None or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.config.default_system}, *messages]
+
+
+def generate_config(recipe: Recipe, given: Mapping[str, Any]) -> GenerateConfig:
+    """Generation parameters as `given`, with the recipe's system message. Raises RecipeError for what is wrong."""
+    config, problems = decode(GenerateConfig, {"default_system": recipe.data.default_system, **given})
+    raise_all([RecipeError(f"{problem.key}: {problem.message}") for problem in problems])
+    return config
+
+
+def conversation_for(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
+) -> Conversation:
+    """A conversation as the recipe's samples were rendered in training."""
+    return Conversation(model, tokenizer, dict(recipe.data.template_kwargs), config)
 
 
 def answer(

@@ -158,31 +158,23 @@ def _plan(options: Any) -> None:
 def _chat(options: Any) -> None:
     from dataclasses import fields
 
-    from llmtune.chat import Conversation, GenerateConfig, chat_loop
+    from llmtune.chat import GenerateConfig, chat_loop, conversation_for, generate_config
     from llmtune.recipe import parse_overrides
     from llmtune.reopen import open_model, recipe_of
-    from llmtune.schema import decode
 
     _quiet_libraries()
     given = parse_overrides(options.overrides)
     names = {field.name for field in fields(GenerateConfig)}
-    config, problems = decode(GenerateConfig, {key: value for key, value in given.items() if key in names})
-    _raise_problems(problems)
     others = {key: value for key, value in given.items() if key not in names}
-    model, tokenizer = open_model(options.model, **others)
-    conversation = Conversation(model, tokenizer, dict(recipe_of(options.model).data.template_kwargs), config)
+    recipe = recipe_of(options.model, **others)
+    config = generate_config(recipe, {key: value for key, value in given.items() if key in names})
+    conversation = conversation_for(recipe, *open_model(options.model, **others), config)
     if options.prompt is None:
         chat_loop(conversation)
         return
     for piece in conversation.stream(options.prompt):
         print(piece, end="", flush=True)
     print()
-
-
-def _raise_problems(problems: Sequence[Any]) -> None:
-    from llmtune.errors import RecipeError, raise_all
-
-    raise_all([RecipeError(f"{problem.key}: {problem.message}") for problem in problems])
 
 
 def _export(options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,30 +13,32 @@ from llmtune.planning import make_plan
 from llmtune.precision import torch_dtype
 from llmtune.ranks import Ranks, pick_device
 from llmtune.registry import Registry
-from llmtune.reopen import fill, is_whole_model, open_plan, recipe_of, run_of
+from llmtune.reopen import fill, open_plan, recipe_of, saved_at
 from llmtune.save import untied
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from llmtune.recipe import Recipe
+
 PROBE = "Who are you? Answer in one sentence."
 
 
-def export(path: str | Path, **overrides: Any) -> Path:
+def export(path: str | Path, /, **overrides: Any) -> Path:
     """Write the trained model of a run or checkpoint as a plain transformers folder; returns it.
 
     The merge happens on the CPU, onto the unquantised base, in float32; the result is stored as `infer_dtype`. Raises
     PlanError if the merged model does not answer like base plus adapter, or answers exactly like the base.
     """
-    path = Path(path)
     recipe = recipe_of(path, **overrides)
     target = _target(recipe.train.export_dir)
-    if run_of(path) is None:
+    if saved_at(path) is None:
         raise PlanError(f"{path}: export takes a run of llmtune or one of its checkpoints; this is neither")
     import torch
 
     overrides = {**overrides, "quant_config": None, "kernel_config": None}
+    base = base_logits(recipe_of(path, **{**overrides, "peft_config": None}))
     plan = open_plan(path, dtype=torch.float32, device="cpu", **overrides)
     if recipe.blocks.get("quant_config"):
         print("The adapter was trained on a quantised base; it is merged onto the unquantised one.", file=sys.stderr)
@@ -43,9 +46,9 @@ def export(path: str | Path, **overrides: Any) -> Path:
     fill(plan, path)
     ids = probe_ids(plan.tokenizer)
     trained = logits(plan.model, ids)
-    for part in [] if is_whole_model(path) else plan.parts.at("peft_config"):
+    for part in plan.parts.at("peft_config"):
         part.built.merge(plan.model)
-    compare(logits(plan.model, ids), trained, base_logits(path, ids, overrides))
+    compare(logits(plan.model, ids), trained, base)
     write(plan, target, dtype, recipe.train)
     return target
 
@@ -78,14 +81,16 @@ def logits(model: Any, ids: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def base_logits(path: Path, ids: Tensor, overrides: dict[str, Any]) -> Tensor:
-    """What the base model says, before any training."""
+def base_logits(recipe: Recipe) -> Tensor:
+    """What the base model says, before any training. It is gone on return, so that one model at a time is held."""
     import torch
 
-    recipe = recipe_of(path, **overrides, peft_config=None)
     plan = make_plan(recipe, Registry(), Ranks(), pick_device("cpu"), "infer", torch.float32)
     build_objective(plan)
-    return logits(plan.model, ids)
+    said = logits(plan.model, probe_ids(plan.tokenizer))
+    del plan
+    gc.collect()  # modules refer to each other in circles
+    return said
 
 
 def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune import rundir
-from llmtune.data import prepare
+from llmtune.data import choose_template, prepare
 from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, raise_all
 from llmtune.feed import Feed
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 STRUCTURE_POINTS = ("init_config", "quant_config", "peft_config", "kernel_config", "stage_config", "dist_config")
 """The extension points that make the model, without those that only training needs."""
 
-Mode = Literal["train", "build", "infer"]
-"""`train`: data and steps too. `build`: the model as it is trained, without data. `infer`: only to be used."""
+Mode = Literal["train", "build", "reopen", "infer"]
+"""`train`: data and steps too. `build`: the model as it is trained, without data. `reopen`: the structure that was
+trained, only to be used. `infer`: only to be used."""
 
 
 @dataclass(kw_only=True)
@@ -141,6 +142,8 @@ def make_plan(
         files = resolve_model(recipe.model, weights=False)
         config = load_model_config(files, recipe.model)
         tokenizer = load_tokenizer(files, recipe.model)
+        if mode != "train" and recipe.data.template is not None:  # for training, `prepare` does it
+            choose_template(recipe.data.template, tokenizer, recipe.base_dir)
     precision: Precision | None = None
     with collect(problems):
         train = recipe.train
@@ -158,7 +161,7 @@ def make_plan(
     raise_all(problems)
     assert precision is not None
     situation = Situation(
-        mode="infer" if mode == "infer" else "train", device="cuda" if device.type == "cuda" else "cpu",
+        mode="infer" if mode in ("infer", "reopen") else "train", device="cuda" if device.type == "cuda" else "cpu",
         ranks=ranks.size, compute_dtype=precision.compute,
         trainable_dtype=precision.trainable, gather_dtype=precision.compute, words=parts.words,
         autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,

@@ -44,8 +44,8 @@ class Recipe:
     blocks: Mapping[str, list[tuple[str, dict[str, Any]]]] = field(repr=False)
     """Extension point to its (plugin name, parameters), as far as the recipe names any."""
     resolved: Mapping[str, Any]
-    """Every top-level key with its value, defaults included. Secrets are null; where anything is read from the
-    environment, `${...}` is kept as written. `load_recipe` reads it back."""
+    """Every top-level key with its value, defaults included; a local model by its full path. Secrets are null; where
+    anything is read from the environment, `${...}` is kept as written. `load_recipe` reads it back."""
     tree: Mapping[str, Any] = field(repr=False)
     """The keys that were given, before `${...}` is resolved, secrets included: never write this to a run's folder."""
     name: str
@@ -366,6 +366,12 @@ def _name(source: Any, model: ModelConfig) -> str:
     return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "recipe"
 
 
+def _absolute(model: str) -> str:
+    """A model on this machine by its full path, so that a run can be opened from any folder."""
+    path = os.path.expanduser(model)
+    return os.path.abspath(path) if os.path.exists(path) else model
+
+
 def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Every key with its value, safe to write down and to read back."""
     made = {
@@ -377,6 +383,7 @@ def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str,
     for point in EXTENSION_POINTS:
         several = [{"name": name, **escaped(more)} for name, more in blocks.get(point) or defaults.get(point, [])]
         made[point] = several if len(several) > 1 else several[0] if several else None
+    made["model"] = escaped(_absolute(configs[0].model))
     if "${oc.env:" in str(tree):  # what stands in the environment stays there
         made |= {key: value for key, value in tree.items() if "${" in str(value)}
     return blank(made)

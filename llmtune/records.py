@@ -164,6 +164,18 @@ class Peft(Edit, Protocol):
         ...
 
 
+@runtime_checkable
+class Reopens(Protocol):
+    """Optional on a built peft object whose recipe names files that may be gone when its result is used."""
+
+    def reopened(self, saved: Path) -> Mapping[str, Any] | None:
+        """The parameters of a block that makes the same structure from `saved`, a folder that `save` wrote.
+
+        None where the recipe's own parameters do that.
+        """
+        ...
+
+
 class Kernel(Edit, Protocol):
     """Replaces operations or modules by faster ones that compute the same."""
 

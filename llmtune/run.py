@@ -19,14 +19,23 @@ class Run:
 
     def __init__(self, folder: str | Path, *, answers: list[tuple[str, str, str]] | None = None) -> None:
         self.output_dir = Path(folder)
-        self.answers = answers or []
+        self._answers = answers
         self._conversation: Any = None
+        self._generation: dict[str, Any] = {}
         self._model: tuple[Any, Any] | None = None
 
     @property
     def status(self) -> str:
         """`done`, `interrupted`, `running` or `failed`."""
         return str(rundir.read_record(self.output_dir).get("status", "unknown"))
+
+    @property
+    def answers(self) -> list[tuple[str, str, str]]:
+        """(question, answer before, answer after) of the recipe's `sample_prompts`."""
+        if self._answers is None:
+            recorded = rundir.read_record(self.output_dir).get("answers") or []
+            self._answers = [(question, before, after) for question, before, after in recorded]
+        return self._answers
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -50,18 +59,20 @@ class Run:
         return self._model
 
     def chat(self, text: str, **generation: Any) -> str:
-        """Answer `text`, continuing the conversation; keywords are the generation parameters (`temperature=0.2`)."""
-        from llmtune.chat import Conversation, GenerateConfig
+        """Answer `text`, continuing the conversation.
 
+        Keywords are generation parameters (`temperature=0.2`), from this answer on. Raises RecipeError for a wrong one.
+        """
         if self._conversation is None or generation:
-            model, tokenizer = self.model()
-            self._conversation = Conversation(model, tokenizer, self._template_kwargs(), GenerateConfig(**generation))
+            from llmtune.chat import conversation_for, generate_config
+            from llmtune.reopen import recipe_of
+
+            recipe, given = recipe_of(self.output_dir), {**self._generation, **generation}
+            config = generate_config(recipe, given)
+            if self._conversation is None:
+                self._conversation = conversation_for(recipe, *self.model(), config)
+            self._conversation.config, self._generation = config, given
         return self._conversation.ask(text)
-
-    def _template_kwargs(self) -> dict[str, Any]:
-        from llmtune.reopen import recipe_of
-
-        return dict(recipe_of(self.output_dir).data.template_kwargs)
 
     def export(self, export_dir: str | Path, **keys: Any) -> Path:
         """Merge the adapter into its base and write a plain model; keys as `llmtune export` takes them."""

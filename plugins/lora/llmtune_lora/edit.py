@@ -70,6 +70,10 @@ class Lora:
         config.inference_mode = True
         files.write(tensors, config, folder)
 
+    def reopened(self, saved: Path) -> dict[str, tuple[str, ...]] | None:
+        """A continued adapter is whole in `saved`, and the folder it came from is needed no more."""
+        return {"adapter_name_or_path": (str(saved),)} if self.config.adapter_name_or_path else None
+
     def merge(self, model: nn.Module) -> None:
         """Fold the adapters into the base. Nothing happens where they were folded in before."""
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
