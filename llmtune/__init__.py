@@ -14,8 +14,8 @@ _WHERE = {
         "llmtune.hookspecs": ("hookimpl",),
         "llmtune.records": (
             "API_VERSION", "Plugin", "Situation", "Part", "LoadRule", "Change", "Edit", "Quant", "Peft", "Kernel",
-            "TensorReader", "Init", "StageLoss", "Batch", "StageContext", "Stage", "Distribute", "OptimizerFactory",
-            "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
+            "Reopens", "TensorReader", "Init", "StageLoss", "Batch", "StageContext", "Stage", "Distribute",
+            "OptimizerFactory", "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
         ),
         "llmtune.structure": ("transformer_layers", "linear_layers", "output_heads"),
         "llmtune.errors": (
