@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,30 +20,43 @@ def plan_text(plan: Plan) -> str:
 
 
 def _model_lines(plan: Plan) -> list[str]:
-    rows = [
-        ("Model", f"{plan.recipe.model.model} ({type(plan.model).__name__}, from {plan.files.origin})"),
-        (
-            "Device",
-            f"{plan.device.type}, {plan.ranks.size} rank{'s' if plan.ranks.size > 1 else ''}, {plan.precision.name}",
-        ),
+    rows = [("Model", f"{plan.recipe.model.model} ({type(plan.model).__name__}, from {plan.files.origin})")]
+    if plan.files.note:
+        rows += [("", line) for line in textwrap.wrap(plan.files.note, 100)]
+    rows += [
+        ("Device", f"{plan.device.type}, {counted(plan.ranks.size, 'rank')}, {plan.precision.name}"),
         ("Attention", f"{plan.attention}, {'documents end to end' if plan.flat else 'padded rows'}"),
     ]
-    if plan.files.note:
-        rows.append(("", plan.files.note))
     return [f"{name:<10}{text}" for name, text in rows]
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _edit_lines(plan: Plan) -> list[str]:
     reports = {id(part): [] for part in plan.parts.all}
     edits = [part for part in plan.parts.all if part.point in ("quant_config", "peft_config", "kernel_config")]
     for part, (_, change) in zip(edits, plan.ledger.changes, strict=False):
-        reports[id(part)] = list(change.report)
+        reports[id(part)] = _grouped(change.report)
     lines = []
     for part in plan.parts.all:
+        if part.point == "dist_config" and plan.ranks.size == 1:
+            continue
         summary, *more = reports[id(part)] or [part.plugin.summary]
         lines.append(f"  {part.point.removesuffix('_config'):<13}{part.plugin.name:<17}{part.package:<26}{summary}")
         lines += [f"{'':<58}{line}" for line in more]
     return lines
+
+
+def _grouped(report: Sequence[str]) -> list[str]:
+    """`a: why` and `b: why` as `a, b: why`, in the order of first mention."""
+    names: dict[str, list[str]] = {}
+    for line in report:
+        name, _, reason = line.partition(": ")
+        names.setdefault(reason or line, []).append(name if reason else "")
+    return [f"{', '.join(found)}: {reason}" if any(found) else reason for reason, found in names.items()]
 
 
 def _number_lines(plan: Plan) -> list[str]:
@@ -51,7 +66,7 @@ def _number_lines(plan: Plan) -> list[str]:
         order, train = plan.feed.order, plan.recipe.train
         tokens = int(plan.data.train.lengths.sum())
         rows_each, micros = train.per_device_train_batch_size, train.gradient_accumulation_steps
-        split = f"{rows_each} x {micros} micro-batches x {plan.ranks.size} ranks"
+        split = f"{rows_each} x {micros} micro-batches x {counted(plan.ranks.size, 'rank')}"
         step_tokens = tokens * order.batch // len(plan.feed.units)
         what = "packs" if plan.recipe.data.packing else "rows"
         rows += [

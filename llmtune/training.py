@@ -58,7 +58,7 @@ def _nothing(*_: object) -> None:
 
 def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
     found = _shared(lambda: rundir.prepare_folder(plan), plan)
-    show(str(plan))
+    show(f"{plan}\n\nLoading weights")
     try:
         outcome = _run(plan, registry, found, show)
     except BaseException as error:
