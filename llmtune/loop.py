@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -61,8 +62,9 @@ class Training:
     scaler: LossScale | None = None
     first_step: int = 0
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
+        """Those that train; found once, not on every step."""
         return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
 
 

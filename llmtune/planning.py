@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,11 +102,12 @@ class Plan:
             "llmtune": __version__,
             "recipe": json.dumps(self.recipe.resolved, sort_keys=True, default=str),
             "plugins": self.parts.fingerprint(),
-            "training data": self.data_hash(),
+            "training data": self.data_hash,
         }
 
+    @cached_property
     def data_hash(self) -> str:
-        """SHA-256 of the tokens, masks and bounds that this run trains on."""
+        """SHA-256 of the tokens, masks and bounds that this run trains on; computed once, named in every checkpoint."""
         digest = hashlib.sha256()
         for array in (self.data.train.ids, self.data.train.mask, self.data.train.starts) if self.data else ():
             digest.update(array.tobytes())

@@ -137,7 +137,7 @@ def compare(plan: Plan, manifest: Manifest) -> None:
             f"per_device_train_batch_size: the run was started with {old_batch} rows a step ({manifest.ranks} ranks), "
             f"this recipe makes {new_batch} ({plan.ranks.size} ranks); set it so that the product stays the same"
         )
-    if manifest.data and manifest.data != plan.data_hash():
+    if manifest.data and manifest.data != plan.data_hash:
         raise CheckpointError(
             "dataset: the tokens to train on are not those the run was started with (the files, the tokenizer or the "
             "template have changed); restore them, or name another output_dir"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,12 +156,3 @@ def sample_answers(plan: Plan, objective: Objective) -> list[str]:
     ]
     objective.train()
     return answers
-
-
-def report_failure(error: BaseException) -> int:
-    """Print an error the way a user should see it; returns the exit code."""
-    if isinstance(error, LlmtuneError):
-        print(f"llmtune: {error}", file=sys.stderr)
-        return error.exit_code
-    traceback.print_exception(error)
-    return 1

@@ -175,7 +175,7 @@ class Keeper:
         plan, root = self.plan, self.plan.output_dir / "checkpoints"
         manifest = checkpoint.Manifest(
             step=step, ranks=plan.ranks.size, recipe=plain(plan.recipe.resolved), plugins=plan.parts.fingerprint(),
-            llmtune=__version__, data=plan.data_hash(), revision=plan.files.revision, numbers=self.state(),
+            llmtune=__version__, data=plan.data_hash, revision=plan.files.revision, numbers=self.state(),
         )  # fmt: skip
 
         def extra(folder: Path) -> None:
