@@ -14,7 +14,7 @@ _WHERE = {
         "llmtune.hookspecs": ("hookimpl",),
         "llmtune.records": (
             "API_VERSION", "Plugin", "Situation", "Part", "LoadRule", "Change", "Edit", "Quant", "Peft", "Kernel",
-            "Reopens", "TensorReader", "Init", "StageLoss", "Batch", "StageContext", "Stage", "Distribute",
+            "Reopens", "TensorReader", "Init", "StageLoss", "Batch", "StageContext", "Stage", "Distribute", "Layout",
             "OptimizerFactory", "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
         ),
         "llmtune.structure": ("transformer_layers", "linear_layers", "output_heads"),

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.loading import Loader
+from llmtune.mesh import parameter_mesh
 from llmtune.objective import Objective
-from llmtune.parallel import checkpoint_activations
+from llmtune.parallel import compile_layers
+from llmtune.ranks import join
+from llmtune.recompute import checkpoint_activations
 from llmtune.source import resolve_model
 from llmtune.structure import transformer_layers
 
 if TYPE_CHECKING:
     from llmtune.planning import Plan
+    from llmtune.records import Distribute
 
 
 def build_objective(plan: Plan) -> Objective:
@@ -30,14 +34,7 @@ def build_objective(plan: Plan) -> Objective:
     )
     files = resolve_model(plan.recipe.model, weights=True)
     plan.model.generation_config = generation_config(files.folder, plan.model)
-    if plan.mode == "train" and not plan.recipe.train.disable_gradient_checkpointing:
-        checkpoint_activations(plan.model)
-    if plan.ranks.size > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        mesh = init_device_mesh(plan.device.type, (plan.ranks.size,), mesh_dim_names=("shard",))
-        layers = [layer for _, layer in transformer_layers(plan.model)]
-        plan.parts.one("dist_config").built.apply(objective, layers, mesh, plan.situation)
+    spread(plan, objective)
     Loader(
         model=plan.model,
         ledger=plan.ledger,
@@ -48,6 +45,19 @@ def build_objective(plan: Plan) -> Objective:
         new_heads=plan.recipe.model.model_class == "cls",
     ).run()
     return objective
+
+
+def spread(plan: Plan, objective: Objective) -> None:
+    """What happens to the structure after the last edit: activation checkpointing, compilation, the ranks."""
+    train, layers = plan.recipe.train, [layer for _, layer in transformer_layers(plan.model)]
+    if plan.mode == "train" and train.checkpointing != "none":
+        checkpoint_activations(plan.model, train.checkpointing)
+    if plan.mode == "train" and train.torch_compile:
+        compile_layers(layers)
+    distribute: Distribute = plan.parts.one("dist_config").built
+    if plan.ranks.size > 1 or (plan.mode == "train" and distribute.alone):
+        join(plan.ranks, plan.device, train.ddp_timeout, alone=True)
+        distribute.apply(objective, layers, parameter_mesh(plan.ranks.layout, plan.device), plan.situation)
 
 
 def generation_config(folder: Path, model: Any) -> Any:

@@ -35,7 +35,7 @@ class Feed:
         seed: int, shuffle: bool, flat: bool, pad_id: int,
     ) -> Feed:  # fmt: skip
         units = pack(samples.lengths, cutoff_len) if packing else [(index,) for index in range(len(samples))]
-        order = Order(len(units), per_device * micro_steps * ranks.size, seed, shuffle)
+        order = Order(len(units), per_device * micro_steps * ranks.batch_ranks, seed, shuffle)
         return cls(
             samples=samples,
             units=units,
@@ -48,7 +48,7 @@ class Feed:
 
     def step(self, step: int, device: torch.device) -> list[Batch]:
         """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""
-        mine = split(self.order.step_units(step), self.ranks.rank, self.ranks.size, self.micro_steps)
+        mine = split(self.order.step_units(step), self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
         return [to_device(self._batch([i for unit in units for i in self.units[unit]]), device) for units in mine]
 
     def _batch(self, samples: Sequence[int]) -> Batch:
@@ -65,9 +65,9 @@ def evaluation_batches(
     samples: TokenSamples, *, per_device: int, ranks: Ranks, flat: bool, pad_id: int, device: torch.device
 ) -> Iterator[Batch]:
     """Every sample once, over all ranks; each rank gets the same number of batches, the last ones maybe empty."""
-    count = -(-len(samples) // (per_device * ranks.size))
+    count = -(-len(samples) // (per_device * ranks.batch_ranks))
     for index in range(count):
-        start = (index * ranks.size + ranks.rank) * per_device
+        start = (index * ranks.batch_ranks + ranks.batch_rank) * per_device
         chosen = tuple(range(start, min(start + per_device, len(samples))))
         batch = collate([samples.sample(i) for i in chosen], flat=flat, pad_id=pad_id, sample_ids=chosen)
         yield to_device(batch, device)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.edits import Ledger, PlacedRule, named_tensors, persistent_names
 from llmtune.errors import EditError, LoadError, listed
-from llmtune.placement import local_rows, materialise, put, seeded
+from llmtune.placement import local_rows, materialise, put, seeded, shard_group
 from llmtune.reader import FolderReader
 
 if TYPE_CHECKING:
@@ -265,15 +265,17 @@ class _Piece:
         import torch
         import torch.distributed as dist
 
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        tensor = self._loader.tensors[self._placed.where[self._placed.rule.source]]
+        group = shard_group(tensor)
+        if group is None:
             return piece
-        sizes = [torch.zeros(1, dtype=torch.int64, device=piece.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor([piece.numel()], device=piece.device))
+        sizes = [torch.zeros(1, dtype=torch.int64, device=piece.device) for _ in range(group.size())]
+        dist.all_gather(sizes, torch.tensor([piece.numel()], device=piece.device), group=group)
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=piece.dtype, device=piece.device)
         padded[: piece.numel()] = piece
         pieces = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(pieces, padded)
+        dist.all_gather(pieces, padded, group=group)
         return torch.cat([part[: int(size)] for part, size in zip(pieces, sizes, strict=True)])
 
 

@@ -14,7 +14,7 @@ import torch
 from llmtune.errors import DivergedError, listed
 from llmtune.feed import Feed
 from llmtune.parallel import reduce_only_last
-from llmtune.placement import seeded_step
+from llmtune.placement import local, seeded_step
 from llmtune.ranks import Ranks, total
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def train(run: Training, watcher: Watcher) -> int:
         rate = set_learning_rate(run, step)
         micros = run.feed.step(step, run.device)
         weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
+        weight /= run.ranks.layout.tensor  # a tensor group computes one result; it counts once
         sums = forward_backward(run, micros, weight, step)
         norm = global_norm(run.parameters)
         loss, grad_norm, metrics = read_back(run, sums, norm)
@@ -103,13 +104,13 @@ def train(run: Training, watcher: Watcher) -> int:
 def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, step: int) -> dict[str, Tensor]:
     """All micro-batches of a step. Returns detached sums over this rank's share, divided by `weight`."""
     sums: dict[str, Tensor] = {}
-    # FSDP2 averages gradients over ranks; times their number, the mean is the sum we want.
-    factor = run.ranks.size * (run.scaler.scale if run.scaler else 1.0)
+    # FSDP2 averages gradients over the ranks of its mesh; times their number, the mean is the sum we want.
+    factor = run.ranks.size // run.ranks.layout.tensor * (run.scaler.scale if run.scaler else 1.0)
     divisor = weight.clamp(min=1.0).float()
     for number, micro in enumerate(micros):
         reduce_only_last(run.objective, number == len(micros) - 1)
         # Dropout is a function of (seed, step, micro-batch, rank): nothing to save, nothing that evaluation disturbs.
-        seeded_step(run.seed, step, number, run.ranks.rank)
+        seeded_step(run.seed, step, number, run.ranks.stream)
         result = run.objective(micro)
         loss = result.total / divisor
         (loss * factor).backward()
@@ -130,18 +131,24 @@ def set_learning_rate(run: Training, step: int) -> float:
 
 
 def global_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients over all ranks and shards; a scalar on the device."""
+    """L2 norm of all gradients over all ranks and shards, each number counted once; a scalar on the device."""
     from torch.distributed.tensor import DTensor
 
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    # Gradients that are spread alike are summed together: torch cannot mix meshes in one operation.
+    alike: dict[Any, list[Tensor]] = {}
+    for grad in (p.grad for p in parameters if p.grad is not None):
+        spread = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        alike.setdefault(spread, []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(grads) for grads in alike.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
 
 def read_back(run: Training, sums: Mapping[str, Tensor], norm: Tensor) -> tuple[float, float, dict[str, float]]:
     """The step's one wait for the device: it is what lets a bad update be stopped before it happens."""
     names = list(sums)
-    packed = total(torch.stack([sums[name].double() for name in names]))
-    *values, grad_norm = torch.cat([packed, norm.double().reshape(1)]).tolist()
+    packed = total(torch.stack([sums[name].double() for name in names])) / run.ranks.layout.tensor
+    *values, grad_norm = torch.cat([packed, norm.double().reshape(1).to(packed.device)]).tolist()
     numbers = dict(zip(names, values, strict=True))
     scale = run.scaler.scale if run.scaler else 1.0
     return numbers.pop("loss"), grad_norm / scale, numbers
@@ -166,7 +173,7 @@ def clip(run: Training, norm: Tensor, grad_norm: float) -> None:
     factor = min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
     if factor * scale == 1.0 and scale == 1.0:
         return
-    torch._foreach_mul_([p.grad for p in run.parameters if p.grad is not None], factor / scale)
+    torch._foreach_mul_([local(p.grad) for p in run.parameters if p.grad is not None], factor / scale)
 
 
 class LossScale:

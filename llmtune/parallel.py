@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from llmtune.records import Situation
+from llmtune.mesh import divided
+from llmtune.records import Layout, Situation
+from llmtune.schema import Ge
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 class Fsdp2Config:
     """Keys of `dist_config: {name: fsdp2}`."""
 
+    dp_replicate_size: Annotated[int, Ge(1)] = 1
+    """Copies of the model (HSDP): parameters are sharded within a copy, gradients are summed over all. Set it to the
+    number of machines to keep the gathering of parameters inside each."""
     reshard_after_forward: bool | int = True
     """Free a layer's gathered weights after its forward pass (ZeRO-3); false keeps them until its backward pass
     (ZeRO-2); a whole number reshards to groups of that many ranks."""
@@ -30,19 +35,37 @@ class Fsdp2:
 
     def __init__(self, config: Fsdp2Config) -> None:
         self.config = config
+        self.alone = config.offload_params
+
+    def layout(self, ranks: int) -> Layout:
+        """Copies as the keys say, and the rest of the ranks shards within each."""
+        replicate = self.config.dp_replicate_size
+        return Layout(replicate=replicate, shard=divided(ranks, {"dp_replicate_size": replicate}))
+
+    def check(self, situation: Situation, model: nn.Module) -> Iterator[str]:
+        """Objections against this combination."""
+        size = self.config.reshard_after_forward
+        group = situation.layout.shard * situation.layout.context
+        if not isinstance(size, bool) and (size < 1 or group % size):
+            yield (
+                f"reshard_after_forward is {size}, which does not divide the {group} ranks that parameters are sharded "
+                "over; use true, false, or a divisor"
+            )
 
     def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, situation: Situation) -> None:
         import torch
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-        options: dict[str, Any] = {"mesh": mesh}
+        # Two dimensions are HSDP: sharded over the last, replicated over the first.
+        options: dict[str, Any] = {"mesh": mesh["replicate", "shard"] if "replicate" in mesh.mesh_dim_names else mesh}
         # Without mixed precision nothing is cast; with it, what travels is `gather_dtype`, sums stay in float32.
         if situation.gather_dtype != torch.float32:
             options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=situation.gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        if self.config.offload_params and situation.device == "cuda":
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.config.pin_memory)
+        if self.config.offload_params:
+            pin = self.config.pin_memory and situation.device == "cuda"
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=pin)
         for layer in layers:
             fully_shard(layer, **options, reshard_after_forward=self.config.reshard_after_forward)
         fully_shard(root, **options, reshard_after_forward=False)
@@ -56,8 +79,8 @@ def reduce_only_last(root: nn.Module, last: bool) -> None:
         root.set_requires_gradient_sync(last)
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer in the backward pass instead of keeping its activations."""
-    # transformers renamed it in the course of version 5.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def compile_layers(layers: Sequence[nn.Module]) -> None:
+    """Compile each layer for itself, in place: all layers of a kind share one compilation, and FSDP2's collectives stay
+    between them. Before `Distribute.apply`, so that its hooks are not compiled."""
+    for layer in layers:
+        layer.compile()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,17 @@ def local_rows(tensor: Tensor) -> tuple[int, int] | None:
     if any(part != slice(0, size) for part, size in zip(box[1:], tensor.shape[1:], strict=True)):
         return None
     return min(box[0].start, tensor.shape[0]), min(box[0].stop, tensor.shape[0])
+
+
+def shard_group(tensor: Tensor) -> Any:
+    """The process group whose ranks hold the pieces of a sharded tensor, in order; None for a tensor held whole."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return None
+    dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    assert len(dims) == 1, "pieces of a tensor that is sharded twice have no single order"
+    return tensor.device_mesh.get_group(dims[0])
 
 
 def local(tensor: Tensor) -> Tensor:

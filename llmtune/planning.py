@@ -16,6 +16,7 @@ from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, raise_all
 from llmtune.feed import Feed
 from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.mesh import arrange
 from llmtune.parts import Part, Parts, collect, find_parts
 from llmtune.precision import Precision, choose_precision, stored_dtype
 from llmtune.ranks import Ranks
@@ -138,6 +139,9 @@ def make_plan(
     """
     problems: list[LlmtuneError] = []
     parts = find_parts(recipe, registry, problems, EXTENSION_POINTS if mode == "train" else STRUCTURE_POINTS)
+    for part in parts.at("dist_config") if mode in ("train", "build") else []:
+        with collect(problems):
+            ranks = arrange(ranks, part.built, part.label)
     model_problems: list[LlmtuneError] = []
     with collect(model_problems):
         allow_remote_code(recipe.model, recipe.is_local)
@@ -164,7 +168,7 @@ def make_plan(
     assert precision is not None
     situation = Situation(
         mode="infer" if mode in ("infer", "reopen") else "train", device="cuda" if device.type == "cuda" else "cpu",
-        ranks=ranks.size, compute_dtype=precision.compute,
+        ranks=ranks.size, layout=ranks.layout, compute_dtype=precision.compute,
         trainable_dtype=precision.trainable, gather_dtype=precision.compute, words=parts.words,
         autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,
     )  # fmt: skip
@@ -209,6 +213,8 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     for part in plan.parts.at("kernel_config"):
         apply_part(part, plan, problems)
     choose_attention(plan)
+    for part in plan.parts.at("dist_config") if plan.mode in ("train", "build") else []:
+        problems += objections(part, plan.situation, model)
     if plan.mode == "train" and not transformer_layers(model) and plan.ranks.size > 1:
         problems.append(
             PlanError(f"model: {type(model).__name__} has no repeated layers to spread over ranks; use one rank")

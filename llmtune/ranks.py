@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import PlanError
+from llmtune.records import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,36 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    layout: Layout = field(default=None)  # type: ignore[assignment]
+    """How all ranks are arranged; left out, each has a batch of its own."""
+
+    def __post_init__(self) -> None:
+        if self.layout is None:
+            object.__setattr__(self, "layout", Layout(shard=self.size))
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def batch_rank(self) -> int:
+        """Which share of a batch this rank has; ranks of one context or tensor group have the same."""
+        return self.rank // (self.layout.context * self.layout.tensor)
+
+    @property
+    def batch_ranks(self) -> int:
+        """How many shares a batch has."""
+        return self.layout.replicate * self.layout.shard
+
+    @property
+    def context_rank(self) -> int:
+        """Which piece of each row this rank has."""
+        return self.rank // self.layout.tensor % self.layout.context
+
+    @property
+    def stream(self) -> int:
+        """The same number on ranks that must draw the same random numbers: a tensor group computes one result."""
+        return self.rank // self.layout.tensor
 
 
 def ranks_from_environment() -> Ranks:
@@ -55,8 +82,9 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
-    """Make the process group of a distributed run; nothing for a single process, or where there is one already.
+def join(ranks: Ranks, device: torch.device, timeout_s: int = 1800, alone: bool = False) -> None:
+    """Make the process group of a distributed run; nothing where there is one already, or for a single process that
+    does not ask for a group of its own (`alone`).
 
     It outlasts the run: a second group on the same rendezvous store would meet the keys of the first.
     """
@@ -65,9 +93,15 @@ def join(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks.size > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    if dist.is_initialized() or not (ranks.size > 1 or alone):
+        return
+    # Shards that are offloaded to host memory are summed there.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if ranks.size > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def leave() -> None:

@@ -43,6 +43,27 @@ class Plugin:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the ranks of a run are arranged. Rank numbers run fastest over `tensor`, slowest over `replicate`."""
+
+    replicate: int = 1
+    """Groups of ranks that hold the same shards (HSDP)."""
+    shard: int = 1
+    """Ranks with batches of their own that parameters are sharded over."""
+    context: int = 1
+    """Ranks that share a batch, each with a piece of every row; parameters are sharded over them too."""
+    tensor: int = 1
+    """Ranks that share a batch and split its matrix products."""
+    expert: int = 1
+    """Ranks that hold different experts; a grouping of the ranks above, not a further dimension."""
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.replicate * self.shard * self.context * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Situation:
     """What a plugin may know of the run it takes part in. Plain values, the same on every rank."""
 
@@ -50,6 +71,8 @@ class Situation:
     device: Literal["cpu", "cuda"]
     ranks: int
     """Number of processes the model is spread over."""
+    layout: Layout = Layout()
+    """How they are arranged."""
     compute_dtype: torch.dtype
     """Type of the activations, and of frozen weights in memory."""
     trainable_dtype: torch.dtype
@@ -289,7 +312,17 @@ class Stage(Protocol):
 class Distribute(Protocol):
     """Spreads a model over the ranks of a mesh, before weights are loaded."""
 
-    def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, situation: Situation) -> None: ...
+    alone: bool
+    """Whether a single rank needs `apply` too, as host offload does."""
+
+    def layout(self, ranks: int) -> Layout:
+        """How to arrange so many ranks. Raises PlanError where that is impossible."""
+        ...
+
+    def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, situation: Situation) -> None:
+        """Spread `root`, on the meta device, over a DeviceMesh with the dimensions `replicate`, `shard`, `tensor`:
+        `shard` always, its size being `layout.shard * layout.context`; the others where they are not 1."""
+        ...
 
 
 class OptimizerFactory(Protocol):

@@ -31,8 +31,8 @@ COSMETIC = {
     "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset", "plot_loss", "logger_config",
     "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
-    "export_legacy_format", "infer_dtype", "init_config", "disable_gradient_checkpointing", "use_reentrant_gc",
-    "dist_config", "ddp_timeout",
+    "export_legacy_format", "infer_dtype", "init_config", "disable_gradient_checkpointing", "activation_checkpointing",
+    "use_reentrant_gc", "torch_compile", "dist_config", "ddp_timeout",
 }  # fmt: skip
 SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 """May differ as long as the global batch stays the same."""

@@ -24,10 +24,20 @@ def _model_lines(plan: Plan) -> list[str]:
     if plan.files.note:
         rows += [("", line) for line in textwrap.wrap(plan.files.note, 100)]
     rows += [
-        ("Device", f"{plan.device.type}, {counted(plan.ranks.size, 'rank')}, {plan.precision.name}"),
+        (
+            "Device",
+            f"{plan.device.type}, {counted(plan.ranks.size, 'rank')}{_arrangement(plan)}, {plan.precision.name}",
+        ),
         ("Attention", f"{plan.attention}, {'documents end to end' if plan.flat else 'padded rows'}"),
     ]
     return [f"{name:<10}{text}" for name, text in rows]
+
+
+def _arrangement(plan: Plan) -> str:
+    sizes = {name: size for name, size in vars(plan.ranks.layout).items() if size > 1}
+    if set(sizes) <= {"shard"}:
+        return ""
+    return " (" + " x ".join(f"{name} {size}" for name, size in sizes.items()) + ")"
 
 
 def counted(number: int, thing: str) -> str:
@@ -66,7 +76,7 @@ def _number_lines(plan: Plan) -> list[str]:
         order, train = plan.feed.order, plan.recipe.train
         tokens = int(plan.data.train.lengths.sum())
         rows_each, micros = train.per_device_train_batch_size, train.gradient_accumulation_steps
-        split = f"{rows_each} x {micros} micro-batches x {counted(plan.ranks.size, 'rank')}"
+        split = f"{rows_each} x {micros} micro-batches x {counted(plan.ranks.batch_ranks, 'rank')}"
         step_tokens = tokens * order.batch // len(plan.feed.units)
         what = "packs" if plan.recipe.data.packing else "rows"
         rows += [

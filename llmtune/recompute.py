@@ -1,0 +1,68 @@
+"""Activation checkpointing: what a layer keeps for its backward pass, and what it computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def checkpoint_activations(model: Any, kind: str) -> None:
+    """Let each transformer layer keep only its input (`full`), or the dearest results too (`selective`).
+
+    The gradients are the same bit for bit: what is computed again is computed alike, dropout included.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = _keep_dear_results
+    # transformers renamed it in the course of version 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
+def _keep_dear_results() -> Any:
+    """Contexts for one layer's forward pass and its repetition.
+
+    Kept are attention results, which are dear for their size, and every other matrix product; all else is computed
+    again. That is half of what no checkpointing keeps, for about half of what full checkpointing computes again.
+    """
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(_policy())
+
+
+def _policy() -> Callable[..., Any]:
+    import torch
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    attention, products = attention_ops(), {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    counts = {"forward": 0, "again": 0}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in attention:
+            return CheckpointPolicy.MUST_SAVE
+        if op in products:
+            run = "again" if context.is_recompute else "forward"
+            counts[run] += 1
+            if counts[run] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def attention_ops() -> set[torch._ops.OpOverload]:
+    """torch's scaled dot product attention on every kind of device, where this torch has it."""
+    import torch
+
+    names = (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_flash_attention_forward",
+        "_efficient_attention_forward",
+    )
+    return {getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)}
