@@ -1,0 +1,122 @@
+"""Training written by hand on transformers and PEFT, without any of llmtune's arithmetic: what llmtune is compared to.
+
+Rows are padded, the model makes all its logits, the loss is one mean over the whole step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def train_by_hand(keys: dict[str, Any], model: Any, plan: Any) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step of the recipe `keys`; `model` is trained in place.
+
+    Only the order of rows is asked of `plan`: which of them make up a step.
+    """
+    from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+
+    tokenizer = AutoTokenizer.from_pretrained(keys["model"])
+    rows = [encode(tokenizer, json.loads(line)["messages"]) for line in Path(keys["dataset"]).read_text().splitlines()]
+    model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in weights if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=keys["learning_rate"],
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, keys["warmup_steps"], keys["max_steps"])
+    found = []
+    for step in range(keys["max_steps"]):
+        units = plan.feed.order.step_units(step)
+        loss = mean_loss(model, [rows[row] for unit in units for row in plan.feed.units[unit]], tokenizer.pad_token_id)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """Token by token: ChatML written out, answers and their end-of-turn counted."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for message in messages:
+        head = tokenizer(f"<|im_start|>{message['role']}\n", add_special_tokens=False)["input_ids"]
+        body = tokenizer(f"{message['content']}<|im_end|>", add_special_tokens=False)["input_ids"]
+        tail = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        ids += head + body + tail
+        counted = message["role"] == "assistant"
+        labels += [-100] * len(head) + (body if counted else [-100] * len(body)) + [-100] * len(tail)
+    return ids, labels
+
+
+def mean_loss(model: Any, batch: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([i + [pad] * (longest - len(i)) for i, _ in batch])
+    labels = torch.tensor([y + [-100] * (longest - len(y)) for _, y in batch])
+    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in batch])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def quantisation(quant: dict[str, Any]) -> Any:
+    """transformers' settings for a `quant_config` block of bnb."""
+    from transformers import BitsAndBytesConfig
+
+    if quant.get("quantization_bit", 4) == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.get("quantization_type", "nf4"),
+        bnb_4bit_use_double_quant=quant.get("double_quantization", True),
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
+def base_by_hand(keys: dict[str, Any], auto_class: Any = None) -> Any:
+    """The recipe's base as transformers loads it, in float32, quantised if the recipe says so."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if quant := keys.get("quant_config"):
+        options["quantization_config"] = quantisation(quant)
+    return (auto_class or AutoModelForCausalLM).from_pretrained(keys["model"], **options)
+
+
+def adapt_by_hand(model: Any, peft: dict[str, Any], starts: dict[str, torch.Tensor]) -> Any:
+    """The adapter of a `peft_config: lora` block, made by PEFT; its A matrices start from `starts`, by our names."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if "adapter_name_or_path" in peft:
+        return PeftModel.from_pretrained(model, peft["adapter_name_or_path"], is_trainable=True)
+    targets = peft.get("target_modules", "all-linear")
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=peft["r"], lora_alpha=peft["lora_alpha"], lora_dropout=0.0,
+            target_modules=targets.split(",") if "," in targets else targets,
+            use_dora=peft.get("use_dora", False), use_rslora=peft.get("use_rslora", False),
+            modules_to_save=peft.get("modules_to_save"), task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(starts[name.removeprefix("base_model.model.")])
+    return adapted
+
+
+def assert_same(found: list[tuple[float, float]], expected: list[tuple[float, float]], tolerance: float = 1e-5) -> None:
+    """Equal losses and gradient norms, step by step."""
+    assert len(found) == len(expected) > 0
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours == pytest.approx(theirs, rel=tolerance), f"step {step + 1}"
