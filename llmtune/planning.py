@@ -36,6 +36,8 @@ from llmtune.structure import transformer_layers
 if TYPE_CHECKING:
     import torch
 
+    from llmtune.cost import Cost
+    from llmtune.cost.devices import Device
     from llmtune.data import Prepared
     from llmtune.recipe import Recipe
     from llmtune.registry import Registry
@@ -69,6 +71,8 @@ class Plan:
     flat: bool = False
     attention: str = ""
     notes: list[str] = field(default_factory=list)
+    target: Device | None = None
+    """The described device that this is a plan for, where it need not be one of this machine."""
 
     @property
     def output_dir(self) -> Path:
@@ -114,6 +118,13 @@ class Plan:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def cost(self) -> Cost:
+        """Memory, FLOPs and time of a step on the plan's device; traced without weights, which takes seconds."""
+        from llmtune.cost import estimate
+
+        return estimate(self)
+
     def __str__(self) -> str:
         from llmtune.show import plan_text
 
@@ -132,10 +143,12 @@ def make_plan(
     device: torch.device,
     mode: Mode = "train",
     dtype: torch.dtype | None = None,
+    target: Device | None = None,
 ) -> Plan:
     """Resolve `recipe` for `ranks` processes on `device`. Raises all problems found, at once.
 
     `dtype` overrides the type the model is held and computed in, for using a model that was trained in another.
+    `target` describes a device that this machine may not have: such a plan needs no weights, and is not for training.
     """
     problems: list[LlmtuneError] = []
     parts = find_parts(recipe, registry, problems, EXTENSION_POINTS if mode == "train" else STRUCTURE_POINTS)
@@ -145,7 +158,7 @@ def make_plan(
     model_problems: list[LlmtuneError] = []
     with collect(model_problems):
         allow_remote_code(recipe.model, recipe.is_local)
-        files = resolve_model(recipe.model, weights=False)
+        files = resolve_model(recipe.model, weights=False, described=target is not None)
         config = load_model_config(files, recipe.model)
         tokenizer = load_tokenizer(files, recipe.model)
         if mode != "train" and recipe.data.template is not None:  # for training, `prepare` does it
@@ -156,7 +169,7 @@ def make_plan(
         precision = (
             Precision(dtype, dtype, autocast=False)
             if dtype
-            else choose_precision(device, train.bf16, train.fp16, train.pure_bf16)
+            else choose_precision(device, train.bf16, train.fp16, train.pure_bf16, target and target.bf16)
         )
     if model_problems:
         raise_all([*problems, *model_problems])
@@ -183,6 +196,7 @@ def make_plan(
     plan = Plan(
         recipe=recipe, parts=parts, ranks=ranks, device=device, mode=mode, files=files, precision=precision,
         situation=situation, tokenizer=tokenizer, model=model, ledger=Ledger(model), data=data,
+        target=target,
     )  # fmt: skip
     edit(plan, problems)
     with collect(problems):

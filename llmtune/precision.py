@@ -27,15 +27,20 @@ class Precision:
         return f"{kind} mixed with float32" if self.autocast else kind
 
 
-def choose_precision(device: torch.device, bf16: bool | None, fp16: bool | None, pure_bf16: bool) -> Precision:
+def choose_precision(
+    device: torch.device, bf16: bool | None, fp16: bool | None, pure_bf16: bool, capable: bool | None = None
+) -> Precision:
     """What the recipe asks for; where it asks for nothing, what is fastest and sound on the device.
+
+    `capable` says whether a device that is only described has bfloat16 units; None asks torch about this machine's.
 
     A GPU from Ampere on gets bfloat16 mixed with float32. A CPU gets float32: without AMX units its float32
     matrix products run about twice as fast as bfloat16.
     """
     import torch
 
-    capable = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if capable is None:
+        capable = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if (bf16 or pure_bf16) and not capable:
         key = "bf16" if bf16 else "pure_bf16"
         raise PlanError(f"{key}: this GPU has no bfloat16 units; use fp16: true, or leave all three keys out")

@@ -148,14 +148,30 @@ def _train_in_processes(recipe: Any, ranks: int) -> Run:
     return Run(folder)
 
 
-def plan(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, **overrides: Any) -> Plan:
-    """Resolve everything without reading weights or touching a device; print the result to see it."""
-    from llmtune.planning import make_plan
-    from llmtune.ranks import Ranks, pick_device
+def plan(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    nproc: int | None = None,
+    ranks: int | None = None,
+    device: str | None = None,
+    **overrides: Any,
+) -> Plan:
+    """Resolve everything without reading weights or touching a device; print the result to see it.
 
+    `nproc` plans for so many ranks of this machine. `ranks` and `device` (`h100`, `24GB`) describe a machine that need
+    not be this one; the plan's `cost` says what a step takes there. `auto`, `cpu` and `cuda` are the recipe's key.
+    """
+    from llmtune.cost.devices import DEVICE_KEY, chosen_device
+    from llmtune.planning import make_plan
+    from llmtune.ranks import Ranks
+
+    described = device if device not in DEVICE_KEY else None
+    if device in DEVICE_KEY:
+        overrides["device"] = device
     loaded, registry = _recipe_and_registry(recipe, overrides)
-    device = pick_device(loaded.train.device)
-    return make_plan(loaded, registry, Ranks(size=nproc or default_ranks(loaded.train.device)), device)
+    where, target = chosen_device(loaded.train.device, described, ranks is not None)
+    size = ranks or nproc or (1 if described else default_ranks(loaded.train.device))
+    return make_plan(loaded, registry, Ranks(size=size), where, target=target)
 
 
 def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:

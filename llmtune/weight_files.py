@@ -28,6 +28,11 @@ def check_weight_files(folder: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
+def holds_no_weights(folder: Path) -> bool:
+    """Whether a folder has weights in no format at all, just the description of a model."""
+    return not any(file.name == INDEX or file.suffix in (".safetensors", *_PICKLES) for file in folder.iterdir())
+
+
 def _weight_names(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         return index_names(folder / INDEX)
