@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.context_parallel import attend_over_ranks
 from llmtune.loading import Loader
 from llmtune.mesh import parameter_mesh
 from llmtune.objective import Objective
@@ -50,6 +51,8 @@ def build_objective(plan: Plan) -> Objective:
 def spread(plan: Plan, objective: Objective) -> None:
     """What happens to the structure after the last edit: activation checkpointing, compilation, the ranks."""
     train, layers = plan.recipe.train, [layer for _, layer in transformer_layers(plan.model)]
+    if plan.ranks.layout.context > 1:
+        attend_over_ranks(plan.model, plan.ranks.layout, plan.device)
     if plan.mode == "train" and train.checkpointing != "none":
         checkpoint_activations(plan.model, train.checkpointing)
     if plan.mode == "train" and train.torch_compile:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from llmtune.context_parallel import split_row
 from llmtune.data.batches import collate
 from llmtune.data.order import Order, pack, split
 
@@ -53,7 +54,8 @@ class Feed:
 
     def _batch(self, samples: Sequence[int]) -> Batch:
         rows = [self.samples.sample(index) for index in samples]
-        return collate(rows, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(samples))
+        batch = collate(rows, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(samples))
+        return split_row(batch, self.ranks)
 
     def tokens(self, step: int) -> int:
         """Tokens (without padding) in the whole optimiser step, all ranks."""
@@ -70,7 +72,7 @@ def evaluation_batches(
         start = (index * ranks.batch_ranks + ranks.batch_rank) * per_device
         chosen = tuple(range(start, min(start + per_device, len(samples))))
         batch = collate([samples.sample(i) for i in chosen], flat=flat, pad_id=pad_id, sample_ids=chosen)
-        yield to_device(batch, device)
+        yield to_device(split_row(batch, ranks), device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -21,6 +21,9 @@ class Fsdp2Config:
     dp_replicate_size: Annotated[int, Ge(1)] = 1
     """Copies of the model (HSDP): parameters are sharded within a copy, gradients are summed over all. Set it to the
     number of machines to keep the gathering of parameters inside each."""
+    cp_size: Annotated[int, Ge(1)] = 1
+    """Neighbouring ranks that share the rows of a batch, each computing a piece of every row (context parallelism), for
+    rows too long for one rank. Needs `kernel_config: auto`; has to divide the number of attention heads."""
     reshard_after_forward: bool | int = True
     """Free a layer's gathered weights after its forward pass (ZeRO-3); false keeps them until its backward pass
     (ZeRO-2); a whole number reshards to groups of that many ranks."""
@@ -38,9 +41,10 @@ class Fsdp2:
         self.alone = config.offload_params
 
     def layout(self, ranks: int) -> Layout:
-        """Copies as the keys say, and the rest of the ranks shards within each."""
-        replicate = self.config.dp_replicate_size
-        return Layout(replicate=replicate, shard=divided(ranks, {"dp_replicate_size": replicate}))
+        """Copies and groups as the keys say, and the rest of the ranks shards within each."""
+        replicate, context = self.config.dp_replicate_size, self.config.cp_size
+        shard = divided(ranks, {"dp_replicate_size": replicate, "cp_size": context})
+        return Layout(replicate=replicate, shard=shard, context=context)
 
     def check(self, situation: Situation, model: nn.Module) -> Iterator[str]:
         """Objections against this combination."""

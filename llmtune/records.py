@@ -259,6 +259,8 @@ class Batch:
     document_starts: Tensor | None = None
     """int32, on the device of `input_ids`."""
     longest_document: int = 0
+    row_tokens: int = 0
+    """Tokens of the whole row where this is one rank's piece of it (context parallelism); 0 for whole rows."""
     sample_ids: tuple[int, ...] = ()
     """Numbers of the samples among those trained on, for error messages."""
 
@@ -276,6 +278,8 @@ class Batch:
                 "max_length_q": self.longest_document,
                 "max_length_k": self.longest_document,
             }
+        if self.row_tokens:  # a ready mask, which nothing reads, keeps the model from making one for the piece alone
+            inputs |= {"attention_mask": self.input_ids.new_ones(1, 1, 1, 1), "context_row_tokens": self.row_tokens}
         return inputs
 
 
@@ -287,7 +291,7 @@ class StageContext(Protocol):
     `head` is the output head (a module), `transform` what `logit_transform` returned."""
 
     def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Last hidden states (B, T, D), without building logits."""
+        """Last hidden states (B, T, D), without building logits; of this rank's tokens only where rows are split."""
         ...
 
     def next_token_loss(self, model: nn.Module, batch: Batch) -> Tensor:

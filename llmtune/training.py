@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune import checkpoint, rundir
 from llmtune.building import build_objective
 from llmtune.chat import GenerateConfig, answer
+from llmtune.context_parallel import check_split
 from llmtune.errors import LlmtuneError, PlanError
 from llmtune.isolation import check_isolation
 from llmtune.log import Loggers, read_metrics
@@ -76,6 +77,8 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
     scaler = LossScale() if plan.precision.scaled else None
     if plan.flat:
         check_isolation(objective, plan.device, plan.recipe.data.packing)
+    if plan.ranks.layout.context > 1:
+        check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective)
     first_step = found[1].step if found else 0
     with StopRequest() as stop:
