@@ -13,14 +13,13 @@ import torch
 
 from llmtune.errors import DivergedError, listed
 from llmtune.feed import Feed
-from llmtune.parallel import reduce_only_last
 from llmtune.placement import local, seeded_step
 from llmtune.ranks import Ranks, total
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmtune.records import Batch, Schedule
+    from llmtune.records import Batch, Distribute, Schedule
 
 
 class Watcher(Protocol):
@@ -52,6 +51,7 @@ class Training:
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
+    distribute: Distribute
     feed: Feed
     ranks: Ranks
     device: torch.device
@@ -108,7 +108,7 @@ def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, ste
     factor = run.ranks.size // run.ranks.layout.tensor * (run.scaler.scale if run.scaler else 1.0)
     divisor = weight.clamp(min=1.0).float()
     for number, micro in enumerate(micros):
-        reduce_only_last(run.objective, number == len(micros) - 1)
+        run.distribute.before_backward(run.objective, number == len(micros) - 1)
         # Dropout is a function of (seed, step, micro-batch, rank): nothing to save, nothing that evaluation disturbs.
         seeded_step(run.seed, step, number, run.ranks.stream)
         result = run.objective(micro)

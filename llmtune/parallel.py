@@ -27,6 +27,9 @@ class Fsdp2Config:
     reshard_after_forward: bool | int = True
     """Free a layer's gathered weights after its forward pass (ZeRO-3); false keeps them until its backward pass
     (ZeRO-2); a whole number reshards to groups of that many ranks."""
+    accumulate_sharded: bool = False
+    """Reduce gradients after every micro-batch instead of once a step: they are held as shards between micro-batches,
+    not whole, for that many times the communication. For training all weights of a large model."""
     offload_params: bool = False
     """Keep shards, gradients and optimiser state in host memory."""
     pin_memory: bool = True
@@ -74,13 +77,12 @@ class Fsdp2:
             fully_shard(layer, **options, reshard_after_forward=self.config.reshard_after_forward)
         fully_shard(root, **options, reshard_after_forward=False)
 
+    def before_backward(self, root: nn.Module, last: bool) -> None:
+        """Reduce gradients after the last micro-batch only, unless the recipe wants them sharded in between."""
+        from torch.distributed.fsdp import FSDPModule
 
-def reduce_only_last(root: nn.Module, last: bool) -> None:
-    """Switch gradient reduction for the coming backward pass; accumulation needs one reduction a step."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(root, FSDPModule):
-        root.set_requires_gradient_sync(last)
+        if isinstance(root, FSDPModule):
+            root.set_requires_gradient_sync(last or self.config.accumulate_sharded)
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:

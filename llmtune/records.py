@@ -328,6 +328,10 @@ class Distribute(Protocol):
         `shard` always, its size being `layout.shard * layout.context`; the others where they are not 1."""
         ...
 
+    def before_backward(self, root: nn.Module, last: bool) -> None:
+        """Called before each micro-batch's forward pass; gradients have to be reduced after the `last` of a step."""
+        ...
+
 
 class OptimizerFactory(Protocol):
     """Makes the optimiser for named parameter groups."""
@@ -335,6 +339,26 @@ class OptimizerFactory(Protocol):
     def create(
         self, decay: Sequence[tuple[str, nn.Parameter]], no_decay: Sequence[tuple[str, nn.Parameter]], lr: float
     ) -> torch.optim.Optimizer: ...
+
+
+@runtime_checkable
+class Repacks(Protocol):
+    """Optional on an optimiser whose state of a parameter is in a form of its own, such as 8-bit blocks.
+
+    With it a run continues on another number of ranks; without it, only where every rank holds the same piece of each
+    parameter as before. The plain numbers in the state (a step counter) are the core's to keep.
+    """
+
+    def unpack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """State of one rank's piece of a parameter as plain tensors of that piece's shape."""
+        ...
+
+    def pack(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `unpack` gave, for the piece of `parameter` that this rank holds, as this optimiser keeps it.
+
+        Whole numbers of blocks that were packed before come out as they were.
+        """
+        ...
 
 
 class Schedule(Protocol):

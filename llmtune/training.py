@@ -57,6 +57,8 @@ def _nothing(*_: object) -> None:
 
 def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
     found = _shared(lambda: rundir.prepare_folder(plan), plan)
+    if found:
+        rundir.keep_rows(plan, found[1].rows)
     show(f"{plan}\n\nLoading weights")
     try:
         outcome = _run(plan, registry, found, show)
@@ -90,7 +92,8 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
             show(f"Continuing after step {first_step} from {found[0]}")
         training = Training(
             objective=objective, optimizer=optimizer, feed=plan.feed,
-            schedule=plan.parts.one("lr_scheduler_config").built, ranks=plan.ranks, device=plan.device,
+            schedule=plan.parts.one("lr_scheduler_config").built,
+            distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device,
             total_steps=plan.steps, warmup_steps=plan.warmup_steps,
             max_grad_norm=recipe.max_grad_norm or 0.0, seed=recipe.seed, scaler=scaler, first_step=first_step,
         )  # fmt: skip

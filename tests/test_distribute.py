@@ -15,6 +15,7 @@ from tests.test_parity import METHODS, assert_same, numbers, recipe, train, trai
 SPREADS: dict[str, dict[str, Any]] = {
     "two copies of two shards": {"dp_replicate_size": 2},
     "four copies": {"dp_replicate_size": 4},
+    "gradients sharded between micro-batches": {"accumulate_sharded": True},
     "gathered weights kept": {"reshard_after_forward": False},
     "resharded to groups of two": {"reshard_after_forward": 2},
 }
@@ -50,7 +51,7 @@ def alone(tiny_llama: str, chats: str, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("method", TRAINED)
 def test_four_ranks_learn_what_one_learns(spread: str, method: str, four_ranks: Path, alone: dict[str, Any]) -> None:
-    assert_same(numbers(llmtune.load(four_ranks / f"{method}-{spread}")), alone[method], steps=5)
+    assert_same(numbers(llmtune.load(four_ranks / f"{method}-{spread}")), alone[method])
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
@@ -113,13 +114,13 @@ def test_offloading_on_one_rank_learns_the_same(tiny_llama: str, chats: str, tmp
     keys = keys_for(tiny_llama, chats, tmp_path / "plain", **METHODS["qlora"])
     offload = {"name": "fsdp2", "offload_params": True}
     found = in_ranks(1, tmp_path / "ranks", train, {**keys, "output_dir": str(tmp_path / "o"), "dist_config": offload})
-    assert_same(found[0], train(keys), steps=5)
+    assert_same(found[0], train(keys))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_layers_learn_the_same(tiny_llama: str, chats: str, tmp_path: Path) -> None:
     keys = keys_for(tiny_llama, chats, tmp_path / "plain", **METHODS["lora"])
-    assert_same(train({**keys, "torch_compile": True, "output_dir": str(tmp_path / "c")}), train(keys), steps=5)
+    assert_same(train({**keys, "torch_compile": True, "output_dir": str(tmp_path / "c")}), train(keys))
 
 
 @pytest.mark.parametrize(
