@@ -14,9 +14,10 @@ _WHERE = {
         "llmtune.hookspecs": ("hookimpl",),
         "llmtune.records": (
             "API_VERSION", "Plugin", "Situation", "Part", "LoadRule", "Change", "Edit", "Quant", "Peft", "Kernel",
-            "Reopens", "TensorReader", "Init", "StageLoss", "Batch", "StageContext", "Stage", "Distribute", "Layout",
-            "OptimizerFactory", "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
+            "Reopens", "TensorReader", "Init", "Distribute", "Layout",
+            "OptimizerFactory", "Repacks", "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
         ),
+        "llmtune.stages": ("StageLoss", "Batch", "StageContext", "Stage"),
         "llmtune.structure": ("transformer_layers", "linear_layers", "output_heads"),
         "llmtune.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",

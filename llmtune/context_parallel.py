@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from llmtune.objective import Objective
     from llmtune.planning import Plan
     from llmtune.ranks import Ranks
-    from llmtune.records import Batch, Layout
+    from llmtune.records import Layout
+    from llmtune.stages import Batch
 
 Attention = Callable[..., tuple[Tensor, Any]]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from llmtune.data.tokens import TokenSamples
     from llmtune.ranks import Ranks
-    from llmtune.records import Batch
+    from llmtune.stages import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from llmtune.ranks import Ranks, total
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmtune.records import Batch, Distribute, Schedule
+    from llmtune.records import Distribute, Schedule
+    from llmtune.stages import Batch
 
 
 class Watcher(Protocol):

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llmtune.records import StageContext
+from llmtune.stages import StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.records import Batch, Stage
+    from llmtune.stages import Batch, Stage
 
 
 class Objective(nn.Module):
@@ -49,9 +49,9 @@ class Objective(nn.Module):
 class Context(StageContext):
     """`StageContext` for a transformers model."""
 
-    def __init__(self, ops: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, ops: Mapping[str, Callable[..., Any]], head_explains_logits: bool | None = None) -> None:
         self.ops: Mapping[str, Callable[..., Any]] = {"linear_cross_entropy": linear_cross_entropy, **ops}
-        self._head_explains_logits: bool | None = None
+        self._head_explains_logits = head_explains_logits
 
     def hidden_states(self, model: Any, batch: Batch) -> Tensor:
         """Last hidden states (B, T, D), without building logits."""

@@ -14,7 +14,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "llmtune").rglob("*.py"))
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
-CONTRACT = {"llmtune.records", "llmtune.hookspecs", "llmtune.errors", "llmtune.schema", "llmtune.structure"}
+CONTRACT = {
+    "llmtune.records",
+    "llmtune.stages",
+    "llmtune.hookspecs",
+    "llmtune.errors",
+    "llmtune.schema",
+    "llmtune.structure",
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llmtune.records import Batch
+from llmtune.stages import Batch
 
 IGNORED = -100
 """Label of a token that does not count."""
