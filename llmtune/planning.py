@@ -189,7 +189,7 @@ def make_plan(
     attention = attention_name(recipe.model)
     kwargs = {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
     try:
-        model = build_skeleton(auto_class(recipe.model), config, precision.compute, attention, **kwargs)
+        model = build_skeleton(auto_class(recipe.model, config), config, precision.compute, attention, **kwargs)
     except (ValueError, ImportError) as error:
         raise PlanError(
             f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"

@@ -262,12 +262,29 @@ def load_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenize
     return tokenizer
 
 
-def auto_class(config: ModelConfig) -> Any:
-    """The class of transformers whose `from_config` makes this kind of model."""
+def auto_class(config: ModelConfig, model_config: PretrainedConfig) -> Any:
+    """The class of transformers whose `from_config` makes this kind of model. PlanError where it has none.
+
+    A model that reads images too, and that transformers does not count among the causal ones, is made as a whole; text
+    trains its text part.
+    """
     import transformers
 
-    names = {"llm": "AutoModelForCausalLM", "cls": "AutoModelForSequenceClassification", "other": "AutoModel"}
-    return getattr(transformers, names[config.model_class])
+    names = {
+        "llm": ["AutoModelForCausalLM", "AutoModelForImageTextToText"],
+        "cls": ["AutoModelForSequenceClassification"],
+        "other": ["AutoModel"],
+    }
+    kinds = [getattr(transformers, name) for name in names[config.model_class]]
+    if hasattr(model_config, "auto_map"):  # the model brings its own code
+        return kinds[0]
+    for kind in kinds:
+        if type(model_config) in kind._model_mapping:
+            return kind
+    raise PlanError(
+        f"model: transformers has no {names[config.model_class][0]} for {model_config.model_type} models; use a model "
+        "of another architecture, or another model_class"
+    )
 
 
 def attention_name(config: ModelConfig) -> str | None:

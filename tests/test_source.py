@@ -251,8 +251,17 @@ def test_a_folder_without_tokenizer(folder):
 
 
 def test_model_classes_and_attention_names():
-    made = [auto_class(ModelConfig(model="x", model_class=kind)).__name__ for kind in ("llm", "cls", "other")]
-    assert made == ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel"]
+    from transformers import GPT2Config, Qwen2VLConfig, T5Config
+
+    made = [auto_class(ModelConfig(model="x", model_class=kind), GPT2Config()) for kind in ("llm", "cls", "other")]
+    assert [kind.__name__ for kind in made] == [
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModel",
+    ]
+    assert auto_class(ModelConfig(model="x"), Qwen2VLConfig()).__name__ == "AutoModelForImageTextToText"
+    with pytest.raises(PlanError, match="no AutoModelForCausalLM for t5 models"):
+        auto_class(ModelConfig(model="x"), T5Config())
     for kind in field_types(ModelConfig)["flash_attn"].__args__:
         attention_name(ModelConfig(model="x", flash_attn=kind))
     assert attention_name(ModelConfig(model="x", flash_attn="fa2")) == "flash_attention_2"
