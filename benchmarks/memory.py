@@ -1,0 +1,223 @@
+"""How well does `llmtune plan` know the memory of a step? Its figures against the allocator's.
+
+    python benchmarks/memory.py [--model DIR_OR_ID] [--shapes tiny,model] [--write RESULT.md]
+
+Each case plans, then trains two steps in a process of its own, on rows of equal length. On a GPU the truth is
+`torch.cuda.max_memory_allocated` over the steps; on a CPU it is the highest level that torch's profiler
+(`profile_memory`) sees the allocator reach during them. `tiny` and the sizes `1b`, `8b` are random models of that shape
+with the tokenizer of `--model`; `model` is `--model` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+LORA = {"name": "lora", "r": 8, "lora_alpha": 16}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"peft_config": LORA},
+    "qlora": {"peft_config": LORA, "quant_config": "bnb"},
+}
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "head_dim": 32},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 64},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 128},
+}  # fmt: skip
+CHECKPOINTING = ("none", "selective", "full")
+TOKENS = {"tiny": (2, 256), "model": (1, 512), "1b": (2, 2048), "8b": (1, 2048)}
+"""Rows and tokens of a micro-batch."""
+
+
+def recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    shape, method, checkpointing, kernels, precision = options.case.split("/")
+    rows, length = TOKENS[shape]
+    text = "The quick brown fox jumps over the lazy dog. " * length
+    talk = {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}]}
+    (folder / "rows.jsonl").write_text((json.dumps(talk) + "\n") * (2 * rows))
+    return {
+        "model": options.model if shape == "model" else random_model(options.model, shape, folder),
+        "dataset": str(folder / "rows.jsonl"),
+        "cutoff_len": length,
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": rows,
+        "activation_checkpointing": checkpointing,
+        "kernel_config": "auto" if kernels == "kernels" else None,
+        "bf16": precision == "bf16",
+        "max_steps": 2,
+        **METHODS[method],
+    }
+
+
+def random_model(model: str, shape: str, folder: Path) -> str:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    size = len(tokenizer) if shape != "tiny" else 4096 * -(-len(tokenizer) // 4096)
+    config = AutoConfig.for_model("llama", vocab_size=size, max_position_embeddings=8192, **SHAPES[shape])
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def one_case(options: argparse.Namespace) -> None:
+    """Estimate and measure `options.case` in this process; print the figures as JSON."""
+    import llmtune
+
+    with tempfile.TemporaryDirectory() as name:
+        plan = llmtune.plan(recipe(options, Path(name)), ranks=1)
+        started = time.perf_counter()
+        quick = plan.cost.quick
+        middle = time.perf_counter()
+        traced = plan.cost.traced
+        seconds = time.perf_counter() - middle
+        figures = {
+            "closed": quick.at_peak.total,
+            "traced": traced.at_peak.total if traced else None,
+            "categories": asdict(traced.at_peak) if traced else {},
+            "moment": traced.moment if traced else plan.cost.untraced,
+            "closed_s": middle - started,
+            "traced_s": seconds,
+            "measured": measure_cuda(plan) if plan.device.type == "cuda" else measure_cpu(plan),
+        }
+    print("FIGURES " + json.dumps(figures))
+
+
+def steps(plan: Any, ready: Any) -> None:
+    """Build the run and take its steps; calls `ready` between the two."""
+    from llmtune.building import build_objective
+    from llmtune.loop import Training, train
+    from llmtune.optim import make_optimizer
+
+    class Quiet:
+        def after_step(self, step: int, stats: Any) -> bool:
+            return False
+
+    objective = build_objective(plan)
+    recipe = plan.recipe.train
+    training = Training(
+        objective=objective,
+        optimizer=make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate),
+        schedule=plan.parts.one("lr_scheduler_config").built, distribute=plan.parts.one("dist_config").built,
+        feed=plan.feed, ranks=plan.ranks, device=plan.device, total_steps=plan.steps, warmup_steps=0,
+        max_grad_norm=recipe.max_grad_norm or 0.0, seed=recipe.seed,
+    )  # fmt: skip
+    ready()
+    train(training, Quiet())
+
+
+def measure_cuda(plan: Any) -> int:
+    import torch
+
+    steps(plan, torch.cuda.reset_peak_memory_stats)
+    return torch.cuda.max_memory_allocated()
+
+
+def measure_cpu(plan: Any) -> int:
+    """Highest level of the allocator during the steps, counted from before the model was built."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    began: list[int] = []
+
+    def ready() -> None:
+        with torch.profiler.record_function("steps begin"):
+            began.append(1)
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        steps(plan, ready)
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    level, highest, running = 0, 0, False
+    for event in events:
+        running = running or event.name() == "steps begin"
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            highest = max(highest, level) if running else 0
+    return highest
+
+
+def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, __file__, "--model", options.model, "--case", case], capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
+    if not lines:
+        raise SystemExit(f"{case} failed:\n{done.stdout}\n{done.stderr}")
+    return json.loads(lines[0].removeprefix("FIGURES "))
+
+
+def table(options: argparse.Namespace) -> str:
+    lines = [
+        "| model | method | checkpointing | loss | precision | measured | traced | error | closed form | error | trace |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases(options):
+        found = measure(options, case)
+        row = [*case.split("/"), mib(found["measured"])]
+        for name in ("traced", "closed"):
+            value = found[name]
+            row += [mib(value), f"{value / found['measured'] - 1:+.1%}"] if value else ["-", found["moment"]]
+        lines.append("| " + " | ".join([*row, f"{found['traced_s']:.1f} s"]) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def cases(options: argparse.Namespace) -> list[str]:
+    found = [
+        f"{shape}/{method}/{checkpointing}/kernels/{precision}"
+        for shape in options.shapes.split(",")
+        for method in METHODS
+        for checkpointing in CHECKPOINTING
+        for precision in (["bf16"] if options.bf16 else ["float32"])
+    ]
+    plain = [case.replace("kernels", "plain") for case in found if "/selective/" not in case and case.startswith("tiny")]
+    return found + plain
+
+
+def mib(value: int) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--shapes", default="tiny,model")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision (always so on a GPU in practice)")
+    parser.add_argument("--write", metavar="FILE")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        one_case(options)
+        return
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    truth = "torch.cuda.max_memory_allocated" if on_gpu else "torch's CPU memory profile"
+    text = (
+        f"# Memory: what the plan says against what a step takes\n\n"
+        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}. Measured: {truth} over two steps. {Path(options.model).name}.\n\n"
+        f"{table(options)}\n\nRerun: `python benchmarks/memory.py --shapes {options.shapes}`\n"
+    )
+    print(text)
+    if options.write:
+        Path(options.write).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

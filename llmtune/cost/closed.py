@@ -1,0 +1,266 @@
+"""Memory by formulas, at once: from the shapes of the plan's model, nothing run but an empty optimiser.
+
+B rows of T tokens, N positions with a loss, D width, F width of the MLP (times the experts a token visits), H and K
+query and key-value heads of width d, V vocabulary; c bytes of the compute type. The formulas are those of docs/costs.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmtune.cost.memory import Estimate, Memory
+from llmtune.cost.shape import Shape
+from llmtune.structure import transformer_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtune.planning import Plan
+
+LOSS_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits at once that a fused loss is taken to hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What part of a model holds, in bytes on this rank, and in whole."""
+
+    memory: Memory = Memory()
+    gathered: int = 0
+    """Its whole weights in the type they travel in."""
+    trained: int = 0
+    """Whole trained weights, in numbers."""
+    copied: int = 0
+    """Bytes of the copies in the compute type that autocast makes of trained matrices, where nothing is gathered."""
+
+    def __add__(self, other: Held) -> Held:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("gathered", "trained", "copied")}
+        return Held(memory=self.memory + other.memory, **sums)
+
+
+class Ways:
+    """How parameters are divided, and what kind of bytes they are."""
+
+    def __init__(self, plan: Plan) -> None:
+        layout, part = plan.ranks.layout, plan.parts.one("dist_config")
+        self.spread = plan.ranks.size > 1 or part.built.alone
+        self.shards = layout.shard * layout.context
+        self.tensor = layout.tensor
+        self.offloaded = getattr(part.config, "offload_params", False)
+        self.keeps = getattr(part.config, "reshard_after_forward", True) is False
+        self.accumulates_whole = not getattr(part.config, "accumulate_sharded", False)
+        peft = plan.parts.at("peft_config")
+        self.adapter = bool(peft) and peft[0].built.kind == "adapter"
+        self.packed = plan.ledger.packed()
+        self.gather_bytes = plan.situation.gather_dtype.itemsize
+        self.compute_bytes = plan.precision.compute.itemsize
+
+    def local(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this rank's part: FSDP2 cuts the first dimension, tensor parallelism one of a matrix."""
+        if not self.spread or not shape:
+            return shape
+        split = self.shards * (self.tensor if len(shape) > 1 else 1)
+        return (-(-shape[0] // split), *shape[1:])
+
+
+def closed_form(plan: Plan, shape: Shape) -> Estimate:
+    """The peak of one step, as the largest of its moments."""
+    ways = Ways(plan)
+    state = optimizer_bytes(plan, ways)
+    layers = transformer_layers(plan.model)
+    held = [hold(name + ".", layer, ways, state) for name, layer in layers]
+    everything = hold("", plan.model, ways, state)
+    root = Held(
+        memory=everything.memory - sum((h.memory for h in held), Memory()),
+        gathered=everything.gathered - sum(h.gathered for h in held),
+        trained=everything.trained - sum(h.trained for h in held),
+    )
+    static = everything.memory - Memory(gradients=everything.memory.gradients)
+    grads = Memory(gradients=everything.memory.gradients)
+    kept, work = activations(plan, shape, [layer for _, layer in layers], ways)
+    biggest = max(held, key=lambda h: h.gathered, default=Held())
+    logits = Memory(logits=logits_bytes(plan, shape))
+    before = Memory()
+    if shape.micro_steps > 1:
+        whole = ways.spread and ways.shards > 1 and ways.accumulates_whole
+        before = Memory(gradients=4 * everything.trained) if whole else grads
+    moments = {"update": static + grads}
+    copies = Memory() if ways.spread else Memory(activations=everything.copied)
+    base = static + before
+    gathers = ways.spread
+    forward = Memory(gathered=root.gathered + (sum(h.gathered for h in held) if ways.keeps else 0) if gathers else 0)
+    moments["loss"] = base + forward + Memory(activations=sum(kept)) + logits + copies
+    reduced = biggest.trained * (ways.gather_bytes + 4)
+    back = Memory(gathered=root.gathered + 3 * biggest.gathered + reduced) if gathers else Memory()
+    checkpointed = plan.recipe.train.checkpointing != "none"
+    late = Memory() if checkpointed else copies
+    head = Memory(gradients=root.trained * 4 if not gathers else 0, gathered=root.trained * ways.gather_bytes if gathers else 0)
+    moments["backward"] = base + back + Memory(activations=sum(kept) + work) + late + head
+    if not before.gradients:
+        moments["end of backward"] = base + back + grads + Memory(activations=(max(kept, default=0)) + work)
+    moments["forward"] = base + Memory(gathered=2 * root.gathered + 2 * biggest.gathered if gathers else 0)
+    if ways.offloaded:
+        moments = {name: to_host(memory) for name, memory in moments.items()}
+    moment, at_peak = max(moments.items(), key=lambda item: item[1].total)
+    most = Memory()
+    for memory in moments.values():
+        most = most.most(memory)
+    return Estimate(at_peak=at_peak, most=most, moment=moment)
+
+
+def to_host(memory: Memory) -> Memory:
+    """Shards, gradients and optimiser state counted in host memory."""
+    moved = {name: getattr(memory, name) for name in ("weights", "adapters", "gradients", "optimizer")}
+    return memory - Memory(**moved) + Memory(host=sum(moved.values()))
+
+
+def hold(prefix: str, module: nn.Module, ways: Ways, state: dict[tuple[Any, ...], int]) -> Held:
+    """What a module's parameters and buffers come to."""
+    sums = dict.fromkeys(("weights", "adapters", "gradients", "optimizer"), 0)
+    gathered = trained = copied = 0
+    for name, parameter in module.named_parameters(prefix=prefix.removesuffix(".")):
+        size = math.prod(ways.local(tuple(parameter.shape))) * parameter.element_size()
+        sums["adapters" if ways.adapter and parameter.requires_grad else "weights"] += size
+        width = parameter.element_size() if name in ways.packed else min(parameter.element_size(), ways.gather_bytes)
+        gathered += parameter.numel() * width
+        if parameter.requires_grad:
+            sums["gradients"] += size
+            sums["optimizer"] += state[_key(name, ways.local(tuple(parameter.shape)), parameter)]
+            trained += parameter.numel()
+            if parameter.dim() > 1 and parameter.element_size() > ways.compute_bytes:
+                copied += parameter.numel() * ways.compute_bytes
+    sums["weights"] += sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    return Held(memory=Memory(**sums), gathered=gathered, trained=trained, copied=copied)
+
+
+def _key(name: str, shape: tuple[int, ...], parameter: Any) -> tuple[Any, ...]:
+    """Parameters that an optimiser cannot tell apart: layers differ in a number."""
+    return re.sub(r"\d+", "#", name), shape, parameter.dtype
+
+
+def optimizer_bytes(plan: Plan, ways: Ways) -> dict[tuple[Any, ...], int]:
+    """State of each kind of trained parameter, found by letting the recipe's optimiser take a step on fake tensors."""
+    import torch
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kinds = {}
+    for name, parameter in plan.model.named_parameters():
+        if parameter.requires_grad:
+            shape = ways.local(tuple(parameter.shape))
+            kinds.setdefault(_key(name, shape, parameter), (name, shape, parameter.dtype))
+    with FakeTensorMode(), torch.device("cpu"):
+        named = [(name, nn.Parameter(torch.empty(shape, dtype=dtype))) for name, shape, dtype in kinds.values()]
+        for _, parameter in named:
+            parameter.grad = torch.empty_like(parameter)
+        factory = plan.parts.one("optim_config").built
+        optimizer = factory.create([p for p in named if p[1].dim() > 1], [p for p in named if p[1].dim() <= 1], 1e-3)
+        optimizer.step()
+    return {
+        key: sum(v.numel() * v.element_size() for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
+        for key, (_, p) in zip(kinds, named, strict=True)
+    }
+
+
+def activations(plan: Plan, shape: Shape, layers: list[nn.Module], ways: Ways) -> tuple[list[int], int]:
+    """(bytes that each layer keeps from forward to backward, bytes that one layer's backward needs besides)."""
+    config = plan.model.config.get_text_config()
+    tokens, c = shape.tokens, ways.compute_bytes
+    width = config.hidden_size
+    reached, kept, work = False, [], 0
+    for layer in layers:
+        reached = reached or any(p.requires_grad for p in layer.parameters()) or _below_trains(plan)
+        saved = tokens * saved_per_token(layer, config, ways)
+        inner = tokens * inner_width(config) * c
+        match plan.recipe.train.checkpointing if reached else "frozen":
+            case "frozen":
+                kept.append(0)
+                work = max(work, inner * 2)
+            case "none":
+                kept.append(saved)
+                work = max(work, inner * 3)
+            case "full":
+                kept.append(tokens * width * c)
+                work = max(work, saved + inner * 3)
+            case _:
+                kept.append(tokens * width * c + saved // 2)
+                work = max(work, saved // 2 + inner * 3)
+    return kept, work
+
+
+def _below_trains(plan: Plan) -> bool:
+    embedding = plan.model.get_input_embeddings()
+    return embedding is not None and any(p.requires_grad for p in embedding.parameters())
+
+
+def heads(config: Any) -> tuple[int, int]:
+    """(H d, K d): widths of all queries and of all keys."""
+    count = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // count
+    return count * width, (getattr(config, "num_key_value_heads", None) or count) * width
+
+
+def inner_width(config: Any) -> int:
+    """F: numbers between the projections of the MLP, for all experts that a token visits."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    one = experts and getattr(config, "moe_intermediate_size", None)
+    one = one or getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    return one * (experts or 1)
+
+
+def saved_per_token(layer: nn.Module, config: Any, ways: Ways) -> int:
+    """Bytes that one token leaves in a layer for the backward pass.
+
+    Two norms: their input in float32, and what multiplies their weight if that trains. Attention: queries, keys, values
+    and result, and a float32 number for each head. A gated MLP: gate, its activation, the other factor. Matrix
+    products keep their input where their weight trains; an adapter's in its own copy, after dropout.
+    """
+    c, width, inner = ways.compute_bytes, config.hidden_size, inner_width(config)
+    queries, keys = heads(config)
+    norms = [m for m in layer.modules() if "norm" in type(m).__name__.lower() and hasattr(m, "weight")]
+    norm = 0
+    for module in norms:
+        size = module.weight.numel()
+        if size == width:
+            norm += size * 4 + (size * c if module.weight.requires_grad else 0)
+    attention = c * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
+    products, dropouts = _product_inputs(layer, ways)
+    return norm + attention + 3 * c * inner + c * products + (c + 1) * dropouts
+
+
+def _product_inputs(layer: nn.Module, ways: Ways) -> tuple[int, int]:
+    """Numbers a token leaves as inputs of trained products (each shared input once), and in dropout."""
+    import torch
+
+    products = dropouts = 0
+    for _, parent in layer.named_modules():
+        shared = set()
+        for child in parent.children():
+            weight = getattr(child, "weight", None)
+            if isinstance(child, torch.nn.Dropout) and child.p > 0:
+                sibling = next((p for p in parent.parameters() if p.dim() == 2), None)
+                dropouts += sibling.shape[1] if sibling is not None else 0
+            elif weight is not None and weight.dim() == 2 and weight.requires_grad:
+                shared.add(weight.shape[1])
+        products += sum(shared)
+    return products, dropouts
+
+
+def logits_bytes(plan: Plan, shape: Shape) -> int:
+    """N x V logits in the compute type, in float32, their log-softmax, and the gradient; in chunks if the loss is
+    fused."""
+    config = plan.model.config.get_text_config()
+    c = plan.precision.compute.itemsize
+    fused = any("linear_cross_entropy" in change.ops for _, change in plan.ledger.changes)
+    numbers = shape.targets * config.vocab_size // plan.ranks.layout.tensor
+    if fused:
+        numbers = min(numbers, LOSS_CHUNK[plan.situation.device] // 4)
+        hidden = shape.targets * config.hidden_size * c * 2
+        head = plan.model.get_output_embeddings()
+        trained = sum(p.numel() * 4 for p in head.parameters() if p.requires_grad) if head is not None else 0
+        return numbers * (4 + c + (c if c < 4 else 0)) + hidden + trained
+    return numbers * (12 if c == 4 else 4 + 4 + 4 + c) + shape.tokens * config.hidden_size * c
+

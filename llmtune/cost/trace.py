@@ -1,0 +1,280 @@
+"""One optimiser step on fake tensors: the run's own build path, without memory.
+
+The plan's model is copied on the meta device, each run of equal layers cut down to four, spread over a fake process
+group, and taken through forward, backward and update while a `Tracker` follows every storage. Layers in the middle of
+a run behave alike, so what one of them adds to the timeline, in forward and in backward, is added again for each layer
+that was left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmtune.cost.memory import Estimate, Memory
+from llmtune.cost.shape import Shape, fake_batch
+from llmtune.cost.tracker import Segment, Tracker, by_category
+from llmtune.structure import transformer_layers
+
+if TYPE_CHECKING:
+    from llmtune.planning import Plan
+
+KEPT = 4
+"""Layers of a run that are computed: the first and the last have neighbours of another kind, and the last but one
+still has gathered weights prefetched around it."""
+
+
+@dataclass
+class Run:
+    """Equal layers in a row: `traced` of them, at positions from `first` on, stand for `count`."""
+
+    first: int
+    traced: int
+    count: int
+
+    @property
+    def left_out(self) -> int:
+        return self.count - self.traced
+
+
+@dataclass
+class Timeline:
+    """What a tracked step left behind, ready to be read."""
+
+    segments: list[Segment]
+    runs: list[Run]
+    static: list[Memory]
+    """By layer: what it holds all the time (weights, adapters, optimiser state)."""
+
+
+def trace(plan: Plan, shape: Shape) -> Estimate:
+    """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, runs = cut(deepcopy(plan.model))
+    recipe = replace(plan.recipe, train=replace(plan.recipe.train, torch_compile=False))
+    situation = replace(plan.situation, device="cpu")
+    spread_plan = replace(plan, recipe=recipe, model=model, device=torch.device("cpu"), situation=situation)
+    with fake_group(plan):
+        objective = built(spread_plan)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return unroll(step(spread_plan, objective, shape, runs))
+
+
+@contextmanager
+def fake_group(plan: Plan) -> Iterator[None]:
+    """A process group of the plan's size in which nothing is ever sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if plan.ranks.size == 1 and not plan.parts.one("dist_config").built.alone:
+        yield
+        return
+    if dist.is_initialized():
+        raise RuntimeError("this process belongs to a process group already")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.ranks.size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def cut(model: Any) -> tuple[Any, list[Run]]:
+    """Keep four layers of each run of equal ones."""
+    layers = transformer_layers(model)
+    signatures = [_signature(layer) for _, layer in layers]
+    runs: list[Run] = []
+    kept: list[tuple[str, nn.Module]] = []
+    start = 0
+    for index in range(1, len(layers) + 1):
+        if index < len(layers) and signatures[index] == signatures[start] and _parent(layers[index]) == _parent(layers[start]):
+            continue
+        count = index - start
+        runs.append(Run(len(kept), min(count, KEPT), count))
+        kept += layers[start : start + min(count, KEPT)]
+        start = index
+    by_parent: dict[str, list[nn.Module]] = {}
+    for name, layer in kept:
+        by_parent.setdefault(name.rpartition(".")[0], []).append(layer)
+    for parent, children in by_parent.items():
+        model.set_submodule(parent, nn.ModuleList(children))
+    config = model.config.get_text_config()
+    if getattr(config, "num_hidden_layers", None) == len(layers):
+        config.num_hidden_layers = len(kept)
+    return model, runs
+
+
+def _parent(layer: tuple[str, nn.Module]) -> str:
+    return layer[0].rpartition(".")[0]
+
+
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    parameters = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in layer.named_parameters())
+    return type(layer), parameters
+
+
+def step(plan: Plan, objective: nn.Module, shape: Shape, runs: list[Run]) -> Timeline:
+    """Take one optimiser step. The optimiser's state is there beforehand, as it is from the second step on."""
+    from llmtune.loop import Training, clip, forward_backward, global_norm
+    from llmtune.optim import make_optimizer
+    from llmtune.placement import materialise
+
+    train = plan.recipe.train
+    materialise(plan.model, plan.device)
+    objective.train()
+    optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, train.learning_rate)
+    training = Training(
+        objective=objective, optimizer=optimizer, feed=plan.feed, schedule=plan.parts.one("lr_scheduler_config").built,
+        distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=1,
+        warmup_steps=0, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
+    )  # fmt: skip
+    micros = [fake_batch(shape, torch.zeros) for _ in range(min(2, shape.micro_steps))]
+    parameters = training.parameters
+
+    def update() -> None:
+        clip(training, global_norm(parameters), 2.0 * (training.max_grad_norm or 1.0))
+        optimizer.step()
+
+    # The first update makes the optimiser's state, and DTensor's notes on how each operation spreads.
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    update()
+    optimizer.zero_grad(set_to_none=True)
+    tracker = Tracker()
+    observer = Observer(plan, objective, optimizer, tracker)
+    with torch.random.fork_rng(devices=[]), tracker:
+        observer.begin()
+        forward_backward(training, micros, torch.ones(()), 0)
+        observer.update()
+        update()
+        tracker.mark("end")
+    return Timeline(tracker.segments, runs, observer.static)
+
+
+def built(plan: Plan) -> nn.Module:
+    """The plan's objective, spread over the ranks, on the meta device still."""
+    from llmtune.building import spread
+    from llmtune.objective import Context, Objective
+
+    ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
+    objective = Objective(
+        plan.model, plan.parts.one("stage_config").built, ops, plan.precision.compute if plan.precision.autocast else None
+    )
+    # Whether the head explains the logits is a question of values, which fake tensors have not.
+    objective.context = Context(ops, head_explains_logits=True)
+    if plan.attention.startswith("flash_attention"):
+        plan.model.set_attn_implementation("sdpa")  # keeps the same tensors, and has a fake version
+    spread(plan, objective)
+    return objective
+
+
+class Observer:
+    """Cuts a tracked step at its layers, and tells the tracker what things are for."""
+
+    def __init__(self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.parameters = [parameter for parameter in plan.model.parameters() if parameter.requires_grad]
+        self.forward = False
+        offloaded = getattr(plan.parts.one("dist_config").config, "offload_params", False)
+        self.kinds = {kind: "host" if offloaded else kind for kind in ("weights", "adapters", "gradients", "optimizer")}
+        peft = plan.parts.at("peft_config")
+        added = bool(peft) and peft[0].built.kind == "adapter"
+        self.trained = self.kinds["adapters" if added else "weights"]
+        layers = [layer for _, layer in transformer_layers(plan.model)]
+        self.last = len(layers) - 1
+        self._hold(plan.model, optimizer)
+        self.static = [self._hold(layer, optimizer) for layer in layers]
+        objective.register_forward_pre_hook(self._begin_forward)
+        objective.register_forward_hook(self._end_forward)
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
+            layer.register_forward_hook(lambda _, __, output, index=index: self._leave(index, output))
+
+    def _hold(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Memory:
+        """What a module holds all the time."""
+        parameters = list(module.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        states = [value for p in trained for value in optimizer.state.get(p, {}).values() if isinstance(value, Tensor)]
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        assign = self.tracker.assign
+        storages = assign(module.buffers(), "weights") + assign(frozen, self.kinds["weights"])
+        return by_category(storages + assign(trained, self.trained) + assign(states, self.kinds["optimizer"]))
+
+    def begin(self) -> None:
+        self.tracker.mark("start")
+
+    def _begin_forward(self, *_: Any) -> None:
+        # What the micro-batch before has left behind is gradients that wait for the last one.
+        for storage in self.tracker.live():
+            if storage.kind == "activations":
+                storage.kind = self.kinds["gradients"]
+        self._gradients()
+        self.forward, self.tracker.kind = True, "activations"
+        self.tracker.mark("forward", -1)
+
+    def _enter(self, index: int) -> None:
+        if self.forward:
+            self.tracker.mark("forward", index)
+
+    def _leave(self, index: int, output: Any) -> None:
+        if not self.forward:
+            return
+        tensor = output[0] if isinstance(output, tuple) else output
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _, index=index: self._backward(index))
+        if index == self.last:
+            self.tracker.mark("loss")
+            self.tracker.kind = "logits"
+
+    def _end_forward(self, *_: Any) -> None:
+        self.forward = False
+
+    def _backward(self, index: int) -> None:
+        self.tracker.kind = "activations"
+        self._gradients()
+        self.tracker.mark("backward", index)
+
+    def _gradients(self) -> None:
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.tracker.assign(grads, self.kinds["gradients"])
+
+    def update(self) -> None:
+        """Backward is over."""
+        self._gradients()
+        self.tracker.mark("update")
+        self.tracker.kind = self.kinds["optimizer"]
+
+
+def unroll(timeline: Timeline) -> Estimate:
+    """Add the layers that were left out to every moment of the timeline; find the largest."""
+    shift = Memory()
+    for run in timeline.runs:
+        if run.left_out:
+            shift += timeline.static[run.first + 1].times(run.left_out)
+    best, most, moment = Memory(), Memory(), ""
+    segments = timeline.segments
+    for index, segment in enumerate(segments):
+        if index and (left_out := _inserted(segments[index - 1].name, segment.name, timeline.runs)):
+            shift += (by_category(segment.start) - by_category(segments[index - 1].start)).times(left_out)
+        found = by_category(segment.peak) + shift
+        most = most.most(found)
+        if found.total > best.total:
+            best, moment = found, segment.name[0]
+    return Estimate(at_peak=best, most=most, moment=moment)
+
+
+def _inserted(before: tuple[str, int], now: tuple[str, int], runs: Sequence[Run]) -> int:
+    """Layers to insert between two segments: after the second layer of a run in forward, its third in backward."""
+    for run in runs:
+        middle = run.first + 1
+        if before == ("forward", middle) and now == ("forward", middle + 1):
+            return run.left_out
+        if before == ("backward", middle + 1) and now == ("backward", middle):
+            return run.left_out
+    return 0
