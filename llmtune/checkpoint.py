@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmtune.errors import CheckpointError, listed
-from llmtune.ranks import Ranks, from_first, wait_for_all
+from llmtune.pieces import Box, belongs_to_a_piece, box_of, box_text, is_empty, parse_box, repacked, stored_tensors
+from llmtune.ranks import Ranks, from_first, total, wait_for_all
+from llmtune.records import Repacks
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,8 @@ class Manifest:
     """The resolved recipe, to compare on resume."""
     plugins: Mapping[str, Any]
     llmtune: str
+    rows: int = 0
+    """Rows (packs, with packing) of an optimiser step over all ranks; the run keeps it on any number of ranks."""
     data: str = ""
     """Hash of the tokenised training data."""
     revision: str | None = None
@@ -78,7 +82,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     wait_for_all()
-    state, numbers = training_state(model, optimizer, ranks)
+    state, numbers = training_state(model, optimizer)
     _write_state(state, partial / "state", ranks)
     if write_extra is not None:
         write_extra(partial)
@@ -104,7 +108,7 @@ def save(
 
 
 def training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trainable weights and optimiser state as named tensors, and the optimiser's plain numbers."""
     import torch
@@ -115,23 +119,17 @@ def training_state(
         if not parameter.requires_grad:
             continue
         tensors[f"model/{name}"] = parameter.detach()
-        for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
+        state = optimizer.state.get(parameter, {}) if optimizer else {}
+        suffix = f"/{box_text(box_of(parameter))}" if belongs_to_a_piece(state, parameter) else ""
+        for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() == 0:
                 # A counter: exact as a number, and safetensors storage cannot address a tensor without dimensions.
                 numbers[f"{name}/{key}"] = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
             elif isinstance(value, torch.Tensor):
-                tensors[state_key(name, key, value, parameter, ranks)] = value
+                tensors[f"optim/{name}/{key}{suffix}"] = value
             else:
                 numbers[f"{name}/{key}"] = value
     return tensors, numbers
-
-
-def state_key(name: str, key: str, value: Tensor, parameter: Tensor, ranks: Ranks) -> str:
-    """A key of its own for each rank where the state is a rank's private piece (8-bit blocks of a shard)."""
-    from torch.distributed.tensor import DTensor
-
-    private = isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.dim() > 0
-    return f"optim/{name}/{key}/rank{ranks.rank}of{ranks.size}" if private else f"optim/{name}/{key}"
 
 
 def _write_state(state: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
@@ -170,17 +168,16 @@ def restore(
             f"{folder}: holds other trained tensors than this recipe trains ({odd}); use the recipe it was made with"
         )
     state: dict[str, Tensor] = {f"model/{name}": parameter.detach() for name, parameter in trainable.items()}
+    pieces: dict[str, dict[Box, dict[str, str]]] = {}
     for key, facts in stored.items():
         if key.startswith("optim/") and optimizer is not None:
-            name, leaf, *private = _parse(key, trainable)
-            if private and private[0] != f"rank{ranks.rank}of{ranks.size}":
-                continue
-            state[key] = _empty_like_stored(facts, trainable[name])
-    if optimizer is not None and any("/rank" in key for key in stored) and manifest.ranks != ranks.size:
-        raise CheckpointError(
-            f"{folder}: this optimiser's state is cut for {manifest.ranks} ranks and cannot be used on {ranks.size}; "
-            f"resume on {manifest.ranks} ranks, or start a new run from its weights"
-        )
+            name, leaf, *box = _parse(key, trainable)
+            if box:
+                pieces.setdefault(name, {}).setdefault(parse_box(box[0]), {})[leaf] = key
+            if not box or parse_box(box[0]) == box_of(trainable[name]):
+                state[key] = _empty_like_stored(facts, trainable[name], whole=not box)
+    cut_anew = {name: found for name, found in pieces.items() if box_of(trainable[name]) not in found}
+    _require_repacking(folder, manifest, optimizer, cut_anew, trainable, ranks)
     with _alone_is_fine():
         dcp.load(state, storage_reader=reader, no_dist=ranks.size == 1)
     if optimizer is None:
@@ -189,6 +186,10 @@ def restore(
         if key.startswith("optim/"):
             name, leaf, *_ = _parse(key, trainable)
             optimizer.state[trainable[name]][leaf] = value
+    read = stored_tensors(folder / "state") if cut_anew else None
+    for name, found in cut_anew.items():
+        if read is not None and not is_empty(box_of(trainable[name])):
+            optimizer.state[trainable[name]].update(repacked(cast("Repacks", optimizer), trainable[name], found, read))
     for key, number in manifest.numbers.get("optimizer", {}).items():
         name, _, leaf = key.rpartition("/")
         counter = isinstance(number, dict)
@@ -200,6 +201,22 @@ def restore(
             parameter.grad = None
 
 
+def _require_repacking(
+    folder: Path, manifest: Manifest, optimizer: Any, cut_anew: Mapping[str, Any], trainable: Mapping[str, Tensor],
+    ranks: Ranks,
+) -> None:  # fmt: skip
+    """On all ranks alike: raise CheckpointError where some rank's state must be cut anew and the optimiser cannot."""
+    import torch
+
+    wanted = any(not is_empty(box_of(trainable[name])) for name in cut_anew)
+    device = next(iter(trainable.values())).device
+    if total(torch.tensor(float(wanted), device=device)).item() and not isinstance(optimizer, Repacks):
+        raise CheckpointError(
+            f"{folder}: this optimiser's state is cut for {manifest.ranks} ranks and cannot be used on {ranks.size}; "
+            f"resume on {manifest.ranks} ranks, or start a new run from its weights"
+        )
+
+
 def _parse(key: str, trainable: Mapping[str, Any]) -> list[str]:
     name, *rest = key.removeprefix("optim/").split("/")
     if name not in trainable:
@@ -207,11 +224,11 @@ def _parse(key: str, trainable: Mapping[str, Any]) -> list[str]:
     return [name, *rest]
 
 
-def _empty_like_stored(facts: Any, parameter: Tensor) -> Tensor:
+def _empty_like_stored(facts: Any, parameter: Tensor, whole: bool) -> Tensor:
     import torch
 
     dtype = facts.properties.dtype
-    if tuple(facts.size) == tuple(parameter.shape):
+    if whole:
         return torch.zeros_like(parameter.detach(), dtype=dtype)
     return torch.zeros(tuple(facts.size), dtype=dtype, device=parameter.device)
 

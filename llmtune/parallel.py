@@ -85,6 +85,18 @@ class Fsdp2:
             root.set_requires_gradient_sync(last or self.config.accumulate_sharded)
 
 
+def reshard(root: nn.Module) -> None:
+    """Free what a forward pass without a backward one left gathered (the root's weights, at the least).
+
+    Until then `named_parameters` gives the gathered copies: neither what the optimiser updates, nor what stays.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compile each layer for itself, in place: all layers of a kind share one compilation, and FSDP2's collectives stay
     between them. Before `Distribute.apply`, so that its hooks are not compiled."""

@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +36,7 @@ COSMETIC = {
     "use_reentrant_gc", "torch_compile", "dist_config", "ddp_timeout",
 }  # fmt: skip
 SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-"""May differ as long as the global batch stays the same."""
+"""May differ as long as a step has the same rows; left as they were, they are fitted to the number of ranks."""
 
 
 def prepare_folder(plan: Plan) -> tuple[Path, Manifest] | None:
@@ -129,14 +130,7 @@ def compare(plan: Plan, manifest: Manifest) -> None:
     """Refuse to continue a run with a recipe that would have made another one. Names every difference."""
     old, new = dict(manifest.recipe), plain(plan.recipe.resolved)
     differing = sorted(key for key in (old.keys() | new.keys()) - COSMETIC - SPLIT if old.get(key) != new.get(key))
-    old_batch = old.get("per_device_train_batch_size", 1) * old.get("gradient_accumulation_steps", 1) * manifest.ranks
-    train = plan.recipe.train
-    new_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * plan.ranks.size
-    if old_batch != new_batch:
-        raise CheckpointError(
-            f"per_device_train_batch_size: the run was started with {old_batch} rows a step ({manifest.ranks} ranks), "
-            f"this recipe makes {new_batch} ({plan.ranks.size} ranks); set it so that the product stays the same"
-        )
+    check_batch(plan, manifest)
     if manifest.data and manifest.data != plan.data_hash:
         raise CheckpointError(
             "dataset: the tokens to train on are not those the run was started with (the files, the tokenizer or the "
@@ -153,6 +147,44 @@ def compare(plan: Plan, manifest: Manifest) -> None:
             f"the run in {plan.output_dir} was started with other values of {shown}; "
             "restore them, or name another output_dir"
         )
+
+
+def check_batch(plan: Plan, manifest: Manifest) -> None:
+    """Raise CheckpointError if the recipe's batch was changed so that a step has other rows than the run's."""
+    train = plan.recipe.train
+    product = train.per_device_train_batch_size * train.gradient_accumulation_steps * plan.ranks.batch_ranks
+    changed = any(manifest.recipe.get(key) != getattr(train, key) for key in SPLIT)
+    if changed and product != manifest.rows:
+        raise CheckpointError(
+            f"per_device_train_batch_size: the run was started with {manifest.rows} rows a step "
+            f"({manifest.ranks} rank{'' if manifest.ranks == 1 else 's'}), "
+            f"this recipe makes {product} (per_device_train_batch_size {train.per_device_train_batch_size} x "
+            f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {plan.ranks.batch_ranks}); "
+            "restore both keys, which then fit any number of ranks, or set them so that the product stays the same"
+        )
+
+
+def keep_rows(plan: Plan, rows: int) -> None:
+    """Let the plan's steps have `rows` rows as the run was started with, whatever the number of ranks now.
+
+    Any number works: a step is cut into equal micro-batches, whose sizes differ by one row where it does not divide.
+    """
+    from llmtune.data.order import Order
+
+    assert plan.feed is not None
+    order, train = plan.feed.order, plan.recipe.train
+    if order.batch == rows:
+        return
+    micros = -(-rows // (train.per_device_train_batch_size * plan.ranks.batch_ranks))
+    plan.feed = replace(
+        plan.feed, micro_steps=micros, order=Order(order.units, rows, order.seed, shuffle=order.shuffle)
+    )
+    idle = max(0, plan.ranks.batch_ranks - rows)
+    plan.notes.append(
+        f"gradient_accumulation_steps: {train.gradient_accumulation_steps} -> {micros} on {plan.ranks.size} "
+        f"rank{'' if plan.ranks.size == 1 else 's'}, so that a step still has the run's {rows} rows"
+        + (f"; {idle} of the ranks have none and only hold their shard" if idle else "")
+    )
 
 
 def plain(value: Any) -> Any:

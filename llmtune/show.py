@@ -73,9 +73,9 @@ def _number_lines(plan: Plan) -> list[str]:
     trainable, everything = plan.parameters()
     rows = [("Parameters", f"{trainable:,} trainable of {everything:,} ({trainable / everything:.2%})")]
     if plan.feed is not None and plan.data is not None:
-        order, train = plan.feed.order, plan.recipe.train
+        order, micros = plan.feed.order, plan.feed.micro_steps
         tokens = int(plan.data.train.lengths.sum())
-        rows_each, micros = train.per_device_train_batch_size, train.gradient_accumulation_steps
+        rows_each = -(-order.batch // (micros * plan.ranks.batch_ranks))
         split = f"{rows_each} x {micros} micro-batches x {counted(plan.ranks.batch_ranks, 'rank')}"
         step_tokens = tokens * order.batch // len(plan.feed.units)
         what = "packs" if plan.recipe.data.packing else "rows"

@@ -15,6 +15,7 @@ from llmtune.isolation import check_isolation
 from llmtune.log import Loggers, read_metrics
 from llmtune.loop import LossScale, Training, train
 from llmtune.optim import make_optimizer
+from llmtune.parallel import reshard
 from llmtune.planning import Plan, make_plan
 from llmtune.ranks import check_agreement, from_first, join, pick_device, ranks_from_environment, wait_for_all
 from llmtune.save import write_result
@@ -87,6 +88,7 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
         loggers = start_loggers(plan, first_step)
         keeper = Keeper(plan, objective, optimizer, loggers, registry.observers(), stop, scaler)
         if found:
+            reshard(objective)
             checkpoint.restore(found[0], found[1], plan.model, optimizer, plan.ranks)
             keeper.restore(found[1])
             show(f"Continuing after step {first_step} from {found[0]}")
@@ -105,10 +107,12 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
                 loggers.finish()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
+    reshard(objective)
     if best := keeper.best_folder():
         checkpoint.restore(best, checkpoint.verify(best), plan.model, None, plan.ranks)
         show(f"The best weights are those of step {keeper.best_step}")
     after = sample_answers(plan, objective)
+    reshard(objective)
     write_result(plan, plan.output_dir / "model")
     if plan.ranks.first and recipe.plot_loss:
         from llmtune.plot import plot_metrics

@@ -15,6 +15,7 @@ from llmtune import __version__, checkpoint
 from llmtune.errors import PlanError, listed
 from llmtune.feed import evaluation_batches
 from llmtune.loop import LossScale, StepStats, evaluate
+from llmtune.parallel import reshard
 from llmtune.ranks import total
 from llmtune.records import Evaluated, Event, Saved, StepDone
 from llmtune.rundir import plain
@@ -173,15 +174,18 @@ class Keeper:
         if self.saved_step == step:
             return
         plan, root = self.plan, self.plan.output_dir / "checkpoints"
+        assert plan.feed is not None
         manifest = checkpoint.Manifest(
-            step=step, ranks=plan.ranks.size, recipe=plain(plan.recipe.resolved), plugins=plan.parts.fingerprint(),
-            llmtune=__version__, data=plan.data_hash, revision=plan.files.revision, numbers=self.state(),
+            step=step, ranks=plan.ranks.size, rows=plan.feed.order.batch, recipe=plain(plan.recipe.resolved),
+            plugins=plan.parts.fingerprint(), llmtune=__version__, data=plan.data_hash, revision=plan.files.revision,
+            numbers=self.state(),
         )  # fmt: skip
 
         def extra(folder: Path) -> None:
             if is_adapter(plan):
                 write_adapter(plan, folder / "adapter")
 
+        reshard(self.objective)
         folder = checkpoint.save(root, plan.model, self.optimizer, manifest, plan.ranks, extra)
         self.saved_step = step
         if plan.ranks.first:

@@ -31,6 +31,12 @@ def quiet(logger: str) -> Iterator[None]:
 
 with quiet("bitsandbytes.backends.cpu.ops"):
     import bitsandbytes
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+BLOCK = 256
+"""Numbers that share a scale in bitsandbytes' optimisers."""
+TABLES = ("dynamic", "udynamic")
+"""bitsandbytes' code tables of the first and of the second moment."""
 
 
 class AdamW8bitFactory:
@@ -69,7 +75,7 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
     Entries assigned from outside are taken over at the next step, so putting saved ones back continues exactly. The
     code tables are constants of bitsandbytes and not part of the state. A rank whose part of a parameter is empty has
     no state for it. Blocks begin anew on every rank: other numbers of ranks round alike only where parts are whole
-    blocks.
+    blocks. `unpack` and `pack` carry a run to another number of ranks; they round once, and only where blocks move.
     """
 
     def __init__(
@@ -116,6 +122,33 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
                 local.copy_(part)
             self.state[parameter] = {key: value for key, value in inner.state[part].items() if "qmap" not in key}
 
+    def unpack(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Codes of one piece as float32; states that are float32 already, as they are."""
+        values = {}
+        for number, table in enumerate(TABLES, 1):
+            value = state[f"state{number}"]
+            if value.dtype == torch.uint8:
+                absmax = state[f"absmax{number}"]
+                value = dequantize_blockwise(value, absmax=absmax, code=self._table(table, value), blocksize=BLOCK)
+            values[f"state{number}"] = value.float()
+        return values
+
+    def pack(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The reverse, in the width of the parameter's group. Blocks that start where they did before are unchanged."""
+        bits = next(g["bits"] for g in self.param_groups if any(parameter is member for member in g["params"]))
+        if bits == 32:
+            return dict(values)
+        state = {}
+        for number, table in enumerate(TABLES, 1):
+            value = values[f"state{number}"].contiguous()
+            codes, scales = quantize_blockwise(value, code=self._table(table, value), blocksize=BLOCK)
+            state |= {f"state{number}": codes, f"absmax{number}": scales.absmax}
+        return state
+
+    def _table(self, name: str, like: Tensor) -> Tensor:
+        """bitsandbytes' values of the 256 codes."""
+        return self._inner[0].name2qmap[name].to(like.device)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As torch's, but codes stay codes: torch would cast them to the parameters' type."""
         super().load_state_dict({**state_dict, "state": {}})
@@ -143,6 +176,6 @@ def take_over(inner: Any, part: nn.Parameter, state: Mapping[str, Any]) -> None:
         else:
             held[key] = local_part(value).reshape(-1).to(part.device, copy=True)
     if state["state1"].dtype == torch.uint8 and "qmap1" not in held:
-        for key, table in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
+        for key, table in zip(("qmap1", "qmap2"), TABLES, strict=True):
             inner.name2qmap[table] = inner.name2qmap[table].to(part.device)
             held[key] = inner.name2qmap[table]
