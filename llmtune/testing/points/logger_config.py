@@ -1,0 +1,91 @@
+"""Laws of loggers: they receive every metric of a run, take any number, and never stand in a run's way."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmtune.log import Loggers
+from llmtune.testing import running
+from llmtune.testing.contract import Broken, Check, Subject
+
+
+def laws(subject: Subject) -> list[Check]:
+    """All of them."""
+    return [follows_a_run, takes_any_number, starts_again_on_the_same_folder, survives_a_run_that_never_started,
+            cannot_stop_a_run]  # fmt: skip
+
+
+def follows_a_run(subject: Subject, folder: Path) -> None:
+    """A run with evaluations and a checkpoint goes through, with nothing said against the logger."""
+    keys = subject.keys(folder, val_size=0.2, eval_strategy="steps", eval_steps=2, save_steps=2)
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        running.train(keys)
+    complaints = [line for line in errors.getvalue().splitlines() if "logger" in line and "failed" in line]
+    if complaints:
+        raise Broken(complaints[0], "Mend what raises; the run went on without the logger")
+
+
+def takes_any_number(subject: Subject, folder: Path) -> None:
+    """Whole numbers, infinity, NaN, and metrics that were not there before are logged without an error."""
+    logger = subject.built()
+    logger.start(folder, {"model": "some/model", "peft_config": {"name": "x", "r": 8}, "notes": None})
+    logger.log(1, {"loss": 1.5, "tokens": 128, "learning_rate": 1e-4})
+    logger.log(2, {"loss": math.inf, "grad_norm": math.nan})
+    logger.log(2, {"eval_loss": 1.25, "eval_accuracy": 0.5})
+    logger.finish()
+
+
+def starts_again_on_the_same_folder(subject: Subject, folder: Path) -> None:
+    """A continued run starts a new logger in the folder of the old one."""
+    for step in (1, 2):
+        logger = subject.built()
+        logger.start(folder, {"model": "some/model"})
+        logger.log(step, {"loss": float(step)})
+        logger.finish()
+
+
+def survives_a_run_that_never_started(subject: Subject, folder: Path) -> None:
+    """`build` writes nothing, and `finish` without `start` raises nothing: a run may fail in between."""
+    logger = subject.built()
+    if found := sorted(folder.iterdir()):
+        raise Broken(f"`build` wrote {found[0].name}", "Write in `start`: building happens in `llmtune plan`, too")
+    logger.finish()
+
+
+def cannot_stop_a_run(subject: Subject, folder: Path) -> None:
+    """A logger that breaks in the middle is reported once and dropped; metrics.jsonl has every step."""
+    logger = subject.built()
+
+    class Breaks:
+        """The logger until the second step."""
+
+        def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+            logger.start(folder, recipe)
+
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 2:
+                raise OSError("its disk is full")
+            logger.log(step, metrics)
+
+        def finish(self) -> None:
+            logger.finish()
+
+    errors = io.StringIO()
+    loggers = Loggers(folder, [Breaks()], total_steps=3, stream=io.StringIO())
+    with contextlib.redirect_stderr(errors):
+        loggers.start({"model": "some/model"})
+        for step in (1, 2, 3):
+            loggers.log(step, {"loss": 1.0 / step})
+        loggers.finish()
+    if errors.getvalue().count("failed and is off") != 1:
+        raise Broken(f"it was reported {errors.getvalue().count('failed')} times", "Raise errors, do not exit")
+    from llmtune.log import read_metrics
+
+    if [row["step"] for row in read_metrics(folder)] != [1, 2, 3]:
+        raise Broken("metrics.jsonl in the run's folder is damaged", "Write to files of your own")

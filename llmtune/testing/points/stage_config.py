@@ -1,0 +1,174 @@
+"""Laws of stages: the loss is a sum, its gradient is its gradient, and nothing but the batch decides it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtune.edits import named_tensors
+from llmtune.stages import Batch, StageLoss
+from llmtune.testing import running
+from llmtune.testing.contract import Broken, Check, Subject, names
+from llmtune.testing.points import edits
+from llmtune.testing.points.edits import same_bytes
+
+
+def laws(subject: Subject) -> list[Check]:
+    """All, but those on several ranks on a single GPU."""
+    found = [
+        returns_a_loss, is_a_sum_over_rows, ignores_padding, has_the_gradient_of_its_loss, changes_nothing,
+        does_not_depend_on_micro_batches, learns,
+    ]  # fmt: skip
+    return found + ([edits.same_on_ranks] if subject.device == "cpu" else [])
+
+
+def returns_a_loss(subject: Subject, folder: Path) -> None:
+    """`loss` returns a `StageLoss`: a finite scalar in float32 with a graph, and detached scalars as metrics."""
+    plan, objective = running.build(subject.keys(folder))
+    found = objective(_batch(plan, [0, 1, 2]))
+    if not isinstance(found, StageLoss):
+        raise Broken(f"it returned {type(found).__name__}", "Return StageLoss(total=...)")
+    if found.total.dim() or found.total.dtype != torch.float32 or not math.isfinite(float(found.total.detach())):
+        kind = f"{list(found.total.shape)} {found.total.dtype}, {found.total.detach().flatten()[:3].tolist()}"
+        raise Broken(f"`total` is {kind}", "Return one finite float32 number")
+    if not found.total.requires_grad:
+        raise Broken("`total` has no graph, so nothing would be learnt", "Do not detach it or use no_grad")
+    if odd := [name for name, value in found.metrics.items() if value.requires_grad or value.dim()]:
+        raise Broken(f"the metrics {names(odd)} are not detached scalars", "Give summed numbers with .detach()")
+
+
+def is_a_sum_over_rows(subject: Subject, folder: Path) -> None:
+    """Loss and metrics of a batch are the sums of its rows': the loop divides by the weight of the whole step."""
+    plan, objective = running.build(subject.keys(folder))
+    rows = [0, 1, 2, 5, 8]
+    together = _numbers(objective(_batch(plan, rows)))
+    alone = [_numbers(objective(_batch(plan, [row]))) for row in rows]
+    for name, value in together.items():
+        total = sum(numbers[name] for numbers in alone)
+        if not math.isclose(value, total, rel_tol=subject.tolerance, abs_tol=1e-6):
+            raise Broken(
+                f"{name} of {len(rows)} rows is {value:.6g}, their sum one by one {total:.6g}",
+                "Sum over the batch; do not take means",
+            )
+
+
+def ignores_padding(subject: Subject, folder: Path) -> None:
+    """More padding, and rows laid end to end instead of padded, change nothing."""
+    plan, objective = running.build(subject.keys(folder))
+    rows = [0, 1, 2, 5]
+    expected = _numbers(objective(_batch(plan, rows)))
+    layouts = {"with 7 more tokens of padding": _padded_more(_batch(plan, rows), 7)}
+    layouts["with rows laid end to end"] = _batch(plan, rows, flat=True)
+    for what, batch in layouts.items():
+        for name, value in _numbers(objective(batch)).items():
+            if not math.isclose(value, expected[name], rel_tol=10 * subject.tolerance, abs_tol=1e-6):
+                raise Broken(
+                    f"{what} the {name} is {value:.6g} instead of {expected[name]:.6g}",
+                    "Count what `predict_at` and `targets` name, or labels that are not -100",
+                )
+
+
+def has_the_gradient_of_its_loss(subject: Subject, folder: Path) -> None:
+    """The gradient agrees with finite differences of the loss, along random directions."""
+    plan, objective = running.build(subject.keys(folder))
+    batch = _batch(plan, [0, 1, 2])
+    objective.eval()
+    objective(batch).total.backward()
+    trained = [(p, p.grad) for p in plan.model.parameters() if p.grad is not None]
+    generator = torch.Generator().manual_seed(3)
+    step = 5e-3  # as a length: small against the weights, large against float32's rounding of the loss
+    for _ in range(3):
+        # The gradient and as much noise: a direction along which the slope is large enough to be seen.
+        noise = [torch.randn(g.shape, generator=generator).to(g.device) * g.square().mean().sqrt() for _, g in trained]
+        along = [grad + some for (_, grad), some in zip(trained, noise, strict=True)]
+        size = math.sqrt(sum(float(direction.square().sum()) for direction in along)) or 1.0
+        slope = sum(float((g * d).sum()) for (_, g), d in zip(trained, along, strict=True)) / size
+        there, back = (_moved(objective, batch, [p for p, _ in trained], along, sign * step / size) for sign in (1, -1))
+        found = (there - back) / (2 * step)
+        if not math.isclose(found, slope, rel_tol=0.03):
+            raise Broken(
+                f"along a direction the loss rises by {found:.4g}, its gradient says {slope:.4g}",
+                "Look for parts of the loss that are detached, rounded, or computed under no_grad",
+            )
+
+
+def changes_nothing(subject: Subject, folder: Path) -> None:
+    """Computing the loss leaves weights, buffers, the batch and the training mode as they were, and repeats itself."""
+    plan, objective = running.build(subject.keys(folder))
+    batch = _batch(plan, [0, 1, 2])
+    objective.train()
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model).items()}
+    parts = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    modes = {name: module.training for name, module in plan.model.named_modules()}
+    first = _numbers(objective(batch))
+    after = named_tensors(plan.model)
+    if moved := [name for name, tensor in before.items() if not same_bytes(after[name], tensor)]:
+        raise Broken(f"{names(moved)} changed", "A stage only computes")
+    if moved := [name for name, value in parts.items() if not torch.equal(value, getattr(batch, name))]:
+        raise Broken(f"the batch's {names(moved)} changed", "Work on copies")
+    if modes != {name: module.training for name, module in plan.model.named_modules()}:
+        raise Broken("modules were switched between training and evaluation", "Switch them back")
+    if _numbers(objective(batch)) != first:
+        raise Broken("the same batch has another loss the second time", "Keep no state between batches")
+
+
+def does_not_depend_on_micro_batches(subject: Subject, folder: Path) -> None:
+    """Eight rows a step train alike as one micro-batch or as four."""
+    runs = []
+    for rows, micros in ((8, 1), (2, 4)):
+        keys = subject.keys(folder, per_device_train_batch_size=rows, gradient_accumulation_steps=micros)
+        runs.append(running.train({**keys, "output_dir": str(folder / f"run-{micros}")}))
+    fix = "Return a sum, and nothing that depends on the other rows of a micro-batch"
+    edits.compare_runs(runs[0], runs[1], "1 micro-batch", "4 micro-batches", subject.tolerance, fix)
+
+
+def learns(subject: Subject, folder: Path) -> None:
+    """Eight steps on the same rows lower the loss."""
+    keys = subject.keys(folder, max_steps=8, per_device_train_batch_size=12, disable_shuffling=True)
+    losses = [row["loss"] for row in running.train(keys).metrics]
+    if not losses[-1] < losses[0]:
+        raise Broken(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}", "Check the sign of the loss")
+
+
+def _batch(plan: Any, rows: list[int], flat: bool = False) -> Batch:
+    feed = replace(plan.feed, flat=flat or plan.feed.flat)
+    from llmtune.feed import to_device
+
+    return to_device(feed._batch(rows), plan.device)
+
+
+def _padded_more(batch: Batch, extra: int) -> Batch:
+    """A padded batch with `extra` more columns of padding."""
+    if batch.attention_mask is None:
+        return batch
+    rows, width = batch.input_ids.shape
+    spots = batch.predict_at // width * (width + extra) + batch.predict_at % width
+
+    def wider(tensor: Tensor, value: int) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((rows, extra), value)], dim=1)
+
+    return replace(
+        batch, input_ids=wider(batch.input_ids, 0), labels=wider(batch.labels, -100),
+        attention_mask=wider(batch.attention_mask, 0), predict_at=spots,
+    )  # fmt: skip
+
+
+def _numbers(found: StageLoss) -> dict[str, float]:
+    return {"loss": found.total.item(), **{name: value.item() for name, value in found.metrics.items()}}
+
+
+def _moved(objective: Any, batch: Batch, trained: list[Any], along: list[Tensor], step: float) -> float:
+    """The loss after a step along a direction, which is taken back."""
+    kept = [parameter.detach().clone() for parameter in trained]
+    with torch.no_grad():
+        for parameter, direction in zip(trained, along, strict=True):
+            parameter.add_(direction, alpha=step)
+        found = objective(batch).total.item()
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
+    return found

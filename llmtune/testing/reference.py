@@ -1,0 +1,66 @@
+"""The plainest part for each extension point, named `reference`: what the laws put around the plugin under test.
+
+They are known to `llmtune.testing` alone; no recipe outside of it can name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune import __version__
+from llmtune.hookspecs import hookimpl
+from llmtune.packages import Source
+from llmtune.records import Plugin
+
+REFERENCE = Source(module=__name__, distribution="llmtune.testing", version=__version__, names=("reference",))
+"""Where the registry of the laws finds them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Reference parts have no keys."""
+
+
+def _plugin(kind: str, summary: str) -> list[Plugin]:
+    return [Plugin(name="reference", config=ReferenceConfig, build=_builder(kind), summary=summary)]
+
+
+def _builder(kind: str) -> Callable[[Any], Any]:
+    def build(config: Any) -> Any:
+        from llmtune.testing import reference_parts
+
+        return getattr(reference_parts, kind)()
+
+    return build
+
+
+@hookimpl
+def init_config() -> list[Plugin]:
+    """Every rank reads whole tensors."""
+    return _plugin("ReadAll", "Whole tensors from the files")
+
+
+@hookimpl
+def peft_config() -> list[Plugin]:
+    """A part that trains little, of any model, on any base."""
+    return _plugin("Vectors", "Norms and biases train")
+
+
+@hookimpl
+def stage_config() -> list[Plugin]:
+    """Next-token loss."""
+    return _plugin("NextToken", "Summed next-token loss")
+
+
+@hookimpl
+def optim_config() -> list[Plugin]:
+    """An optimiser linear in the gradient, so that rounding is not blown up."""
+    return _plugin("Momentum", "SGD with momentum 0.9")
+
+
+@hookimpl
+def lr_scheduler_config() -> list[Plugin]:
+    """The learning rate as it is."""
+    return _plugin("Flat", "Always 1")

@@ -1,0 +1,123 @@
+"""Recipes of a few steps on a tiny model, run in this process or in several."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmtune.testing.tiny import tiny_chats, tiny_model_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmtune.objective import Objective
+    from llmtune.planning import Mode, Plan
+    from llmtune.registry import Registry
+
+
+def read_keys(config: type, keys: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """A plugin's config from the keys of a recipe's block: (config, []), or (None, what is wrong with the keys)."""
+    from llmtune.schema import decode
+
+    made, problems = decode(config, keys)
+    return made, [f"{problem.key}: {problem.message}" for problem in problems]
+
+
+def tiny_recipe(folder: Path, family: str = "llama", sizes: Mapping[str, Any] | None = None, **keys: Any) -> dict:
+    """A recipe of 4 steps of 8 rows on a random model of 2 layers, made in `folder` if it is not there yet.
+
+    `sizes` are values of the model's config, `keys` recipe keys. Weights are large enough that changes show.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, chats = folder / f"tiny-{family}", folder / "chats.jsonl"
+    if not model.exists():
+        values: dict[str, Any] = {"initializer_range": 0.2, **(sizes or {})}
+        tiny_model_folder(folder, family, **values)
+    if not chats.exists():
+        tiny_chats(folder)
+    return {
+        "model": str(model),
+        "dataset": str(chats),
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+        "learning_rate": 0.05,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "save_steps": None,
+        "cutoff_len": 128,
+    } | keys
+
+
+REFERENCES = {point: "reference" for point in ("init_config", "stage_config", "optim_config", "lr_scheduler_config")}
+"""Blocks that a recipe cannot do without."""
+
+
+class Trained(NamedTuple):
+    """What a run leaves behind, as one rank knows it."""
+
+    metrics: list[dict[str, Any]]
+    tensors: dict[str, Tensor]
+    """Trained tensors, whole; on the first rank only."""
+
+
+def registry() -> Registry:
+    """Every installed plugin and the references."""
+    from llmtune.packages import installed
+    from llmtune.registry import Registry
+    from llmtune.testing.reference import REFERENCE
+
+    return Registry([*installed(), REFERENCE])
+
+
+def plan(keys: Mapping[str, Any], mode: Mode = "train") -> Plan:
+    """The plan of a recipe, for the ranks that the environment names."""
+    from llmtune.planning import make_plan
+    from llmtune.ranks import pick_device, ranks_from_environment
+    from llmtune.recipe import load_recipe
+
+    recipe, ranks = load_recipe(keys), ranks_from_environment()
+    return make_plan(recipe, registry(), ranks, pick_device(recipe.train.device, ranks.local_rank), mode)
+
+
+def build(keys: Mapping[str, Any], mode: Mode = "train") -> tuple[Plan, Objective]:
+    """The plan of a recipe, and its model with weights inside its stage."""
+    from llmtune.building import build_objective
+    from llmtune.ranks import join
+
+    made = plan(keys, mode)
+    join(made.ranks, made.device)
+    return made, build_objective(made)
+
+
+def train(keys: Mapping[str, Any]) -> Trained:
+    """Run a recipe quietly in this process, as one of the ranks that the environment names."""
+    return train_and_keep(keys)[0]
+
+
+def train_and_keep(keys: Mapping[str, Any]) -> tuple[Trained, Plan]:
+    """The same, with the plan whose model was trained."""
+    from llmtune.log import read_metrics
+    from llmtune.recipe import load_recipe
+    from llmtune.save import trained_tensors
+    from llmtune.training import train_here
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        outcome = train_here(load_recipe(keys), registry(), show=lambda *_: None)
+    tensors = trained_tensors(outcome.plan)
+    rows = [row for row in read_metrics(outcome.plan.output_dir) if "loss" in row]
+    return Trained(rows, tensors), outcome.plan
+
+
+def whole_state(keys: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a recipe's model once its weights are loaded, whole. Collective."""
+    from llmtune.edits import named_tensors
+    from llmtune.placement import full
+
+    made, _ = build(keys)
+    return {name: full(tensor) for name, tensor in named_tensors(made.model).items()}
