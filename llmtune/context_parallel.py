@@ -80,9 +80,10 @@ def why_not_split(plan: Plan) -> Iterator[str]:
     if not any(change.attention == plan.attention for change in changes):
         lines = [line for change in changes for line in change.report if "attention: not used" in line]
         found = f"{plan.attention} ({lines[0]})" if lines else plan.attention
+        fix = "set cp_size: 1" if lines else "set kernel_config: auto and flash_attn: auto, or cp_size: 1"
         yield (
             f"cp_size is {size}, which needs an attention kernel that keeps documents apart by their bounds, found "
-            f"{found}; set kernel_config: auto and flash_attn: auto, or cp_size: 1"
+            f"{found}; {fix}"
         )
     heads = getattr(plan.model.config.get_text_config(), "num_attention_heads", 0)
     if heads % (tensor * size):
