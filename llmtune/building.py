@@ -14,6 +14,7 @@ from llmtune.ranks import join
 from llmtune.recompute import checkpoint_activations
 from llmtune.source import resolve_model
 from llmtune.structure import transformer_layers
+from llmtune.tensor_parallel import split
 
 if TYPE_CHECKING:
     from llmtune.planning import Plan
@@ -60,7 +61,10 @@ def spread(plan: Plan, objective: Objective) -> None:
     distribute: Distribute = plan.parts.one("dist_config").built
     if plan.ranks.size > 1 or (plan.mode == "train" and distribute.alone):
         join(plan.ranks, plan.device, train.ddp_timeout, alone=True)
-        distribute.apply(objective, layers, parameter_mesh(plan.ranks.layout, plan.device), plan.situation)
+        mesh = parameter_mesh(plan.ranks.layout, plan.device)
+        if plan.ranks.layout.tensor > 1:
+            split(plan.model, plan.ledger, mesh["tensor"])
+        distribute.apply(objective, layers, mesh, plan.situation)
 
 
 def generation_config(folder: Path, model: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llmtune.errors import EditError, listed
 from llmtune.records import Change, Edit, LoadRule, Situation
@@ -60,6 +60,8 @@ class Ledger:
     fresh: dict[str, Callable[[Tensor], object]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    follow: dict[str, Literal["inputs", "outputs"]] = field(default_factory=dict)
+    """New linear modules that are split with the layer they are in."""
     filled: set[str] = field(default_factory=set)
     """Names of persistent buffers that already hold real values."""
     settle: list[tuple[str, Callable[[nn.Module], None]]] = field(default_factory=list)
@@ -95,6 +97,7 @@ class Ledger:
         self.fresh |= change.fresh
         self.copies |= change.copies
         self.files |= change.files
+        self.follow |= change.follow
         self.filled |= change.buffers
         self.settle += [(plugin, step) for step in change.settle]
         if change.trainable is not None:

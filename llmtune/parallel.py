@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from llmtune.expert_parallel import spread_experts
 from llmtune.mesh import divided
 from llmtune.records import Layout, Situation
 from llmtune.schema import Ge
@@ -21,6 +22,12 @@ class Fsdp2Config:
     dp_replicate_size: Annotated[int, Ge(1)] = 1
     """Copies of the model (HSDP): parameters are sharded within a copy, gradients are summed over all. Set it to the
     number of machines to keep the gathering of parameters inside each."""
+    tp_size: Annotated[int, Ge(1)] = 1
+    """Neighbouring ranks that compute a batch together, each with its share of every layer's matrix products (tensor
+    parallelism), for layers too large for one rank. Keep them inside a machine."""
+    ep_size: Annotated[int, Ge(1)] = 1
+    """Neighbouring ranks that hold different experts of a mixture-of-experts model and send each other tokens (expert
+    parallelism). A multiple of `tp_size`."""
     cp_size: Annotated[int, Ge(1)] = 1
     """Neighbouring ranks that share the rows of a batch, each computing a piece of every row (context parallelism), for
     rows too long for one rank. Needs `kernel_config: auto`; has to divide the number of attention heads."""
@@ -45,9 +52,10 @@ class Fsdp2:
 
     def layout(self, ranks: int) -> Layout:
         """Copies and groups as the keys say, and the rest of the ranks shards within each."""
-        replicate, context = self.config.dp_replicate_size, self.config.cp_size
-        shard = divided(ranks, {"dp_replicate_size": replicate, "cp_size": context})
-        return Layout(replicate=replicate, shard=shard, context=context)
+        config = self.config
+        replicate, context, tensor = config.dp_replicate_size, config.cp_size, config.tp_size
+        shard = divided(ranks, {"dp_replicate_size": replicate, "cp_size": context, "tp_size": tensor})
+        return Layout(replicate=replicate, shard=shard, context=context, tensor=tensor, expert=config.ep_size)
 
     def check(self, situation: Situation, model: nn.Module) -> Iterator[str]:
         """Objections against this combination."""
@@ -64,7 +72,8 @@ class Fsdp2:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         # Two dimensions are HSDP: sharded over the last, replicated over the first.
-        options: dict[str, Any] = {"mesh": mesh["replicate", "shard"] if "replicate" in mesh.mesh_dim_names else mesh}
+        replicated = "replicate" in mesh.mesh_dim_names
+        options: dict[str, Any] = {"mesh": mesh["replicate", "shard"] if replicated else mesh["shard"]}
         # Without mixed precision nothing is cast; with it, what travels is `gather_dtype`, sums stay in float32.
         if situation.gather_dtype != torch.float32:
             options["mp_policy"] = MixedPrecisionPolicy(
@@ -73,9 +82,27 @@ class Fsdp2:
         if self.config.offload_params:
             pin = self.config.pin_memory and situation.device == "cuda"
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=pin)
+        if situation.layout.expert > 1:
+            self._shard_experts(root, mesh, situation.layout, options)
         for layer in layers:
             fully_shard(layer, **options, reshard_after_forward=self.config.reshard_after_forward)
         fully_shard(root, **options, reshard_after_forward=False)
+
+    def _shard_experts(self, root: Any, mesh: Any, layout: Layout, options: dict[str, Any]) -> None:
+        """Experts in groups of their own, over the ranks that hold the same ones."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        for module, same in spread_experts(root.model, layout, mesh):
+            fully_shard(
+                module, **{**options, "mesh": same}, reshard_after_forward=bool(self.config.reshard_after_forward)
+            )
+            assert isinstance(module, FSDPModule)
+            # Tokens of all batches have come to these experts: their gradients are sums over more batches than there
+            # are ranks to average over. Divided by the number of batches they are means, like all others.
+            module.set_gradient_divide_factor(float(layout.ranks // layout.tensor))
+            if same.size() > 1:
+                # Else the backend divides, which gloo cannot and NCCL gets wrong in bfloat16 (pytorch issue 190747).
+                module.set_force_sum_reduction_for_comms(True)
 
     def before_backward(self, root: nn.Module, last: bool) -> None:
         """Reduce gradients after the last micro-batch only, unless the recipe wants them sharded in between."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmtune import rundir
+from llmtune import expert_parallel, rundir, tensor_parallel
 from llmtune.context_parallel import why_not_split
 from llmtune.data import choose_template, prepare
 from llmtune.edits import Ledger, set_trainable
@@ -230,7 +230,10 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     choose_attention(plan)
     for part in plan.parts.at("dist_config") if plan.mode in ("train", "build") else []:
         problems += objections(part, plan.situation, model)
-    problems += [PlanError(f"dist_config: {sentence}") for sentence in why_not_split(plan)]
+    layout = plan.ranks.layout
+    sentences = [*why_not_split(plan), *tensor_parallel.objections(model, ledger, layout)]
+    sentences += expert_parallel.objections(model, ledger, layout)
+    problems += [PlanError(f"dist_config: {sentence}") for sentence in sentences]
     if plan.mode == "train" and not transformer_layers(model) and plan.ranks.size > 1:
         problems.append(
             PlanError(f"model: {type(model).__name__} has no repeated layers to spread over ranks; use one rank")

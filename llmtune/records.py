@@ -153,6 +153,9 @@ class Change:
     """Overrides the type in which trainable parameters are stored; None follows the recipe."""
     ops: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Replacements for operations the core calls by name, such as `linear_cross_entropy`."""
+    follow: Mapping[str, Literal["inputs", "outputs"]] = field(default_factory=dict)
+    """New linear modules inside a layer of the model, by name, that take the layer's own inputs or give its own
+    outputs: where tensor parallelism splits the layer, they are split with it."""
     attention: str | None = None
     """Name of an attention function registered with transformers' `AttentionInterface`."""
     report: Sequence[str] = ()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -115,7 +115,9 @@ class Lora:
         }
         settle = [partial(set_magnitudes, adapter="default")] if recipe.use_dora else []
         report = [_summary(config, layers), *_saved_lines(model, saved)]
-        return Change(fresh=fresh, copies=copies, settle=settle, trainable=_is_adapter, report=report)
+        return Change(
+            fresh=fresh, copies=copies, settle=settle, trainable=_is_adapter, report=report, follow=_follow(model)
+        )
 
     def _existing(self, model: nn.Module, places: tuple[str, ...], situation: Situation) -> Change:
         folders = [files.adapter_folder(place) for place in places]
@@ -144,7 +146,7 @@ class Lora:
         if several and "quantized_base" in situation.words:
             self._use_side_by_side(model)
         settle = [self.merge] if several and "quantized_base" not in situation.words else []
-        return Change(files=found, settle=settle, trainable=_is_adapter, report=report)
+        return Change(files=found, settle=settle, trainable=_is_adapter, report=report, follow=_follow(model))
 
     def _check_several(self, configs: list[LoraConfig], situation: Situation) -> None:
         if len(configs) < 2:
@@ -171,6 +173,18 @@ class Lora:
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.set_adapter([name for name in self.adapters if name in module.r])
+
+
+def _follow(model: nn.Module) -> dict[str, Literal["inputs", "outputs"]]:
+    """A takes what its layer takes, B gives what its layer gives."""
+    sides: dict[str, Literal["inputs", "outputs"]] = {"lora_A": "inputs", "lora_B": "outputs"}
+    return {
+        f"{path}.{part}.{adapter}": side
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for part, side in sides.items()
+        for adapter in getattr(module, part)
+    }
 
 
 def _is_adapter(name: str) -> bool:

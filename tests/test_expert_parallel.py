@@ -1,0 +1,109 @@
+"""Ranks that each hold some of the experts must learn exactly what one process with all experts learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmtune
+from llmtune import expert_parallel
+from tests.spawn import in_ranks
+from tests.test_parity import METHODS, recipe
+from tests.test_tensor_parallel import EVALUATING, STEPS, assert_same_run, train_each
+from tests.tiny import tiny_model_folder
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+METHOD = {"full": {}, "lora": METHODS["lora"]}
+SPREADS: dict[str, tuple[int, dict[str, Any]]] = {
+    "two ranks, half the experts each": (2, {"ep_size": 2}),
+    "two ranks share a batch": (2, {"ep_size": 2, "tp_size": 2}),
+    "four ranks, an expert each": (4, {"ep_size": 4}),
+    "four ranks, experts twice": (4, {"ep_size": 2}),
+    "four ranks, two copies": (4, {"ep_size": 2, "dp_replicate_size": 2}),
+    "four ranks, split twice": (4, {"ep_size": 4, "tp_size": 2}),
+    "four ranks, split and sharded": (4, {"ep_size": 2, "tp_size": 2}),
+}
+RUNS = [
+    (spread, family, method)
+    for spread in SPREADS
+    for family in FAMILIES
+    for method in METHOD
+    if (family, method) in {("qwen3_moe", "full"), ("qwen3_moe", "lora")}
+    or spread == "two ranks, half the experts each"
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: str(tiny_model_folder(root, family, **sizes)) for family, sizes in FAMILIES.items()}
+
+
+def keys_for(model: str, method: str, data: str, output: Path, **changes: Any) -> dict[str, Any]:
+    keys = recipe(model, data, output, **{**METHOD[method], "max_steps": STEPS, **EVALUATING, **changes})
+    return {**keys, "eval_dataset": data}
+
+
+@pytest.fixture(scope="module")
+def runs(models: dict[str, str], chats: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every spread on two and on four ranks, and every method alone: the same eight rows a step."""
+    root = tmp_path_factory.mktemp("runs")
+    train_each(
+        [
+            keys_for(models[family], method, chats, root / f"alone, {family}, {method}")
+            for family in FAMILIES
+            for method in METHOD
+        ]
+    )
+    for ranks in (2, 4):
+        recipes = []
+        for spread, family, method in RUNS:
+            needed, block = SPREADS[spread]
+            if needed == ranks:
+                share = {"per_device_train_batch_size": 4 * block.get("tp_size", 1) // ranks}
+                folder = root / f"{spread}, {family}, {method}"
+                dist = {"dist_config": {"name": "fsdp2", **block}}
+                recipes.append(keys_for(models[family], method, chats, folder, **share, **dist))
+        in_ranks(ranks, root / f"ranks{ranks}", train_each, recipes)
+    return root
+
+
+@pytest.mark.parametrize(("spread", "family", "method"), RUNS)
+def test_ranks_learn_what_one_learns(spread: str, family: str, method: str, runs: Path) -> None:
+    assert_same_run(runs / f"{spread}, {family}, {method}", runs / f"alone, {family}, {method}")
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "ranks", "sentence"),
+    [
+        ("mixtral", {"ep_size": 8}, 8, "experts has 4 experts to share out; use a divisor of 4"),
+        ("mixtral", {"ep_size": 2, "tp_size": 4}, 4, "ep_size is 2, allowed is a multiple of tp_size .4. that divides"),
+        ("mixtral", {"ep_size": 4}, 2, "ep_size is 4, allowed is .* divides the 2 ranks of a copy"),
+        ("mixtral", {"ep_size": 2, "cp_size": 2}, 4, "ep_size is 2 beside cp_size 2, which are not combined"),
+        ("llama", {"ep_size": 2}, 2, "transformers has no expert parallel plan for LlamaForCausalLM; use 1"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_by_the_plan(
+    family: str, block: dict[str, Any], ranks: int, sentence: str,
+    models: dict[str, str], tiny_llama: str, chats: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    model = models.get(family, tiny_llama)
+    keys = recipe(model, chats, tmp_path / "run", dist_config={"name": "fsdp2", **block}, kernel_config="auto")
+    with pytest.raises(llmtune.LlmtuneError, match=sentence):
+        llmtune.plan(keys, nproc=ranks)
+
+
+def test_an_older_transformers_is_named(
+    models: dict[str, str], chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_parallel, "SINCE", "99.1")
+    keys = recipe(models["mixtral"], chats, tmp_path / "run", dist_config={"name": "fsdp2", "ep_size": 2})
+    with pytest.raises(
+        llmtune.PlanError, match=r"ep_size is 2, which needs transformers 99\.1 or newer, but this is 5"
+    ):
+        llmtune.plan(keys, nproc=2)
