@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmtune import __version__
+from llmtune.errors import LlmtuneError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    from llmtune.errors import LlmtuneError
-
     top = parser()
     # argparse alone would refuse key=value words that follow an option.
     options, rest = top.parse_known_args(arguments)
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options) or 0
     except LlmtuneError as error:
         _record_for_launcher(error)
-        print(f"llmtune: {error}", file=sys.stderr)
+        _say(error)
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -38,6 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llmtune: interrupted", file=sys.stderr)
         return 130
+
+
+def _say(error: LlmtuneError) -> None:
+    """The sentence, once on each machine if all ranks stop for it."""
+    import os
+
+    if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"llmtune: {error.where}{error}", file=sys.stderr, flush=True)
+    if error.everywhere:
+        from llmtune.ranks import leave
+
+        leave()
 
 
 def _record_for_launcher(error: BaseException) -> None:
@@ -66,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
     )
     _recipe_arguments(train)
     train.add_argument("--nproc", type=_count, metavar="N", help="ranks on this machine (default: one per GPU)")
+    train.add_argument("--nnodes", default="1", metavar="N", help="machines of the run, or LEAST:MOST of them")
+    train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is one of them")
+    train.add_argument("--rdzv-id", metavar="NAME", help="tells runs apart that meet at the same HOST:PORT")
+    train.add_argument(
+        "--max-restarts", type=_count, default=0, metavar="N", help="start failed ranks again, so often at most"
+    )
     plan = command(
         "plan",
         _plan,
@@ -120,17 +137,23 @@ def _quiet_libraries() -> None:
 
 
 def _train(options: Any) -> int:
-    from llmtune.launch import EXIT_INTERRUPTED, launch, under_launcher
-    from llmtune.ranks import leave
+    from llmtune.config import TrainConfig
+    from llmtune.launch import EXIT_INTERRUPTED, Machines, launch, under_launcher
+    from llmtune.ranks import leave, tell_the_others
     from llmtune.recipe import load_recipe
     from llmtune.registry import Registry
     from llmtune.run import default_ranks
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+    except (LlmtuneError, OSError) as error:
+        tell_the_others(error, TrainConfig.ddp_timeout)
+        raise
     if not under_launcher():
+        machines = Machines.parse(options.nnodes, options.rdzv_endpoint, options.rdzv_id, options.max_restarts)
         ranks = options.nproc or default_ranks(recipe.train.device)
-        if ranks > 1:
-            return launch(["train", options.recipe, *options.overrides], ranks)
+        if ranks > 1 or machines != Machines():
+            return launch(["train", options.recipe, *options.overrides], ranks, machines)
     from llmtune.show import outcome_text
     from llmtune.training import train_here
 

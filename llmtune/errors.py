@@ -14,6 +14,10 @@ class LlmtuneError(Exception):
     """Base of all errors that llmtune raises on purpose. Shown to users without a traceback."""
 
     exit_code = 1
+    everywhere = False
+    """Whether all ranks raise this together, so that one of a machine says it."""
+    where = ""
+    """Which rank met it, as a beginning of the sentence, where not all did."""
 
 
 class RecipeError(LlmtuneError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from llmtune.errors import PlanError
+from llmtune.errors import LlmtuneError, PlanError
 from llmtune.records import Layout
 
 if TYPE_CHECKING:
@@ -144,14 +144,60 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+def from_all(value: Any) -> list[Any]:
+    """A small picklable object of every rank, in rank order, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def fail_together(error: Exception | None) -> None:
+    """Raise on every rank the first error that any of them met; nothing where all met none. Collective.
+
+    A rank that left on its own would let those on other machines wait for it until they time out.
+    """
+    import socket
+
+    met = from_all((error, socket.gethostname()))
+    for rank, (found, host) in enumerate(met):
+        if found is None:
+            continue
+        if isinstance(found, LlmtuneError):
+            found.everywhere = len(met) > 1
+            if any(str(other) != str(found) for other, _ in met):
+                found.where = f"rank {rank} on {host}: "
+        raise found
+
+
+def tell_the_others(error: Exception, timeout_s: int) -> None:
+    """Meet the other ranks on the way out, and raise `error`; alone where they do not come.
+
+    On one machine the launcher stops them, so there a minute is enough for the message to be said once.
+    """
+    ranks = ranks_from_environment()
+    if ranks.size == 1:
+        raise error
+    import torch
+
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.size)) == str(ranks.size)
+    try:
+        join(ranks, torch.device("cpu"), min(timeout_s, 60) if one_machine else timeout_s)
+    except RuntimeError:
+        raise error from None
+    fail_together(error)
+
+
 def check_agreement(facts: Mapping[str, Any]) -> None:
     """Stop on all ranks if they were started with different recipes, plugins or data."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(facts))
+    everyone = from_all(dict(facts))
     for key in facts:
         for rank, other in enumerate(everyone):
             if other.get(key) != everyone[0].get(key):

@@ -12,14 +12,15 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.blank import SECRETS
+from llmtune.claim import LOCK, launcher
 from llmtune.errors import CheckpointError, PlanError, listed
 
 if TYPE_CHECKING:
@@ -39,31 +40,53 @@ SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 """May differ as long as a step has the same rows; left as they were, they are fitted to the number of ranks."""
 
 
-def prepare_folder(plan: Plan) -> tuple[Path, Manifest] | None:
-    """Make the output folder ready and record the run (rank 0). Returns the checkpoint to continue from, or None.
+@dataclass(frozen=True)
+class Start:
+    """How a run begins."""
 
+    found: tuple[Path, Manifest] | None
+    """The checkpoint to continue from."""
+    rows: int | None
+    """Rows of an optimiser step, where an earlier start of the run has set them."""
+
+
+def prepare_folder(plan: Plan, launchers: Set[str] = frozenset()) -> Start:
+    """Make the output folder ready and record the run (rank 0).
+
+    `launchers` are the elastic launchers of all ranks. If one of them is on record, this is its run started again, and
+    goes on whatever `overwrite_output_dir` and `resume_from_checkpoint` say: those were meant for the first start.
     Raises PlanError where the folder belongs to something else or to a finished run, CheckpointError where a
     checkpoint is damaged or comes from another recipe.
     """
     from llmtune import checkpoint
 
-    check_folder(plan)
-    if plan.recipe.train.overwrite_output_dir:
+    check_folder(plan, launchers)
+    again = _started_again(plan.output_dir, launchers)
+    if plan.recipe.train.overwrite_output_dir and not again:
         clear(plan.output_dir)
-    found = checkpoint_to_continue(plan)
+    found = checkpoint_to_continue(plan, again)
     if found is not None:
         compare(plan, found[1])
     checkpoint.sweep(plan.output_dir / "checkpoints")
-    write_records(plan)
-    return found
+    rows = found[1].rows if found else read_record(plan.output_dir).get("rows") if again else None
+    assert plan.feed is not None
+    write_records(plan, launchers=sorted(launchers), rows=rows or plan.feed.order.batch)
+    return Start(found, rows)
 
 
-def check_folder(plan: Plan) -> None:
-    """Raise PlanError unless a run may start, or go on, in the output folder. Changes nothing, reads no checkpoint."""
+def _started_again(folder: Path, launchers: Set[str]) -> bool:
+    return not launchers.isdisjoint(read_record(folder).get("launchers") or ())
+
+
+def check_folder(plan: Plan, launchers: Set[str] | None = None) -> None:
+    """Raise PlanError unless a run may start, or go on, in the output folder. Changes nothing, reads no checkpoint.
+
+    Before `launchers` are known, a rank of an elastic launcher counts as one that was started again.
+    """
     folder, train = plan.output_dir, plan.recipe.train
     if folder.exists() and not folder.is_dir():
         raise PlanError(f"output_dir: {folder} is a file; name a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(path.name != LOCK for path in folder.iterdir()):
         return
     if not (folder / "run.json").exists():
         what = "overwrite_output_dir" if train.overwrite_output_dir else "output_dir"
@@ -75,18 +98,24 @@ def check_folder(plan: Plan) -> None:
             f"output_dir: {folder} holds a finished run; name another folder, "
             "or set overwrite_output_dir=true to replace it"
         )
-    if not train.resume_from_checkpoint and any((folder / "checkpoints").glob("step-*")):
+    again = launcher() is not None if launchers is None else _started_again(folder, launchers)
+    if not train.resume_from_checkpoint and not again and any((folder / "checkpoints").glob("step-*")):
         raise PlanError(
             f"output_dir: {folder} holds an unfinished run; set resume_from_checkpoint=auto to continue it, or "
             "overwrite_output_dir=true to replace it"
         )
 
 
-def checkpoint_to_continue(plan: Plan) -> tuple[Path, Manifest] | None:
-    """The verified checkpoint that `resume_from_checkpoint` means: a path, or with `auto` this folder's newest."""
+def checkpoint_to_continue(plan: Plan, again: bool = False) -> tuple[Path, Manifest] | None:
+    """The verified checkpoint that `resume_from_checkpoint` means: a path, or with `auto` this folder's newest.
+
+    A run that its launcher has started `again` continues from its own newest one, if it has one.
+    """
     from llmtune import checkpoint
 
     resume, own = plan.recipe.train.resume_from_checkpoint, plan.output_dir / "checkpoints"
+    if again and any(own.glob("step-*")):
+        resume = "auto"
     if not resume:
         return None
     root = own if resume == "auto" else Path(str(resume)) / "checkpoints"
@@ -192,14 +221,14 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def write_records(plan: Plan) -> None:
+def write_records(plan: Plan, **more: Any) -> None:
     """Recipe as given, recipe resolved, and run.json with status `running`."""
     folder = plan.output_dir
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
     (folder / "resolved.yaml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
     write_status(
-        folder, "running", **versions(plan), model_origin=plan.files.origin, model_revision=plan.files.revision
+        folder, "running", **versions(plan), **more, model_origin=plan.files.origin, model_revision=plan.files.revision
     )
 
 

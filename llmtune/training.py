@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune import checkpoint, rundir
 from llmtune.building import build_objective
 from llmtune.chat import GenerateConfig, answer
+from llmtune.claim import LAG_S, FolderLock, launcher, require_shared
 from llmtune.context_parallel import check_split
 from llmtune.errors import LlmtuneError, PlanError
 from llmtune.isolation import check_isolation
@@ -17,7 +18,17 @@ from llmtune.loop import LossScale, Training, train
 from llmtune.optim import make_optimizer
 from llmtune.parallel import reshard
 from llmtune.planning import Plan, make_plan
-from llmtune.ranks import check_agreement, from_first, join, pick_device, ranks_from_environment, wait_for_all
+from llmtune.ranks import (
+    check_agreement,
+    fail_together,
+    from_all,
+    from_first,
+    join,
+    pick_device,
+    ranks_from_environment,
+    tell_the_others,
+    wait_for_all,
+)
 from llmtune.save import write_result
 from llmtune.watch import Keeper, StopRequest
 
@@ -45,9 +56,14 @@ def train_here(recipe: Recipe, registry: Registry, show: Any = print) -> Outcome
     Data are tokenised before any process group exists, so that no collective can time out on it.
     """
     ranks = ranks_from_environment()
-    device = pick_device(recipe.train.device, ranks.local_rank)
-    plan = make_plan(recipe, registry, ranks, device)
+    try:
+        device = pick_device(recipe.train.device, ranks.local_rank)
+        plan = make_plan(recipe, registry, ranks, device)
+    except (LlmtuneError, OSError) as error:
+        tell_the_others(error, recipe.train.ddp_timeout)
+        raise
     join(ranks, device, recipe.train.ddp_timeout)
+    fail_together(None)
     check_agreement(plan.facts())
     return _train(plan, registry, show if ranks.first else _nothing)
 
@@ -57,19 +73,38 @@ def _nothing(*_: object) -> None:
 
 
 def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
-    found = _shared(lambda: rundir.prepare_folder(plan), plan)
-    if found:
-        rundir.keep_rows(plan, found[1].rows)
-    show(f"{plan}\n\nLoading weights")
+    lock = FolderLock(plan.output_dir)
     try:
-        outcome = _run(plan, registry, found, show)
-    except BaseException as error:
+        start = _prepare(plan, lock)
+        show(f"{plan}\n\nLoading weights")
+        try:
+            outcome = _run(plan, registry, start, show)
+        except BaseException as error:
+            if plan.ranks.first:
+                rundir.write_status(plan.output_dir, "failed", error=f"{type(error).__name__}: {error}")
+            raise
         if plan.ranks.first:
-            rundir.write_status(plan.output_dir, "failed", error=f"{type(error).__name__}: {error}")
-        raise
-    if plan.ranks.first:
-        rundir.write_status(plan.output_dir, outcome.status, answers=outcome.answers)
-    return outcome
+            rundir.write_status(plan.output_dir, outcome.status, answers=outcome.answers)
+        return outcome
+    finally:
+        lock.release()
+
+
+def _prepare(plan: Plan, lock: FolderLock) -> tuple[Path, checkpoint.Manifest] | None:
+    """Claim the output folder for this run, on every machine; the checkpoint to continue from, if there is one."""
+    launchers = {name for name in from_all(launcher()) if name}
+
+    def prepare() -> rundir.Start:
+        rundir.check_folder(plan, launchers)
+        lock.take(LAG_S if launchers else 0.0)
+        return rundir.prepare_folder(plan, launchers)
+
+    start = _shared(prepare, plan)
+    if plan.ranks.size > 1:
+        require_shared(plan.output_dir, plan.ranks.first)
+    if start.rows:
+        rundir.keep_rows(plan, start.rows)
+    return start.found
 
 
 def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest] | None, show: Any) -> Outcome:
@@ -135,6 +170,7 @@ def _shared(work: Any, plan: Plan) -> Any:
             result = PlanError(f"output_dir: {plan.output_dir} cannot be used ({error}); name another folder")
     result = from_first(result)
     if isinstance(result, LlmtuneError):
+        result.everywhere = plan.ranks.size > 1
         raise result
     return result
 
