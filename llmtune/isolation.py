@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,22 @@ if TYPE_CHECKING:
 
 FIRST, SECOND = 9, 7
 """Tokens of the two documents."""
+
+
+def packing_obstacle(model: Any) -> str | None:
+    """Why `model` cannot keep packed documents apart, as far as its structure tells before it has weights."""
+    from importlib.util import find_spec
+
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return "takes no position ids, which tell documents apart"
+    # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
+    if model._is_stateful and find_spec("fla") is None:
+        return "has recurrent layers, which carry what they read into the next document"
+    if not model._supports_sdpa and not model._supports_attention_backend:
+        return "has attention of its own, which knows no document bounds"
+    if "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {}):
+        return "has positions in three dimensions, in which the bounds of documents are lost"
+    return None
 
 
 def check_isolation(objective: Objective, device: torch.device, packing: bool) -> None:
@@ -52,4 +69,7 @@ def _states(objective: Objective, documents: list[np.ndarray], device: torch.dev
     samples = [(ids.astype(np.int32), np.ones(len(ids), dtype=bool)) for ids in documents]
     batch = to_device(collate(samples, flat=True, pad_id=0), device)
     model: Any = objective.model
-    return objective(lambda: model.base_model(**batch.model_inputs()).last_hidden_state)[0].float()
+    result = objective(lambda: model.base_model(**batch.model_inputs()))
+    # A few models are their own base model, whose result is logits.
+    states = result.last_hidden_state if hasattr(result, "last_hidden_state") else result.logits
+    return states[0].float()

@@ -228,6 +228,11 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     for part in plan.parts.at("kernel_config"):
         apply_part(part, plan, problems)
     choose_attention(plan)
+    if plan.mode == "train" and plan.recipe.data.packing:
+        from llmtune.isolation import packing_obstacle
+
+        if reason := packing_obstacle(model):
+            problems.append(PlanError(f"packing: {type(model).__name__} {reason}; set packing: false"))
     for part in plan.parts.at("dist_config") if plan.mode in ("train", "build") else []:
         problems += objections(part, plan.situation, model)
     layout = plan.ranks.layout

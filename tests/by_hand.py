@@ -92,13 +92,17 @@ def base_by_hand(keys: dict[str, Any], auto_class: Any = None) -> Any:
     return (auto_class or AutoModelForCausalLM).from_pretrained(keys["model"], **options)
 
 
-def adapt_by_hand(model: Any, peft: dict[str, Any], starts: dict[str, torch.Tensor]) -> Any:
-    """The adapter of a `peft_config: lora` block, made by PEFT; its A matrices start from `starts`, by our names."""
+def adapt_by_hand(
+    model: Any, peft: dict[str, Any], starts: dict[str, torch.Tensor], everything: str = "all-linear"
+) -> Any:
+    """The adapter of a `peft_config: lora` block, made by PEFT; its A matrices start from `starts`, by our names.
+
+    `everything` is what `target_modules: all` means, in PEFT's words or as names with commas."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if "adapter_name_or_path" in peft:
         return PeftModel.from_pretrained(model, peft["adapter_name_or_path"], is_trainable=True)
-    targets = peft.get("target_modules", "all-linear")
+    targets = peft.get("target_modules", everything)
     adapted = get_peft_model(
         model,
         LoraConfig(
@@ -106,6 +110,7 @@ def adapt_by_hand(model: Any, peft: dict[str, Any], starts: dict[str, torch.Tens
             target_modules=targets.split(",") if "," in targets else targets,
             use_dora=peft.get("use_dora", False), use_rslora=peft.get("use_rslora", False),
             modules_to_save=peft.get("modules_to_save"), task_type="CAUSAL_LM",
+            target_parameters=peft.get("target_parameters"),
         ),
     )  # fmt: skip
     with torch.no_grad():

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 
-def in_ranks(ranks: int, scratch: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_ranks(
+    ranks: int, scratch: Path, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240
+) -> list[Any]:
     """`function(*arguments)` in `ranks` fresh processes with RANK and WORLD_SIZE set; their results in rank order.
 
     The function must be importable (module level). Raises AssertionError with the traceback of the first rank to fail.
@@ -30,7 +32,7 @@ def in_ranks(ranks: int, scratch: Path, function: Callable[..., Any], *arguments
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(timeout_s)
         process.kill()
     results = []
     for rank, process in enumerate(processes):

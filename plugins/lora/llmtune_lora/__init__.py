@@ -20,6 +20,9 @@ class LoraRecipe:
     """Share of the adapter's inputs that are dropped while training."""
     target_modules: str | tuple[str, ...] = "all"
     """Layers that get an adapter: `all` (every linear layer but output heads), or names as a list or comma string."""
+    target_parameters: str | tuple[str, ...] | None = None
+    """Weights outside linear layers that get an adapter, such as the stacks `experts.gate_up_proj, experts.down_proj`
+    of a mixture of experts, one adapter for each expert. Needs `lora_dropout: 0` and no `use_dora`."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, which suits high ranks (arXiv 2312.03732)."""
     use_dora: bool = False
@@ -28,6 +31,18 @@ class LoraRecipe:
     """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
     adapter_name_or_path: str | tuple[str, ...] | None = None
     """Folder or hub id of an adapter to continue (training), or of one or several to use in order (inference)."""
+
+    def __post_init__(self) -> None:
+        if self.target_parameters and self.adapter_name_or_path is None:
+            if self.lora_dropout:
+                raise ValueError(
+                    f"lora_dropout: found {self.lora_dropout} beside target_parameters, whose adapters change the "
+                    "weight itself, so that no input can be dropped; set lora_dropout: 0"
+                )
+            if self.use_dora:
+                raise ValueError(
+                    "use_dora: found true beside target_parameters, allowed is false; PEFT has no such DoRA"
+                )
 
 
 def build(config: LoraRecipe) -> Any:

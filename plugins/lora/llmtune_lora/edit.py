@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +20,17 @@ from llmtune import Change, PlanError, Situation, split_names
 
 from . import files
 from .merge import fold, set_magnitudes
-from .targets import adapted_layers, classification_heads, compact, saved_modules, short, task_of
+from .targets import (
+    adapted_layers,
+    adapted_parameters,
+    classification_heads,
+    compact,
+    expressible,
+    saved_modules,
+    short,
+    stacked_weights,
+    task_of,
+)
 
 if TYPE_CHECKING:
     from . import LoraRecipe
@@ -53,6 +64,11 @@ class Lora:
             return [
                 f"adapter_name_or_path names {len(given)} adapters; training continues exactly one. Merge the others "
                 "into the base first (llmtune export), or name one"
+            ]
+        if self.config.target_parameters and (situation.layout.tensor > 1 or situation.layout.expert > 1):
+            return [
+                "target_parameters needs whole stacks of experts on every rank, which tp_size and ep_size split; remove "
+                "those, or target_parameters"
             ]
         return []
 
@@ -89,12 +105,16 @@ class Lora:
         recipe = self.config
         saved = saved_modules(model, recipe.modules_to_save)
         saved += [head for head in classification_heads(model) if head not in saved]
-        layers = adapted_layers(model, recipe.target_modules, saved)
+        named_all = "all" in split_names(recipe.target_modules)
+        layers, left_out = expressible(model, adapted_layers(model, recipe.target_modules, saved), named_all)
+        parameters = adapted_parameters(model, recipe.target_parameters)
+        stacks = [name for name in stacked_weights(model) if name not in parameters] if named_all else []
         config = LoraConfig(
             r=recipe.r,
             lora_alpha=recipe.lora_alpha,
             lora_dropout=recipe.lora_dropout,
             target_modules=layers,
+            target_parameters=parameters or None,
             use_rslora=recipe.use_rslora,
             use_dora=recipe.use_dora,
             modules_to_save=saved or None,
@@ -104,8 +124,10 @@ class Lora:
         self.saved_config = copy.deepcopy(config)
         # A list, so that the file's order does not change from run to run.
         self.saved_config.target_modules = compact(model, layers)
+        self.saved_config.target_parameters = parameters or None
         self.saved_config.modules_to_save = compact(model, saved) if saved else None
         self._inject(model, config, "default")
+        require_adapted(model, layers, parameters)
         parts = {name: found for name in model.state_dict() if (found := files.taken_apart(name))}
         fresh = {name: FRESH[found.part] for name, found in parts.items() if found.part in FRESH}
         copies = {
@@ -114,9 +136,14 @@ class Lora:
             if found.part == "modules_to_save"
         }
         settle = [partial(set_magnitudes, adapter="default")] if recipe.use_dora else []
-        report = [_summary(config, layers), *_saved_lines(model, saved)]
+        report = [_summary(config, layers, parameters), *_left_out(left_out, stacks), *_saved_lines(model, saved)]
         return Change(
-            fresh=fresh, copies=copies, settle=settle, trainable=_is_adapter, report=report, follow=_follow(model)
+            fresh=fresh,
+            copies=copies,
+            settle=settle,
+            trainable=_is_adapter,
+            report=report,
+            follow=_follow(model),
         )
 
     def _existing(self, model: nn.Module, places: tuple[str, ...], situation: Situation) -> Change:
@@ -139,7 +166,7 @@ class Lora:
             layers = [
                 path for path, module in model.named_modules() if isinstance(module, LoraLayer) and name in module.r
             ]
-            report.append(f"{_summary(config, layers)}, from {folder}")
+            report.append(f"{_summary(config, layers, [])}, from {folder}")
             if base:
                 report.append(f"{folder} also holds base weights, which are not read: {files.describe(base)}")
         several = len(places) > 1
@@ -181,7 +208,7 @@ def _follow(model: nn.Module) -> dict[str, Literal["inputs", "outputs"]]:
     return {
         f"{path}.{part}.{adapter}": side
         for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
         for part, side in sides.items()
         for adapter in getattr(module, part)
     }
@@ -191,9 +218,40 @@ def _is_adapter(name: str) -> bool:
     return files.taken_apart(name) is not None
 
 
-def _summary(config: LoraConfig, layers: list[str]) -> str:
+def require_adapted(model: nn.Module, layers: Sequence[str], parameters: Sequence[str]) -> None:
+    """Raise PlanError if PEFT put adapters elsewhere than it was told."""
+    found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    # Several weights of one module have wrappers inside each other.
+    stacks = {name.rpartition(".")[0] for name in parameters}
+    found = {name for name in found if name.removesuffix(".base_layer") not in stacks}
+    if wrong := sorted(found ^ set(layers)):
+        raise PlanError(
+            f"peft_config.target_modules: PEFT does not adapt {type(model).__name__} as told, it differs in "
+            f"{files.describe(wrong)}; leave {short(wrong)[0]} out"
+        )
+
+
+def _summary(config: LoraConfig, layers: list[str], parameters: list[str]) -> str:
     kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    return f"{kind} r={config.r} alpha={config.lora_alpha} on {len(layers)} layers: {files.describe(short(layers))}"
+    stacks = f" and {len(parameters)} stacks of experts" if parameters else ""
+    names = files.describe(short([*layers, *parameters]))
+    return f"{kind} r={config.r} alpha={config.lora_alpha} on {len(layers)} layers{stacks}: {names}"
+
+
+def _left_out(layers: list[str], stacks: list[str]) -> list[str]:
+    lines = []
+    if stacks:
+        names = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
+        lines.append(
+            f"stacks of experts get no adapter: {len(stacks)} weights ({names}); name them in target_parameters, with "
+            "lora_dropout: 0"
+        )
+    if layers:
+        lines.append(
+            f"{len(layers)} layers get no adapter, as PEFT takes their names to mean the experts: "
+            f"{files.describe(['.'.join(name.split('.')[-2:]) for name in layers])}"
+        )
+    return lines
 
 
 def _saved_lines(model: nn.Module, saved: list[str]) -> list[str]:

@@ -104,7 +104,7 @@ def check_agreement(recipe: LoraRecipe, config: LoraConfig, folder: Path) -> Non
         if field.name in ("adapter_name_or_path", "lora_dropout") or wish == field.default:
             continue
         has = getattr(config, field.name)
-        if field.name in ("target_modules", "modules_to_save"):
+        if field.name in ("target_modules", "target_parameters", "modules_to_save"):
             wish = sorted(split_names(wish))
             has = sorted(has or ()) if not isinstance(has, str) else has
         if wish != has:

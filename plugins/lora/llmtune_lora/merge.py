@@ -22,8 +22,12 @@ def fold(model: Any, adapters: Sequence[str]) -> None:
                 module.merged_adapters.clear()
             elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
                 module.original_module = module.modules_to_save[adapter]
+    wrapped = ""
     for name, module in list(model.named_modules()):
+        if wrapped and name.startswith(wrapped):
+            continue  # several weights of one module have wrappers inside each other, and the outermost is gone
         if isinstance(module, LoraLayer):
+            wrapped = f"{name}."
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.original_module)
@@ -38,8 +42,8 @@ def _separate_tied(model: nn.Module) -> None:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for module in model.modules():
-        if isinstance(module, LoraLayer) and holders.get(id(module.get_base_layer().weight), 0) > 1:
-            base: Any = module.get_base_layer()
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if hasattr(base, "weight") and holders.get(id(base.weight), 0) > 1:
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
 
 

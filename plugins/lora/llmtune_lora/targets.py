@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +15,12 @@ from llmtune import PlanError, linear_layers, output_heads, split_names
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 """Kinds of layers that can get an adapter; quantised layers are subclasses of nn.Linear."""
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether the layer computes what PEFT adds to: Llama 4's router is an nn.Linear whose result is a pair."""
+    own_code = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    return isinstance(module, ADAPTABLE) and not own_code
 
 
 def named(names: Iterable[str], wanted: str) -> list[str]:
@@ -32,15 +40,17 @@ def adapted_layers(model: nn.Module, target_modules: str | Sequence[str], saved:
     nothing, or a layer that is named for both.
     """
     wanted = split_names(target_modules)
-    adaptable = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
+    possible = [name for name, module in model.named_modules() if adaptable(module)]
     found: set[str] = set()
     for name in wanted:
         if name == "all":
-            found |= {layer for layer, _ in linear_layers(model) if not _within(layer, saved)}
+            found |= {
+                layer for layer, module in linear_layers(model) if adaptable(module) and not _within(layer, saved)
+            }
             continue
-        hits = named(adaptable, name)
+        hits = named(possible, name)
         if not hits:
-            raise PlanError(_nothing_named(model, name, adaptable))
+            raise PlanError(_nothing_named(model, name, possible))
         if both := [hit for hit in hits if _within(hit, saved)]:
             raise PlanError(
                 f"peft_config: {both[0]} is named by both target_modules and modules_to_save; a module has either an "
@@ -51,7 +61,52 @@ def adapted_layers(model: nn.Module, target_modules: str | Sequence[str], saved:
         raise PlanError(
             f'peft_config.target_modules: found nothing to adapt in {type(model).__name__}; name layers, or "all"'
         )
-    return [name for name in adaptable if name in found]
+    return [name for name in possible if name in found]
+
+
+def expressible(model: nn.Module, layers: Sequence[str], asked_for_all: bool) -> tuple[list[str], list[str]]:
+    """`layers` that PEFT adapts under their own names, and those it does not.
+
+    Models whose experts were linear layers once (Qwen3-MoE, DeepSeek-V3, Mixtral) have names that PEFT takes to mean
+    the stacks of experts, so that old adapters still load: `gate_proj` of a shared expert, too. An adapter on such a
+    layer could be neither put in nor read by others. Raises PlanError if the recipe names one.
+    """
+    config = LoraConfig(target_modules=list(layers))
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+        kept = set(config.target_modules or ())
+    except ValueError:  # half of a fused pair
+        kept = set()
+    left_out = [layer for layer in layers if layer not in kept]
+    if left_out and not asked_for_all:
+        raise PlanError(
+            f'peft_config.target_modules: PEFT takes "{short(left_out)[0]}" in {type(model).__name__} to mean its '
+            f"stacks of experts, not {left_out[0]}; leave it out, or name the stacks in target_parameters"
+        )
+    return [layer for layer in layers if layer in kept], left_out
+
+
+def adapted_parameters(model: nn.Module, target_parameters: str | Sequence[str] | None) -> list[str]:
+    """Full names of the weights outside linear layers that get an adapter. Raises PlanError for a name that matches
+    nothing."""
+    stacks = stacked_weights(model)
+    found: list[str] = []
+    for name in split_names(target_parameters):
+        hits = named(stacks, name)
+        if not hits:
+            raise PlanError(f"peft_config.target_parameters: {_unknown(name, short(stacks))}")
+        found += [hit for hit in hits if hit not in found]
+    return found
+
+
+def stacked_weights(model: nn.Module) -> list[str]:
+    """Full names of weights (experts, inputs, outputs) or (experts, outputs, inputs), in model order."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d)
+    ]
 
 
 def saved_modules(model: nn.Module, modules_to_save: str | Sequence[str] | None) -> list[str]:
@@ -105,14 +160,14 @@ def _check_copyable(name: str, module: Any) -> None:
         )
 
 
-def _nothing_named(model: nn.Module, name: str, adaptable: Sequence[str]) -> str:
-    inside = [layer for layer in adaptable if f".{name}." in f".{layer}."]
+def _nothing_named(model: nn.Module, name: str, possible: Sequence[str]) -> str:
+    inside = [layer for layer in possible if f".{name}." in f".{layer}."]
     if inside and named((path for path, _ in model.named_modules()), name):
         return (
             f'peft_config.target_modules: found "{name}", which is not a linear layer but holds some; name these: '
             f"{', '.join(short(inside))}"
         )
-    return f"peft_config.target_modules: {_unknown(name, short(adaptable))}"
+    return f"peft_config.target_modules: {_unknown(name, short(possible))}"
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
