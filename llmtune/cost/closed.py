@@ -77,31 +77,21 @@ def closed_form(plan: Plan, shape: Shape) -> Estimate:
         memory=everything.memory - sum((h.memory for h in held), Memory()),
         gathered=everything.gathered - sum(h.gathered for h in held),
         trained=everything.trained - sum(h.trained for h in held),
+        copied=everything.copied - sum(h.copied for h in held),
     )
     static = everything.memory - Memory(gradients=everything.memory.gradients)
     grads = Memory(gradients=everything.memory.gradients)
     kept, work = activations(plan, shape, [layer for _, layer in layers], ways)
-    biggest = max(held, key=lambda h: h.gathered, default=Held())
-    logits = Memory(logits=logits_bytes(plan, shape))
     before = Memory()
     if shape.micro_steps > 1:
         whole = ways.spread and ways.shards > 1 and ways.accumulates_whole
         before = Memory(gradients=4 * everything.trained) if whole else grads
-    moments = {"update": static + grads}
-    copies = Memory() if ways.spread else Memory(activations=everything.copied)
-    base = static + before
-    gathers = ways.spread
-    forward = Memory(gathered=root.gathered + (sum(h.gathered for h in held) if ways.keeps else 0) if gathers else 0)
-    moments["loss"] = base + forward + Memory(activations=sum(kept)) + logits + copies
-    reduced = biggest.trained * (ways.gather_bytes + 4)
-    back = Memory(gathered=root.gathered + 3 * biggest.gathered + reduced) if gathers else Memory()
-    checkpointed = plan.recipe.train.checkpointing != "none"
-    late = Memory() if checkpointed else copies
-    head = Memory(gradients=root.trained * 4 if not gathers else 0, gathered=root.trained * ways.gather_bytes if gathers else 0)
-    moments["backward"] = base + back + Memory(activations=sum(kept) + work) + late + head
-    if not before.gradients:
-        moments["end of backward"] = base + back + grads + Memory(activations=(max(kept, default=0)) + work)
-    moments["forward"] = base + Memory(gathered=2 * root.gathered + 2 * biggest.gathered if gathers else 0)
+    step = Step(
+        base=static + before, grads=Memory() if before.gradients else grads, kept=kept, work=work, layers=held, root=root,
+        logits=Memory(logits=logits_bytes(plan, shape)), ways=ways, head=head_trained(plan),
+        checkpointed=plan.recipe.train.checkpointing != "none",
+    )  # fmt: skip
+    moments = {"update": static + grads, **(step.spread() if ways.spread else step.alone())}
     if ways.offloaded:
         moments = {name: to_host(memory) for name, memory in moments.items()}
     moment, at_peak = max(moments.items(), key=lambda item: item[1].total)
@@ -109,6 +99,70 @@ def closed_form(plan: Plan, shape: Shape) -> Estimate:
     for memory in moments.values():
         most = most.most(memory)
     return Estimate(at_peak=at_peak, most=most, moment=moment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Bytes that the backward pass of one layer needs besides what is kept."""
+
+    early: int = 0
+    """All that the layer saved is there, and gradients of the MLP's activations."""
+    late: int = 0
+    """The MLP is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the moments of a step are made of."""
+
+    base: Memory
+    """There all the time."""
+    grads: Memory
+    """All gradients, where they are not in `base` already."""
+    kept: list[int]
+    """Bytes that each layer keeps from forward to backward."""
+    work: Work
+    layers: list[Held]
+    root: Held
+    """All that is in no layer."""
+    logits: Memory
+    head: int
+    """Numbers of the output head that train."""
+    ways: Ways
+    checkpointed: bool
+
+    def spread(self) -> dict[str, Memory]:
+        """With FSDP2. Two layers are gathered at a time; a layer's gradients wait whole, then in float32 as well to be
+        summed; the rest of the model stays gathered from forward to backward."""
+        width = self.ways.gather_bytes
+        big = max(self.layers, key=lambda h: h.gathered, default=Held())
+        root = Memory(gathered=self.root.gathered)
+        two = root + Memory(gathered=2 * big.gathered)
+        all_kept = Memory(activations=sum(self.kept))
+        upon = Memory(gathered=sum(h.gathered for h in self.layers) if self.ways.keeps else 0)
+        early = two + upon + all_kept + Memory(gathered=4 * big.trained + width * self.head)
+        late = early + Memory(gathered=width * big.trained)
+        moments = {
+            "forward": two + root,
+            "loss": root + upon + all_kept + self.logits,
+            "backward": early + Memory(activations=self.work.early),
+            "late in a layer": late + Memory(activations=self.work.late),
+            "end of backward": root + self.grads + Memory(gathered=self.root.trained * (width + 4)),
+        }
+        return {name: self.base + memory for name, memory in moments.items()}
+
+    def alone(self) -> dict[str, Memory]:
+        """On one device. Autocast's copies of trained weights live as long as the forward pass, and to the backward
+        pass where that is not computed again."""
+        copies = Memory(activations=sum(h.copied for h in self.layers) + self.root.copied)
+        all_kept = Memory(activations=sum(self.kept))
+        head = Memory(gradients=4 * self.head if self.grads.total else 0)
+        moments = {
+            "loss": all_kept + self.logits + copies,
+            "backward": all_kept + head + Memory(activations=self.work.early) + (Memory() if self.checkpointed else copies),
+            "end of backward": self.grads + Memory(activations=max(self.kept, default=0) + self.work.late),
+        }
+        return {name: self.base + memory for name, memory in moments.items()}
 
 
 def to_host(memory: Memory) -> Memory:
@@ -142,53 +196,73 @@ def _key(name: str, shape: tuple[int, ...], parameter: Any) -> tuple[Any, ...]:
 
 
 def optimizer_bytes(plan: Plan, ways: Ways) -> dict[tuple[Any, ...], int]:
-    """State of each kind of trained parameter, found by letting the recipe's optimiser take a step on fake tensors."""
-    import torch
-    from torch import nn
+    """State of each kind of trained parameter, found by letting the recipe's optimiser take a step: on fake tensors, or
+    where it cannot, on small real ones, its state then being taken to grow with the parameter."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kinds = {}
+    kinds: dict[tuple[Any, ...], tuple[str, tuple[int, ...], Any]] = {}
     for name, parameter in plan.model.named_parameters():
         if parameter.requires_grad:
             shape = ways.local(tuple(parameter.shape))
             kinds.setdefault(_key(name, shape, parameter), (name, shape, parameter.dtype))
-    with FakeTensorMode(), torch.device("cpu"):
-        named = [(name, nn.Parameter(torch.empty(shape, dtype=dtype))) for name, shape, dtype in kinds.values()]
-        for _, parameter in named:
-            parameter.grad = torch.empty_like(parameter)
-        factory = plan.parts.one("optim_config").built
-        optimizer = factory.create([p for p in named if p[1].dim() > 1], [p for p in named if p[1].dim() <= 1], 1e-3)
-        optimizer.step()
-    return {
-        key: sum(v.numel() * v.element_size() for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
-        for key, (_, p) in zip(kinds, named, strict=True)
-    }
+    factory = plan.parts.one("optim_config").built
+    try:
+        with FakeTensorMode():
+            sizes = _state_sizes(factory, list(kinds.values()))
+    except Exception:
+        # Whatever a foreign optimiser does with values that fake tensors have not.
+        small = [(name, _small(shape), dtype) for name, shape, dtype in kinds.values()]
+        ratios = [math.prod(shape) / math.prod(_small(shape)) for _, shape, _ in kinds.values()]
+        sizes = [int(size * ratio) for size, ratio in zip(_state_sizes(factory, small), ratios, strict=True)]
+    return dict(zip(kinds, sizes, strict=True))
 
 
-def activations(plan: Plan, shape: Shape, layers: list[nn.Module], ways: Ways) -> tuple[list[int], int]:
-    """(bytes that each layer keeps from forward to backward, bytes that one layer's backward needs besides)."""
+def _small(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """At most 2**16 numbers, with as many dimensions."""
+    return tuple(min(size, 2 ** (16 // len(shape))) for size in shape)
+
+
+def _state_sizes(factory: Any, named: list[tuple[str, tuple[int, ...], Any]]) -> list[int]:
+    """Bytes of state after a step, for parameters of these names, shapes and types."""
+    import torch
+    from torch import nn
+
+    parameters = [(name, nn.Parameter(torch.zeros(shape, dtype=dtype))) for name, shape, dtype in named]
+    for _, parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    matrices = [pair for pair in parameters if pair[1].dim() > 1]
+    optimizer = factory.create(matrices, [pair for pair in parameters if pair[1].dim() <= 1], 1e-3)
+    optimizer.step()
+    states = [optimizer.state.get(parameter, {}) for _, parameter in parameters]
+    return [
+        sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, torch.Tensor))
+        for state in states
+    ]
+
+
+def activations(plan: Plan, shape: Shape, layers: list[nn.Module], ways: Ways) -> tuple[list[int], Work]:
+    """(bytes that each layer keeps from forward to backward, what one layer's backward needs besides)."""
     config = plan.model.config.get_text_config()
     tokens, c = shape.tokens, ways.compute_bytes
-    width = config.hidden_size
-    reached, kept, work = False, [], 0
+    reached, kept, work = _below_trains(plan), [], Work()
     for layer in layers:
-        reached = reached or any(p.requires_grad for p in layer.parameters()) or _below_trains(plan)
-        saved = tokens * saved_per_token(layer, config, ways)
-        inner = tokens * inner_width(config) * c
-        match plan.recipe.train.checkpointing if reached else "frozen":
-            case "frozen":
-                kept.append(0)
-                work = max(work, inner * 2)
-            case "none":
-                kept.append(saved)
-                work = max(work, inner * 3)
-            case "full":
-                kept.append(tokens * width * c)
-                work = max(work, saved + inner * 3)
-            case _:
-                kept.append(tokens * width * c + saved // 2)
-                work = max(work, saved // 2 + inner * 3)
+        reached = reached or any(p.requires_grad for p in layer.parameters())
+        if not reached:
+            kept.append(0)
+            continue
+        saved = tokens * saved_per_token(layer, config, ways) // ways.tensor
+        mlp = tokens * inner_width(config) * c // ways.tensor
+        again = {"none": 0.0, "selective": 0.5, "full": 1.0}[plan.recipe.train.checkpointing]
+        kept.append(int(saved * (1 - again)) + (tokens * config.hidden_size * c if again else 0))
+        early, late = int(saved * again) + 3 * mlp, max(0, int(saved * again) - 3 * mlp)
+        work = Work(early=max(work.early, early), late=max(work.late, late))
     return kept, work
+
+
+def head_trained(plan: Plan) -> int:
+    """Numbers of the output head that train."""
+    head = plan.model.get_output_embeddings() if hasattr(plan.model, "get_output_embeddings") else None
+    return sum(p.numel() for p in head.parameters() if p.requires_grad) if head is not None else 0
 
 
 def _below_trains(plan: Plan) -> bool:
@@ -227,11 +301,11 @@ def saved_per_token(layer: nn.Module, config: Any, ways: Ways) -> int:
         if size == width:
             norm += size * 4 + (size * c if module.weight.requires_grad else 0)
     attention = c * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
-    products, dropouts = _product_inputs(layer, ways)
+    products, dropouts = _product_inputs(layer)
     return norm + attention + 3 * c * inner + c * products + (c + 1) * dropouts
 
 
-def _product_inputs(layer: nn.Module, ways: Ways) -> tuple[int, int]:
+def _product_inputs(layer: nn.Module) -> tuple[int, int]:
     """Numbers a token leaves as inputs of trained products (each shared input once), and in dropout."""
     import torch
 
@@ -259,8 +333,6 @@ def logits_bytes(plan: Plan, shape: Shape) -> int:
     if fused:
         numbers = min(numbers, LOSS_CHUNK[plan.situation.device] // 4)
         hidden = shape.targets * config.hidden_size * c * 2
-        head = plan.model.get_output_embeddings()
-        trained = sum(p.numel() * 4 for p in head.parameters() if p.requires_grad) if head is not None else 0
-        return numbers * (4 + c + (c if c < 4 else 0)) + hidden + trained
+        return numbers * (4 + c + (c if c < 4 else 0)) + hidden + 4 * head_trained(plan)
     return numbers * (12 if c == 4 else 4 + 4 + 4 + c) + shape.tokens * config.hidden_size * c
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtune.cost.closed import closed_form, logits_bytes
 from llmtune.cost.memory import Estimate, Memory
 from llmtune.cost.shape import Shape, fake_batch
 from llmtune.cost.tracker import Segment, Tracker, by_category
@@ -52,6 +53,8 @@ class Timeline:
     runs: list[Run]
     static: list[Memory]
     """By layer: what it holds all the time (weights, adapters, optimiser state)."""
+    has_state: bool
+    """Whether the optimiser could take a step on fake tensors, so that its state was counted."""
 
 
 def trace(plan: Plan, shape: Shape) -> Estimate:
@@ -65,7 +68,11 @@ def trace(plan: Plan, shape: Shape) -> Estimate:
     with fake_group(plan):
         objective = built(spread_plan)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return unroll(step(spread_plan, objective, shape, runs))
+            timeline = step(spread_plan, objective, shape, runs)
+    # A fused loss takes larger chunks on a GPU than on the CPU, where the trace takes place.
+    chunks = logits_bytes(plan, shape) - logits_bytes(spread_plan, shape)
+    stateless = Memory() if timeline.has_state else Memory(optimizer=closed_form(plan, shape).most.optimizer)
+    return unroll(timeline, everywhere=stateless, loss=Memory(logits=chunks))
 
 
 @contextmanager
@@ -122,39 +129,50 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
 def step(plan: Plan, objective: nn.Module, shape: Shape, runs: list[Run]) -> Timeline:
     """Take one optimiser step. The optimiser's state is there beforehand, as it is from the second step on."""
     from llmtune.loop import Training, clip, forward_backward, global_norm
-    from llmtune.optim import make_optimizer
     from llmtune.placement import materialise
 
     train = plan.recipe.train
     materialise(plan.model, plan.device)
     objective.train()
-    optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, train.learning_rate)
+    parameters = [parameter for parameter in plan.model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = stepped_optimizer(plan)
     training = Training(
         objective=objective, optimizer=optimizer, feed=plan.feed, schedule=plan.parts.one("lr_scheduler_config").built,
         distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=1,
         warmup_steps=0, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
     )  # fmt: skip
     micros = [fake_batch(shape, torch.zeros) for _ in range(min(2, shape.micro_steps))]
-    parameters = training.parameters
-
-    def update() -> None:
-        clip(training, global_norm(parameters), 2.0 * (training.max_grad_norm or 1.0))
-        optimizer.step()
-
-    # The first update makes the optimiser's state, and DTensor's notes on how each operation spreads.
+    large_norm = 2.0 * (training.max_grad_norm or 1.0)
+    # Beforehand once: DTensor works out how each operation spreads, on tensors that are not the step's.
+    clip(training, global_norm(parameters), large_norm)
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    update()
-    optimizer.zero_grad(set_to_none=True)
+        parameter.grad = None
     tracker = Tracker()
     observer = Observer(plan, objective, optimizer, tracker)
     with torch.random.fork_rng(devices=[]), tracker:
         observer.begin()
         forward_backward(training, micros, torch.ones(()), 0)
         observer.update()
-        update()
+        clip(training, global_norm(parameters), large_norm)
+        if optimizer is not None:
+            optimizer.step()
         tracker.mark("end")
-    return Timeline(tracker.segments, runs, observer.static)
+    return Timeline(tracker.segments, runs, observer.static, optimizer is not None)
+
+
+def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
+    """The recipe's optimiser with its state made by a first step, or None where it cannot work on fake tensors."""
+    from llmtune.optim import make_optimizer
+
+    try:
+        optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, plan.recipe.train.learning_rate)
+        optimizer.step()
+        return optimizer
+    except Exception:
+        # Whatever a foreign optimiser does with values that fake tensors have not.
+        return None
 
 
 def built(plan: Plan) -> nn.Module:
@@ -177,7 +195,7 @@ def built(plan: Plan) -> nn.Module:
 class Observer:
     """Cuts a tracked step at its layers, and tells the tracker what things are for."""
 
-    def __init__(self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
+    def __init__(self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker) -> None:
         self.tracker = tracker
         self.parameters = [parameter for parameter in plan.model.parameters() if parameter.requires_grad]
         self.forward = False
@@ -196,11 +214,12 @@ class Observer:
             layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
             layer.register_forward_hook(lambda _, __, output, index=index: self._leave(index, output))
 
-    def _hold(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Memory:
+    def _hold(self, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> Memory:
         """What a module holds all the time."""
         parameters = list(module.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        states = [value for p in trained for value in optimizer.state.get(p, {}).values() if isinstance(value, Tensor)]
+        held = [optimizer.state.get(parameter, {}) for parameter in trained] if optimizer else []
+        states = [value for state in held for value in state.values() if isinstance(value, Tensor)]
         frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         assign = self.tracker.assign
         storages = assign(module.buffers(), "weights") + assign(frozen, self.kinds["weights"])
@@ -251,9 +270,9 @@ class Observer:
         self.tracker.kind = self.kinds["optimizer"]
 
 
-def unroll(timeline: Timeline) -> Estimate:
-    """Add the layers that were left out to every moment of the timeline; find the largest."""
-    shift = Memory()
+def unroll(timeline: Timeline, everywhere: Memory, loss: Memory) -> Estimate:
+    """Add the layers that were left out to every moment of the timeline, and what was not traced; find the largest."""
+    shift = everywhere
     for run in timeline.runs:
         if run.left_out:
             shift += timeline.static[run.first + 1].times(run.left_out)
@@ -262,8 +281,9 @@ def unroll(timeline: Timeline) -> Estimate:
     for index, segment in enumerate(segments):
         if index and (left_out := _inserted(segments[index - 1].name, segment.name, timeline.runs)):
             shift += (by_category(segment.start) - by_category(segments[index - 1].start)).times(left_out)
-        found = by_category(segment.peak) + shift
-        most = most.most(found)
+        now = shift + loss if segment.name[0] == "loss" else shift
+        found = by_category(segment.peak) + now
+        most = most.most(found).most(Memory(**segment.most) + now)
         if found.total > best.total:
             best, moment = found, segment.name[0]
     return Estimate(at_peak=best, most=most, moment=moment)

@@ -41,6 +41,8 @@ class Segment:
     start: list[Storage]
     peak: list[Storage] = field(default_factory=list)
     peak_bytes: int = -1
+    most: dict[str, int] = field(default_factory=dict)
+    """The largest sum of each category, as far as it was known at the time."""
 
 
 def by_category(storages: Iterable[Storage]) -> Memory:
@@ -113,8 +115,12 @@ class Tracker(TorchDispatchMode):
             return
         self._refresh()
         live = list(self._live.values())
-        total = sum(storage.size for storage in live)
-        segment = self.segments[-1]
+        sums: dict[str, int] = {}
+        for storage in live:
+            sums[storage.kind] = sums.get(storage.kind, 0) + storage.size
+        total, segment = sum(sums.values()) - sums.get("host", 0), self.segments[-1]
+        for kind, size in sums.items():
+            segment.most[kind] = max(segment.most.get(kind, 0), size)
         if total > segment.peak_bytes:
             segment.peak, segment.peak_bytes = live, total
 

@@ -1,0 +1,222 @@
+"""What to change where a plan does not fit: changed recipes, planned and estimated like the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from llmtune.cost.shape import Shape, largest
+from llmtune.errors import LlmtuneError, raise_all
+from llmtune.ranks import Ranks
+
+if TYPE_CHECKING:
+    from llmtune.cost.estimate import Cost
+    from llmtune.planning import Plan
+
+STRUCTURE = ("quant_config", "peft_config", "kernel_config")
+"""Keys that change the model, which then has to be edited anew."""
+MOST_RANKS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Recipe keys to set, or another number of ranks."""
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    ranks: int | None = None
+    same: bool = True
+    """Whether the trained model stays what it would have been."""
+
+    def __str__(self) -> str:
+        words = [f"{key}: {_shown(value)}" for key, value in self.keys.items()]
+        return ", ".join([*words, *([f"--ranks {self.ranks}"] if self.ranks else [])])
+
+    def __or__(self, other: Change) -> Change:
+        return Change(
+            keys={**self.keys, **other.keys}, ranks=other.ranks or self.ranks, same=self.same and other.same
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A change and what it gives."""
+
+    change: Change
+    peak: int
+    """Bytes on each rank."""
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """Changes one by one, in the order in which to try them, and the first ones together that fit."""
+
+    single: tuple[Suggestion, ...]
+    together: Suggestion | None
+    """Where none is enough alone: several at once; None if one is, or if nothing is known that fits."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+
+        def plain(found: Suggestion) -> dict[str, Any]:
+            return {"change": str(found.change), "same_result": found.change.same, "peak": found.peak, "fits": found.fits}
+
+        return {
+            "single": [plain(found) for found in self.single],
+            "together": plain(self.together) if self.together else None,
+        }
+
+
+def advise(cost: Cost) -> Advice:
+    """Estimate each change that applies; then, if none is enough, add them up in order until they are."""
+    single: list[Suggestion] = []
+    before = cost.memory.at_peak.total
+    for change in candidates(cost):
+        found = suggestion(cost, change)
+        if found is not None and found.peak < 0.99 * before:
+            single.append(found)
+    if any(found.fits for found in single):
+        return Advice(single=tuple(single), together=None)
+    return Advice(single=tuple(single), together=_together(cost, single))
+
+
+def _together(cost: Cost, single: list[Suggestion]) -> Suggestion | None:
+    """Helpful changes joined in their order. The formulas, which are instant, say when a trace is worth its time."""
+    joined, peak = Change(), cost.quick.at_peak.total
+    for found in single:
+        wider = joined | found.change
+        changed = _changed(cost, wider)
+        if changed is None or changed.quick.at_peak.total > 0.99 * peak:
+            continue
+        joined, peak = wider, changed.quick.at_peak.total
+        if peak <= 1.1 * cost.device.usable and changed.fits:
+            return Suggestion(change=joined, peak=changed.memory.at_peak.total, fits=True)
+    return None
+
+
+def suggestion(cost: Cost, change: Change) -> Suggestion | None:
+    """The change's figure, by the same estimator; None where the changed recipe is not allowed."""
+    changed = _changed(cost, change)
+    if changed is None:
+        return None
+    return Suggestion(change=change, peak=changed.memory.at_peak.total, fits=changed.fits)
+
+
+def _changed(cost: Cost, change: Change) -> Cost | None:
+    try:
+        plan = replan(cost.plan, change)
+    except LlmtuneError:
+        return None
+    return replace(cost, plan=plan, shape=_shape(cost, plan), untraced="")
+
+
+def replan(plan: Plan, change: Change) -> Plan:
+    """The plan of the changed recipe, on the same data. Raises what an impossible recipe raises."""
+    from llmtune.hookspecs import EXTENSION_POINTS
+    from llmtune.mesh import arrange
+    from llmtune.parts import find_parts
+    from llmtune.planning import make_plan
+    from llmtune.recipe import load_recipe
+    from llmtune.registry import Registry
+
+    recipe, registry = load_recipe(dict(plan.recipe.tree), dict(change.keys)), Registry()
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, EXTENSION_POINTS)
+    raise_all(problems)
+    ranks = arrange(Ranks(size=change.ranks or plan.ranks.size), parts.one("dist_config").built, "dist_config")
+    if set(STRUCTURE) & set(change.keys):
+        made = make_plan(recipe, registry, ranks, plan.device, mode="build", target=plan.target)
+        return replace(made, mode="train", parts=parts, data=plan.data, feed=plan.feed)
+    situation = replace(plan.situation, ranks=ranks.size, layout=ranks.layout)
+    return replace(plan, recipe=recipe, parts=parts, ranks=ranks, situation=situation)
+
+
+def _shape(cost: Cost, plan: Plan) -> Shape:
+    """The largest micro-batch of the changed plan; rows are cut where `cutoff_len` became shorter."""
+    shape, before, now = largest(plan), cost.plan.recipe.data.cutoff_len, plan.recipe.data.cutoff_len
+    if now >= before:
+        return shape
+    rows = plan.recipe.train.per_device_train_batch_size if shape.flat else 1
+    length = min(shape.length, rows * now)
+    share = length / shape.length
+    return replace(shape, length=length, targets=int(shape.targets * share), attended=shape.attended * share)
+
+
+def candidates(cost: Cost) -> Iterator[Change]:
+    """In order: first what leaves the result as it is, then what trains something else."""
+    plan, train = cost.plan, cost.plan.recipe.train
+    tree, part = plan.recipe.tree, plan.parts.one("dist_config")
+    for name in _offered("kernel_config") if "kernel_config" not in plan.recipe.blocks else ():
+        yield Change(keys={"kernel_config": name})
+    levels = ("none", "selective", "full")
+    for level in levels[levels.index(train.checkpointing) + 1 :]:
+        yield Change(keys={"activation_checkpointing": level, "disable_gradient_checkpointing": False})
+    rows, micros = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    for smaller in sorted({max(1, rows // 2), 1} - {rows}, reverse=True):
+        if rows % smaller == 0:
+            keys = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": micros * rows // smaller}
+            yield Change(keys=keys)
+    block = {"name": part.plugin.name, **_given(tree.get("dist_config"))}
+    if micros > 1 and getattr(part.config, "accumulate_sharded", None) is False and plan.ranks.size > 1:
+        yield Change(keys={"dist_config": {**block, "accumulate_sharded": True}})
+    yield from _more_ranks(cost)
+    if getattr(part.config, "offload_params", None) is False:
+        yield Change(keys={"dist_config": {**block, "offload_params": True}})
+    yield from _other_training(cost)
+
+
+def _more_ranks(cost: Cost) -> Iterator[Change]:
+    """The smallest doubling that the formulas find enough; where none is, the one after which little is gained."""
+    peak, ranks = cost.quick.at_peak.total, cost.plan.ranks.size
+    best = None
+    while ranks < MOST_RANKS:
+        ranks *= 2
+        changed = _changed(cost, Change(ranks=ranks))
+        if changed is None or (best and changed.quick.at_peak.total > 0.9 * peak):
+            break
+        best, peak = Change(ranks=ranks), changed.quick.at_peak.total
+        if peak <= 0.95 * cost.device.usable:
+            break
+    if best:
+        yield best
+
+
+def _other_training(cost: Cost) -> Iterator[Change]:
+    """Changes after which something else is trained, or more coarsely."""
+    plan = cost.plan
+    for name in _offered("optim_config"):
+        if name != plan.parts.one("optim_config").plugin.name:
+            yield Change(keys={"optim_config": name}, same=False)
+    peft, quant = plan.parts.at("peft_config"), plan.parts.at("quant_config")
+    for name in _offered("peft_config") if not peft else ():
+        yield Change(keys={"peft_config": name}, same=False)
+    for name in _offered("quant_config") if not quant else ():
+        if peft:
+            yield Change(keys={"quant_config": name}, same=False)
+            continue
+        for adapter in _offered("peft_config"):
+            yield Change(keys={"peft_config": adapter, "quant_config": name}, same=False)
+    for part in (2, 4):
+        if (length := plan.recipe.data.cutoff_len // part) >= 256:
+            yield Change(keys={"cutoff_len": length}, same=False)
+
+
+def _offered(point: str) -> list[str]:
+    """Names of installed plugins that can be used."""
+    from llmtune.registry import Registry
+
+    found = [row for row in Registry().listing() if row.point == point and row.state == "ok"]
+    return [row.name for row in found if all(met for _, met in row.requires)]
+
+
+def _given(block: Any) -> dict[str, Any]:
+    return dict(block) if isinstance(block, Mapping) else {}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
