@@ -67,8 +67,8 @@ class Lora:
             ]
         if self.config.target_parameters and (situation.layout.tensor > 1 or situation.layout.expert > 1):
             return [
-                "target_parameters needs whole stacks of experts on every rank, which tp_size and ep_size split; remove "
-                "those, or target_parameters"
+                "target_parameters needs whole stacks of experts on every rank, which tp_size and ep_size split; "
+                "remove those, or target_parameters"
             ]
         return []
 

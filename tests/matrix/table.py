@@ -1,0 +1,152 @@
+"""`docs/matrix.md`, from results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from tests.matrix.axes import AXES, QUANTISED, REFUSED, USE_AXES, Combo, grid, refusals
+from tests.matrix.families import FAMILIES, WAYS, Family
+from tests.matrix.runner import LEARNT, TOLERANCE, Result
+from tests.matrix.scene import GLOBAL_BATCH, STEPS
+
+PAGE = "docs/matrix.md"
+
+
+def page(results: Sequence[Result]) -> str:
+    """The whole page."""
+    train = [r for r in results if r.combo.use == "training"]
+    plain = [r for r in train if r.combo in _GRID]
+    used = [r for r in results if r.combo.use == "inference"]
+    families = [r for r in train if r not in plain or r.combo.accumulation == 2]
+    parts = [_head(plain, used, families), _axes(plain), _methods(plain), _inference(used), _families(families)]
+    return "\n\n".join(parts) + "\n"
+
+
+_GRID = set(grid())
+
+
+def _head(plain: Sequence[Result], used: Sequence[Result], families: Sequence[Result]) -> str:
+    legal = sum(not refusals(combo) for combo in _GRID)
+    ran = [r for r in plain if not refusals(r.combo)]
+    refused = [r for r in plain if refusals(r.combo)]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    wrong = sum(r.outcome == "wrong" for r in [*plain, *used, *families])
+    return f"""# The matrix
+
+Every way to load, quantise, adapt, speed up, spread and batch, combined: {len(_GRID):,} combinations, of which {legal:,}
+can be trained and {len(_GRID) - legal:,} must be refused. `python -m tests.matrix` generates them, runs them on a tiny
+model and writes this page; `tests/test_matrix.py` and `tests/test_families.py` run few that cover all pairs of values.
+
+Each run is compared with one process of plain transformers and PEFT, trained by a loop written by hand
+(`tests/by_hand.py`): padded rows, full logits, one mean over the step. It does {STEPS} optimiser steps of
+{GLOBAL_BATCH} rows (or packs of rows) in float32 and evaluates after every other one, which must change nothing. Then
+what it saved is opened by `PeftModel.from_pretrained` or `from_pretrained` on the same base.
+
+- **equal**: loss and gradient norm of every step are within {TOLERANCE:.0e} of the reference's, and the reopened
+  model's logits within {TOLERANCE:.0e} of the largest one; training had changed them by more than {LEARNT:.0e}.
+- **refused**: `llmtune plan` says why in one sentence. Which combinations these are is written down by hand in
+  `tests/matrix/axes.py`, not taken from the program.
+
+On this page: {len(ran):,} of the {legal:,} were trained, {len(refused):,} of the {len(_GRID) - legal:,} refused;
+{len(used)} uses of a trained result; {len(families)} runs or refusals of model families; {wrong or "none"} wrong.
+{packages}, on a CPU.
+
+```
+python -m tests.matrix --pairwise                # a minute
+python -m tests.matrix --families --inference
+python -m tests.matrix --whole --slice 3/50      # hours without a slice; continues where it stopped
+python -m tests.matrix --write                   # this page, from all results so far
+```"""
+
+
+def _axes(plain: Sequence[Result]) -> str:
+    rows = []
+    for axis, values in AXES.items():
+        for value in values:
+            ran = [r for r in plain if getattr(r.combo, axis) == value and not refusals(r.combo)]
+            rows.append([axis, {True: "on", False: "off"}.get(value, str(value)) if axis == "packing" else str(value)])
+            rows[-1] += [str(len(ran)), *(_largest(ran, what) for what in ("loss", "norm", "logits"))]
+    return "## Axes\n\nLargest deviation among the runs with each value.\n\n" + _table(
+        ["axis", "value", "runs", "loss", "gradient norm", "saved result's logits"], rows
+    )
+
+
+def _methods(plain: Sequence[Result]) -> str:
+    rows = []
+    for method in AXES["method"]:
+        row = [method]
+        for base in AXES["base"]:
+            cell = [r for r in plain if (r.combo.base, r.combo.method) == (base, method)]
+            row.append(_cell(cell, bool(refusals(Combo(base=base, method=method)))))
+        rows.append(row)
+    reasons = "\n".join(f"- {_words(refusal.when)}: {refusal.why}." for refusal in REFUSED)
+    return "## Methods on bases\n\n" + _table(["", *AXES["base"]], rows) + "\n\nRefused, and why:\n\n" + reasons
+
+
+def _words(when: object) -> str:
+    assert isinstance(when, dict)
+    texts = {("base", QUANTISED): "a quantised base"}
+    return " with ".join(
+        texts.get((axis, values), " or ".join(values)) for axis, values in when.items() if axis != "use"
+    )
+
+
+def _inference(used: Sequence[Result]) -> str:
+    rows = []
+    for method in USE_AXES["method"]:
+        row = [method]
+        for base in USE_AXES["base"]:
+            cell = [r for r in used if (r.combo.base, r.combo.method) == (base, method)]
+            row.append(_cell(cell, False))
+        rows.append(row)
+    text = "What was trained in full precision, opened by llmtune on each base, with and without kernels, against "
+    return f"## Use\n\n{text}transformers and PEFT.\n\n" + _table(["", *USE_AXES["base"]], rows)
+
+
+def _families(families: Sequence[Result]) -> str:
+    rows = []
+    for name, family in FAMILIES.items():
+        mine = [r for r in families if r.combo.family == name]
+        row = [name, family.has]
+        for base, method in WAYS.values():
+            cell = [r for r in mine if (r.combo.base, r.combo.method) == (base, method) and not _unpackable(family, r)]
+            row.append(_cell(cell, bool(family.refused)) if family.experts or method != "experts" else "")
+        row.append(_packing(family, mine))
+        rows.append(row)
+    text = (
+        "Tiny random models from their configs, on 1 and 2 ranks, with and without kernels and packing. "
+        "`llama_classifier` is refused because the sft stage learns next tokens."
+    )
+    return f"## Model families\n\n{text}\n\n" + _table(["family", "what it has", *WAYS, "packing"], rows)
+
+
+def _unpackable(family: Family, result: Result) -> bool:
+    return bool(family.unpackable) and result.combo.packing
+
+
+def _packing(family: Family, mine: Sequence[Result]) -> str:
+    if family.refused:
+        return ""
+    if family.unpackable:
+        return f"refused: {family.unpackable}"
+    return _cell([r for r in mine if r.combo.packing], False)
+
+
+def _cell(cell: Sequence[Result], refused: bool) -> str:
+    """`equal, 12 runs`; what is missing or wrong, loudly."""
+    if wrong := [r for r in cell if r.outcome == "wrong"]:
+        return f"**wrong: {len(wrong)} of {len(cell)}**"
+    if not cell:
+        return "not run"
+    return f"{'refused' if refused else 'equal'} ({len(cell)})"
+
+
+def _largest(results: Sequence[Result], what: str) -> str:
+    values = [getattr(result, what) for result in results]
+    return f"{max(values):.0e}" if values else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    line: Callable[[Sequence[str]], str] = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
