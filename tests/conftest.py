@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny random Llama with untied heads and a ChatML tokenizer."""
-    from tests.tiny import tiny_model_folder
+    from llmtune.testing import tiny_model_folder
 
     return str(tiny_model_folder(tmp_path_factory.mktemp("model")))
 
@@ -36,7 +36,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_tied_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with tied embeddings, as most small models have."""
-    from tests.tiny import tiny_model_folder
+    from llmtune.testing import tiny_model_folder
 
     return str(tiny_model_folder(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True))
 
@@ -44,20 +44,9 @@ def tiny_tied_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 short conversations of different lengths, some with two turns, as OpenAI messages."""
-    import json
+    from llmtune.testing import tiny_chats
 
-    rows = []
-    for number in range(24):
-        messages = [
-            {"role": "user", "content": f"How much is {number} and {number}?" + " Please." * (number % 4)},
-            {"role": "assistant", "content": f"It is {2 * number}." + " Anything else?" * (number % 3)},
-        ]
-        if number % 5 == 0:
-            messages += [{"role": "user", "content": "No."}, {"role": "assistant", "content": "Good day then."}]
-        rows.append({"messages": messages})
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(tiny_chats(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture

@@ -1,0 +1,179 @@
+"""The laws: each is broken by a part that is wrong in one way, and kept by sound ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.testing import LawError, check_plugin, in_ranks, laws, tiny_chats, tiny_recipe
+
+HERE = Path(__file__).parent
+BROKEN = {
+    ("quant_config", "forgets_a_rule"): ("accounts_for_every_tensor", "gave no rule to load them"),
+    ("quant_config", "restores_the_wrong"): ("restores_what_it_converted", "error of 1.0"),
+    ("quant_config", "scales_by_its_piece"): ("converts_in_pieces", "on 2 ranks is not what `convert` makes"),
+    ("quant_config", "gathers_on_one_rank"): ("converts_in_pieces", "a different number of times"),
+    ("quant_config", "computes_otherwise"): ("computes_with_the_restored_weights", "of the restored weights"),
+    ("quant_config", "says_no_word"): ("says_that_it_quantises", "quantized_base"),
+    ("peft_config", "trains_the_base"): ("trains_what_it_claims", "is an adapter and trains model.layers.1"),
+    ("peft_config", "trains_what_it_does_not_use"): ("trains_what_it_claims", "idle are claimed and get no gradient"),
+    ("peft_config", "moves_frozen_weights"): ("trains_what_it_claims", "changed in training without being claimed"),
+    ("peft_config", "starts_at_random"): ("loads_completely", "random numbers drawn outside `Change.fresh`"),
+    ("peft_config", "starts_by_rank"): ("same_on_ranks", "with 1 rank"),
+    ("peft_config", "merges_nothing"): ("merges_into_a_plain_model", "does not answer like base plus adapter"),
+    ("peft_config", "remembers_outside"): ("resumes_exactly", "differ after resuming"),
+    ("peft_config", "opens_otherwise"): ("reopens_as_trained", "reopened model's logits differ"),
+    ("kernel_config", "wrong_gradient"): ("trains_as_without_it", "the gradient of"),
+    ("kernel_config", "wrong_answer"): ("answers_as_without_it", "logits differ"),
+    ("kernel_config", "does_nothing"): ("replaces_something", "it reports: not used"),
+    ("kernel_config", "mixes_documents"): ("keeps_documents_apart", "cannot keep documents apart"),
+    ("stage_config", "takes_the_mean"): ("is_a_sum_over_rows", "do not take means"),
+    ("stage_config", "detaches_a_part"): ("has_the_gradient_of_its_loss", "its gradient says"),
+    ("stage_config", "counts_padding"): ("ignores_padding", "more tokens of padding"),
+    ("stage_config", "nudges_weights"): ("changes_nothing", "model.norm.weight changed"),
+    ("stage_config", "climbs"): ("learns", "the loss went from"),
+    ("dist_config", "sums_gradients"): ("same_on_ranks", "grad_norm"),
+    ("dist_config", "loses_ranks"): ("arranges_all_ranks", "layout(2)"),
+    ("optim_config", "has_its_own_rate"): ("obeys_the_learning_rate", "move at a learning rate of 0"),
+    ("optim_config", "decays_all"): ("spares_vectors_from_decay", "a vector without gradient moved"),
+    ("optim_config", "hides_its_state"): ("resumes_exactly", "differ after resuming"),
+    ("optim_config", "goes_uphill"): ("lowers_a_loss", "the loss went from"),
+    ("optim_config", "drops_vectors"): ("takes_every_parameter", "vector"),
+    ("lr_scheduler_config", "doubles"): ("stays_within_bounds", "is 2.0"),
+    ("lr_scheduler_config", "starts_low"): ("takes_over_after_warmup", "the rate jumps"),
+    ("lr_scheduler_config", "counts_calls"): ("is_a_pure_function", "depends on earlier calls"),
+    ("lr_scheduler_config", "divides_by_zero"): ("survives_the_edges", "ZeroDivisionError"),
+    ("lr_scheduler_config", "undocumented"): ("documents_its_keys", "says nothing of rate"),
+    ("lr_scheduler_config", "sums_up_nothing"): ("documents_its_keys", "`summary` is empty"),
+    ("lr_scheduler_config", "out_of_bounds"): ("reads_its_keys", "the default of rate is -1.0"),
+    ("lr_scheduler_config", "mutable"): ("reads_its_keys", "frozen=True"),
+    ("lr_scheduler_config", "draws_numbers"): ("builds_without_side_effects", "torch's random state"),
+    ("lr_scheduler_config", "has_no_entry"): ("is_discovered", "no entry point of this name"),
+    ("lr_scheduler_config", "heavy"): ("has_a_light_module", "torch"),
+    ("logger_config", "hates_nan"): ("takes_any_number", "NaN"),
+    ("logger_config", "writes_early"): ("survives_a_run_that_never_started", "acme-early.txt"),
+    ("logger_config", "needs_a_start"): ("survives_a_run_that_never_started", "AttributeError"),
+    ("init_config", "shifts_rows"): ("fetches_what_the_files_hold", "is not what the file holds"),
+    ("init_config", "rounds"): ("loads_the_checkpoint", "are not what the files hold"),
+}
+"""What is wrong: the law that says so, and words of what it says."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The broken package and the sound one they spoil, as pip leaves them: on the path, with entry points."""
+    site = tmp_path_factory.mktemp("site")
+    names = [name for _, name in BROKEN if name not in ("has_no_entry", "heavy")]
+    entries = {
+        "acme-broken": [f"{name} = acme_broken" for name in names],
+        "acme-heavy": ["heavy = acme_heavy"],
+        "acme-tuning": [f"{name} = acme_tuning" for name in ("ia3", "int8_rows", "smoothed")],
+    }
+    for package, lines in entries.items():
+        info = site / f"{package.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("\n".join(["[llmtune]", *lines]) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in (site, HERE / "broken", HERE / "stranger"):
+            patch.syspath_prepend(str(folder))
+        yield
+
+
+@pytest.mark.parametrize(("point", "name"), list(BROKEN), ids=lambda value: value)
+def test_what_is_wrong_breaks_its_law(point: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    law, words = BROKEN[point, name]
+    (checked,) = (one for one in laws(point, name) if one.__name__ == law)
+    place = tmp_path / law
+    place.mkdir()
+    monkeypatch.chdir(place)
+    with pytest.raises(LawError) as error:
+        checked(tmp_path)
+    said = str(error.value)
+    assert said.startswith(f"{point} {name} breaks the law {law}: ")
+    assert words in said
+    assert f"The law: {checked.sentence}" in said
+
+
+def test_every_law_is_broken_by_something() -> None:
+    """But those that need a reader or another mode, and a few that ask of a run what others ask of its pieces."""
+    known = {
+        law.__name__ for point in EXTENSION_POINTS for law in laws(point, "x", reader=print)
+    }  # fmt: skip
+    again = {
+        "others_read_what_it_saves", "saves_a_plain_model", "trains_as_on_the_restored_weights", "converts_as_declared",
+        "loads_the_same_on_ranks", "trains_frozen_bases_as_without_it", "returns_a_loss", "trains_a_model",
+        "does_not_depend_on_micro_batches", "spreads_structure_only", "leaves_parameters_without_gradient",
+        "follows_a_run", "starts_again_on_the_same_folder", "cannot_stop_a_run",
+    }  # fmt: skip
+    assert known - {law for law, _ in BROKEN.values()} == again
+
+
+@pytest.mark.parametrize(
+    ("point", "name", "options"),
+    [("quant_config", "int8_rows", {"error": 0.02}), ("peft_config", "ia3", {}), ("stage_config", "smoothed", {})],
+)
+def test_sound_parts_keep_every_law(point: str, name: str, options: dict, tmp_path: Path) -> None:
+    check_plugin(point, name, tmp_path, **options)
+
+
+def test_all_broken_laws_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(LawError) as error:
+        check_plugin("lr_scheduler_config", "doubles", tmp_path)
+    said = str(error.value)
+    assert said.startswith("2 of 9 laws are broken")
+    assert "stays_within_bounds" in said and "takes_over_after_warmup" in said
+
+
+def test_a_law_is_a_test_with_a_name_and_a_sentence() -> None:
+    law = laws("peft_config", "ia3")[0]
+    assert law.__name__ == "is_discovered" and repr(law) == "<law is_discovered of peft_config ia3>"
+    assert law.sentence.endswith(".")
+    with pytest.raises(ValueError, match='no extension point "peft"'):
+        laws("peft", "ia3")
+
+
+def test_parameters_that_the_plugin_refuses_are_named(tmp_path: Path) -> None:
+    (law,) = (law for law in laws("peft_config", "ia3", {"start": "high"}) if law.__name__ == "reads_its_keys")
+    with pytest.raises(LawError, match='its parameters are refused: start: found "high"'):
+        law(tmp_path)
+
+
+def test_a_plugin_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LawError, match='peft_config: no plugin "absent" is installed'):
+        laws("peft_config", "absent")[0](tmp_path)
+
+
+def test_importing_it_loads_neither_torch_nor_pytest() -> None:
+    code = (
+        "import sys, llmtune.testing as t; [getattr(t, name) for name in t.__all__]\n"
+        "print([name for name in ('torch', 'transformers', 'pytest', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def double(number: int) -> int:
+    if number < 0:
+        raise ValueError("negative")
+    import os
+
+    return 2 * number + int(os.environ["RANK"])
+
+
+def test_results_come_back_in_rank_order_and_errors_too(tmp_path: Path) -> None:
+    assert in_ranks(2, tmp_path, double, 3) == [6, 7]
+    with pytest.raises(AssertionError, match=r"rank 0 failed:[\s\S]*ValueError: negative"):
+        in_ranks(1, tmp_path, double, -1)
+
+
+def test_a_tiny_recipe_uses_what_is_there(tmp_path: Path) -> None:
+    chats = tiny_chats(tmp_path, rows=3)
+    keys = tiny_recipe(tmp_path, max_steps=1, peft_config="ia3")
+    assert keys["dataset"] == str(chats) and len(chats.read_text().splitlines()) == 3
+    assert keys["max_steps"] == 1 and (Path(keys["model"]) / "model.safetensors").exists()
