@@ -100,8 +100,9 @@ class Fsdp2:
             # Tokens of all batches have come to these experts: their gradients are sums over more batches than there
             # are ranks to average over. Divided by the number of batches they are means, like all others.
             module.set_gradient_divide_factor(float(layout.ranks // layout.tensor))
-            if same.size() > 1:
+            if same.size(same.ndim - 1) > 1:
                 # Else the backend divides, which gloo cannot and NCCL gets wrong in bfloat16 (pytorch issue 190747).
+                # Where no two ranks of a copy hold the same experts FSDP2 divides itself, and would do it twice.
                 module.set_force_sum_reduction_for_comms(True)
 
     def before_backward(self, root: nn.Module, last: bool) -> None:

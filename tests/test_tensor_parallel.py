@@ -167,10 +167,10 @@ def test_a_run_continues_on_one_rank_and_on_two(case: str, models: dict[str, str
     forget_after(tmp_path / "split", 3)
     forget_after(tmp_path / "whole", 3)
     whole = {**straight, "output_dir": str(tmp_path / "whole"), "save_steps": 1}
-    llmtune.train({**whole, "resume_from_checkpoint": "true"})
+    llmtune.train({**whole, "resume_from_checkpoint": True})
     assert_same_run(tmp_path / "whole", tmp_path / "straight")
     forget_after(tmp_path / "whole", 4)
-    in_ranks(2, tmp_path / "ranks", train_each, [{**whole, **two, "resume_from_checkpoint": "true"}])
+    in_ranks(2, tmp_path / "ranks", train_each, [{**whole, **two, "resume_from_checkpoint": True}])
     assert_same_run(tmp_path / "whole", tmp_path / "straight")
 
 
@@ -195,7 +195,7 @@ def test_dropout_masks_agree_within_a_group(models: dict[str, str], chats: str, 
         ("llama", METHODS["dora"], 2, "lora_magnitude_vector.* does not say how it is split; use 1, or another peft"),
         ("llama", {"peft_config": {**LORA, "modules_to_save": ["up_proj"]}}, 2, "up_proj.* does not say how"),
         ("qwen3_moe", {}, 2, "mlp.experts.* holds experts, which are spread whole; set ep_size to 2"),
-        ("deepseek_v3", {}, 2, 'would have to be split as "mla_kv_a_proj", which llmtune does not do'),
+        ("deepseek_v2", {}, 2, 'would have to be split as "mla_kv_a_proj", which llmtune does not do'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_split_is_refused_by_the_plan(
@@ -210,7 +210,7 @@ def test_what_cannot_be_split_is_refused_by_the_plan(
 SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
-    "deepseek_v3": {
+    "deepseek_v2": {
         "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
         "first_k_dense_replace": 2, "num_key_value_heads": 4,
