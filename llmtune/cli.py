@@ -86,11 +86,15 @@ def parser() -> argparse.ArgumentParser:
     plan = command(
         "plan",
         _plan,
-        "Show what a recipe would do, without reading weights",
-        "Finds every error that a run would hit later.",
+        "Show what a recipe would do and what it costs, without reading weights",
+        "Finds every error that a run would hit later. That a run does not fit its device is said, with what would "
+        "help, and is no error: the exit code is 0.",
     )
     _recipe_arguments(plan)
-    plan.add_argument("--nproc", type=_count, metavar="N", help="plan for this many ranks")
+    plan.add_argument("--nproc", type=_count, metavar="N", help="plan for this many ranks of this machine")
+    plan.add_argument("--ranks", type=_count, metavar="N", help="plan for this many ranks, on any machines")
+    plan.add_argument("--device", metavar="NAME", help="of this kind: h100, a100, rtx4090, ... or a memory, 24GB")
+    plan.add_argument("--json", action="store_true", help="the cost, for machines")
     chat = command("chat", _chat, "Talk to a run, a checkpoint or a model")
     chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder or a hub id")
     chat.add_argument(
@@ -166,16 +170,20 @@ def _train(options: Any) -> int:
 
 
 def _plan(options: Any) -> None:
-    from llmtune.planning import make_plan
-    from llmtune.ranks import Ranks, pick_device
+    import json
+
+    from llmtune.cost.text import detail_text, quick_text
     from llmtune.recipe import load_recipe
-    from llmtune.registry import Registry
-    from llmtune.run import default_ranks
+    from llmtune.run import plan_for
 
     _quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
-    ranks = options.nproc or default_ranks(recipe.train.device)
-    print(make_plan(recipe, Registry(), Ranks(size=ranks), pick_device(recipe.train.device)))
+    found = plan_for(recipe, nproc=options.nproc, ranks=options.ranks, described=options.device)
+    if options.json:
+        print(json.dumps(found.cost.as_dict(), indent=1))
+        return
+    print(f"{found}\n\n{quick_text(found.cost)}", flush=True)
+    print(detail_text(found.cost))
 
 
 def _chat(options: Any) -> None:

@@ -12,6 +12,7 @@ from llmtune.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
     from llmtune.planning import Plan
+    from llmtune.recipe import Recipe
 
 
 class Run:
@@ -161,17 +162,24 @@ def plan(
     `nproc` plans for so many ranks of this machine. `ranks` and `device` (`h100`, `24GB`) describe a machine that need
     not be this one; the plan's `cost` says what a step takes there. `auto`, `cpu` and `cuda` are the recipe's key.
     """
-    from llmtune.cost.devices import DEVICE_KEY, chosen_device
+    from llmtune.cost.devices import DEVICE_KEY
+
+    if device in DEVICE_KEY:
+        overrides, device = {**overrides, "device": device}, None
+    loaded, _ = _recipe_and_registry(recipe, overrides)
+    return plan_for(loaded, nproc=nproc, ranks=ranks, described=device)
+
+
+def plan_for(recipe: Recipe, *, nproc: int | None, ranks: int | None, described: str | None) -> Plan:
+    """The plan of a recipe for this machine, or for `ranks` of a described device."""
+    from llmtune.cost.devices import chosen_device
     from llmtune.planning import make_plan
     from llmtune.ranks import Ranks
+    from llmtune.registry import Registry
 
-    described = device if device not in DEVICE_KEY else None
-    if device in DEVICE_KEY:
-        overrides["device"] = device
-    loaded, registry = _recipe_and_registry(recipe, overrides)
-    where, target = chosen_device(loaded.train.device, described, ranks is not None)
-    size = ranks or nproc or (1 if described else default_ranks(loaded.train.device))
-    return make_plan(loaded, registry, Ranks(size=size), where, target=target)
+    device, target = chosen_device(recipe.train.device, described, ranks is not None)
+    size = ranks or nproc or (1 if described else default_ranks(recipe.train.device))
+    return make_plan(recipe, Registry(), Ranks(size=size), device, target=target)
 
 
 def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 STRUCTURE = ("quant_config", "peft_config", "kernel_config")
 """Keys that change the model, which then has to be edited anew."""
 MOST_RANKS = 1024
+WORTH = 0.95
+"""A change has to bring the peak below this share of what it was, by the formulas, or it is not named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,12 @@ class Advice:
 def advise(cost: Cost) -> Advice:
     """Estimate each change that applies; then, if none is enough, add them up in order until they are."""
     single: list[Suggestion] = []
-    before = cost.memory.at_peak.total
+    before = cost.quick.at_peak.total
     for change in candidates(cost):
-        found = suggestion(cost, change)
-        if found is not None and found.peak < 0.99 * before:
-            single.append(found)
+        changed = _changed(cost, change)
+        if changed is None or changed.quick.at_peak.total > WORTH * before:
+            continue
+        single.append(Suggestion(change=change, peak=changed.memory.at_peak.total, fits=changed.fits))
     if any(found.fits for found in single):
         return Advice(single=tuple(single), together=None)
     return Advice(single=tuple(single), together=_together(cost, single))
@@ -87,20 +90,12 @@ def _together(cost: Cost, single: list[Suggestion]) -> Suggestion | None:
     for found in single:
         wider = joined | found.change
         changed = _changed(cost, wider)
-        if changed is None or changed.quick.at_peak.total > 0.99 * peak:
+        if changed is None or changed.quick.at_peak.total > WORTH * peak:
             continue
         joined, peak = wider, changed.quick.at_peak.total
         if peak <= 1.1 * cost.device.usable and changed.fits:
             return Suggestion(change=joined, peak=changed.memory.at_peak.total, fits=True)
     return None
-
-
-def suggestion(cost: Cost, change: Change) -> Suggestion | None:
-    """The change's figure, by the same estimator; None where the changed recipe is not allowed."""
-    changed = _changed(cost, change)
-    if changed is None:
-        return None
-    return Suggestion(change=change, peak=changed.memory.at_peak.total, fits=changed.fits)
 
 
 def _changed(cost: Cost, change: Change) -> Cost | None:

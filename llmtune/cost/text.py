@@ -39,7 +39,12 @@ def quick_text(cost: Cost) -> str:
 
 def cost_text(cost: Cost) -> str:
     """Everything."""
-    lines = [quick_text(cost)]
+    return f"{quick_text(cost)}\n{detail_text(cost)}"
+
+
+def detail_text(cost: Cost) -> str:
+    """What takes seconds: the traced figures, FLOPs, the verdict."""
+    lines = []
     if cost.traced is None:
         lines.append(f"  {'traced':<14}not possible here ({cost.untraced})")
     else:
