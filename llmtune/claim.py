@@ -82,10 +82,12 @@ def require_shared(folder: Path, first: bool) -> None:
         (folder / name).unlink()
     lacking = [f"{host} (rank {rank})" for rank, (host, seen) in enumerate(found) if not seen]
     if lacking:
-        raise PlanError(
+        error = PlanError(
             f"output_dir: {folder} on {listed(lacking)} is not the folder that rank 0 on {found[0][0]} writes to; all "
             "ranks write checkpoints, so name a folder on a file system that the machines share"
         )
+        error.everywhere = True
+        raise error
 
 
 def _appears(path: Path) -> bool:

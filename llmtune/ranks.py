@@ -201,8 +201,10 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     for key in facts:
         for rank, other in enumerate(everyone):
             if other.get(key) != everyone[0].get(key):
-                raise PlanError(
+                error = PlanError(
                     f"ranks disagree on {key}: rank 0 has {everyone[0].get(key)!r}, "
                     f"rank {rank} has {other.get(key)!r}; "
                     f"install the same packages and use the same files on all machines"
                 )
+                error.everywhere = True
+                raise error
