@@ -16,7 +16,7 @@ from tests.matrix.runner import Result, check_refusals, expected_sentences, quie
 from tests.matrix.scene import Scene
 from tests.matrix.table import PAGE, page
 
-BATCH = 64
+BATCH = 256
 """Combinations run in one set of processes; what a batch found is on disk when it ends."""
 
 

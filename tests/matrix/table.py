@@ -34,7 +34,7 @@ def _head(plain: Sequence[Result], used: Sequence[Result], families: Sequence[Re
     wrong = sum(r.outcome == "wrong" for r in [*plain, *used, *families])
     return f"""# The matrix
 
-Every way to load, quantise, adapt, speed up, spread and batch, combined: {len(_GRID):,} combinations, of which {legal:,}
+Every way to load, quantise, adapt, speed up, spread and batch, combined: {len(_GRID):,} combinations. {legal:,} of them
 can be trained and {len(_GRID) - legal:,} must be refused. `python -m tests.matrix` generates them, runs them on a tiny
 model and writes this page; `tests/test_matrix.py` and `tests/test_families.py` run few that cover all pairs of values.
 

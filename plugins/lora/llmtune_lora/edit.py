@@ -163,10 +163,10 @@ class Lora:
             self._inject(model, config, name)
             held, base = files.files_of(model, name, folder)
             found |= held
-            layers = [
-                path for path, module in model.named_modules() if isinstance(module, LoraLayer) and name in module.r
-            ]
-            report.append(f"{_summary(config, layers, [])}, from {folder}")
+            mine = [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.r]
+            layers = [path for path, module in mine if not isinstance(module, ParamWrapper)]
+            stacks = [module.parameter_name for _, module in mine if isinstance(module, ParamWrapper)]
+            report.append(f"{_summary(config, layers, stacks)}, from {folder}")
             if base:
                 report.append(f"{folder} also holds base weights, which are not read: {files.describe(base)}")
         several = len(places) > 1
