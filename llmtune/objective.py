@@ -39,7 +39,9 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch | Callable[[], Any]) -> Any:
         device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+        # Without autocast's cache of cast weights: it would hold them all through the forward pass, and what a
+        # checkpointed layer computes again would not be what it computed first.
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             if callable(batch):
                 return batch()
             assert self.stage is not None, "a model opened for use only has no stage"
