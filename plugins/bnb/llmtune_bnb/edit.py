@@ -57,7 +57,7 @@ class Bnb:
             f"{len(found)} linear layers -> {self._kind()}: {weights / 1e6:.1f}M weights, "
             f"{before / 1e6:.1f} -> {stored / 1e6:.1f} MB"
         )
-        return Change(rules=rules, report=[line])
+        return Change(rules=rules, report=[line, *_stacks(model)])
 
     def _kind(self) -> str:
         if self.config.quantization_bit == 8:
@@ -79,6 +79,13 @@ class Bnb:
     def _eight(self, name: str, layer: Any, situation: Situation) -> tuple[Linear8bit, LoadRule]:
         shape, transposed = out_in(layer)
         return Linear8bit(shape, layer.bias is not None), Int8Rule(name, situation.compute_dtype, transposed)
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """A line on weights that are no linear layers, yet may be most of the model."""
+    found = [p for _, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1]
+    size = sum(p.numel() * p.element_size() for p in found)
+    return [f"{len(found)} stacks of experts stay in full precision: {size / 1e6:.1f} MB"] if found else []
 
 
 def quantisable(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:

@@ -94,6 +94,16 @@ def test_heads_embeddings_and_norms_stay(tools: Any) -> None:
     }
 
 
+def test_the_plan_says_that_experts_are_not_quantised(tools: Any) -> None:
+    settings = tools["config"]("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    experts = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "experts" in name)
+    change = build(BnbConfig()).apply(model, tools["situation"]())
+    count = 2 * settings.num_hidden_layers
+    assert change.report[1] == f"{count} stacks of experts stay in full precision: {experts / 1e6:.1f} MB"
+
+
 def test_nothing_is_materialised_by_the_edit(tools: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tools["config"]())
