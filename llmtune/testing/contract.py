@@ -45,13 +45,20 @@ class Subject:
     mode: Literal["train", "infer"] = "train"
     """`infer` for a quantiser that refuses training: what trains is not asked of it."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """On `cuda` laws about several ranks are left out."""
+    """Where the tiny model trains."""
+    ranks: bool = True
+    """Whether to ask the laws that start several processes, which take most of the time; on `cuda` never."""
     error: float = 0.15
     """How far a restored weight may be from its source (root of the mean square, relative)."""
     tolerance: float = 1e-4
     """How far losses, logits and gradients may be from the reference, as a share of their size."""
     reader: Callable[[Path, Path], Any] | None = None
     """`reader(saved, base)` opens what `save` wrote onto the base model's folder, as others would; returns a model."""
+
+    @property
+    def spreads(self) -> bool:
+        """Whether several ranks can be started."""
+        return self.ranks and self.device == "cpu"
 
     @property
     def label(self) -> str:
@@ -123,6 +130,11 @@ class Law:
 
     def __repr__(self) -> str:
         return f"<law {self.__name__} of {self.subject.label}>"
+
+    def __str__(self) -> str:
+        """Name of a test: `bnb(quantization_bit=8) llama converts_as_declared`."""
+        given = ",".join(f"{name}={value}" for name, value in self.subject.parameters.items())
+        return f"{self.subject.name}({given}) {self.subject.family} {self.__name__}"
 
 
 def laws(point: str, name: str, parameters: Mapping[str, Any] | None = None, **options: Any) -> list[Law]:

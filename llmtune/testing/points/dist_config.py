@@ -18,7 +18,7 @@ from llmtune.testing.ranks import in_ranks
 def laws(subject: Subject) -> list[Check]:
     """Those on several ranks need as many devices."""
     found: list[Check] = [arranges_all_ranks]
-    return found + ([spreads_structure_only, same_on_ranks] if subject.device == "cpu" else [])
+    return found + ([spreads_structure_only, same_on_ranks] if subject.spreads else [])
 
 
 def arranges_all_ranks(subject: Subject, folder: Path) -> None:

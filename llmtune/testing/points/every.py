@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HEAVY = (
     "torch", "transformers", "numpy", "safetensors", "datasets", "pyarrow", "pandas", "matplotlib", "peft",
-    "bitsandbytes", "tensorflow", "jax", "tensorboard",
+    "bitsandbytes", "tensorflow", "jax",
 )  # fmt: skip
 """Packages that take a noticeable part of a second to import."""
 

@@ -17,9 +17,9 @@ from llmtune.testing.ranks import in_ranks
 
 
 def laws(subject: Subject) -> list[Check]:
-    """All, but those on several ranks on a single GPU."""
+    """All; those on several ranks where they can be started."""
     found = [fetches_what_the_files_hold, loads_the_checkpoint]
-    return found + ([loads_the_same_on_ranks] if subject.device == "cpu" else [])
+    return found + ([loads_the_same_on_ranks] if subject.spreads else [])
 
 
 def fetches_what_the_files_hold(subject: Subject, folder: Path) -> None:

@@ -12,12 +12,12 @@ from llmtune.testing.points.edits import compare_gradients, distance, first_grad
 
 
 def laws(subject: Subject) -> list[Check]:
-    """All, but those on several ranks on a single GPU."""
+    """All; those on several ranks where they can be started."""
     found = [
         edits.accounts_for_every_tensor, edits.loads_completely, replaces_something, answers_as_without_it,
         trains_as_without_it, trains_frozen_bases_as_without_it, keeps_documents_apart, edits.saves_a_plain_model,
     ]  # fmt: skip
-    return found + ([edits.same_on_ranks] if subject.device == "cpu" else [])
+    return found + ([edits.same_on_ranks] if subject.spreads else [])
 
 
 def replaces_something(subject: Subject, folder: Path) -> None:

@@ -20,12 +20,12 @@ RATE = 0.02
 
 
 def laws(subject: Subject) -> list[Check]:
-    """All, but those on several ranks on a single GPU."""
+    """All; those on several ranks where they can be started."""
     found = [
         takes_every_parameter, lowers_a_loss, obeys_the_learning_rate, spares_vectors_from_decay,
         leaves_parameters_without_gradient, resumes_exactly, trains_a_model,
     ]  # fmt: skip
-    return found + ([edits.same_on_ranks] if subject.device == "cpu" else [])
+    return found + ([edits.same_on_ranks] if subject.spreads else [])
 
 
 class Bowl(nn.Module):

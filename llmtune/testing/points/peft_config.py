@@ -26,7 +26,7 @@ def laws(subject: Subject) -> list[Check]:
     ]  # fmt: skip
     if subject.reader is not None:
         found.append(others_read_what_it_saves)
-    return found + ([edits.same_on_ranks] if subject.device == "cpu" else [])
+    return found + ([edits.same_on_ranks] if subject.spreads else [])
 
 
 def trains_what_it_claims(subject: Subject, folder: Path) -> None:

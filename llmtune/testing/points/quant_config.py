@@ -28,7 +28,7 @@ def laws(subject: Subject) -> list[Check]:
     if subject.mode == "infer":
         return [*always, refuses_training]
     alone = [trains_as_on_the_restored_weights, edits.saves_a_plain_model]
-    return [*always, *alone] + ([loads_the_same_on_ranks, edits.same_on_ranks] if subject.device == "cpu" else [])
+    return [*always, *alone] + ([loads_the_same_on_ranks, edits.same_on_ranks] if subject.spreads else [])
 
 
 def says_that_it_quantises(subject: Subject, folder: Path) -> None:

@@ -19,12 +19,12 @@ from llmtune.testing.points.edits import same_bytes
 
 
 def laws(subject: Subject) -> list[Check]:
-    """All, but those on several ranks on a single GPU."""
+    """All; those on several ranks where they can be started."""
     found = [
         returns_a_loss, is_a_sum_over_rows, ignores_padding, has_the_gradient_of_its_loss, changes_nothing,
         does_not_depend_on_micro_batches, learns,
     ]  # fmt: skip
-    return found + ([edits.same_on_ranks] if subject.device == "cpu" else [])
+    return found + ([edits.same_on_ranks] if subject.spreads else [])
 
 
 def returns_a_loss(subject: Subject, folder: Path) -> None:

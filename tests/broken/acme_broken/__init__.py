@@ -64,11 +64,12 @@ def _builder(name: str) -> Callable[[Any], Any]:
     def build(config: Any) -> Any:
         import torch
 
-        from acme_broken import parts
+        from acme_broken import edits, others
 
         if name == "draws_numbers":
             torch.rand(1)
-        return getattr(parts, "".join(word.title() for word in name.split("_")))()
+        made = "".join(word.title() for word in name.split("_"))
+        return getattr(edits if hasattr(edits, made) else others, made)()
 
     return build
 
