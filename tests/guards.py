@@ -1,0 +1,66 @@
+"""A run taken apart: what `llmtune.train` puts together, for tests that look inside a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmtune.loop import StepStats, Training
+    from llmtune.planning import Plan
+
+
+def plan_here(keys: dict[str, Any]) -> Plan:
+    """The recipe's plan for this process, as one of the ranks that the environment names."""
+    import torch
+
+    from llmtune.planning import make_plan
+    from llmtune.ranks import join, ranks_from_environment
+    from llmtune.recipe import load_recipe
+    from llmtune.registry import Registry
+
+    ranks, device = ranks_from_environment(), torch.device("cpu")
+    join(ranks, device)
+    return make_plan(load_recipe(keys), Registry(), ranks, device)
+
+
+def start(keys: dict[str, Any]) -> tuple[Plan, Training]:
+    """A training run with its weights loaded, before its first step."""
+    from llmtune.building import build_objective
+    from llmtune.loop import LossScale, Training
+    from llmtune.optim import make_optimizer
+
+    plan = plan_here(keys)
+    objective = build_objective(plan)
+    train = plan.recipe.train
+    assert plan.feed is not None
+    training = Training(
+        objective=objective, optimizer=make_optimizer(plan.parts.one("optim_config").built, plan.model, 1e-3),
+        schedule=plan.parts.one("lr_scheduler_config").built, distribute=plan.parts.one("dist_config").built,
+        feed=plan.feed, ranks=plan.ranks, device=plan.device, total_steps=plan.steps, warmup_steps=plan.warmup_steps,
+        max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
+        scaler=LossScale() if plan.precision.scaled else None,
+    )  # fmt: skip
+    return plan, training
+
+
+def one_step(training: Training, step: int = 0) -> dict[str, Any]:
+    """Forward and backward passes of all micro-batches of a step; gradients are left in place."""
+    import torch
+
+    from llmtune.loop import forward_backward
+
+    training.objective.train()
+    micros = training.feed.step(step, training.device)
+    weight = torch.tensor(float(sum(micro.weight for micro in micros)))
+    return forward_backward(training, micros, weight, step)
+
+
+class Silent:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stats: list[StepStats] = []
+
+    def after_step(self, step: int, stats: StepStats) -> bool:
+        self.stats.append(stats)
+        return False
