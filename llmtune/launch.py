@@ -50,6 +50,8 @@ class Machines:
                 f'--rdzv-endpoint: found "{endpoint or ""}", several machines need HOST:PORT, the same on all of them '
                 "and HOST being one of them, such as 10.0.0.1:29400"
             )
+        if run_id and not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise RecipeError(f'--rdzv-id: found "{run_id}", allowed are letters, digits, dots, "-" and "_"')
         made = cls(least=int(least), most=int(most or least), endpoint=endpoint, restarts=restarts)
         return replace(made, run_id=run_id) if run_id else made
 

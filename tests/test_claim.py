@@ -153,6 +153,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         ({"nnodes": "3:2"}, '--nnodes: found "3:2"'),
         ({"nnodes": "two"}, '--nnodes: found "two"'),
         ({"nnodes": "2"}, "--rdzv-endpoint: .* several machines need HOST:PORT"),
+        ({"run_id": "a/b"}, '--rdzv-id: found "a/b"'),
         ({"nnodes": "1:2", "endpoint": "head"}, '--rdzv-endpoint: found "head"'),
     ],
 )
