@@ -21,6 +21,7 @@ from llmtune.stages import Batch
 from tests.by_hand import assert_same
 from tests.spawn import in_ranks
 from tests.test_parity import METHODS, numbers, recipe, train, train_each
+from tests.test_resume import forget_after
 from tests.tiny import tiny_model_folder
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +51,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
@@ -59,7 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def keys_for(model: str, data: str, output: Path, **changes: Any) -> dict[str, Any]:
-    keys = recipe(model, data, output, **{"max_steps": 5, "kernel_config": "auto", **changes})
+    keys = recipe(model, data, output, **{"max_steps": 5, "kernel_config": "auto", "eval_dataset": data, **changes})
     if "activation_checkpointing" in changes:
         del keys["disable_gradient_checkpointing"]
     return keys
@@ -75,15 +79,13 @@ def runs(models: dict[str, str], data: str, root: Path, **split: Any) -> dict[st
 @pytest.fixture(scope="module")
 def alone(models: dict[str, str], chats: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("alone")
-    evaluating = {"eval_dataset": chats, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
-    return {name: llmtune.train(keys) for name, keys in runs(models, chats, root, **evaluating).items()}
+    return {name: llmtune.train(keys) for name, keys in runs(models, chats, root, **EVALUATING).items()}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(models: dict[str, str], chats: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("two")
-    evaluating = {"eval_dataset": chats, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
-    split = {"dist_config": {"name": "fsdp2", "cp_size": 2}, **evaluating}
+    split = {"dist_config": {"name": "fsdp2", "cp_size": 2}, **EVALUATING}
     in_ranks(2, root / "ranks", train_each, list(runs(models, chats, root, **split).values()))
     return root
 
@@ -96,31 +98,46 @@ def test_pieces_of_rows_teach_what_whole_rows_teach(name: str, two_ranks: Path, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0]
 
 
-FOUR = [(name, size) for name in ("full", "lora", "dora", "qlora") for size in (2, 4)]
+FOUR: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}, two groups of two": (name, {"cp_size": 2}) for name in ("full", "qlora")},
+    # A group of four has more ranks than the model has key-value heads.
+    **{f"{name}, one group of four": (name, {"cp_size": 4}) for name in ("full", "lora", "dora", "qlora")},
+    **{f"{name}, copies": (name, {"cp_size": 2, "dp_replicate_size": 2}) for name in ("full", "qlora")},
+    **{f"{name}, split layers": (name, {"cp_size": 2, "tp_size": 2}) for name in ("full", "lora")},
+    "lora, offloaded": ("lora", {"cp_size": 2, "offload_params": True, "accumulate_sharded": True}),
+}
 
 
 @pytest.fixture(scope="module")
 def four_ranks(models: dict[str, str], chats: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two groups of two ranks, and one of four, where the key-value heads are fewer than the ranks."""
     root = tmp_path_factory.mktemp("four")
-    evaluating = {"eval_dataset": chats, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
     recipes = [
         keys_for(
-            models["llama"], chats, root / f"{name} {size}", **METHODS[name], **evaluating,
-            dist_config={"name": "fsdp2", "cp_size": size}, per_device_train_batch_size=size,
+            models["llama"], chats, root / name, **METHODS[method], **EVALUATING,
+            dist_config={"name": "fsdp2", **block},
+            per_device_train_batch_size=block["cp_size"] * block.get("tp_size", 1),
         )
-        for name, size in FOUR
+        for name, (method, block) in FOUR.items()
     ]  # fmt: skip
     in_ranks(4, root / "ranks", train_each, recipes)
     return root
 
 
-@pytest.mark.parametrize(("name", "size"), FOUR)
-def test_groups_of_ranks_learn_what_one_learns(name: str, size: int, four_ranks: Path, alone: dict[str, Any]) -> None:
-    found = llmtune.load(four_ranks / f"{name} {size}")
-    assert_same(numbers(found), numbers(alone[name]))
+@pytest.mark.parametrize("name", FOUR)
+def test_groups_of_ranks_learn_what_one_learns(name: str, four_ranks: Path, alone: dict[str, Any]) -> None:
+    found, expected = llmtune.load(four_ranks / name), alone[FOUR[name][0]]
+    assert_same(numbers(found), numbers(expected))
     # 24 rows in batches of five on two groups: the last batch of one of them is empty.
-    assert found.metrics[-1]["eval_loss"] == pytest.approx(alone[name].metrics[-1]["eval_loss"], rel=1e-5)
+    assert found.metrics[-1]["eval_loss"] == pytest.approx(expected.metrics[-1]["eval_loss"], rel=1e-5)
+
+
+def test_a_run_continues_with_rows_whole_that_were_split(models: dict[str, str], chats: str, tmp_path: Path) -> None:
+    split = {"dist_config": {"name": "fsdp2", "cp_size": 2}}
+    keys = keys_for(models["llama"], chats, tmp_path / "run", **METHODS["lora"], save_steps=3, max_steps=6)
+    in_ranks(2, tmp_path / "ranks", train_each, [{**keys, **split}])
+    forget_after(tmp_path / "run", 3)
+    found = train(keys)
+    assert_same(found, train({**keys, "output_dir": str(tmp_path / "straight")}))
 
 
 def test_dropout_and_generation_work_on_pieces(models: dict[str, str], chats: str, tmp_path: Path) -> None:
