@@ -21,8 +21,9 @@ FIRST, SECOND = 9, 7
 """Tokens of the two documents."""
 
 
-def packing_obstacle(model: Any) -> str | None:
-    """Why `model` cannot keep packed documents apart, as far as its structure tells before it has weights."""
+def packing_obstacle(model: Any, attention: str) -> str | None:
+    """Why `model` cannot keep packed documents apart, as far as its structure and the name of its attention tell before
+    it has weights."""
     from importlib.util import find_spec
 
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -30,6 +31,8 @@ def packing_obstacle(model: Any) -> str | None:
     # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
     if model._is_stateful and find_spec("fla") is None:
         return "has recurrent layers, which carry what they read into the next document"
+    if attention.startswith("flash_attention"):  # is told the bounds
+        return None
     if not model._supports_sdpa and not model._supports_attention_backend:
         return "has attention of its own, which knows no document bounds"
     if "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {}):

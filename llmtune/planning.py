@@ -231,7 +231,7 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     if plan.mode == "train" and plan.recipe.data.packing:
         from llmtune.isolation import packing_obstacle
 
-        if reason := packing_obstacle(model):
+        if reason := packing_obstacle(model, plan.attention):
             problems.append(PlanError(f"packing: {type(model).__name__} {reason}; set packing: false"))
     for part in plan.parts.at("dist_config") if plan.mode in ("train", "build") else []:
         problems += objections(part, plan.situation, model)
