@@ -192,6 +192,32 @@ def near(found: Tensor, expected: Tensor, share: float) -> None:
     torch.testing.assert_close(found.float(), expected.float(), rtol=share, atol=share * float(expected.abs().max()))
 
 
+SUITED: dict[str, set[str]] = {
+    "llama": {"liger_rms_norm", "liger_swiglu", "liger_rope"},
+    "mistral": {"liger_rms_norm", "liger_swiglu", "liger_rope"},
+    "qwen2": {"liger_rms_norm", "liger_swiglu", "liger_rope"},
+    "qwen3": {"liger_rms_norm", "liger_swiglu", "liger_rope"},
+    "smollm3": {"liger_rms_norm", "liger_swiglu"},  # some of its layers have no rotation
+    "olmo2": {"liger_rms_norm", "liger_swiglu"},
+    "olmo3": {"liger_rms_norm"},
+    "ministral3": {"liger_rms_norm"},
+    "granite": {"liger_rms_norm"},
+    "mixtral": {"liger_rms_norm"},
+    "phi3": {"liger_rms_norm"},  # gate and up are one projection
+    "gemma": {"liger_rms_norm"},  # its MLPs use GELU
+    "gemma2": {"liger_rms_norm"},
+    "gemma3_text": {"liger_rms_norm"},
+}
+"""Which of Liger's modules each family can have."""
+
+
+@pytest.mark.parametrize("family", list(SUITED))
+def test_each_family_gets_the_kernels_that_suit_it(family: str) -> None:
+    names = ("liger_rms_norm", "liger_swiglu", "liger_rope")
+    made = model(family)
+    assert {name for name in names if selection.load(name).suits(made, ON_CUDA) is None} == SUITED[family]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
@@ -199,16 +225,15 @@ class TestOnGpu:
     """Against the same model without the kernel."""
 
     @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
-    @pytest.mark.parametrize("name", ["liger_rms_norm", "liger_swiglu", "liger_rope"])
-    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+    @pytest.mark.parametrize(
+        ("family", "name"), [(family, name) for family in SUITED for name in sorted(SUITED[family])]
+    )
     def test_module(self, family: str, name: str, dtype: torch.dtype, share: float) -> None:
         sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
         plain = model(family, dtype, **sizes).cuda()
         for weight in plain.parameters():
             nn.init.normal_(weight, std=0.05)
         spec = selection.load(name)
-        if spec.suits(plain, ON_CUDA):
-            pytest.skip("does not suit")
         fused = copy.deepcopy(plain)
         assert "used in" in spec.apply(fused, ON_CUDA).report[0]
         torch.set_default_device("cuda")
