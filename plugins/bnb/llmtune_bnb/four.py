@@ -16,6 +16,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmtune import Part
 
@@ -100,6 +101,17 @@ class FourBits:
         )
         return QuantState(absmax=parts["absmax"], code=code, offset=parts["offset"], state2=nested, **common)
 
+    def dequantise(
+        self, packed: Tensor, shape: tuple[int, int], parts: Mapping[str, Tensor], code: Tensor, nested_code: Tensor
+    ) -> Tensor:
+        """Flat bytes back to a weight of `shape`.
+
+        As one long row: bitsandbytes' CPU kernel (0.50.2) begins a block with every row, which is wrong where rows are
+        no multiple of 64 (by half the weights' size at 32 columns).
+        """
+        state = self.state((1, shape[0] * shape[1]), parts, code, nested_code)
+        return dequantize_4bit(packed, state).view(shape)
+
     def unpack(self, packed: Tensor, numbers: int) -> Tensor:
         """`(rows, 1)` of the storage type as bytes `(numbers / 2, 1)`; shares memory."""
         return packed.view(torch.uint8).reshape(-1, 1)[: -(-numbers // 2)]
@@ -153,15 +165,20 @@ class Linear4bit(bnb.nn.Linear4bit):
         # bitsandbytes' version looks for the statistics on the weight; here they are buffers like any other.
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
+    def parts(self) -> dict[str, Tensor]:
+        """The block maxima this layer holds now."""
+        return {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset") if hasattr(self, name)}
+
     def state(self) -> QuantState:
         """bitsandbytes' description of the weight this layer holds now."""
-        parts = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset") if hasattr(self, name)}
-        return self.bits.state((self.out_features, self.in_features), parts, self.code, self.nested_code)
+        return self.bits.state((self.out_features, self.in_features), self.parts(), self.code, self.nested_code)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the type of `x`. bitsandbytes' own forward may repack the weight in place."""
         wide = x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(wide.dtype)
+        if wide.device.type == "cpu" and self.in_features % BLOCK:
+            return F.linear(wide, self.dequantize().to(wide.dtype), bias).to(x.dtype)  # see FourBits.dequantise
         packed = self.bits.unpack(self.weight.detach(), self.numbers)
         # Transposed: up to bitsandbytes 0.49 that marks a weight of (out, in); later ones take either.
         return bnb.matmul_4bit(wide, packed.t(), quant_state=self.state(), bias=bias).to(x.dtype)
@@ -173,7 +190,8 @@ class Linear4bit(bnb.nn.Linear4bit):
             return torch.empty(self.out_features, self.in_features, dtype=self.bits.dtype, device="meta")
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
-        return dequantize_4bit(self.bits.unpack(weight, self.numbers), self.state())
+        shape, packed = (self.out_features, self.in_features), self.bits.unpack(weight, self.numbers)
+        return self.bits.dequantise(packed, shape, self.parts(), self.code, self.nested_code)
 
     @property
     def W_q(self) -> Tensor:
@@ -233,8 +251,7 @@ class FourBitRule:
         parts = {name.rpartition(".")[2]: tensor for name, tensor in targets.items()}
         packed = parts.pop("weight")
         code, nested_code = (values.to(packed.device) for values in codes(self.bits.kind))
-        state = self.bits.state(self.shape, parts, code, nested_code)
-        whole = dequantize_4bit(self.bits.unpack(packed, self.numbers), state)
+        whole = self.bits.dequantise(self.bits.unpack(packed, self.numbers), self.shape, parts, code, nested_code)
         return whole.t().contiguous() if self.transposed else whole
 
     def _named(self, packed: Tensor, absmax: Tensor) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ def situation(**changes: Any) -> Situation:
 
 def config(family: str = "llama", **changes: Any) -> Any:
     values = {
-        "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
     }  # fmt: skip
     return AutoConfig.for_model(family, **(values | changes))
 

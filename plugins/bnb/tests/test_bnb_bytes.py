@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from llmtune_bnb.eight import Int8Rule
-from llmtune_bnb.four import FourBitRule, FourBits
+from llmtune_bnb.four import FourBitRule, FourBits, codes
 from torch import Tensor
 
 
@@ -99,11 +99,22 @@ def test_a_rank_reads_only_its_own_part() -> None:
 @pytest.mark.parametrize("double", [True, False])
 def test_restore_gives_what_the_bytes_mean(double: bool, transposed: bool) -> None:
     bits = FourBits(kind="nf4", double=double, dtype=torch.float32, storage=torch.bfloat16)
-    rule = FourBitRule("layer", (48, 80), bits, transposed)
-    weight = torch.randn(48, 80, generator=torch.Generator().manual_seed(3))
+    rule = FourBitRule("layer", (48, 128), bits, transposed)
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(3))
     back = rule.restore(rule.convert(weight.t().contiguous() if transposed else weight))
     expected = dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double))
     assert torch.equal(back, expected.t() if transposed else expected)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 80), (7, 24), (3, 6)])
+def test_restore_of_rows_that_end_inside_blocks_is_what_the_format_says(shape: tuple[int, int]) -> None:
+    """Where bitsandbytes' own CPU kernel is wrong: its blocks begin anew with every row."""
+    rule = rule_for(shape, "nf4", False, torch.float32)
+    made = rule.convert(torch.randn(shape, generator=torch.Generator().manual_seed(6)))
+    packed = made["layer.weight"].view(torch.uint8).flatten()[: rule.numbers // 2].long()
+    values = codes("nf4")[0][torch.stack([packed >> 4, packed & 15], dim=1).flatten()]
+    expected = values * made["layer.absmax"].repeat_interleave(64)[: rule.numbers]
+    assert torch.equal(rule.restore(made), expected.view(shape))
 
 
 def test_weights_are_rounded_to_the_compute_type_first() -> None:

@@ -20,7 +20,7 @@ from llmtune import EditError
 def test_4bit_logits_equal_from_pretrained(
     tools: Any, tmp_path: Path, family: str, kind: str, double: bool, dtype: torch.dtype
 ) -> None:
-    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64} if family == "gpt2" else {}
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64} if family == "gpt2" else {}
     settings = type(tools["config"](family))(**sizes) if family == "gpt2" else tools["config"](family)
     source = tools["original"](settings).eval()
     source.save_pretrained(tmp_path)
@@ -77,7 +77,7 @@ def test_evaluation_between_steps_changes_nothing(tools: Any) -> None:
 def test_gradients_through_a_4bit_layer_are_those_of_its_dequantised_weight(tools: Any) -> None:
     model, _ = tools["quantised"](tools["original"](tools["config"]()), build(BnbConfig()), tools["situation"]())
     layer = model.model.layers[0].mlp.up_proj
-    x = torch.randn(3, 48, requires_grad=True)
+    x = torch.randn(3, 64, requires_grad=True)
     layer(x).square().sum().backward()
     plain = x.detach().clone().requires_grad_()
     (plain @ layer.dequantize().t()).square().sum().backward()
@@ -116,10 +116,10 @@ def test_8bit_equals_bitsandbytes_own_layer(tools: Any) -> None:
 
     source = tools["original"](tools["config"]())
     model, _ = tools["quantised"](source, build(BnbConfig(quantization_bit=8)), tools["situation"](mode="infer"))
-    theirs = bnb.nn.Linear8bitLt(48, 80, bias=False, has_fp16_weights=False, threshold=6.0)
+    theirs = bnb.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False, threshold=6.0)
     theirs.weight = bnb.nn.Int8Params(source.model.layers[0].mlp.up_proj.weight.detach(), requires_grad=False)
     theirs = theirs.to("cpu").eval()
-    x = torch.randn(2, 5, 48)
+    x = torch.randn(2, 5, 64)
     x[..., 7] *= 20  # an outlier column, multiplied in floating point
     with torch.no_grad():
         assert torch.equal(model.model.layers[0].mlp.up_proj(x), theirs(x))
