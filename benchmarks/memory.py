@@ -67,7 +67,7 @@ def random_model(model: str, shape: str, folder: Path) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
     size = len(tokenizer) if shape != "tiny" else 4096 * -(-len(tokenizer) // 4096)
     config = AutoConfig.for_model("llama", vocab_size=size, max_position_embeddings=8192, **SHAPES[shape])
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
@@ -153,8 +153,9 @@ def measure_cpu(plan: Any) -> int:
 
 def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, __file__, "--model", options.model, "--case", case], capture_output=True, text=True, check=False
-    )
+        [sys.executable, __file__, "--model", options.model, "--case", case],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if not lines:
         raise SystemExit(f"{case} failed:\n{done.stdout}\n{done.stderr}")
@@ -163,7 +164,7 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
 
 def table(options: argparse.Namespace) -> str:
     lines = [
-        "| model | method | checkpointing | loss | precision | measured | traced | error | closed form | error | trace |",
+        "| model | method | checkpointing | loss | precision | measured | traced | error | formulas | error | trace |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in cases(options):
@@ -185,8 +186,8 @@ def cases(options: argparse.Namespace) -> list[str]:
         for checkpointing in CHECKPOINTING
         for precision in (["bf16"] if options.bf16 else ["float32"])
     ]
-    plain = [case.replace("kernels", "plain") for case in found if "/selective/" not in case and case.startswith("tiny")]
-    return found + plain
+    few = [case for case in found if "/selective/" not in case and case.startswith("tiny")]
+    return found + [case.replace("kernels", "plain") for case in few]
 
 
 def mib(value: int) -> str:

@@ -35,9 +35,7 @@ class Change:
         return ", ".join([*words, *([f"--ranks {self.ranks}"] if self.ranks else [])])
 
     def __or__(self, other: Change) -> Change:
-        return Change(
-            keys={**self.keys, **other.keys}, ranks=other.ranks or self.ranks, same=self.same and other.same
-        )
+        return Change(keys={**self.keys, **other.keys}, ranks=other.ranks or self.ranks, same=self.same and other.same)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,8 @@ class Advice:
         """Plain values."""
 
         def plain(found: Suggestion) -> dict[str, Any]:
-            return {"change": str(found.change), "same_result": found.change.same, "peak": found.peak, "fits": found.fits}
+            result = {"change": str(found.change), "same_result": found.change.same}
+            return result | {"peak": found.peak, "fits": found.fits}
 
         return {
             "single": [plain(found) for found in self.single],
@@ -78,7 +77,10 @@ def advise(cost: Cost) -> Advice:
         changed = _changed(cost, change)
         if changed is None or changed.quick.at_peak.total > WORTH * before:
             continue
-        single.append(Suggestion(change=change, peak=changed.memory.at_peak.total, fits=changed.fits))
+        found = Suggestion(change=change, peak=changed.memory.at_peak.total, fits=changed.fits)
+        # Two names of one thing have one figure.
+        if not any(found.peak == other.peak and change.keys.keys() == other.change.keys.keys() for other in single):
+            single.append(found)
     if any(found.fits for found in single):
         return Advice(single=tuple(single), together=None)
     return Advice(single=tuple(single), together=_together(cost, single))
@@ -141,7 +143,11 @@ def _shape(cost: Cost, plan: Plan) -> Shape:
 def candidates(cost: Cost) -> Iterator[Change]:
     """In order: first what leaves the result as it is, then what trains something else."""
     plan, train = cost.plan, cost.plan.recipe.train
-    tree, part = plan.recipe.tree, plan.parts.one("dist_config")
+    part = plan.parts.one("dist_config")
+    block = {"name": part.plugin.name, **_given(plan.recipe.tree.get("dist_config"))}
+    # More micro-batches would otherwise mean whole gradients between them.
+    whole = getattr(part.config, "accumulate_sharded", None) is False and plan.ranks.size > 1
+    sharded = {"dist_config": {**block, "accumulate_sharded": True}} if whole else {}
     for name in _offered("kernel_config") if "kernel_config" not in plan.recipe.blocks else ():
         yield Change(keys={"kernel_config": name})
     levels = ("none", "selective", "full")
@@ -151,10 +157,9 @@ def candidates(cost: Cost) -> Iterator[Change]:
     for smaller in sorted({max(1, rows // 2), 1} - {rows}, reverse=True):
         if rows % smaller == 0:
             keys = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": micros * rows // smaller}
-            yield Change(keys=keys)
-    block = {"name": part.plugin.name, **_given(tree.get("dist_config"))}
-    if micros > 1 and getattr(part.config, "accumulate_sharded", None) is False and plan.ranks.size > 1:
-        yield Change(keys={"dist_config": {**block, "accumulate_sharded": True}})
+            yield Change(keys={**keys, **sharded})
+    if micros > 1 and sharded:
+        yield Change(keys=sharded)
     yield from _more_ranks(cost)
     if getattr(part.config, "offload_params", None) is False:
         yield Change(keys={"dist_config": {**block, "offload_params": True}})
@@ -213,5 +218,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-

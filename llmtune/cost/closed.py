@@ -1,7 +1,7 @@
 """Memory by formulas, at once: from the shapes of the plan's model, nothing run but an empty optimiser.
 
 B rows of T tokens, N positions with a loss, D width, F width of the MLP (times the experts a token visits), H and K
-query and key-value heads of width d, V vocabulary; c bytes of the compute type. The formulas are those of docs/costs.md.
+query and key-value heads of width d, V vocabulary; c bytes of the compute type. docs/costs.md has the formulas.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ LOSS_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits at once that a fused loss is taken to hold."""
 
 
+NOTHING = Memory()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Held:
     """What part of a model holds, in bytes on this rank, and in whole."""
 
-    memory: Memory = Memory()
+    memory: Memory = NOTHING
     gathered: int = 0
     """Its whole weights in the type they travel in."""
     trained: int = 0
@@ -55,6 +58,7 @@ class Ways:
         peft = plan.parts.at("peft_config")
         self.adapter = bool(peft) and peft[0].built.kind == "adapter"
         self.packed = plan.ledger.packed()
+        self.device = plan.situation.device
         self.gather_bytes = plan.situation.gather_dtype.itemsize
         self.compute_bytes = plan.precision.compute.itemsize
 
@@ -87,8 +91,8 @@ def closed_form(plan: Plan, shape: Shape) -> Estimate:
         whole = ways.spread and ways.shards > 1 and ways.accumulates_whole
         before = Memory(gradients=4 * everything.trained) if whole else grads
     step = Step(
-        base=static + before, grads=Memory() if before.gradients else grads, kept=kept, work=work, layers=held, root=root,
-        logits=Memory(logits=logits_bytes(plan, shape)), ways=ways, head=head_trained(plan),
+        base=static + before, grads=NOTHING if before.gradients else grads, kept=kept, work=work, layers=held,
+        root=root, logits=Memory(logits=logits_bytes(plan, shape)), ways=ways, head=head_trained(plan),
         checkpointed=plan.recipe.train.checkpointing != "none",
     )  # fmt: skip
     moments = {"update": static + grads, **(step.spread() if ways.spread else step.alone())}
@@ -152,14 +156,14 @@ class Step:
         return {name: self.base + memory for name, memory in moments.items()}
 
     def alone(self) -> dict[str, Memory]:
-        """On one device. Autocast's copies of trained weights live as long as the forward pass, and to the backward
-        pass where that is not computed again."""
-        copies = Memory(activations=sum(h.copied for h in self.layers) + self.root.copied)
+        """On one device. Without checkpointing autocast's copies of trained weights are kept for the backward pass."""
+        copied = 0 if self.checkpointed else sum(h.copied for h in self.layers)
+        copies = Memory(activations=copied + self.root.copied)
         all_kept = Memory(activations=sum(self.kept))
         head = Memory(gradients=4 * self.head if self.grads.total else 0)
         moments = {
             "loss": all_kept + self.logits + copies,
-            "backward": all_kept + head + Memory(activations=self.work.early) + (Memory() if self.checkpointed else copies),
+            "backward": all_kept + head + Memory(activations=copied + self.work.early),
             "end of backward": self.grads + Memory(activations=max(self.kept, default=0) + self.work.late),
         }
         return {name: self.base + memory for name, memory in moments.items()}
@@ -281,8 +285,8 @@ def inner_width(config: Any) -> int:
     """F: numbers between the projections of the MLP, for all experts that a token visits."""
     experts = getattr(config, "num_experts_per_tok", None)
     one = experts and getattr(config, "moe_intermediate_size", None)
-    one = one or getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    return one * (experts or 1)
+    one = one or getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return (one or 4 * config.hidden_size) * (experts or 1)
 
 
 def saved_per_token(layer: nn.Module, config: Any, ways: Ways) -> int:
@@ -292,34 +296,34 @@ def saved_per_token(layer: nn.Module, config: Any, ways: Ways) -> int:
     and result, and a float32 number for each head. A gated MLP: gate, its activation, the other factor. Matrix
     products keep their input where their weight trains; an adapter's in its own copy, after dropout.
     """
+    from torch import nn
+
     c, width, inner = ways.compute_bytes, config.hidden_size, inner_width(config)
     queries, keys = heads(config)
-    norms = [m for m in layer.modules() if "norm" in type(m).__name__.lower() and hasattr(m, "weight")]
+    norms = [module for module in layer.modules() if "norm" in type(module).__name__.lower()]
+    weights = [weight for module in norms if isinstance(weight := getattr(module, "weight", None), nn.Parameter)]
     norm = 0
-    for module in norms:
-        size = module.weight.numel()
-        if size == width:
-            norm += size * 4 + (size * c if module.weight.requires_grad else 0)
+    for weight in weights:
+        if weight.numel() == width:
+            norm += width * 4 + (width * c if weight.requires_grad else 0)
     attention = c * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
     products, dropouts = _product_inputs(layer)
-    return norm + attention + 3 * c * inner + c * products + (c + 1) * dropouts
+    mask = 1 if ways.device == "cuda" else c
+    return norm + attention + 3 * c * inner + c * products + mask * dropouts
 
 
 def _product_inputs(layer: nn.Module) -> tuple[int, int]:
-    """Numbers a token leaves as inputs of trained products (each shared input once), and in dropout."""
+    """Numbers a token leaves as inputs of trained products (each shared input once), and as masks of dropout."""
     import torch
 
     products = dropouts = 0
-    for _, parent in layer.named_modules():
-        shared = set()
-        for child in parent.children():
-            weight = getattr(child, "weight", None)
-            if isinstance(child, torch.nn.Dropout) and child.p > 0:
-                sibling = next((p for p in parent.parameters() if p.dim() == 2), None)
-                dropouts += sibling.shape[1] if sibling is not None else 0
-            elif weight is not None and weight.dim() == 2 and weight.requires_grad:
-                shared.add(weight.shape[1])
-        products += sum(shared)
+    for name, module in layer.named_modules():
+        weights = [child.weight for child in module.children() if isinstance(child, torch.nn.Linear)]
+        products += sum({weight.shape[1] for weight in weights if weight.requires_grad})
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            parts = name.split(".")
+            around = [layer.get_submodule(".".join(parts[:length])) for length in range(len(parts) - 1, 0, -1)]
+            dropouts += next((found.in_features for found in around if hasattr(found, "in_features")), 0)
     return products, dropouts
 
 
@@ -331,8 +335,8 @@ def logits_bytes(plan: Plan, shape: Shape) -> int:
     fused = any("linear_cross_entropy" in change.ops for _, change in plan.ledger.changes)
     numbers = shape.targets * config.vocab_size // plan.ranks.layout.tensor
     if fused:
-        numbers = min(numbers, LOSS_CHUNK[plan.situation.device] // 4)
+        chunks = max(1, math.ceil(4 * numbers / LOSS_CHUNK[plan.situation.device]))
+        numbers //= chunks
         hidden = shape.targets * config.hidden_size * c * 2
         return numbers * (4 + c + (c if c < 4 else 0)) + hidden + 4 * head_trained(plan)
     return numbers * (12 if c == 4 else 4 + 4 + 4 + c) + shape.tokens * config.hidden_size * c
-

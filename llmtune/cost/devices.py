@@ -116,7 +116,7 @@ def this_device(device: torch.device) -> Device:
     return Device(
         name=properties.name,
         memory=properties.total_memory,
-        flops=known and known.flops,
-        bandwidth=known and known.bandwidth,
+        flops=known.flops if known else None,
+        bandwidth=known.bandwidth if known else None,
         bf16=torch.cuda.is_bf16_supported(including_emulation=False),
     )

@@ -66,7 +66,8 @@ def count(plan: Plan, shape: Shape, causal: float | None = None) -> Flops:
     below = embedding is not None and any(p.requires_grad for p in embedding.parameters())
     first = 0 if below else min(trained, default=len(layers))
     attended = shape.attended if causal is None else causal
-    scores = [4 * query_width(plan.model.config, layer) * window(plan.model.config, layer, attended) for layer in range(len(layers))]
+    config = plan.model.config
+    scores = [4 * query_width(config) * window(config, layer, attended) for layer in range(len(layers))]
     forward = sum(2 * m.numbers * m.share for m in found) + sum(scores)
     backward = sum(2 * m.numbers * m.share * ((m.layer >= first) + m.trained) for m in found)
     backward += 2 * sum(scores[first:])
@@ -91,9 +92,8 @@ def matrices(plan: Plan, layers: list[str], shape: Shape) -> Iterator[Matrix]:
             continue
         layer = next((i for i, prefix in enumerate(layers) if name.startswith(prefix + ".")), len(layers))
         numbers = math.prod(size) * visited(name, size, model.config.get_text_config())
-        yield Matrix(
-            numbers=numbers, trained=parameter.requires_grad, layer=layer, share=share if id(parameter) in heads else 1.0
-        )
+        seen = share if id(parameter) in heads else 1.0
+        yield Matrix(numbers=numbers, trained=parameter.requires_grad, layer=layer, share=seen)
 
 
 def visited(name: str, size: tuple[int, ...], config: Any) -> float:
@@ -105,7 +105,7 @@ def visited(name: str, size: tuple[int, ...], config: Any) -> float:
     return chosen / experts
 
 
-def query_width(config: Any, layer: int) -> int:
+def query_width(config: Any) -> int:
     """Width of all query heads together."""
     text = config.get_text_config()
     count = text.num_attention_heads

@@ -23,14 +23,14 @@ def size(count: float) -> str:
 
 def quick_text(cost: Cost) -> str:
     """What is known at once."""
-    shape, total = cost.shape, cost.quick.at_peak.total
+    shape, device, total = cost.shape, cost.device, cost.quick.at_peak.total
     batch = f"{shape.rows} x {shape.length:,} tokens, {shape.targets:,} with a loss"
     if cost.shape.micro_steps > 1:
         batch += f", {shape.micro_steps} a step"
     rank = "the rank" if cost.plan.ranks.size == 1 else f"each of {cost.plan.ranks.size} ranks"
     return "\n".join(
         [
-            f"Memory of {rank} on {cost.device.name} ({size(cost.device.memory)}, {size(cost.device.usable)} for tensors)",
+            f"Memory of {rank} on {device.name} ({size(device.memory)}, {size(device.usable)} for tensors)",
             f"  {'micro-batch':<14}{batch}",
             f"  {'by formulas':<14}{size(total)}, largest in {MOMENTS.get(cost.quick.moment, cost.quick.moment)}",
         ]

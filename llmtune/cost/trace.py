@@ -95,12 +95,12 @@ def fake_group(plan: Plan) -> Iterator[None]:
 def cut(model: Any) -> tuple[Any, list[Run]]:
     """Keep four layers of each run of equal ones."""
     layers = transformer_layers(model)
-    signatures = [_signature(layer) for _, layer in layers]
+    signatures = [(name.rpartition(".")[0], *_signature(layer)) for name, layer in layers]
     runs: list[Run] = []
     kept: list[tuple[str, nn.Module]] = []
     start = 0
     for index in range(1, len(layers) + 1):
-        if index < len(layers) and signatures[index] == signatures[start] and _parent(layers[index]) == _parent(layers[start]):
+        if index < len(layers) and signatures[index] == signatures[start]:
             continue
         count = index - start
         runs.append(Run(len(kept), min(count, KEPT), count))
@@ -115,10 +115,6 @@ def cut(model: Any) -> tuple[Any, list[Run]]:
     if getattr(config, "num_hidden_layers", None) == len(layers):
         config.num_hidden_layers = len(kept)
     return model, runs
-
-
-def _parent(layer: tuple[str, nn.Module]) -> str:
-    return layer[0].rpartition(".")[0]
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
@@ -138,8 +134,10 @@ def step(plan: Plan, objective: nn.Module, shape: Shape, runs: list[Run]) -> Tim
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = stepped_optimizer(plan)
+    assert plan.feed is not None
+    unused: Any = optimizer  # the parts of the loop that are called here take no step
     training = Training(
-        objective=objective, optimizer=optimizer, feed=plan.feed, schedule=plan.parts.one("lr_scheduler_config").built,
+        objective=objective, optimizer=unused, feed=plan.feed, schedule=plan.parts.one("lr_scheduler_config").built,
         distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=1,
         warmup_steps=0, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
     )  # fmt: skip
@@ -181,9 +179,8 @@ def built(plan: Plan) -> nn.Module:
     from llmtune.objective import Context, Objective
 
     ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
-    objective = Objective(
-        plan.model, plan.parts.one("stage_config").built, ops, plan.precision.compute if plan.precision.autocast else None
-    )
+    autocast = plan.precision.compute if plan.precision.autocast else None
+    objective = Objective(plan.model, plan.parts.one("stage_config").built, ops, autocast)
     # Whether the head explains the logits is a question of values, which fake tensors have not.
     objective.context = Context(ops, head_explains_logits=True)
     if plan.attention.startswith("flash_attention"):
@@ -195,7 +192,9 @@ def built(plan: Plan) -> nn.Module:
 class Observer:
     """Cuts a tracked step at its layers, and tells the tracker what things are for."""
 
-    def __init__(self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker) -> None:
+    def __init__(
+        self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker
+    ) -> None:
         self.tracker = tracker
         self.parameters = [parameter for parameter in plan.model.parameters() if parameter.requires_grad]
         self.forward = False
