@@ -89,6 +89,18 @@ def why_not_split(plan: Plan) -> Iterator[str]:
     if heads % (tensor * size):
         groups = f"cp_size {size}" + (f" x tp_size {tensor}" if tensor > 1 else "")
         yield f"{groups} does not divide the {heads} attention heads of {type(plan.model).__name__}; choose a divisor"
+    if kind := _stretched_by_length(plan.model):
+        yield (
+            f"cp_size is {size}, but {type(plan.model).__name__} stretches rotary positions by the length of its input "
+            f"(rope type {kind}), which a piece of a row does not show; set rope_scaling: yarn or linear, or cp_size: 1"
+        )
+
+
+def _stretched_by_length(model: Any) -> str | None:
+    """The kind of rotary positions whose frequencies depend on the largest position that a forward pass sees."""
+    found = (getattr(module, "rope_type", None) for module in model.modules())
+    kinds = {kind for types in found for kind in (types.values() if isinstance(types, dict) else [types])}
+    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)
 
 
 def attend_over_ranks(model: Any, layout: Layout, device: torch.device) -> None:
