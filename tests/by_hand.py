@@ -89,7 +89,29 @@ def base_by_hand(keys: dict[str, Any], auto_class: Any = None) -> Any:
     options: dict[str, Any] = {"dtype": torch.float32}
     if quant := keys.get("quant_config"):
         options["quantization_config"] = quantisation(quant)
-    return (auto_class or AutoModelForCausalLM).from_pretrained(keys["model"], **options)
+    model = (auto_class or AutoModelForCausalLM).from_pretrained(keys["model"], **options)
+    return right_weights(model) if quant else model
+
+
+def right_weights(model: Any) -> Any:
+    """Plain layers for 4-bit ones of widths that bitsandbytes' CPU kernel (0.50.2) gets wrong.
+
+    It takes every row for the beginning of a block; of one long row it makes the values that the bytes stand for.
+    """
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, bnb.nn.Linear4bit) or layer.in_features % 64 == 0:
+            continue
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        state = layer.weight.quant_state
+        state.shape = torch.Size((1, plain.weight.numel()))
+        plain.weight.data = dequantize_4bit(layer.weight.data, state).view_as(plain.weight)
+        if layer.bias is not None:
+            plain.bias = layer.bias
+        model.set_submodule(name, plain.requires_grad_(False))
+    return model
 
 
 def adapt_by_hand(

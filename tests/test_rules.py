@@ -64,6 +64,26 @@ def test_a_plugin_imports_only_the_public_names(plugin: Path) -> None:
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_a_plugins_tests_use_what_every_author_has(plugin: Path) -> None:
+    (own,) = (entry.name for entry in plugin.glob("llmtune_*") if entry.is_dir())
+    for path in (plugin / "tests").rglob("*.py"):
+        for name, _ in imports(path):
+            top = name.split(".")[0]
+            assert name in ("llmtune", "llmtune.testing") or top != "llmtune", f"{path}: imports {name}"
+            assert top != "tests" or name == path.parent.name, f"{path}: imports {name}"
+            assert top == own or top not in plugin_packages(), f"{path}: imports the plugin {name}"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+def test_a_plugin_is_tested_by_its_contract(plugin: Path) -> None:
+    """Every name it offers stands beside its extension point in a call of `laws`."""
+    told = "".join(path.read_text(encoding="utf-8") for path in (plugin / "tests").glob("test_*.py"))
+    names = tomllib.loads((plugin / "pyproject.toml").read_text())["project"]["entry-points"]["llmtune"]
+    assert "laws(" in told
+    assert [name for name in names if f'"{name}"' not in told] == []
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
 def test_a_plugins_entry_module_is_light(plugin: Path) -> None:
     (own,) = (entry for entry in plugin.glob("llmtune_*") if entry.is_dir())
     heavy = {"torch", "transformers", "peft", "bitsandbytes", "liger_kernel", "numpy", "matplotlib"}

@@ -1,0 +1,21 @@
+"""The contract of each part, as any author can test it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmtune.testing import Law, laws
+
+GAINS = laws("peft_config", "ia3")
+ON_BYTES = laws(
+    "peft_config", "ia3", {"target_modules": "k_proj,down_proj"}, recipe={"quant_config": "int8_rows"}, ranks=False
+)
+ROWS = laws("quant_config", "int8_rows", error=0.01)
+SMOOTHED = laws("stage_config", "smoothed", {"beta": 0.2})
+
+
+@pytest.mark.parametrize("law", [*GAINS, *ON_BYTES, *ROWS, *SMOOTHED], ids=str)
+def test_contract(law: Law, tmp_path: Path) -> None:
+    law(tmp_path)
