@@ -179,7 +179,9 @@ def plan_for(recipe: Recipe, *, nproc: int | None, ranks: int | None, described:
 
     device, target = chosen_device(recipe.train.device, described, ranks is not None)
     size = ranks or nproc or (1 if described else default_ranks(recipe.train.device))
-    return make_plan(recipe, Registry(), Ranks(size=size), device, target=target)
+    made = make_plan(recipe, Registry(), Ranks(size=size), device, target=target)
+    rundir.preview(made)
+    return made
 
 
 def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:

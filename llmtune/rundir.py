@@ -216,6 +216,23 @@ def keep_rows(plan: Plan, rows: int) -> None:
     )
 
 
+def preview(plan: Plan) -> None:
+    """Let a plan that is only shown say how it would continue the run in its folder. Files are not verified."""
+    from llmtune import checkpoint
+
+    train, steps = plan.recipe.train, sorted((plan.output_dir / "checkpoints").glob("step-*"))
+    if train.overwrite_output_dir or train.resume_from_checkpoint != "auto" or not steps:
+        return
+    try:
+        manifest = checkpoint.read_manifest(steps[-1])
+        compare(plan, manifest)
+    except CheckpointError as error:
+        plan.notes.append(f"the run in {plan.output_dir} cannot be continued: {error}")
+        return
+    plan.notes.append(f"continues the run in {plan.output_dir} after step {manifest.step}")
+    keep_rows(plan, manifest.rows)
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON would give it back."""
     return json.loads(json.dumps(value, default=str))

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import llmtune
+from llmtune import checkpoint, placement
+from llmtune.errors import CheckpointError
+from llmtune.ranks import ranks_from_environment
 from tests.runs import LORA, recipe
 from tests.spawn import in_ranks
-from tests.test_resume import forget_after, trained
+from tests.test_resume import forget_after, stop_after, trained
 
 NO_DROPOUT = {**LORA, "lora_dropout": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,6 +86,7 @@ def moved(tiny_tied_llama: str, chats: str, tmp_path_factory: pytest.TempPathFac
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_one_two_four_and_one_rank_learn_what_one_learns(method: str, moved: Path) -> None:
     # 8-bit states are rounded anew where blocks move, about 1 % of a moment.
@@ -90,6 +94,7 @@ def test_one_two_four_and_one_rank_learn_what_one_learns(method: str, moved: Pat
     assert_close_runs(moved / f"{method}-straight", moved / method, rtol, atol)
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_divide_the_batch(moved: Path) -> None:
     """Eight rows over three ranks are three, three and two."""
     runs = [{"output_dir": str(moved / f"{method}-at-6"), **_keys(moved / f"{method}-at-6")} for method in METHODS]
@@ -97,6 +102,56 @@ def test_ranks_that_do_not_divide_the_batch(moved: Path) -> None:
     for method in METHODS:
         rtol, atol = (2e-2, 2e-3) if method == "adamw_8bit" else (2e-4, 2e-5)
         assert_close_runs(moved / f"{method}-straight", moved / f"{method}-at-6", rtol, atol)
+
+
+def test_the_plan_says_how_the_batch_is_kept(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=4)
+    stop_after(keys, 3)
+    shown = str(llmtune.plan(keys, nproc=3))
+    assert "continues the run in" in shown and "after step 3" in shown
+    assert "gradient_accumulation_steps: 2 -> 1 on 3 ranks, so that a step still has the run's 8 rows" in shown
+    assert "8 rows a step = 3 x 1 micro-batches x 3 ranks" in shown
+    assert "4 of the ranks have none" in str(llmtune.plan(keys, nproc=12))
+    assert "cannot be continued: the run in" in str(llmtune.plan(keys, learning_rate=0.5))
+
+
+class Factored(torch.optim.SGD):
+    """Keeps one number a row of its piece, and does not say how to cut that anew."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["rows"] = placement.local(parameter.detach()).square().flatten(1).sum(1)
+
+
+def _save_and_restore(folder: str, save: bool) -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = ranks_from_environment()
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8, bias=False)
+    fully_shard(model)
+    optimizer = Factored(model.parameters(), lr=0.1)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    manifest = checkpoint.Manifest(step=1, ranks=2, recipe={}, plugins={}, llmtune="")
+    if save:
+        checkpoint.save(Path(folder), model, optimizer, manifest, ranks)
+    before = optimizer.state[model.weight].pop("rows")
+    found = checkpoint.step_folder(Path(folder), 1)
+    try:
+        checkpoint.restore(found, checkpoint.verify(found), model, optimizer, ranks)
+    except CheckpointError as error:
+        return str(error)
+    return "same" if torch.equal(optimizer.state[model.weight]["rows"], before) else "other"
+
+
+def test_state_that_cannot_be_cut_anew_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    assert in_ranks(2, tmp_path / "ranks", _save_and_restore, str(tmp_path / "c"), True) == ["same", "same"]
+    said = in_ranks(4, tmp_path / "ranks", _save_and_restore, str(tmp_path / "c"), False)
+    assert all("cut for 2 ranks and cannot be used on 4; resume on 2 ranks" in text for text in said)
 
 
 def _keys(folder: Path) -> dict[str, Any]:

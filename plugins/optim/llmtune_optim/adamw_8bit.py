@@ -31,7 +31,7 @@ def quiet(logger: str) -> Iterator[None]:
 
 with quiet("bitsandbytes.backends.cpu.ops"):
     import bitsandbytes
-    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+    from bitsandbytes.functional import dequantize_blockwise
 
 BLOCK = 256
 """Numbers that share a scale in bitsandbytes' optimisers."""
@@ -134,15 +134,15 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         return values
 
     def pack(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The reverse, in the width of the parameter's group. Blocks that start where they did before are unchanged."""
+        """The reverse, in the width of the parameter's group. Blocks that start where they did keep their codes."""
         bits = next(g["bits"] for g in self.param_groups if any(parameter is member for member in g["params"]))
         if bits == 32:
             return dict(values)
         state = {}
         for number, table in enumerate(TABLES, 1):
-            value = values[f"state{number}"].contiguous()
-            codes, scales = quantize_blockwise(value, code=self._table(table, value), blocksize=BLOCK)
-            state |= {f"state{number}": codes, f"absmax{number}": scales.absmax}
+            value = values[f"state{number}"]
+            codes, absmax = to_codes(value, self._table(table, value))
+            state |= {f"state{number}": codes, f"absmax{number}": absmax}
         return state
 
     def _table(self, name: str, like: Tensor) -> Tensor:
@@ -155,6 +155,19 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, state in state_dict["state"].items():
             self.state[parameters[index]] = dict(state)
+
+
+def to_codes(value: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 codes in the shape of `value` and a scale for each block of 256, such that what was codes before stays.
+
+    bitsandbytes' own function takes a block's largest magnitude as its scale. The signed table ends at -0.993, so a
+    block that ended there would shrink by 0.7 % each time.
+    """
+    blocks = nn.functional.pad(value.float().flatten(), (0, -value.numel() % BLOCK)).view(-1, BLOCK)
+    absmax = torch.maximum(blocks.amax(1) / table[-1], blocks.amin(1) / table[0].clamp(max=-1e-3))
+    scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes.flatten()[: value.numel()].view(value.shape), absmax
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -238,3 +238,25 @@ def test_entry_module_is_light_and_describes_itself() -> None:
     code = "import sys, llmtune_optim; print([m for m in ('torch', 'bitsandbytes') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_8bit_state_is_cut_anew_without_loss_where_blocks_stay() -> None:
+    """Rows of 128: blocks of 256 are two rows, so two pieces of four rows hold whole blocks, pieces of three do not."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(8, 128))
+    optimizer = build_adamw_8bit(AdamW8bitConfig(min_8bit_size=1)).create([("w", parameter)], [], 1e-2)
+    for _ in range(3):
+        parameter.grad = torch.randn(8, 128)
+        optimizer.step()
+    state = {key: value for key, value in optimizer.state[parameter].items() if key != "step"}
+    assert state["state1"].dtype == torch.uint8
+    whole = optimizer.unpack(state)
+    again = optimizer.pack(parameter, whole)
+    assert again.keys() == state.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(again[key], value, rtol=1e-6, atol=0)  # codes are whole numbers: equal
+    lower = optimizer.pack(parameter, {key: value[4:] for key, value in whole.items()})
+    assert torch.equal(lower["state1"], state["state1"][4:]) and torch.equal(lower["state2"], state["state2"][4:])
+    moved = optimizer.unpack(optimizer.pack(parameter, {key: value[3:] for key, value in whole.items()}))
+    for key, value in whole.items():
+        assert (moved[key] - value[3:]).abs().max() < 0.02 * value.abs().max()
