@@ -47,8 +47,8 @@ def objections(model: Any, ledger: Ledger, layout: Layout) -> Iterator[str]:
     if size == 1:
         return
     plan = plan_for(model)
-    if too_old := _too_old():
-        yield f"ep_size is {size}, which needs transformers {SINCE} or newer, but this is {too_old}; use 1 or update it"
+    if version := too_old():
+        yield f"ep_size is {size}, which needs transformers {SINCE} or newer, but this is {version}; use 1 or update it"
     elif layout.context > 1:
         yield f"ep_size is {size} beside cp_size {layout.context}, which are not combined; set one of them to 1"
     elif EXCHANGE not in plan.values():
@@ -65,7 +65,8 @@ def objections(model: Any, ledger: Ledger, layout: Layout) -> Iterator[str]:
                 return
 
 
-def _too_old() -> str | None:
+def too_old() -> str | None:
+    """transformers' version, if it is one that cannot spread experts."""
     import transformers
     from packaging.version import Version
 

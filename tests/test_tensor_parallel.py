@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, all kinds of layers": ("tied", {"peft_config": {**LORA, "target_modules": "all,embed_tokens"}}),
     "lora, fused": ("phi3", METHODS["lora"]),
     "lora and a trained head": ("llama", METHODS["modules_to_save"]),
+    "lora, packed": ("qwen3", {**METHODS["lora"], "packing": True, "kernel_config": "auto"}),
+    "lora, recomputed": ("qwen3", {**METHODS["lora"], "disable_gradient_checkpointing": False}),
     "freeze, norms of heads": ("qwen3", METHODS["freeze"]),
 }
 SPREADS: dict[str, dict[str, Any]] = {
@@ -194,7 +196,7 @@ def test_dropout_masks_agree_within_a_group(models: dict[str, str], chats: str, 
         ("llama", METHODS["qlora"], 2, "q_proj is stored by bnb in a form that cannot be split; .*remove quant_config"),
         ("llama", METHODS["dora"], 2, "lora_magnitude_vector.* does not say how it is split; use 1, or another peft"),
         ("llama", {"peft_config": {**LORA, "modules_to_save": ["up_proj"]}}, 2, "up_proj.* does not say how"),
-        ("qwen3_moe", {}, 2, "mlp.experts.* holds experts, which are spread whole; set ep_size to 2"),
+        ("qwen3_moe", {}, 2, "mlp.experts.* (holds experts, .*; set ep_size to 2|would have to be split)"),
         ("deepseek_v2", {}, 2, 'would have to be split as "mla_kv_a_proj", which llmtune does not do'),
     ],
 )  # fmt: skip
