@@ -36,9 +36,10 @@ def original_tensors(plan: Plan) -> dict[str, Tensor]:
     tensors = named_tensors(plan.model)
     found = {}
     for name, now in plan.ledger.direct.items():
-        tensor = full(tensors[now])
+        tensor, trains = full(tensors[now]), tensors[now].requires_grad
         if plan.ranks.first:
-            found[name] = tensor.to(plan.precision.compute) if tensor.dtype.is_floating_point else tensor
+            # What does not train is in the type it is used in, which may be float32 for a few (router biases).
+            found[name] = tensor.to(plan.precision.compute) if trains else tensor
     for name, placed in plan.ledger.rules.items():
         parts = {target: full(tensors[now]) for target, now in placed.where.items()}
         if plan.ranks.first:
@@ -71,6 +72,9 @@ def write_result(plan: Plan, folder: Path) -> None:
         state = original_tensors(plan)
         if plan.ranks.first:
             model.save_pretrained(folder, state_dict=untied(model, state))
+            # transformers writes down the type of the weights in memory, which is float32 in mixed precision.
+            model.config.dtype = plan.precision.compute
+            model.config.save_pretrained(folder)
     if plan.ranks.first:
         save_tokenizer(plan, folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import llmtune
-from llmtune.errors import DivergedError, PlanError
-from llmtune.ranks import pick_device, ranks_from_environment
+from llmtune.errors import DivergedError
 from tests.guards import Silent, start
 from tests.runs import recipe
 from tests.spawn import in_ranks
 
-ROOT = Path(__file__).parent.parent
 FOUR_BITS = {"name": "bnb", "double_quantization": False}
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "plain": torch.float32}
 
@@ -58,14 +55,15 @@ class Poisoned:
 def poisoned(keys: dict[str, Any]) -> tuple[str, bool, int]:
     """The error of a step whose loss is infinite on rank 1, whether weights stayed, and the optimiser's states."""
     from llmtune.loop import train
+    from llmtune.placement import local
 
     plan, training = start(keys)
     if plan.ranks.rank == 1:
         training.objective.stage = Poisoned(training.objective.stage)  # type: ignore[assignment]
-    before = [parameter.to_local().clone() for parameter in training.parameters]  # type: ignore[operator]
+    before = [local(weight).clone() for weight in training.parameters]
     with pytest.raises(DivergedError) as caught:
         train(training, Silent())
-    stayed = all(torch.equal(a, b.to_local()) for a, b in zip(before, training.parameters, strict=True))
+    stayed = all(torch.equal(a, local(b)) for a, b in zip(before, training.parameters, strict=True))
     return str(caught.value), stayed, len(training.optimizer.state)
 
 
@@ -163,20 +161,3 @@ def test_an_epoch_is_every_row_once_and_the_same_on_all_ranks(
         if step + 1 == feed.order.steps_per_epoch:
             assert seen == Counter(range(rows))
     assert seen == Counter({row: 2 for row in range(rows)})
-
-
-def test_a_ranks_device_is_its_place_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 5 of all, second of the second machine, has that machine's second GPU."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    ranks = ranks_from_environment()
-    assert pick_device("auto", ranks.local_rank) == torch.device("cuda", 1)
-    with pytest.raises(PlanError, match="rank 4 of this machine has no GPU of its own: 4 found"):
-        pick_device("cuda", 4)
-
-
-def test_one_place_turns_a_rank_into_a_device() -> None:
-    choosing = re.compile(r"set_device\((?!device\))|device\(\"cuda\", |cuda:\{|\.cuda\(\w")
-    users = {path.name for path in (ROOT / "llmtune").rglob("*.py") if choosing.search(path.read_text())}
-    assert users == {"ranks.py"}

@@ -35,10 +35,10 @@ def collectives(keys: dict[str, Any]) -> dict[str, Counter[str]]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counted(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function.namespace in ("c10d", "_c10d_functional"):
-                seen[function.overloadpacket.__name__] += 1
-            return function(*args, **(kwargs or {}))
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace in ("c10d", "_c10d_functional"):
+                seen[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
 
     _, training = start(keys)
     one_step(training)  # FSDP2 learns the order of its groups in the first step
@@ -148,16 +148,16 @@ def test_no_number_is_read_back_between_micro_batches(
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Functions(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(function, "__name__", "") in READS:
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") in READS:
                 seen[reader()] += 1
-            return function(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
 
     class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select"):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select"):
                 below[reader()] += 1
-            return function(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
 
     seen: Counter[str] = Counter()
     below: Counter[str] = Counter()
