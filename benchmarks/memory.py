@@ -5,7 +5,8 @@
 Each case plans, then trains two steps in a process of its own, on rows of equal length. On a GPU the truth is
 `torch.cuda.max_memory_allocated` over the steps; on a CPU it is the highest level that torch's profiler
 (`profile_memory`) sees the allocator reach during them. `tiny` and the sizes `1b`, `8b` are random models of that shape
-with the tokenizer of `--model`; `model` is `--model` itself.
+with the tokenizer of `--model`; `model` is `--model` itself. A second table has the time that planning takes for a 70B
+model, described by its config.json alone, on 64 ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "head_dim": 128},
 }  # fmt: skip
+LARGE = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+"""Llama 3 70B."""
 CHECKPOINTING = ("none", "selective", "full")
 TOKENS = {"tiny": (2, 256), "model": (1, 512), "1b": (2, 2048), "8b": (1, 2048)}
 """Rows and tokens of a micro-batch."""
@@ -151,14 +156,14 @@ def measure_cpu(plan: Any) -> int:
     return highest
 
 
-def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
+def figures(options: argparse.Namespace, what: list[str]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, __file__, "--model", options.model, "--case", case],
+        [sys.executable, __file__, "--model", options.model, *what],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if not lines:
-        raise SystemExit(f"{case} failed:\n{done.stdout}\n{done.stderr}")
+        raise SystemExit(f"{' '.join(what)} failed:\n{done.stdout}\n{done.stderr}")
     return json.loads(lines[0].removeprefix("FIGURES "))
 
 
@@ -168,7 +173,7 @@ def table(options: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in cases(options):
-        found = measure(options, case)
+        found = figures(options, ["--case", case])
         row = [*case.split("/"), mib(found["measured"])]
         for name in ("traced", "closed"):
             value = found[name]
@@ -176,6 +181,43 @@ def table(options: argparse.Namespace) -> str:
         lines.append("| " + " | ".join([*row, f"{found['traced_s']:.1f} s"]) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
+
+
+def large_table(options: argparse.Namespace) -> str:
+    lines = ["| 70B, 64 ranks | planning | formulas | trace | by formulas | traced |", "|---|---|---|---|---|---|"]
+    for method in METHODS:
+        found = figures(options, ["--large", method])
+        times = [f"{found[name]:.2f} s" for name in ("plan_s", "closed_s", "traced_s")]
+        sizes = [f"{found[name] / 2**30:.2f} GiB" for name in ("closed", "traced")]
+        lines.append("| " + " | ".join([method, *times, *sizes]) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def one_large(options: argparse.Namespace) -> None:
+    """Plan 70B on 64 ranks with one method; print times and figures as JSON."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    import llmtune
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        AutoConfig.for_model("llama", max_position_embeddings=8192, **LARGE).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        talk = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "The quick brown fox. " * 1500}]
+        (folder / "rows.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 128)
+        keys = {"model": name, "dataset": str(folder / "rows.jsonl"), "output_dir": str(folder / "run")}
+        marks = [time.perf_counter()]
+        plan = llmtune.plan(keys | {"cutoff_len": 4096} | METHODS[options.large], ranks=64, device="h100")
+        marks.append(time.perf_counter())
+        closed = plan.cost.quick.at_peak.total
+        marks.append(time.perf_counter())
+        traced = plan.cost.traced.at_peak.total
+        marks.append(time.perf_counter())
+    plan_s, closed_s, traced_s = (after - before for before, after in pairwise(marks))
+    found = {"plan_s": plan_s, "closed_s": closed_s, "traced_s": traced_s, "closed": closed, "traced": traced}
+    print("FIGURES " + json.dumps(found))
 
 
 def cases(options: argparse.Namespace) -> list[str]:
@@ -201,7 +243,11 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="mixed precision (always so on a GPU in practice)")
     parser.add_argument("--write", metavar="FILE")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--large", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.large:
+        one_large(options)
+        return
     if options.case:
         one_case(options)
         return
@@ -213,7 +259,8 @@ def main() -> None:
         f"# Memory: what the plan says against what a step takes\n\n"
         f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, Python "
         f"{platform.python_version()}. Measured: {truth} over two steps. {Path(options.model).name}.\n\n"
-        f"{table(options)}\n\nRerun: `python benchmarks/memory.py --shapes {options.shapes}`\n"
+        f"{table(options)}\n\n{large_table(options)}\n\n"
+        f"Rerun: `python benchmarks/memory.py --shapes {options.shapes}`\n"
     )
     print(text)
     if options.write:
