@@ -208,10 +208,14 @@ def keep_rows(plan: Plan, rows: int) -> None:
     plan.feed = replace(
         plan.feed, micro_steps=micros, order=Order(order.units, rows, order.seed, shuffle=order.shuffle)
     )
+    key, before, now = "gradient_accumulation_steps", train.gradient_accumulation_steps, micros
+    if before == now:
+        key, before = "per_device_train_batch_size", train.per_device_train_batch_size
+        now = -(-rows // (micros * plan.ranks.batch_ranks))
     idle = max(0, plan.ranks.batch_ranks - rows)
     plan.notes.append(
-        f"gradient_accumulation_steps: {train.gradient_accumulation_steps} -> {micros} on {plan.ranks.size} "
-        f"rank{'' if plan.ranks.size == 1 else 's'}, so that a step still has the run's {rows} rows"
+        f"{key}: {before} -> {now} on {plan.ranks.size} rank{'' if plan.ranks.size == 1 else 's'}, "
+        f"so that a step still has the run's {rows} rows"
         + (f"; {idle} of the ranks have none and only hold their shard" if idle else "")
     )
 
