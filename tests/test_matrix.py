@@ -28,7 +28,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 @pytest.fixture(scope="module")
 def results(scene: Scene) -> dict[Combo, Result]:
     """All runs, in one set of processes for each number of ranks: starting those costs more than the runs."""
-    return {result.combo: result for result in run_all(scene, References(scene), LEGAL)}
+    return {result.combo: result for result in run_all(scene, References(scene), LEGAL, timeout_s=500)}
 
 
 @pytest.mark.parametrize("combo", LEGAL, ids=lambda combo: combo.name)
