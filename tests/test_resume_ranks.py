@@ -148,6 +148,7 @@ def _save_and_restore(folder: str, save: bool) -> str:
     return "same" if torch.equal(optimizer.state[model.weight]["rows"], before) else "other"
 
 
+@pytest.mark.slow
 def test_state_that_cannot_be_cut_anew_is_refused_on_all_ranks(tmp_path: Path) -> None:
     assert in_ranks(2, tmp_path / "ranks", _save_and_restore, str(tmp_path / "c"), True) == ["same", "same"]
     said = in_ranks(4, tmp_path / "ranks", _save_and_restore, str(tmp_path / "c"), False)
