@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import pytest
 import llmtune
 from llmtune import hookspecs
 from llmtune.recipe import load_recipe, renamed
+from llmtune.testing import laws
+from llmtune.testing.contract import Subject
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,9 +81,9 @@ def test_every_plugin_package_has_a_page_that_names_its_plugins() -> None:
         assert [name for name in names if name not in page] == []
 
 
-def test_the_plugin_in_the_readme_trains(
-    tmp_path: Path, tiny_llama: str, chats: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def readme_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The README's package, as pip would leave it, on the path."""
     site = tmp_path / "site"
     blocks = dict(re.findall(r"^`([\w./]+)`: [^\n]*\n```\w+\n(.*?)^```", README, re.M | re.S))
     for name in ("llmtune_ia3/__init__.py", "llmtune_ia3/edit.py"):
@@ -92,6 +97,10 @@ def test_the_plugin_in_the_readme_trains(
     assert entry
     (info / "entry_points.txt").write_text("[llmtune]\n" + entry[1].replace('"', ""))
     monkeypatch.syspath_prepend(str(site))
+    return site
+
+
+def test_the_plugin_in_the_readme_trains(readme_plugin: Path, tmp_path: Path, tiny_llama: str, chats: str) -> None:
     keys = {
         "model": tiny_llama, "dataset": chats, "peft_config": "ia3", "quant_config": "bnb", "device": "cpu",
         "max_steps": 6, "learning_rate": 0.05, "per_device_train_batch_size": 24, "disable_shuffling": True,
@@ -102,3 +111,29 @@ def test_the_plugin_in_the_readme_trains(
     assert losses[-1] < losses[0]
     assert (run.output_dir / "model" / "ia3.safetensors").exists()
     assert (run.export(tmp_path / "merged") / "model.safetensors").exists()
+
+
+def test_the_guides_test_file_passes_for_the_plugin_in_the_readme(readme_plugin: Path, tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    section = guide[guide.index("## Testing a plugin") :]
+    block = re.search(r"```python\n(.*?)```", section, re.S)
+    assert block
+    test = tmp_path / "tests" / "test_contract.py"
+    test.parent.mkdir()
+    test.write_text(block[1], encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", str(test), "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    path = os.pathsep.join([str(readme_plugin), str(ROOT)])
+    done = subprocess.run(
+        [*command, f"--rootdir={test.parent}"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{len(laws('peft_config', 'ia3'))} passed" in done.stdout
+
+
+@pytest.mark.parametrize("point", hookspecs.EXTENSION_POINTS)
+def test_the_guide_lists_every_law_with_its_sentence(point: str) -> None:
+    guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    asked = laws(point, "x", reader=print) + (laws(point, "x", mode="infer") if point == "quant_config" else [])
+    assert [law.__name__ for law in asked if f" | `{law.__name__}` | {law.sentence} |" not in guide] == []
+    fields = [field for field in Subject.__dataclass_fields__ if field not in ("point", "name", "parameters")]
+    assert [name for name in fields if f"`{name}`" not in guide[guide.index("## Testing a plugin") :]] == []

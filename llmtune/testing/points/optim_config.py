@@ -61,7 +61,7 @@ def _go(bowl: Bowl, optimizer: torch.optim.Optimizer, steps: int) -> list[float]
 
 
 def takes_every_parameter(subject: Subject, folder: Path) -> None:
-    """`create` returns a torch optimiser that holds each parameter once, every group at the rate it was given."""
+    """`create` returns a torch optimiser that holds each parameter once."""
     bowl, optimizer = _start(subject)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Broken(f"`create` returned {type(optimizer).__name__}", "Return a torch.optim.Optimizer")
