@@ -175,6 +175,8 @@ def figure(name: str, value: float) -> str:
             return f"grad {value:.3g}"
         case "tokens_per_second":
             return f"{value:,.0f} tok/s"
+        case "mfu":
+            return f"MFU {value:.1%}"
     return f"{name} {value:.4f}" if "loss" in name else f"{name} {value:.4g}"
 
 

@@ -104,13 +104,16 @@ class Keeper:
         window, self.window = self.window, []
         assert self.plan.feed is not None
         mean = {name: sum(s.metrics[name] for s in window) / len(window) for name in window[-1].metrics}
+        speed = sum(s.tokens for s in window) / max(sum(s.seconds for s in window), 1e-9)
+        mfu = self.plan.cost.mfu(speed)
         metrics = {
             "epoch": round(step / self.plan.feed.order.steps_per_epoch, 4),
             "loss": sum(stats.loss for stats in window) / len(window),
             "grad_norm": window[-1].grad_norm,
             "learning_rate": window[-1].learning_rate,
             "tokens": self.tokens,
-            "tokens_per_second": sum(s.tokens for s in window) / max(sum(s.seconds for s in window), 1e-9),
+            "tokens_per_second": speed,
+            **({} if mfu is None else {"mfu": mfu}),
             **mean,
         }
         if self.loggers is not None:

@@ -238,6 +238,13 @@ def test_flops_are_those_that_torch_counts(make: Make, method: str) -> None:
     assert expected == pytest.approx(counter.get_total_flops() / tokens, rel=0.015)
 
 
+def test_mfu_is_speed_times_flops_over_the_peak(make: Make) -> None:
+    cost = make(4, "a100").cost
+    seconds = cost.step_seconds(0.25)
+    assert cost.mfu(4 * cost.step_tokens / seconds) == pytest.approx(0.25)
+    assert make(2, "24GB").cost.mfu(1000.0) is None
+
+
 def test_causal_attention_counts_half_and_recomputation_not_at_all(make: Make) -> None:
     plain, again = make(activation_checkpointing="none").cost, make(activation_checkpointing="full").cost
     length, width, layers = 128, 4 * SIZES["head_dim"], SIZES["num_hidden_layers"]
@@ -307,7 +314,7 @@ def test_json_and_html(make: Make, rows: str, folder: str, tmp_path: Path, capsy
 def test_an_optimizer_that_needs_values_is_still_counted(make: Make) -> None:
     plain, small = make(1, "80GB").cost, make(1, "80GB", optim_config="adamw_8bit").cost
     trained, _ = small.plan.parameters()
-    assert small.quick.most.optimizer == small.traced.most.optimizer
+    assert small.quick.most.optimizer == pytest.approx(small.traced.most.optimizer, rel=0.001)
     assert 2 * trained < small.traced.most.optimizer < 0.75 * plain.traced.most.optimizer
     assert small.traced.most.gradients == plain.traced.most.gradients
 

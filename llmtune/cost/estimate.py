@@ -74,6 +74,12 @@ class Cost:
         """Time of an optimiser step at a model FLOPs utilisation; None where the device's peak is not known."""
         return self.flops.total * self.step_tokens / (self.device.flops * mfu) if self.device.flops else None
 
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation at a speed of all ranks together; None where the device's peak is not known."""
+        if not self.device.flops:
+            return None
+        return tokens_per_second * self.flops.total / (self.device.flops * self.plan.ranks.size)
+
     @cached_property
     def advice(self) -> Advice | None:
         """What to change, where it does not fit."""
