@@ -257,8 +257,7 @@ def test_it_imports_only_public_names() -> None:
 def test_its_own_tests_find_it_keeps_the_contract(place: Place) -> None:
     """The laws of `llmtune.testing`, as its author runs them."""
     tests = str(STRANGER / "tests")
-    options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", tests]
-    out = finish(place.start("-m", "pytest", tests, *options))
+    out = finish(place.start("-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-c", os.devnull))
     assert re.search(r"\b5\d passed", out) and "failed" not in out and "skipped" not in out
 
 
