@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import llmtune
 from llmtune.testing import tiny_model_folder
-from tests.test_parity import encode
+from tests.by_hand import encode
 
 ROOT = Path(__file__).parent.parent
 STRANGER = ROOT / "tests" / "stranger"
