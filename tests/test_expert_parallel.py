@@ -11,6 +11,7 @@ import llmtune
 from llmtune import expert_parallel
 from tests.spawn import in_ranks
 from tests.test_parity import METHODS, recipe
+from tests.test_resume import forget_after
 from tests.test_tensor_parallel import EVALUATING, STEPS, assert_same_run, train_each
 from tests.tiny import tiny_model_folder
 
@@ -79,6 +80,19 @@ def runs(models: dict[str, str], chats: str, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize(("spread", "family", "method"), RUNS)
 def test_ranks_learn_what_one_learns(spread: str, family: str, method: str, runs: Path) -> None:
     assert_same_run(runs / f"{spread}, {family}, {method}", runs / f"alone, {family}, {method}")
+
+
+@new
+def test_a_run_on_four_ranks_continues_on_one(models: dict[str, str], chats: str, tmp_path: Path) -> None:
+    """Checkpoints hold whole stacks of experts, and their optimiser states, however they were spread."""
+    straight = keys_for(models["qwen3_moe"], "full", chats, tmp_path / "straight")
+    llmtune.train(straight)
+    whole = {**straight, "output_dir": str(tmp_path / "whole"), "save_steps": 1}
+    spread = {"dist_config": {"name": "fsdp2", "ep_size": 2}, "per_device_train_batch_size": 1}
+    in_ranks(4, tmp_path / "ranks", train_each, [{**whole, **spread}])
+    forget_after(tmp_path / "whole", 3)
+    llmtune.train({**whole, "resume_from_checkpoint": True})
+    assert_same_run(tmp_path / "whole", tmp_path / "straight")
 
 
 @new
