@@ -160,7 +160,8 @@ def candidates(cost: Cost) -> Iterator[Change]:
             yield Change(keys={**keys, **sharded})
     if micros > 1 and sharded:
         yield Change(keys=sharded)
-    yield from _more_ranks(cost)
+    if cost.device.kind == "cuda":
+        yield from _more_ranks(cost)
     if getattr(part.config, "offload_params", None) is False:
         yield Change(keys={"dist_config": {**block, "offload_params": True}})
     yield from _other_training(cost)

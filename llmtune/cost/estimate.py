@@ -131,6 +131,6 @@ def estimate(plan: Plan) -> Cost:
     if plan.data is None:
         raise PlanError("cost: only a plan for training, with data, has one")
     device = plan.target or this_device(plan.device)
-    if device.kind == "cpu":  # ranks on a CPU share the machine's memory
+    if plan.target is None and device.kind == "cpu":  # ranks on this machine's CPU share its memory
         device = replace(device, memory=device.memory // plan.ranks.size)
     return Cost(plan=plan, shape=largest(plan), device=device)
