@@ -99,6 +99,7 @@ def test_buffers_of_the_checkpoint_and_computed_ones_arrive(
     assert any(name.endswith(BIAS) for name in expected) and any(name.endswith("inv_freq") for name in expected)
     for found in two if ranks == 2 else [all_built({f"routed-{way}": recipes[f"routed-{way}"]})]:
         tensors = found[f"routed-{way}"]
+        assert isinstance(tensors, dict), tensors
         assert tensors.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(tensors[name], tensor.detach()), name
@@ -113,6 +114,7 @@ def test_what_a_model_keeps_in_float32_stays_so(way: str, two: list[dict[str, An
     expected = named_tensors(AutoModelForCausalLM.from_pretrained(routed, dtype=torch.bfloat16))
     for found in two:
         tensors = found[f"bf16-{way}"]
+        assert isinstance(tensors, dict), tensors
         for name, tensor in expected.items():
             here = tensors.get(name, tensors.get(name.replace("q_proj.", "q_proj.base_layer.")))
             assert here.dtype == tensor.dtype, name
