@@ -114,6 +114,35 @@ def test_four_ranks_learn_what_one_learns(spread: str, method: str, four_ranks: 
     assert_same_run(four_ranks / f"{spread}, {method}", alone / method)
 
 
+FAMILIES = (
+    "gemma2",
+    "olmo2",
+    "glm4",
+    "cohere2",
+    "starcoder2",
+    "gpt_neox",
+    "apertus",
+    "phi",
+    "nemotron",
+    "qwen3_5_text",
+)
+"""Other orders of norms, biases, halves of heads rotated, layers in parallel, gated attention, no gate in the MLP."""
+
+
+def test_other_families_learn_what_one_rank_learns(chats: str, tmp_path: Path) -> None:
+    alone, split = [], []
+    for family in FAMILIES:
+        keys = recipe(str(tiny_model_folder(tmp_path, family)), chats, tmp_path / f"alone-{family}", max_steps=2)
+        alone.append(keys)
+        dist = {"dist_config": {"name": "fsdp2", "tp_size": 2}}
+        split.append({**keys, **dist, "output_dir": str(tmp_path / f"split-{family}")})
+    train_each(alone)
+    in_ranks(2, tmp_path / "ranks", train_each, split)
+    for family in FAMILIES:
+        found, expected = (llmtune.load(tmp_path / f"{kind}-{family}") for kind in ("split", "alone"))
+        assert_same(numbers(found), numbers(expected))
+
+
 def first_gradients(keys: dict[str, Any]) -> dict[str, Any]:
     """Whole gradients of the first micro-batch, this rank's elements of every weight, and its copies of what the group
     shares."""
