@@ -51,7 +51,7 @@ def test_every_recipe_can_be_read_and_is_mentioned(path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:llmtune|tests|recipes)/[\w/-]+\.(?:py|yaml)\b", text))
+    named = set(re.findall(r"(?<![\w/])(?:llmtune|tests|recipes|plugins)/[\w/-]+\.(?:py|yaml)\b", text))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
