@@ -107,7 +107,7 @@ class Place:
 def finish(process: subprocess.Popen[str]) -> str:
     """What the process printed; its errors where it failed."""
     out, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors
+    assert process.returncode == 0, out + errors
     return out
 
 
