@@ -96,7 +96,7 @@ def run_all(scene: Scene, references: References, combos: Sequence[Combo], timeo
                 if problem
                 else compare(scene, references, combo, folder)
             )
-        shutil.rmtree(root)
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def train_each(recipes: Sequence[dict[str, Any]]) -> list[str]:
