@@ -60,7 +60,9 @@ def objections(model: Any, ledger: Ledger, layout: Layout) -> Iterator[str]:
                 )
                 return
         elif style == SHARED:
-            continue
+            if ledger.direct.get(f"{name}.weight") != f"{name}.weight":
+                yield f"tp_size is {size}, but {name}, which sees single heads, was replaced by an edit; use 1"
+                return
         elif style not in BY_OUTPUTS | BY_INPUTS:
             yield f'tp_size is {size}, but {name} would have to be split as "{style}", which llmtune does not do; use 1'
             return
