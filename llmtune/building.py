@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.context_parallel import attend_over_ranks
-from llmtune.loading import Loader
+from llmtune.loading import Loader, only_first_reads
 from llmtune.mesh import parameter_mesh
 from llmtune.objective import Objective
 from llmtune.parallel import compile_layers
-from llmtune.ranks import join
+from llmtune.ranks import first_does, join
+from llmtune.reader import Entry, read_index
 from llmtune.recompute import checkpoint_activations
 from llmtune.source import resolve_model
 from llmtune.structure import transformer_layers
@@ -18,7 +21,7 @@ from llmtune.tensor_parallel import split
 
 if TYPE_CHECKING:
     from llmtune.planning import Plan
-    from llmtune.records import Distribute
+    from llmtune.records import Distribute, Init
 
 
 def build_objective(plan: Plan) -> Objective:
@@ -34,19 +37,36 @@ def build_objective(plan: Plan) -> Objective:
         ops,
         plan.precision.compute if plan.precision.autocast else None,
     )
-    files = resolve_model(plan.recipe.model, weights=True)
-    plan.model.generation_config = generation_config(files.folder, plan.model)
+    init: Init = plan.parts.one("init_config").built
+    files = first_does(lambda: Files.find(plan)) if only_first_reads(init) else Files.find(plan)
+    plan.model.generation_config = files.generation
     spread(plan, objective)
     Loader(
         model=plan.model,
         ledger=plan.ledger,
         folder=files.folder,
-        init=plan.parts.one("init_config").built,
+        index=files.index,
+        init=init,
         device=plan.device,
         seed=plan.recipe.train.seed,
         new_heads=plan.recipe.model.model_class == "cls",
     ).run()
     return objective
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a load has to know of the model's files. Plain values: one rank can look and tell the others."""
+
+    folder: Path
+    index: Mapping[str, Entry]
+    generation: Any
+
+    @classmethod
+    def find(cls, plan: Plan) -> Files:
+        """Look on this machine's disk, fetching what is not there yet."""
+        folder = resolve_model(plan.recipe.model, weights=True).folder
+        return cls(folder, read_index(folder), generation_config(folder, plan.model))
 
 
 def spread(plan: Plan, objective: Objective) -> None:

@@ -6,7 +6,8 @@ and this rank's piece is kept. The largest tensor bounds what is held besides th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.edits import Ledger, PlacedRule, named_tensors, persistent_names
 from llmtune.errors import EditError, LoadError, listed
-from llmtune.placement import local_rows, materialise, put, seeded, shard_group
-from llmtune.reader import FolderReader
+from llmtune.placement import local_box, local_rows, materialise, put, seeded, shard_group
+from llmtune.ranks import first_does
+from llmtune.reader import Entry, FolderReader
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,18 @@ class Original:
     converter: Any = None
     """transformers' `WeightConverter`, or None where the key is only renamed."""
     patterns: list[str] = field(default_factory=list)
+
+    def stacks(self) -> bool:
+        """Whether the converter stacks tensors, and joins several stacks (gate and up projections) elsewhere than along
+        the stack: then row i is made of the i-th tensors alone."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        first, *rest = self.converter.operations
+        return (
+            type(first) is MergeModulelist
+            and first.dim == 0
+            and all(type(operation) is Concatenate and operation.dim > 0 for operation in rest)
+        )
 
 
 def match_keys(model: Any, keys: list[str], names: set[str]) -> tuple[list[Original], list[str]]:
@@ -87,17 +101,18 @@ class Loader:
     seed: int
     new_heads: bool = False
     """Whether tensors outside the base model may be missing (a new classification head)."""
+    index: Mapping[str, Entry] | None = None
+    """What the folder holds, where another rank has looked; None looks here."""
 
     def run(self) -> None:
         """Materialise, fill, settle. Raises LoadError listing every missing, surplus or misshapen key."""
         materialise(self.model, self.device)
         self.tensors = named_tensors(self.model)
         self.done: set[str] = set(self.ledger.filled)
-        with FolderReader(self.folder) as self.reader:
+        with FolderReader(self.folder, self.index) as self.reader:
             originals = self._matched()
             for original in originals:
-                for name, key, value in self._arrivals(original):
-                    self._deliver(name, key, value)
+                self._read(original)
         self._fill_new()
         self._check_all_filled()
         for _, step in self.ledger.settle:
@@ -160,21 +175,55 @@ class Loader:
         put(tensor, value)
         self.done.add(self.ledger.direct[name])
 
-    def _arrivals(self, original: Original) -> Iterator[tuple[str, str | None, Tensor | None]]:
-        """`(original name, key, None)` where a key can be fetched in pieces, `(name, None, tensor)` where not."""
+    def _read(self, original: Original) -> None:
+        """Read what this rank keeps of one source, where that can be told, or all of it; convert and place it."""
         if original.converter is None:
-            yield original.names[0], original.keys[0], None
-            return
+            self._deliver(original.names[0], original.keys[0], None)
+        elif (rows := self._rows_of_stack(original)) is not None:
+            self._place_stack(original, rows)
+        else:
+            for target, value in self._converted(original, zip(original.keys, original.patterns, strict=True)).items():
+                self._deliver(target, None, value)
+
+    def _converted(self, original: Original, sources: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+        """What transformers makes of `sources`, (key, pattern) each."""
         name = original.names[0]
-        for key, pattern in zip(original.keys, original.patterns, strict=True):
+        for key, pattern in sources:
             # Deferred, so that a converter's tensors are read one group at a time.
             original.converter.add_tensor(name, key, pattern, lambda key=key: self._fetch(key, None))
         made = original.converter.convert(name, model=self.model, config=self.model.config)
-        for target, value in made.items():
-            yield target, None, value[0] if isinstance(value, list) else value
+        return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+
+    def _rows_of_stack(self, original: Original) -> tuple[int, int] | None:
+        """This rank's rows `[start, stop)` of a tensor that has one checkpoint tensor, or one of each kind, in each
+        row, as stacked experts have; None for any other."""
+        name = original.names[0]
+        if self.init.whole or len(original.names) > 1 or name not in self.ledger.direct or not original.stacks():
+            return None
+        rows = local_rows(self.tensors[self.ledger.direct[name]])
+        counts = {original.patterns.count(pattern) for pattern in original.patterns}
+        return rows if counts == {self._shape(name)[0]} else None
+
+    def _place_stack(self, original: Original, rows: tuple[int, int]) -> None:
+        now = self.ledger.direct[original.names[0]]
+        self.done.add(now)
+        if rows[0] >= rows[1]:
+            return
+        kept: list[tuple[str, str]] = []
+        for pattern in dict.fromkeys(original.patterns):
+            keys = [key for key, other in zip(original.keys, original.patterns, strict=True) if other == pattern]
+            kept += [(key, pattern) for key in keys[slice(*rows)]]
+        (value,) = self._converted(original, kept).values()
+        put(self.tensors[now], value, whole=False)
 
     def _fetch(self, key: str, rows: tuple[int, int] | None) -> Tensor:
         return self.init.fetch(self.reader, key, rows)
+
+    def _source(self, key: str | None, value: Tensor | None) -> Tensor:
+        if value is None:
+            assert key is not None
+            value = self._fetch(key, None)
+        return value
 
     def _deliver(self, name: str, key: str | None, value: Tensor | None) -> None:
         if placed := self.ledger.rules.get(name):
@@ -182,27 +231,26 @@ class Loader:
             return
         now = self.ledger.direct[name]
         tensor = self.tensors[now]
-        rows = None if self.init.whole or key is None else local_rows(tensor)
-        if value is None:
-            assert key is not None
-            value = self._fetch(key, rows)
-        put(tensor, value, whole=rows is None)
         self.done.add(now)
+        box = None if self.init.whole or key is None or tensor.dim() == 0 else local_box(tensor)
+        if box is None:
+            put(tensor, self._source(key, value))
+            return
+        assert key is not None
+        first = min(box[0].start, tensor.shape[0])
+        rows = self._fetch(key, (first, max(first, min(box[0].stop, tensor.shape[0]))))
+        put(tensor, rows[(slice(None), *box[1:])], whole=False)
 
     def _convert(self, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:
+        if self.init.whole:
+            value = self._source(key, value)
         pieces: Mapping[str, Tensor] | None = None
-        if (
-            key is not None
-            and not self.init.whole
-            and any(local_rows(self.tensors[now]) for now in placed.where.values())
-        ):
-            pieces = placed.rule.convert_part(_Piece(self, placed, key))
+        # A tensor that is here whole is converted in parts too: the other ranks do the rest of the work.
+        if any(local_rows(self.tensors[now]) for now in placed.where.values()):
+            pieces = placed.rule.convert_part(_Piece(self, placed, key, value))
         partly = pieces is not None
         if pieces is None:
-            if value is None:
-                assert key is not None
-                value = self._fetch(key, None)
-            pieces = placed.rule.convert(value.to(self.device))
+            pieces = placed.rule.convert(self._source(key, value).to(self.device))
         for target, piece in pieces.items():
             now = placed.where[target]
             put(self.tensors[now], piece, whole=not (partly and local_rows(self.tensors[now])))
@@ -221,8 +269,12 @@ class Loader:
                 fill(value)
             put(tensor, value)
         for name, (path, key) in self.ledger.files.items():
-            with safe_open(path, framework="pt") as file:
-                put(self.tensors[name], file.get_tensor(key))
+
+            def look(path: Path = path, key: str = key) -> Tensor:
+                with safe_open(path, framework="pt") as file:
+                    return file.get_tensor(key)
+
+            put(self.tensors[name], first_does(look) if only_first_reads(self.init) else look())
         for name, source in self.ledger.copies.items():
             put(self.tensors[name], _piece_of(self.tensors[source]), whole=False)
         self.done |= {*self.ledger.fresh, *self.ledger.files, *self.ledger.copies}
@@ -236,6 +288,11 @@ class Loader:
             raise EditError(f"after loading, {listed(meta)} still have no storage")
 
 
+def only_first_reads(init: Init) -> bool:
+    """Whether the first rank alone opens weight files."""
+    return getattr(init, "only_first", False)
+
+
 def _piece_of(tensor: Tensor) -> Tensor:
     from llmtune.placement import local
 
@@ -243,16 +300,17 @@ def _piece_of(tensor: Tensor) -> Tensor:
 
 
 class _Piece:
-    """`Part` for one key: what a rule may ask in order to convert only this rank's rows."""
+    """`Part` for one source, read in pieces or here already: what a rule may ask to convert only this rank's rows."""
 
-    def __init__(self, loader: Loader, placed: PlacedRule, key: str) -> None:
-        self._loader, self._placed, self._key = loader, placed, key
-        self.shape = loader.reader.shape(key)
+    def __init__(self, loader: Loader, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:
+        self._loader, self._placed, self._key, self._value = loader, placed, key, value
+        self.shape = tuple(value.shape) if value is not None else loader.reader.shape(key or "")
 
     def elements(self, start: int, stop: int) -> Tensor:
-        width = 1
-        for size in self.shape[1:]:
-            width *= size
+        if self._value is not None:
+            return self._value.reshape(-1)[start:stop].to(self._loader.device)
+        assert self._key is not None
+        width = math.prod(self.shape[1:])
         first, last = start // width, -(-stop // width)
         rows = self._loader._fetch(self._key, (first, last)).reshape(-1)
         return rows[start - first * width : stop - first * width].to(self._loader.device)

@@ -170,7 +170,7 @@ def make_plan(
         precision = (
             Precision(dtype, dtype, autocast=False)
             if dtype
-            else choose_precision(device, train.bf16, train.fp16, train.pure_bf16, target and target.bf16)
+            else choose_precision(device, train.bf16, train.fp16, train.pure_bf16, target.bf16 if target else None)
         )
     if model_problems:
         raise_all([*problems, *model_problems])

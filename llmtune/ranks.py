@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -189,6 +189,23 @@ def tell_the_others(error: Exception, timeout_s: int) -> None:
     except RuntimeError:
         raise error from None
     fail_together(error)
+
+
+def first_does(work: Callable[[], Any]) -> Any:
+    """Do something on rank 0 alone; every rank gets the result, or raises the same error of llmtune."""
+    import torch.distributed as dist
+
+    result: Any = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = work()
+        except LlmtuneError as error:
+            result = error
+    result = from_first(result)
+    if isinstance(result, LlmtuneError):
+        result.everywhere = dist.is_initialized() and dist.get_world_size() > 1
+        raise result
+    return result
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:

@@ -219,13 +219,18 @@ class TensorReader(Protocol):
 
 
 class Init(Protocol):
-    """How checkpoint tensors arrive on a rank. Called for the same keys in the same order on all ranks."""
+    """How checkpoint tensors arrive on a rank. An attribute `only_first = True` says that no rank but the first needs
+    the weight files; it tells the others which tensors there are."""
 
     whole: bool
     """True if this rank has to see whole tensors, False if it can fetch rows."""
 
     def fetch(self, reader: TensorReader, key: str, rows: tuple[int, int] | None) -> Tensor:
-        """Tensor `key`, or its rows `[start, stop)`. May use collectives of `torch.distributed`."""
+        """Tensor `key`, or its rows `[start, stop)`.
+
+        With `whole`, all ranks call it for the same keys in the same order, so it may use collectives of
+        `torch.distributed`; without, each rank calls it for what it keeps.
+        """
         ...
 
 

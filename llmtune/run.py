@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,8 @@ def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any
     loaded, registry = _recipe_and_registry(recipe, overrides)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PlanError("llmtune.build makes a model in one process; under torchrun use llmtune.train")
+    # One process: there is nothing to arrange.
+    loaded = replace(loaded, blocks={point: found for point, found in loaded.blocks.items() if point != "dist_config"})
     needs_data = loaded.data.dataset is not None
     made = make_plan(loaded, registry, Ranks(), pick_device(loaded.train.device), "train" if needs_data else "build")
     return build_objective(made).model, made.tokenizer

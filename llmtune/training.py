@@ -21,8 +21,8 @@ from llmtune.planning import Plan, make_plan
 from llmtune.ranks import (
     check_agreement,
     fail_together,
+    first_does,
     from_all,
-    from_first,
     join,
     pick_device,
     ranks_from_environment,
@@ -160,19 +160,14 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
 
 def _shared(work: Any, plan: Plan) -> Any:
     """Do something on rank 0; every rank gets the result, or raises the same error."""
-    result: Any = None
-    if plan.ranks.first:
+
+    def guarded() -> Any:
         try:
-            result = work()
-        except LlmtuneError as error:
-            result = error
+            return work()
         except OSError as error:
-            result = PlanError(f"output_dir: {plan.output_dir} cannot be used ({error}); name another folder")
-    result = from_first(result)
-    if isinstance(result, LlmtuneError):
-        result.everywhere = plan.ranks.size > 1
-        raise result
-    return result
+            raise PlanError(f"output_dir: {plan.output_dir} cannot be used ({error}); name another folder") from error
+
+    return first_does(guarded)
 
 
 def start_loggers(plan: Plan, first_step: int) -> Loggers | None:

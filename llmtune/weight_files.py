@@ -22,7 +22,7 @@ def check_weight_files(folder: Path) -> tuple[Path, ...]:
     Raises LoadError naming the file, the cause (a Git LFS pointer, an HTML page, truncated with both byte counts,
     a name that leads out of the folder, pickles only) and the fix; all damaged files are reported at once.
     """
-    files = [folder / name for name in _weight_names(folder)]
+    files = [folder / name for name in weight_names(folder)]
     problems = [problem for file in files if (problem := _damage(file, folder))]
     raise_all([LoadError(problem) for problem in problems])
     return tuple(files)
@@ -33,7 +33,8 @@ def holds_no_weights(folder: Path) -> bool:
     return not any(file.name == INDEX or file.suffix in (".safetensors", *_PICKLES) for file in folder.iterdir())
 
 
-def _weight_names(folder: Path) -> list[str]:
+def weight_names(folder: Path) -> list[str]:
+    """The files that hold the weights of `folder`, sorted. LoadError where there are none."""
     if (folder / INDEX).is_file():
         return index_names(folder / INDEX)
     names = sorted(file.name for file in folder.glob("*.safetensors"))

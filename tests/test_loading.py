@@ -50,7 +50,8 @@ def _load(folder: str, way: str, dtype: torch.dtype = torch.float32) -> Any:
             mode="train", device="cpu", ranks=ranks.size, compute_dtype=dtype, trainable_dtype=dtype, gather_dtype=dtype
         )
         layers = [layer for _, layer in transformer_layers(model)]
-        Fsdp2(Fsdp2Config()).apply(model, layers, init_device_mesh("cpu", (ranks.size,)), situation)
+        mesh = init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("shard",))
+        Fsdp2(Fsdp2Config()).apply(model, layers, mesh, situation)
     Loader(
         model=model, ledger=ledger, folder=Path(folder), init=getattr(ways, way)(), device=torch.device("cpu"), seed=0
     ).run()

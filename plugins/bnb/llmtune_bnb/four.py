@@ -70,29 +70,46 @@ class FourBits:
         return room.view(self.storage).unsqueeze(1)
 
     def statistics(self, absmax: Tensor) -> dict[str, Tensor]:
-        """The block maxima of a whole weight as the layer stores them."""
+        """The block maxima of a whole weight as bitsandbytes uses them."""
         if not self.double:
             return {"absmax": absmax}
         offset = absmax.mean()
         small, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         return {"absmax": small, "nested_absmax": nested.absmax, "offset": offset}
 
+    @property
+    def absmax_bytes(self) -> int:
+        """Bytes of one block's maximum."""
+        return 1 if self.double else 4
+
     def empty_statistics(self, numbers: int) -> dict[str, Tensor]:
-        """What `statistics` returns for so many numbers, on the meta device."""
+        """What a layer of so many numbers stores besides them, on the meta device.
+
+        `absmax` is as long as the storage type makes it: like the packed numbers it is sharded over ranks, and travels
+        as it is. The others are a thousandth of its size and less.
+        """
         count = blocks(numbers)
-        if not self.double:
-            return {"absmax": torch.empty(count, device="meta")}
-        nested = -(-count // NESTED_BLOCK)
-        return {
-            "absmax": torch.empty(count, dtype=torch.uint8, device="meta"),
-            "nested_absmax": torch.empty(nested, device="meta"),
-            "offset": torch.empty((), device="meta"),
-        }
+        rows = -(-count * self.absmax_bytes // self.storage.itemsize)
+        found = {"absmax": torch.empty(rows, dtype=self.storage, device="meta")}
+        if self.double:
+            found["nested_absmax"] = torch.empty(-(-count // NESTED_BLOCK), device="meta")
+            found["offset"] = torch.empty((), device="meta")
+        return found
+
+    def store_absmax(self, absmax: Tensor, rows: int, skip: int = 0) -> Tensor:
+        """Block maxima, as `statistics` gives them, as `rows` elements of the storage type, leaving out `skip` bytes at
+        the start."""
+        return self.pack(absmax.contiguous().view(torch.uint8)[skip : skip + rows * self.storage.itemsize], rows)[:, 0]
+
+    def statistics_of(self, stored: Mapping[str, Tensor], numbers: int) -> dict[str, Tensor]:
+        """What `statistics` gave, from what a layer stores; shares memory."""
+        absmax = stored["absmax"].view(torch.uint8)[: blocks(numbers) * self.absmax_bytes]
+        return {**stored, "absmax": absmax if self.double else absmax.view(torch.float32)}
 
     def state(
         self, shape: tuple[int, int], parts: Mapping[str, Tensor], code: Tensor, nested_code: Tensor
     ) -> QuantState:
-        """bitsandbytes' description of a stored weight of `shape` (out, in)."""
+        """bitsandbytes' description of a weight of `shape` (out, in) with these `statistics`."""
         common = {"blocksize": BLOCK, "quant_type": self.kind, "dtype": self.dtype, "shape": torch.Size(shape)}
         if not self.double:
             return QuantState(absmax=parts["absmax"], code=code, **common)
@@ -120,8 +137,8 @@ class FourBits:
 class Linear4bit(bnb.nn.Linear4bit):
     """`x W^T + b` with W (out, in) stored in 4 bits. A subclass of bitsandbytes' layer so that others recognise it.
 
-    The packed weight is a plain parameter and the statistics are buffers, so that the model can be moved, sharded and
-    loaded by means that know nothing of bitsandbytes.
+    The packed weight and its block maxima are plain parameters, what little else there is are buffers, so that the
+    model can be moved, sharded and loaded by means that know nothing of bitsandbytes.
     """
 
     def __init__(self, shape: tuple[int, int], bias: bool, bits: FourBits, compute_dtype: torch.dtype) -> None:
@@ -141,7 +158,10 @@ class Linear4bit(bnb.nn.Linear4bit):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self._describe_weight()
         for name, empty in bits.empty_statistics(self.numbers).items():
-            self.register_buffer(name, empty)
+            if name == "absmax":
+                self.absmax = nn.Parameter(empty, requires_grad=False)
+            else:
+                self.register_buffer(name, empty)
         code, nested_code = codes(bits.kind)
         self.register_buffer("code", code, persistent=False)
         self.register_buffer("nested_code", nested_code, persistent=False)
@@ -158,16 +178,17 @@ class Linear4bit(bnb.nn.Linear4bit):
         return self
 
     def statistics(self) -> list[Tensor]:
-        """The buffers that belong to this weight alone."""
+        """The tensors that belong to this weight alone."""
         return [getattr(self, name) for name in self.bits.empty_statistics(0)]
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        # bitsandbytes' version looks for the statistics on the weight; here they are buffers like any other.
+        # bitsandbytes' version looks for the statistics on the weight; here they are tensors like any other.
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
     def parts(self) -> dict[str, Tensor]:
-        """The block maxima this layer holds now."""
-        return {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset") if hasattr(self, name)}
+        """The block maxima this layer holds now. Collective if they are sharded."""
+        stored = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset") if hasattr(self, name)}
+        return self.bits.statistics_of({name: _whole(tensor) for name, tensor in stored.items()}, self.numbers)
 
     def state(self) -> QuantState:
         """bitsandbytes' description of the weight this layer holds now."""
@@ -185,18 +206,20 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def dequantize(self) -> Tensor:
         """W as (out, in) in its original type. Collective if the weight is sharded; empty if it is on meta."""
-        weight = self.weight.detach()
-        if weight.is_meta:
+        if self.weight.is_meta:
             return torch.empty(self.out_features, self.in_features, dtype=self.bits.dtype, device="meta")
-        if hasattr(weight, "full_tensor"):
-            weight = weight.full_tensor()
-        shape, packed = (self.out_features, self.in_features), self.bits.unpack(weight, self.numbers)
+        shape, packed = (self.out_features, self.in_features), self.bits.unpack(_whole(self.weight), self.numbers)
         return self.bits.dequantise(packed, shape, self.parts(), self.code, self.nested_code)
 
     @property
     def W_q(self) -> Tensor:
         """Its presence makes PEFT call `dequantize` where it needs the plain weight (DoRA)."""
         return self.weight
+
+
+def _whole(tensor: Any) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @dataclass(frozen=True)
@@ -228,32 +251,48 @@ class FourBitRule:
     def convert(self, source: Tensor) -> dict[str, Tensor]:
         """The same bytes as bitsandbytes gives for the tensor in the run's compute type."""
         packed, absmax = self.bits.quantise(source.t() if self.transposed else source)
-        return self._named(self.bits.pack(packed, self.bits.rows(self.numbers)), absmax)
+        made = self.bits.statistics(absmax)
+        made["absmax"] = self.bits.store_absmax(made["absmax"], len(self.bits.empty_statistics(self.numbers)["absmax"]))
+        return self._named(self.bits.pack(packed, self.bits.rows(self.numbers)), made)
 
     def convert_part(self, part: Part) -> dict[str, Tensor] | None:
-        """Bytes of this rank's rows, maxima of all: each rank gives those of the blocks that begin in its rows."""
+        """Bytes of this rank's rows. With double quantisation the maxima of all blocks have to be known everywhere for
+        a moment: each rank gives those of the blocks that begin in its rows."""
         if self.transposed:
             return None
         start, stop = part.rows(self.source)
-        per_row = 2 * self.bits.storage.itemsize
-        first, last = (min(row * per_row, self.numbers) for row in (start, stop))
-        # Rows need not end where blocks end, so the blocks they touch are quantised whole and cut.
-        low, high = first // BLOCK * BLOCK, min(blocks(last) * BLOCK, self.numbers)
-        if first == last:
-            low = high = first
-        packed, absmax = self.bits.quantise(part.elements(low, high))
-        own = packed[(first - low) // 2 : (first - low) // 2 + -(-(last - first) // 2)]
-        begun = absmax[blocks(first) - low // BLOCK :] if first != last else absmax
-        return self._named(self.bits.pack(own, stop - start), part.concatenate(begun))
+        absmax_start, absmax_stop = part.rows(self.targets[1])
+        first, last = (min(row * 2 * self.bits.storage.itemsize, self.numbers) for row in (start, stop))
+        # Rows need not end where blocks end, so the blocks they touch are quantised whole and cut. Nor does a rank keep
+        # just the maxima of its own rows; those of a few blocks more or less are at hand or computed here.
+        touched = [(first // BLOCK, blocks(last))] if first < last else []
+        wanted = (0, 0)
+        if not self.bits.double and absmax_start < absmax_stop:
+            size = self.bits.storage.itemsize
+            wanted = (absmax_start * size // 4, min(-(-absmax_stop * size // 4), blocks(self.numbers)))
+            touched.append(wanted)
+        low, high = min((low for low, _ in touched), default=0), max((high for _, high in touched), default=0)
+        packed, absmax = self.bits.quantise(part.elements(low * BLOCK, min(high * BLOCK, self.numbers)))
+        own_at = (first - low * BLOCK) // 2
+        own = packed[own_at : own_at + -(-(last - first) // 2)] if first < last else packed[:0]
+        if self.bits.double:
+            begun = absmax[blocks(first) - low :] if first < last else absmax[:0]
+            made = self.bits.statistics(part.concatenate(begun))
+            skip = absmax_start * self.bits.storage.itemsize
+        else:
+            made = {"absmax": absmax[wanted[0] - low : wanted[1] - low]}
+            skip = absmax_start * self.bits.storage.itemsize - 4 * wanted[0]
+        made["absmax"] = self.bits.store_absmax(made["absmax"], absmax_stop - absmax_start, max(skip, 0))
+        return self._named(self.bits.pack(own, stop - start), made)
 
     def restore(self, targets: Mapping[str, Tensor]) -> Tensor:
         """The dequantised weight in its original orientation."""
-        parts = {name.rpartition(".")[2]: tensor for name, tensor in targets.items()}
-        packed = parts.pop("weight")
+        stored = {name.rpartition(".")[2]: tensor for name, tensor in targets.items()}
+        packed = stored.pop("weight")
+        parts = self.bits.statistics_of(stored, self.numbers)
         code, nested_code = (values.to(packed.device) for values in codes(self.bits.kind))
         whole = self.bits.dequantise(self.bits.unpack(packed, self.numbers), self.shape, parts, code, nested_code)
         return whole.t().contiguous() if self.transposed else whole
 
-    def _named(self, packed: Tensor, absmax: Tensor) -> dict[str, Tensor]:
-        made = {"weight": packed} | self.bits.statistics(absmax)
-        return {f"{self.layer}.{name}": tensor for name, tensor in made.items()}
+    def _named(self, packed: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{self.layer}.{name}": tensor for name, tensor in {"weight": packed, **statistics}.items()}

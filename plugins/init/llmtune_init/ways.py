@@ -28,16 +28,17 @@ class OnDefault:
 
 
 class OnRank0:
-    """Only rank 0 reads the file's data; the others know shapes and types from its header."""
+    """Only rank 0 reads files; the others are told names, shapes and types, and are sent the tensors."""
 
     whole = True
+    only_first = True
 
     def fetch(self, reader: TensorReader, key: str, rows: tuple[int, int] | None) -> Tensor:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return reader.read(key)
         first = dist.get_rank() == 0
         tensor = reader.read(key) if first else torch.empty(reader.shape(key), dtype=reader.dtype(key))
-        if dist.get_backend() == "nccl":
+        if torch.cuda.is_available() and "nccl" in dist.get_backend_config():
             tensor = tensor.cuda()
         dist.broadcast(tensor, src=0)
         return tensor
