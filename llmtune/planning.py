@@ -17,6 +17,7 @@ from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, raise_all
 from llmtune.feed import Feed
 from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.loading import only_first_reads
 from llmtune.mesh import arrange
 from llmtune.parts import Part, Parts, collect, find_parts
 from llmtune.precision import Precision, choose_precision, stored_dtype
@@ -159,7 +160,8 @@ def make_plan(
     model_problems: list[LlmtuneError] = []
     with collect(model_problems):
         allow_remote_code(recipe.model, recipe.is_local)
-        files = resolve_model(recipe.model, weights=False, described=target is not None)
+        reads = ranks.first or not any(only_first_reads(part.built) for part in parts.at("init_config"))
+        files = resolve_model(recipe.model, weights=False, described=target is not None, check=reads)
         config = load_model_config(files, recipe.model)
         tokenizer = load_tokenizer(files, recipe.model)
         if mode != "train" and recipe.data.template is not None:  # for training, `prepare` does it

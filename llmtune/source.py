@@ -75,18 +75,19 @@ class ModelFiles:
     """One sentence to show the user, if there is something to know."""
 
 
-def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False) -> ModelFiles:
+def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False, check: bool = True) -> ModelFiles:
     """Find the model's files, fetching and converting what is not here yet.
 
     With `weights` false only small files are fetched from the hub; a GGUF is converted whole, once. Weight files that
-    are here are checked by their headers. `described`: a folder may do without any, for a plan that is never trained.
+    are here are checked by their headers, unless another rank does that (`check`). `described`: a folder may do without
+    any, for a plan that is never trained.
     Raises LoadError: no such model, no network, no safetensors, damaged files.
     """
     files = next(found for source in SOURCES if (found := source(config, weights)) is not None)
     _check_config_file(files.folder)
     if described and files.origin == "folder" and holds_no_weights(files.folder):
         return replace(files, note="The folder holds no weights: it can be planned, not trained.")
-    if weights or files.origin != "hub":
+    if check and (weights or files.origin != "hub"):
         check_weight_files(files.folder)
     return files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llmtune
 from llmtune.edits import Ledger, named_tensors, set_trainable
 from llmtune.errors import LoadError
 from llmtune.loading import Loader
@@ -18,6 +20,7 @@ from llmtune.ranks import join, ranks_from_environment
 from llmtune.records import Situation
 from llmtune.skeleton import build_skeleton
 from llmtune.structure import transformer_layers
+from tests.runs import recipe
 from tests.spawn import in_ranks
 from tests.tiny import tiny_model_folder
 
@@ -123,3 +126,23 @@ def test_weights_that_do_not_fit_are_an_error_that_lists_keys(change: str, messa
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(LoadError, match=message):
         _load(str(folder), "OnMeta")
+
+
+def opened_weight_files(keys: dict[str, Any]) -> set[str]:
+    """Names of the model's weight files that this process opens from the plan to the end of the run."""
+    opened: set[str] = set()
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and (path := str(arguments[0])).endswith(".safetensors") and keys["model"] in path:
+            opened.add(Path(path).name)
+
+    sys.addaudithook(listen)
+    llmtune.train(keys)
+    return opened
+
+
+@pytest.mark.parametrize("quant", [None, "bnb"])
+def test_only_the_first_rank_opens_weight_files(quant: str | None, tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "run", init_config="init_on_rank0", quant_config=quant, max_steps=1)
+    first, second = in_ranks(2, tmp_path / "ranks", opened_weight_files, keys)
+    assert first == {"model.safetensors"} and second == set()
