@@ -39,11 +39,12 @@ class Entry:
 
 def read_index(folder: Path) -> dict[str, Entry]:
     """Every tensor of a folder, from the headers of its files. Raises LoadError naming the damaged file."""
+    names = weight_names(folder)
     wanted = None
     if (folder / INDEX).is_file():
         wanted = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     found: dict[str, Entry] = {}
-    for name in weight_names(folder):
+    for name in names:
         found |= {key: entry for key, entry in _header(folder / name).items() if not wanted or wanted.get(key) == name}
     if lacking := sorted(set(wanted or ()) - set(found)):
         raise LoadError(f"{folder / INDEX}: names {lacking[0]}, which its file does not hold; {AGAIN}")

@@ -38,6 +38,10 @@ def _folder(tmp_path: Path, family: str, tied: bool) -> Path:
 
 
 def _load(folder: str, way: str, dtype: torch.dtype = torch.float32) -> Any:
+    return _loader(folder, way, dtype).model
+
+
+def _loader(folder: str, way: str, dtype: torch.dtype = torch.float32) -> Loader:
     from llmtune_init import ways
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,10 +59,15 @@ def _load(folder: str, way: str, dtype: torch.dtype = torch.float32) -> Any:
         layers = [layer for _, layer in transformer_layers(model)]
         mesh = init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("shard",))
         Fsdp2(Fsdp2Config()).apply(model, layers, mesh, situation)
-    Loader(
+    loader = Loader(
         model=model, ledger=ledger, folder=Path(folder), init=getattr(ways, way)(), device=torch.device("cpu"), seed=0
-    ).run()
-    return model
+    )
+    loader.run()
+    return loader
+
+
+def _bytes_read(folder: str, way: str) -> int:
+    return _loader(folder, way).reader.bytes_read
 
 
 def _tensors(folder: str, way: str) -> dict[str, torch.Tensor]:
@@ -92,6 +101,15 @@ def test_three_ranks_hold_together_what_from_pretrained_gives(family: str, tmp_p
     for way in ("OnMeta", "OnRank0", "OnDefault"):
         for loaded in in_ranks(3, tmp_path / way, _tensors, str(folder), way):
             _assert_same(loaded, folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mixtral"])
+def test_ranks_read_together_what_the_file_holds(family: str, tmp_path: Path) -> None:
+    """Experts too, which the file holds one by one and the model in stacks."""
+    folder = _folder(tmp_path, family, tied=False)
+    stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert sum(in_ranks(2, tmp_path / "meta", _bytes_read, str(folder), "OnMeta")) == stored
+    assert in_ranks(2, tmp_path / "rank0", _bytes_read, str(folder), "OnRank0") == [stored, 0]
 
 
 def test_bfloat16_keeps_the_rotary_buffers_in_float32(tmp_path: Path) -> None:
