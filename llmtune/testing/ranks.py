@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+GRACE_S = 10.0
+"""How long ranks may go on after another has failed."""
+
 
 def in_ranks(
-    ranks: int, scratch: Path, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240
+    ranks: int, scratch: Path, function: Callable[..., Any], *arguments: Any, timeout_s: float = 500
 ) -> list[Any]:
     """`function(*arguments)` in `ranks` fresh processes with RANK and WORLD_SIZE set; their results in rank order.
 
-    The function must be importable (module level). Raises AssertionError with the traceback of the first rank to fail.
+    The function must be importable (module level). Raises AssertionError with the traceback of the first rank to fail;
+    the others, which may be waiting for it, are ended.
     """
     import torch.multiprocessing as mp
 
@@ -31,18 +36,29 @@ def in_ranks(
     ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        failed = any(process.exitcode for process in processes) or any(scratch.glob("rank*.failed"))
+        if failed:  # what the others have to say of it comes within a moment, or not at all
+            deadline = min(deadline, time.monotonic() + GRACE_S)
     for process in processes:
-        process.join(timeout_s)
         process.kill()
-    results = []
-    for rank, process in enumerate(processes):
-        path = scratch / f"rank{rank}.pickle"
-        assert path.exists(), f"rank {rank} left no result (exit code {process.exitcode})"
-        kind, value = pickle.loads(path.read_bytes())
+        process.join()
+    return _results(scratch, [process.exitcode for process in processes])
+
+
+def _results(scratch: Path, exit_codes: list[int | None]) -> list[Any]:
+    failed = sorted(scratch.glob("rank*.failed"), key=lambda path: path.stat().st_mtime_ns)
+    said = [f"rank {path.stem[4:]} failed:\n{path.read_text(encoding='utf-8')}" for path in failed]
+    paths = [scratch / f"rank{rank}.pickle" for rank in range(len(exit_codes))]
+    found = [path.read_bytes() if path.exists() else None for path in paths]
+    for path in [*failed, *(path for path in paths if path.exists())]:
         path.unlink()
-        assert kind == "ok", f"rank {rank} failed:\n{value}"
-        results.append(value)
-    return results
+    assert not said, said[0]
+    silent = [f"rank {rank} (exit code {code})" for rank, code in enumerate(exit_codes) if found[rank] is None]
+    assert not silent, f"no result from {', '.join(silent)}"
+    return [pickle.loads(result) for result in found if result is not None]
 
 
 def _one(
@@ -55,9 +71,10 @@ def _one(
 
     torch.set_num_threads(1)
     try:
-        result = ("ok", function(*arguments))
+        result = pickle.dumps(function(*arguments))
     except BaseException:
-        result = ("error", traceback.format_exc())
-    Path(scratch, f"rank{rank}.pickle").write_bytes(pickle.dumps(result))
+        Path(scratch, f"rank{rank}.failed").write_text(traceback.format_exc(), encoding="utf-8")
+        raise SystemExit(1) from None
+    Path(scratch, f"rank{rank}.pickle").write_bytes(result)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
