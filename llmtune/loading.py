@@ -323,8 +323,8 @@ class _Piece:
         import torch
         import torch.distributed as dist
 
-        tensor = self._loader.tensors[self._placed.where[self._placed.rule.source]]
-        group = shard_group(tensor)
+        tensors = (self._loader.tensors[now] for now in self._placed.where.values())
+        group = next((group for tensor in tensors if (group := shard_group(tensor)) is not None), None)
         if group is None:
             return piece
         sizes = [torch.zeros(1, dtype=torch.int64, device=piece.device) for _ in range(group.size())]
