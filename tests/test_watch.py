@@ -143,5 +143,5 @@ def test_a_model_that_lets_documents_leak_is_not_packed(chats: str, tmp_path: Pa
     MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     tokenizer.save_pretrained(tmp_path / "mamba")
     keys = recipe(str(tmp_path / "mamba"), chats, tmp_path / "run", peft_config=None, learning_rate=1e-3)
-    with pytest.raises(PlanError, match=r"packing: MambaForCausalLM cannot keep documents apart .* set packing: false"):
-        llmtune.train({**keys, "packing": True, "disable_gradient_checkpointing": True})
+    with pytest.raises(PlanError, match=r"packing: MambaForCausalLM takes no position ids.* set packing: false"):
+        llmtune.plan({**keys, "packing": True, "disable_gradient_checkpointing": True})
