@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmtune.context_parallel import attend_over_ranks
 from llmtune.loading import Loader, only_first_reads
 from llmtune.mesh import parameter_mesh
@@ -41,11 +43,13 @@ def build_objective(plan: Plan) -> Objective:
     files = first_does(lambda: Files.find(plan)) if only_first_reads(init) else Files.find(plan)
     plan.model.generation_config = files.generation
     spread(plan, objective)
+    distribute: Distribute = plan.parts.one("dist_config").built
     Loader(
         model=plan.model,
         ledger=plan.ledger,
         folder=files.folder,
         index=files.index,
+        shards=torch.device("cpu") if distribute.in_host_memory else None,
         init=init,
         device=plan.device,
         seed=plan.recipe.train.seed,
@@ -79,7 +83,7 @@ def spread(plan: Plan, objective: Objective) -> None:
     if plan.mode == "train" and train.torch_compile:
         compile_layers(layers)
     distribute: Distribute = plan.parts.one("dist_config").built
-    if plan.ranks.size > 1 or (plan.mode == "train" and distribute.alone):
+    if plan.ranks.size > 1 or (plan.mode == "train" and distribute.in_host_memory):
         join(plan.ranks, plan.device, train.ddp_timeout, alone=True)
         mesh = parameter_mesh(plan.ranks.layout, plan.device)
         if plan.ranks.layout.tensor > 1:

@@ -101,12 +101,14 @@ class Loader:
     seed: int
     new_heads: bool = False
     """Whether tensors outside the base model may be missing (a new classification head)."""
+    shards: torch.device | None = None
+    """Where shards are kept; None is `device`."""
     index: Mapping[str, Entry] | None = None
     """What the folder holds, where another rank has looked; None looks here."""
 
     def run(self) -> None:
         """Materialise, fill, settle. Raises LoadError listing every missing, surplus or misshapen key."""
-        materialise(self.model, self.device)
+        materialise(self.model, self.device, self.shards)
         self.tensors = named_tensors(self.model)
         self.done: set[str] = set(self.ledger.filled)
         with FolderReader(self.folder, self.index) as self.reader:

@@ -48,7 +48,7 @@ class Fsdp2:
 
     def __init__(self, config: Fsdp2Config) -> None:
         self.config = config
-        self.alone = config.offload_params
+        self.in_host_memory = config.offload_params
 
     def layout(self, ranks: int) -> Layout:
         """Copies and groups as the keys say, and the rest of the ranks shards within each."""

@@ -72,14 +72,19 @@ def full(tensor: Tensor) -> Tensor:
     return whole.to("cpu", copy=True)
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Turn every meta tensor into an empty real one on `device`, and move real ones there. Ties survive."""
+def materialise(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:
+    """Turn every meta tensor into an empty real one on `device`, and move real ones there. Ties survive.
+
+    Shards go to `shards` where that is given: host memory, for parameters that stay there.
+    """
     import torch
+    from torch.distributed.tensor import DTensor
 
     ties = _tied_places(model)
 
     def real(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        place = shards if shards is not None and isinstance(tensor, DTensor) else device
+        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
 
     # `_apply` is what `to_empty` uses; FSDP2 hooks into it to adopt the new shards.
     model._apply(real)

@@ -237,8 +237,8 @@ class Init(Protocol):
 class Distribute(Protocol):
     """Spreads a model over the ranks of a mesh, before weights are loaded."""
 
-    alone: bool
-    """Whether a single rank needs `apply` too, as host offload does."""
+    in_host_memory: bool
+    """Whether shards stay in host memory. Then they are loaded there, and a single rank needs `apply`, too."""
 
     def layout(self, ranks: int) -> Layout:
         """How to arrange so many ranks. Raises PlanError where that is impossible."""

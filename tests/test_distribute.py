@@ -117,6 +117,19 @@ def test_offloading_on_one_rank_learns_the_same(tiny_llama: str, chats: str, tmp
     assert_same(found[0], train(keys))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_offloading_from_a_gpu_learns_the_same(method: str, tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    keys = keys_for(tiny_llama, chats, tmp_path / "plain", **METHODS[method], device="cuda")
+    offload = {"name": "fsdp2", "offload_params": True}
+    found = in_ranks(1, tmp_path / "ranks", train, {**keys, "output_dir": str(tmp_path / "o"), "dist_config": offload})
+    assert_same(found[0], train(keys), 2e-3)  # bfloat16
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_layers_learn_the_same(tiny_llama: str, chats: str, tmp_path: Path) -> None:
     keys = keys_for(tiny_llama, chats, tmp_path / "plain", **METHODS["lora"])

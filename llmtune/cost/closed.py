@@ -49,7 +49,7 @@ class Ways:
 
     def __init__(self, plan: Plan) -> None:
         layout, part = plan.ranks.layout, plan.parts.one("dist_config")
-        self.spread = plan.ranks.size > 1 or part.built.alone
+        self.spread = plan.ranks.size > 1 or part.built.in_host_memory
         self.shards = layout.shard * layout.context
         self.tensor = layout.tensor
         self.offloaded = getattr(part.config, "offload_params", False)

@@ -80,7 +80,7 @@ def fake_group(plan: Plan) -> Iterator[None]:
     """A process group of the plan's size in which nothing is ever sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if plan.ranks.size == 1 and not plan.parts.one("dist_config").built.alone:
+    if plan.ranks.size == 1 and not plan.parts.one("dist_config").built.in_host_memory:
         yield
         return
     if dist.is_initialized():

@@ -49,7 +49,7 @@ class Climbs(_Stage):
 
 
 class LosesRanks:
-    alone = False
+    in_host_memory = False
 
     def layout(self, ranks: int) -> Layout:
         return Layout(shard=max(1, ranks - 1))
@@ -58,7 +58,7 @@ class LosesRanks:
 class SumsGradients:
     """Whole copies on all ranks, whose gradients are summed: the loop wants their mean."""
 
-    alone = False
+    in_host_memory = False
 
     def layout(self, ranks: int) -> Layout:
         return Layout(shard=ranks)
