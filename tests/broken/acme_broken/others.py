@@ -50,6 +50,7 @@ class Climbs(_Stage):
 
 class LosesRanks:
     in_host_memory = False
+    alone = True
 
     def layout(self, ranks: int) -> Layout:
         return Layout(shard=max(1, ranks - 1))
