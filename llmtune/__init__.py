@@ -18,6 +18,10 @@ _WHERE = {
             "OptimizerFactory", "Repacks", "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
         ),
         "llmtune.stages": ("StageLoss", "Batch", "StageContext", "Stage"),
+        "llmtune.examples": (
+            "BadRow", "Conversation", "DataFormat", "Example", "Labelled", "Message", "Preference", "Prompt", "Text",
+            "Tokens",
+        ),
         "llmtune.structure": ("transformer_layers", "linear_layers", "output_heads"),
         "llmtune.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",

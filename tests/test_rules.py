@@ -17,6 +17,7 @@ PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.to
 CONTRACT = {
     "llmtune.records",
     "llmtune.stages",
+    "llmtune.examples",
     "llmtune.hookspecs",
     "llmtune.errors",
     "llmtune.schema",

@@ -13,7 +13,7 @@ _WHERE = {
     for module, names in {
         "llmtune.data.config": ("DataConfig", "Source", "sources"),
         "llmtune.data.read": ("Row", "read_rows"),
-        "llmtune.data.formats": ("Conversation", "Format", "FORMATS", "detect"),
+        "llmtune.data.formats": ("Format", "FORMATS", "detect"),
         "llmtune.data.template": ("choose_template", "template_names"),
         "llmtune.data.render": ("Renderer",),
         "llmtune.data.tokens": ("TokenSamples",),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from llmtune.errors import DataError
-from llmtune.schema import Ge, decode, split_names
+from llmtune.schema import Ge, Gt, decode, split_names
 
 _TEMPLATE_ARGUMENTS = frozenset({
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
@@ -21,13 +21,24 @@ class Source:
     """One data set, as an entry of `dataset` may spell it out."""
 
     path: str
-    """File, folder, glob, `hub:` id, or `llmtune:` name of a set that ships with llmtune."""
-    format: str | None = None
-    """Format of this data set; absent follows `data_format`."""
+    """File, folder, glob, `hub:` id, `llmtune:` name of a set that ships with llmtune, or a name that
+    `dataset_info.json` in `dataset_dir` describes."""
+    name: str | None = None
+    """What reports and metrics call this data set; absent takes the last part of `path`."""
+    format: str | dict[str, Any] | None = None
+    """Format of this data set, spelt like `data_config`; absent follows `data_config`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of the format and the names they have in this data set: `{instruction: question, output: answer}`."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Keys and roles of the messages where they differ from the format's, by the names that `dataset_info.json` uses:
+    `role_tag`, `content_tag`, `user_tag`, `assistant_tag`, `observation_tag`, `function_tag`, `system_tag`."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str | None = None
     """Subset (configuration) of a hub data set."""
+    num_samples: Annotated[int, Ge(1)] | None = None
+    """Take this many rows: drawn by the seed without repeats where there are more, in whole passes where there are
+    fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +46,57 @@ class DataConfig:
     """What is learnt from: data sets, how they become tokens, and how long a sample may be."""
 
     dataset: str | dict[str, Any] | tuple[str | dict[str, Any], ...] | None = None
-    """Data sets to train on: files, globs, `hub:` ids or `llmtune:` names, as a list or separated by commas. An entry
-    may be a mapping with `path`, `format`, `split` and `subset`."""
+    """Data sets to train on: files, globs, `hub:` ids, `llmtune:` names or names in `dataset_info.json`, as a list or
+    separated by commas. An entry may be a mapping with `path`, `name`, `format`, `columns`, `tags`, `split`, `subset`
+    and `num_samples`."""
     eval_dataset: str | dict[str, Any] | tuple[str | dict[str, Any], ...] | None = None
     """Data sets to evaluate on, spelt like `dataset`."""
+    eval_on_each_dataset: bool = False
+    """Report the loss of each data set that is evaluated on, besides the loss of all."""
+    dataset_dir: str | None = None
+    """Folder whose `dataset_info.json` gives names to data sets. Absent looks for that file beside the recipe, then in
+    its folder `data`."""
     data_format: Literal["auto", "alpaca", "sharegpt", "openai"] = "auto"
     """Format of the rows. `auto` looks at the first rows of each data set and reports what it found."""
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    """How several data sets become an epoch: all of each; drawn in turn until the first is used up; or drawn in turn
+    until all are, those used up starting again."""
+    interleave_probs: tuple[Annotated[float, Gt(0)], ...] | None = None
+    """How often each data set is drawn from when interleaving, in the order of `dataset`; absent draws from each alike.
+    """
     template: str | None = None
-    """Chat template: a `.jinja` file or a name (`chatml`, `alpaca`). Absent takes the tokenizer's own."""
+    """Chat template: a `.jinja` file or a name (`chatml`, `llama3`; see the reference). Absent takes the tokenizer's
+    own."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables passed to the chat template, such as `enable_thinking: false`."""
+    enable_thinking: bool | None = None
+    """Short for the template variable of this name. A row's own `enable_thinking` wins."""
+    tool_format: str | None = None
+    """How tools, calls and results are written where the chat template cannot: a name (see the reference) or a `.jinja`
+    file. Absent leaves them to the template."""
     default_system: str | None = None
     """System message for conversations that have none."""
+    split_special_tokens: bool = False
+    """Read special tokens that a message's text spells as plain text, so that data cannot end a turn. false reads them
+    as the tokens, as `apply_chat_template` does."""
     cutoff_len: Annotated[int, Ge(1)] = 2048
-    """Longest sample in tokens. What goes beyond is cut off at the end, and reported."""
+    """Longest sample in tokens."""
+    cutoff_policy: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to samples beyond `cutoff_len`. `truncate` keeps as many whole turns as fit, else the beginning of
+    the first answer; plain text goes on in the next sample. `drop` leaves them out, `error` stops. Preference pairs are
+    never cut: `truncate` drops them. Whatever is lost is reported."""
     max_samples: int | None = None
     """At most this many rows of each data set, the first ones. null or -1 takes all."""
     val_size: Annotated[int | float, Ge(0)] = 0.0
     """Rows kept from training for evaluation: a share below 1, or a number of rows."""
     packing: bool = False
-    """Lay several samples end to end in one row of `cutoff_len` tokens. Samples do not see each other."""
+    """Lay several samples end to end in one row of `cutoff_len` tokens."""
+    neat_packing: bool = True
+    """Packed samples do not see each other, and none is split. false concatenates all samples and cuts the result into
+    rows of exactly `cutoff_len` tokens that see what stands before them, as is usual for pretraining."""
+    group_by_length: bool = True
+    """Where rows are padded, batch rows of similar length. What a step learns does not depend on its rows' order; which
+    rows meet in a step does. false draws them regardless of length."""
     train_on_prompt: bool = False
     """Train on all tokens, not only on the assistant's."""
     mask_history: bool = False
@@ -62,7 +104,26 @@ class DataConfig:
     disable_shuffling: bool = False
     """Take the samples in the order of the files, the same in every epoch."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """Whether rows that cannot be used stop the run or are left out and counted."""
+    """Whether rows that cannot be used stop the run or are left out, counted, and written to `quarantine.jsonl` in the
+    run's folder."""
+    max_bad_records: Annotated[int | float, Ge(0)] = 0.001
+    """Most rows of a data set that `skip` leaves out before it is an error: a share below 1 (ten rows always pass), or
+    a number of rows."""
+    streaming: bool = False
+    """Read, tokenise and shuffle while training, for data larger than disk or memory. Needs `max_steps`."""
+    buffer_size: Annotated[int, Ge(1)] = 16384
+    """Rows that streaming shuffles at a time."""
+    preprocessing_num_workers: Annotated[int, Ge(1)] | None = None
+    """Processes that tokenise; absent takes the processors there are, one for small data."""
+    preprocessing_batch_size: Annotated[int, Ge(1)] = 1000
+    """Rows that a process tokenises at a time."""
+    overwrite_cache: bool = False
+    """Tokenise again, though the cache holds the result."""
+    tokenized_path: str | None = None
+    """Folder to keep the tokenised data in, or to take it from if it is there. Absent uses the cache, which is
+    `LLMTUNE_CACHE` or `~/.cache/llmtune`."""
+    data_shared_file_system: bool = False
+    """Whether all machines of a run see the same cache, so that one of them tokenises for all."""
 
     def __post_init__(self) -> None:
         limit = self.max_samples
@@ -75,8 +136,21 @@ class DataConfig:
         _require(not both, "val_size", self.val_size, "0 where eval_dataset is given; choose one of the two")
         both = self.train_on_prompt and self.mask_history
         _require(not both, "mask_history", True, "false where train_on_prompt is true; choose one of the two")
+        whole = self.max_bad_records < 1 or float(self.max_bad_records).is_integer()
+        _require(whole, "max_bad_records", self.max_bad_records, "a share below 1 or a whole number of rows")
+        self._check_mixing()
         for key in ("dataset", "eval_dataset"):
             sources(getattr(self, key), key, ValueError)
+
+    def _check_mixing(self) -> None:
+        probabilities, count = self.interleave_probs, len(sources(self.dataset, "dataset", ValueError))
+        if probabilities is None:
+            return
+        _require(
+            self.mix_strategy != "concat", "interleave_probs", list(probabilities), "absent with mix_strategy: concat"
+        )
+        fits = len(probabilities) == count and abs(sum(probabilities) - 1) < 1e-6
+        _require(fits, "interleave_probs", list(probabilities), f"{count} numbers that sum to 1, one a data set")
 
     @property
     def row_limit(self) -> int | None:

@@ -13,20 +13,9 @@ from typing import Any
 
 from llmtune.data.messages import BadRow, check_conversation, kind, normal_tools, parse_calls, text_of, tool_calls
 from llmtune.errors import DataError, did_you_mean, listed
+from llmtune.examples import Conversation, Message
 
-Message = dict[str, Any]
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """What a template renders."""
-
-    messages: list[Message]
-    """OpenAI's shape: `role` (system, user, assistant, tool), `content` (text), and on assistant messages
-    `tool_calls` with arguments as objects."""
-    tools: list[dict[str, Any]] | None = None
-    """OpenAI's shape: `{type: function, function: {name, description, parameters}}`."""
 
 
 @dataclass(frozen=True, kw_only=True)

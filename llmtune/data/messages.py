@@ -7,19 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmtune.errors import listed
+from llmtune.examples import BadRow
 
 _KINDS = {
     type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
     dict: "an object",
 }  # fmt: skip
-
-
-class BadRow(Exception):
-    """A row that cannot be used: a short reason to count by, and what was found in this one."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}")
 
 
 def kind(value: Any) -> str:

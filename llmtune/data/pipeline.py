@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from llmtune.data.config import DataConfig, Source, sources
-from llmtune.data.formats import FORMATS, Conversation, detect
-from llmtune.data.messages import BadRow
+from llmtune.data.formats import FORMATS, detect
 from llmtune.data.read import read_rows
 from llmtune.data.render import Encoded, Renderer
 from llmtune.data.report import SHOWN, DataReport, Losses, PartReport, SourceReport
 from llmtune.data.template import choose_template
 from llmtune.data.tokens import TokenSamples
 from llmtune.errors import DataError, did_you_mean, listed
+from llmtune.examples import BadRow, Conversation
 
 LOOKED_AT = 100
 """Rows of a data set that its format is detected from."""

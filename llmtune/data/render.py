@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from llmtune.data.formats import Conversation, Message
-from llmtune.data.messages import BadRow
 from llmtune.errors import DataError
+from llmtune.examples import BadRow, Conversation, Message
 
 _STAND_IN = "\ue000answer\ue000"  # private-use characters, which no text of a data set should hold
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
