@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -112,13 +111,10 @@ class Plan:
             "training data": self.data_hash,
         }
 
-    @cached_property
+    @property
     def data_hash(self) -> str:
-        """SHA-256 of the tokens, masks and bounds that this run trains on; computed once, named in every checkpoint."""
-        digest = hashlib.sha256()
-        for array in (self.data.train.ids, self.data.train.mask, self.data.train.starts) if self.data else ():
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        """SHA-256 of the tokens, masks and bounds that this run trains on; named in every checkpoint."""
+        return self.data.digest if self.data else ""
 
     @cached_property
     def cost(self) -> Cost:

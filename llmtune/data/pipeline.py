@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Prepared:
     train: TokenSamples
     evaluation: TokenSamples | None
     report: DataReport
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is trained on: tokens, masks and bounds."""
+        return self.train.digest or self.train.hashed()
 
 
 @dataclass(kw_only=True)

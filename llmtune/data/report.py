@@ -54,9 +54,11 @@ class PartReport:
     @staticmethod
     def of(samples: TokenSamples) -> PartReport:
         """Count `samples`."""
-        longest = int(samples.lengths.max()) if len(samples) else 0
         return PartReport(
-            samples=len(samples), tokens=len(samples.ids), supervised_tokens=int(samples.mask.sum()), longest=longest
+            samples=len(samples),
+            tokens=samples.tokens,
+            supervised_tokens=int(samples.trained.sum()),
+            longest=samples.longest,
         )
 
     def __str__(self) -> str:

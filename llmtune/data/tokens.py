@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,11 @@ class TokenSamples:
     mask: np.ndarray
     """(tokens,) bool, True where the token is trained. Never True for a sequence's first token."""
     starts: np.ndarray
-    """(samples * width + 1,) int64, where each sequence begins in `ids`."""
+    """(samples * width,) int64, where each sequence begins in `ids`."""
+    stops: np.ndarray
+    """(samples * width,) int64, where each sequence ends."""
+    trained: np.ndarray
+    """(samples * width,) int64, trained tokens of each sequence."""
     rows: np.ndarray
     """(samples,) int64, the row a sample comes from, counted over all data sets."""
     sets: np.ndarray | None = None
@@ -45,43 +49,56 @@ class TokenSamples:
         **more: Any,
     ) -> TokenSamples:
         """Join (ids, mask) pairs; `rows[i]` is the row that sample i comes from, `origins` where the rows stand."""
-        starts = np.zeros(len(sequences) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids, _ in sequences], out=starts[1:])
+        bounds = np.zeros(len(sequences) + 1, dtype=np.int64)
+        np.cumsum([len(ids) for ids, _ in sequences], out=bounds[1:])
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in sequences)]).astype(np.int32)
         mask = np.concatenate([np.zeros(0, bool), *(mask for _, mask in sequences)]).astype(bool)
-        mask[starts[:-1][np.diff(starts) > 0]] = False
-        place = origins.__getitem__ if origins else None
+        mask[bounds[:-1][np.diff(bounds) > 0]] = False
+        trained = np.diff(np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])[bounds])
         return TokenSamples(
-            ids=ids, mask=mask, starts=starts, rows=np.asarray(rows, dtype=np.int64), place=place, **more
+            ids=ids,
+            mask=mask,
+            starts=bounds[:-1],
+            stops=bounds[1:],
+            trained=trained,
+            rows=np.asarray(rows, dtype=np.int64),
+            place=origins.__getitem__ if origins else None,
+            **more,
         )
 
     def __len__(self) -> int:
-        return (len(self.starts) - 1) // self.width
+        return len(self.rows)
 
     @property
     def lengths(self) -> np.ndarray:
         """(samples,) tokens of each sample, all its sequences."""
-        return self.starts[self.width :: self.width] - self.starts[: -1 : self.width]
+        return (self.stops - self.starts).reshape(-1, self.width).sum(1)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return int(np.diff(self.starts).max()) if len(self) else 0
+        return int((self.stops - self.starts).max()) if len(self) else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples together."""
+        return int((self.stops - self.starts).sum())
 
     @property
     def supervised(self) -> np.ndarray:
         """(samples,) trained tokens of each sample."""
-        total = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
-        return total[self.starts[self.width :: self.width]] - total[self.starts[: -1 : self.width]]
+        return self.trained.reshape(-1, self.width).sum(1)
 
     def sequences(self, index: int) -> list[slice]:
         """Where the sequences of one sample stand in `ids`, `mask` and `weights`."""
-        bounds = self.starts[index * self.width : (index + 1) * self.width + 1].tolist()
-        return [slice(start, stop) for start, stop in pairwise(bounds)]
+        return [
+            slice(int(self.starts[at]), int(self.stops[at]))
+            for at in range(index * self.width, (index + 1) * self.width)
+        ]
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, mask) of one sample, all its sequences, as views."""
-        part = slice(self.starts[index * self.width], self.starts[(index + 1) * self.width])
+        """(ids, mask) of one sample of one sequence, as views."""
+        (part,) = self.sequences(index)
         return self.ids[part], self.mask[part]
 
     def set_of(self, index: int) -> int:
@@ -93,16 +110,24 @@ class TokenSamples:
         row = int(self.rows[index])
         return self.place(row) if self.place is not None else f"row {row}"
 
+    def hashed(self) -> str:
+        """SHA-256 of the arrays."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.mask, self.starts, self.stops, self.weights, self.labels):
+            digest.update(b"" if array is None else array.tobytes())
+        return digest.hexdigest()
+
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenSamples:
-        """A copy of the given samples, in the given order."""
+        """The given samples in the given order, some maybe twice; tokens stay where they are."""
         chosen = np.asarray(indices, dtype=np.int64)
-        slices = [part for index in chosen.tolist() for part in self.sequences(index)]
-        weights = [self.weights[part] for part in slices] if self.weights is not None else None
-        joined = TokenSamples.from_lists([(self.ids[part], self.mask[part]) for part in slices], self.rows[chosen])
-        return TokenSamples(
-            ids=joined.ids, mask=joined.mask, starts=joined.starts, rows=joined.rows,
-            sets=self.sets[chosen] if self.sets is not None else None, set_names=self.set_names,
-            weights=np.concatenate([np.zeros(0, np.float32), *weights]) if weights is not None else None,
+        parts = (chosen[:, None] * self.width + np.arange(self.width)).reshape(-1)
+        return replace(
+            self,
+            starts=self.starts[parts],
+            stops=self.stops[parts],
+            trained=self.trained[parts],
+            rows=self.rows[chosen],
+            sets=self.sets[chosen] if self.sets is not None else None,
             labels=self.labels[chosen] if self.labels is not None else None,
-            width=self.width, kind=self.kind, place=self.place,
-        )  # fmt: skip
+            digest=hashlib.sha256(self.digest.encode() + chosen.tobytes()).hexdigest() if self.digest else "",
+        )
