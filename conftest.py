@@ -1,0 +1,28 @@
+"""What holds for all tests, those of the plugins included: threads, processes, and the order of files."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch is imported. Tests are many small tensors in up to four processes at once: with two threads each, on two
+# cores, they wait for each other and take three times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+MOST_WORKERS = 8
+"""A test may start four ranks of 0.5 GB each, so more at once are a matter of memory."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process for each core where everything is tested; none besides this one where the command names tests."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process ends with a long one when the others are done."""
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
