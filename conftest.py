@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -10,6 +12,10 @@ import pytest
 # cores, they wait for each other and take three times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_own_cache = None
+if "LLMTUNE_CACHE" not in os.environ:  # the processes that test in parallel inherit it
+    _own_cache = os.environ["LLMTUNE_CACHE"] = tempfile.mkdtemp(prefix="llmtune-cache-")
 
 MOST_WORKERS = 8
 """A test may start four ranks of 0.5 GB each, so more at once are a matter of memory."""
@@ -26,3 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process ends with a long one when the others are done."""
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind, nor in the user's own cache."""
+    if _own_cache is not None:
+        shutil.rmtree(_own_cache, ignore_errors=True)
