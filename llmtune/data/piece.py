@@ -1,0 +1,114 @@
+"""What becomes of some rows of a data set: their samples in flat arrays, and what was left out. Travels between
+processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmtune.data.report import Losses
+
+
+class Bad(NamedTuple):
+    """A row that cannot be used."""
+
+    origin: str
+    reason: str
+    """A few words to count by."""
+    detail: str
+    row: Any
+    """As it was read; None where its bytes could not be."""
+
+
+class TokenRow(NamedTuple):
+    """One sequence of tokens."""
+
+    ids: np.ndarray
+    """(tokens,) int32."""
+    mask: np.ndarray
+    """(tokens,) bool."""
+    weights: np.ndarray | None = None
+    """(tokens,) float32; None where all trained tokens count 1."""
+
+
+@dataclass(kw_only=True)
+class Piece:
+    """The samples of some consecutive rows."""
+
+    origin: str = ""
+    """Where the rows stand: their number follows it."""
+    width: int = 1
+    """Sequences of a sample."""
+    sequences: list[TokenRow] = field(default_factory=list)
+    labels: list[bool] = field(default_factory=list)
+    """One a sample, where rows are labelled."""
+    rows: list[int] = field(default_factory=list)
+    """For each sample, the place of its row in `numbers`."""
+    numbers: list[int] = field(default_factory=list)
+    """Lines or row numbers of the rows that gave samples."""
+    read: int = 0
+    """Rows read, bad ones included."""
+    bad: list[Bad] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
+    ends: Counter[int] = field(default_factory=Counter)
+    """Last trained tokens of the turns that end in a special token."""
+
+    def packed(self) -> Packed:
+        """The same in flat arrays, which travel quicker."""
+        lengths = np.array([len(each.ids) for each in self.sequences], np.int64)
+        starts = np.cumsum(lengths) - lengths
+        ids = np.concatenate([np.zeros(0, np.int32), *(each.ids for each in self.sequences)]).astype(
+            np.int32, copy=False
+        )
+        mask = np.concatenate([np.zeros(0, bool), *(each.mask for each in self.sequences)])
+        mask[starts[lengths > 0]] = False  # nothing stands before a first token that could predict it
+        weights = None
+        if any(each.weights is not None for each in self.sequences):
+            weights = np.concatenate([_weights(each) for each in self.sequences])
+        total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+        return Packed(
+            origin=self.origin,
+            width=self.width,
+            ids=ids,
+            mask=mask,
+            weights=weights,
+            lengths=lengths,
+            trained=total[starts + lengths] - total[starts],
+            labels=np.array(self.labels, bool) if self.labels else None,
+            rows=np.array(self.rows, np.int64),
+            numbers=np.array(self.numbers, np.int64),
+            read=self.read,
+            bad=self.bad,
+            losses=self.losses,
+            ends=self.ends,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """`Piece` in arrays."""
+
+    origin: str
+    width: int
+    ids: np.ndarray
+    mask: np.ndarray
+    weights: np.ndarray | None
+    lengths: np.ndarray
+    """(sequences,) int64."""
+    trained: np.ndarray
+    """(sequences,) int64."""
+    labels: np.ndarray | None
+    rows: np.ndarray
+    numbers: np.ndarray
+    read: int
+    bad: Sequence[Bad]
+    losses: Losses
+    ends: Counter[int]
+
+
+def _weights(sequence: TokenRow) -> np.ndarray:
+    return np.ones(len(sequence.ids), np.float32) if sequence.weights is None else sequence.weights
