@@ -53,6 +53,8 @@ def split_row(batch: Batch, ranks: Ranks) -> Batch:
     mine = (batch.predict_at >= start) & (batch.predict_at < stop)
     last = batch.document_starts.new_tensor([length + fill] if fill else [])
     targets = batch.targets[mine]
+    assert batch.target_sequence is not None
+    groups = _groups(batch, mine)
     return replace(
         batch,
         input_ids=_filled(batch.input_ids, torch.zeros(fill))[:, start:stop],
@@ -62,9 +64,18 @@ def split_row(batch: Batch, ranks: Ranks) -> Batch:
         longest_document=max(batch.longest_document, fill),
         predict_at=batch.predict_at[mine] - start,
         targets=targets,
-        weight=float(len(targets)),
+        target_sequence=batch.target_sequence[mine],
+        weight_groups=groups,
+        weight=sum(weight * len(spots) for weight, spots in groups) if batch.weight_groups else float(len(targets)),
         row_tokens=length + fill,
     )
+
+
+def _groups(batch: Batch, mine: Tensor) -> tuple[tuple[float, Tensor], ...]:
+    """The weight groups of a piece: `mine` (N,) says which of the batch's targets are in it."""
+    number = mine.cumsum(0) - 1
+    kept = ((weight, number[spots[mine[spots]]]) for weight, spots in batch.weight_groups)
+    return tuple((weight, spots) for weight, spots in kept if len(spots))
 
 
 def _filled(row_1T: Tensor, end: Tensor) -> Tensor:

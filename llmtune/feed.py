@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmtune.context_parallel import split_row
-from llmtune.data.batches import collate
-from llmtune.data.order import Order, pack, split
+from llmtune.data.batches import Document, collate
+from llmtune.data.order import Order, deal, padding_share, split
+from llmtune.data.units import Piece, Units, make_units
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """Batches of a training run. `units` are what the order shuffles: samples, or packs of samples."""
+    """Batches of a training run. `units` are what the order shuffles: samples, packs of samples, or rows."""
 
     samples: TokenSamples
-    units: Sequence[tuple[int, ...]]
+    units: Units
     order: Order
     ranks: Ranks
     micro_steps: int
@@ -33,46 +37,119 @@ class Feed:
     @classmethod
     def make(
         cls, samples: TokenSamples, *, packing: bool, cutoff_len: int, per_device: int, micro_steps: int, ranks: Ranks,
-        seed: int, shuffle: bool, flat: bool, pad_id: int,
+        seed: int, shuffle: bool, flat: bool, pad_id: int, neat: bool = True, group_by_length: bool = False,
     ) -> Feed:  # fmt: skip
-        units = pack(samples.lengths, cutoff_len) if packing else [(index,) for index in range(len(samples))]
-        order = Order(len(units), per_device * micro_steps * ranks.batch_ranks, seed, shuffle)
+        units = make_units(samples, packing=packing, neat=neat, cutoff_len=cutoff_len, seed=seed, shuffle=shuffle)
+        flat = flat or units.kind == "pack"
+        lengths = row_lengths(samples, units)
+        grouped = group_by_length and not flat and units.kind == "sample"
+        batch = per_device * micro_steps * ranks.batch_ranks
+        order = Order(len(units), batch, seed, shuffle, lengths if grouped else None)
         return cls(
-            samples=samples,
-            units=units,
-            order=order,
-            ranks=ranks,
-            micro_steps=micro_steps,
-            flat=flat or packing,
-            pad_id=pad_id,
+            samples=samples, units=units, order=order, ranks=ranks, micro_steps=micro_steps, flat=flat, pad_id=pad_id
         )
+
+    def with_rows(self, rows: int, micro_steps: int) -> Feed:
+        """The same with `rows` units a step, in `micro_steps` micro-batches on each rank."""
+        return replace(self, order=self.order.with_batch(rows), micro_steps=micro_steps)
 
     def step(self, step: int, device: torch.device) -> list[Batch]:
         """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""
-        mine = split(self.order.step_units(step), self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
-        return [to_device(self._batch([i for unit in units for i in self.units[unit]]), device) for units in mine]
+        pieces = self.micro_steps * self.ranks.batch_ranks
+        units = deal(self.order.step_units(step), self._lengths, padded=not self.flat, pieces=pieces)
+        mine = split(units, self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
+        return [to_device(self.batch(units), device) for units in mine]
 
-    def _batch(self, samples: Sequence[int]) -> Batch:
-        rows = [self.samples.sample(index) for index in samples]
-        batch = collate(rows, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(samples))
-        return split_row(batch, self.ranks)
+    def batch(self, units: Sequence[int]) -> Batch:
+        """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split."""
+        pieces = [self.units.pieces(unit) for unit in units]
+        if self.units.kind == "row":
+            documents = [joined(self.samples, unit) for unit in pieces]
+            numbers = dict.fromkeys(piece.sample for unit in pieces for piece in unit)
+            return split_row(
+                collate(documents, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(numbers)), self.ranks
+            )
+        chosen = [piece.sample for unit in pieces for piece in unit]
+        return sample_batch(self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks)
 
     def tokens(self, step: int) -> int:
         """Tokens (without padding) in the whole optimiser step, all ranks."""
-        lengths = self.samples.lengths
-        return sum(int(lengths[i]) for unit in self.order.step_units(step) for i in self.units[unit])
+        return int(self.units.tokens[self.order.step_units(step)].sum())
+
+    @property
+    def padding(self) -> float:
+        """Share of padding in an epoch's micro-batches."""
+        if self.flat:
+            return 0.0
+        return padding_share(self._lengths, self.order, self.micro_steps * self.ranks.batch_ranks)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return row_lengths(self.samples, self.units) if not self.flat else self.units.tokens
+
+
+def row_lengths(samples: TokenSamples, units: Units) -> np.ndarray:
+    """(units,) tokens of the padded row, or of the longer of two, that a unit needs."""
+    if units.kind != "sample" or samples.width == 1:
+        return units.tokens
+    return (samples.stops - samples.starts).reshape(-1, samples.width).max(1)
+
+
+def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pad_id: int, ranks: Ranks) -> Batch:
+    """Whole samples as one batch; this rank's piece of it where rows are split."""
+    ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
+    parts = [part for sample in chosen for part in samples.sequences(sample)]
+    batch = collate(
+        [Document(ids[part], mask[part], None if weights is None else weights[part]) for part in parts],
+        flat=flat,
+        pad_id=pad_id,
+        sample_ids=chosen,
+        width=samples.width,
+        wanted=None if labels is None else [bool(labels[sample]) for sample in chosen for _ in range(samples.width)],
+        counts_samples=samples.kind in ("preference", "labelled", "prompt"),
+    )
+    return split_row(batch, ranks)
+
+
+def joined(samples: TokenSamples, pieces: Sequence[Piece]) -> Document:
+    """Consecutive tokens of several samples as one document.
+
+    Where all of a sample trains, as of plain text, so does its first token: something stands before it here.
+    """
+    ids, masks, weights = [], [], []
+    for number, first, stop in pieces:
+        (whole,) = samples.sequences(number)
+        part = slice(whole.start + first, whole.start + stop if stop is not None else whole.stop)
+        mask = np.array(samples.mask[part])
+        mask[:1] |= not first and int(samples.trained[number]) == whole.stop - whole.start - 1
+        ids.append(samples.ids[part])
+        masks.append(mask)
+        if samples.weights is not None:
+            weight = np.array(samples.weights[part])
+            if not first and len(weight) > 1:
+                weight[0] = weight[1]
+            weights.append(weight)
+    return Document(np.concatenate(ids), np.concatenate(masks), np.concatenate(weights) if weights else None)
 
 
 def evaluation_batches(
-    samples: TokenSamples, *, per_device: int, ranks: Ranks, flat: bool, pad_id: int, device: torch.device
+    samples: TokenSamples,
+    *,
+    per_device: int,
+    ranks: Ranks,
+    flat: bool,
+    pad_id: int,
+    device: torch.device,
+    chosen: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Every sample once, over all ranks; each rank gets the same number of batches, the last ones maybe empty."""
-    count = -(-len(samples) // (per_device * ranks.batch_ranks))
-    for index in range(count):
-        start = (index * ranks.batch_ranks + ranks.batch_rank) * per_device
-        chosen = tuple(range(start, min(start + per_device, len(samples))))
-        batch = collate([samples.sample(i) for i in chosen], flat=flat, pad_id=pad_id, sample_ids=chosen)
-        yield to_device(split_row(batch, ranks), device)
+    """Every one of the `chosen` samples (all, if None) once, over all ranks, each seen alone; each rank gets the same
+    number of batches, the last ones maybe empty. Longest first, so that little is padded."""
+    order = np.arange(len(samples)) if chosen is None else chosen
+    order = order[np.argsort(-samples.lengths[order], kind="stable")].tolist()
+    for start in range(0, len(order), per_device * ranks.batch_ranks):
+        first = start + ranks.batch_rank * per_device
+        part = order[first : first + per_device]
+        yield to_device(sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks), device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -81,9 +158,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     if device.type == "cpu":
         return batch
-    moved: dict[str, Any] = {
-        name: value.pin_memory().to(device, non_blocking=True)
-        for name, value in vars(batch).items()
-        if isinstance(value, torch.Tensor)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    changes: dict[str, Any] = {
+        name: moved(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
     }
-    return replace(batch, **moved)
+    changes["weight_groups"] = tuple((weight, moved(spots)) for weight, spots in batch.weight_groups)
+    return replace(batch, **changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,7 +107,7 @@ def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, ste
     sums: dict[str, Tensor] = {}
     # FSDP2 averages gradients over the ranks of its mesh; times their number, the mean is the sum we want.
     factor = run.ranks.size // run.ranks.layout.tensor * (run.scaler.scale if run.scaler else 1.0)
-    divisor = weight.clamp(min=1.0).float()
+    divisor = torch.where(weight > 0, weight, 1.0).float()
     for number, micro in enumerate(micros):
         run.distribute.before_backward(run.objective, number == len(micros) - 1)
         # Dropout is a function of (seed, step, micro-batch, rank): nothing to save, nothing that evaluation disturbs.
@@ -208,17 +208,31 @@ class LossScale:
 
 
 @torch.no_grad()
-def evaluate(objective: nn.Module, batches: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Mean loss (and the stage's metrics) per unit of weight over all ranks' batches."""
+def evaluate(
+    objective: nn.Module, parts: Mapping[str, Callable[[], Iterable[Batch]]], device: torch.device
+) -> dict[str, float]:
+    """Mean loss (and the stage's metrics) per unit of weight over all ranks' batches: `eval_loss` of all parts, and
+    `eval_<name>_loss` of each where there are several."""
     objective.eval()
-    sums: dict[str, Tensor] = {}
-    weight = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in batches():
-        result = objective(batch)
-        weight += batch.weight
-        for name, value in {"loss": result.total, **result.metrics}.items():
-            sums[name] = sums.get(name, 0) + value.double()
-    names = list(sums)
-    packed = total(torch.stack([*(sums[name] for name in names), weight])).tolist()
+    metrics: dict[str, float] = {}
+    whole: dict[str, float] = {}
+    for part, batches in parts.items():
+        sums: dict[str, Tensor] = {}
+        weight = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches():
+            result = objective(batch)
+            weight += batch.weight
+            for name, value in {"loss": result.total, **result.metrics}.items():
+                sums[name] = sums.get(name, 0) + value.double()
+        found = total(torch.stack([*sums.values(), weight])).tolist()
+        numbers = dict(zip([*sums, ""], found, strict=True))
+        whole = {name: whole.get(name, 0.0) + value for name, value in numbers.items()}
+        if len(parts) > 1:
+            metrics |= _means(numbers, f"eval_{part}_")
     objective.train()
-    return {f"eval_{name}": value / max(packed[-1], 1.0) for name, value in zip(names, packed, strict=False)}
+    return _means(whole, "eval_") | metrics
+
+
+def _means(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Sums over the weight, which goes by the empty name."""
+    return {prefix + name: value / (sums[""] or 1.0) for name, value in sums.items() if name}

@@ -75,16 +75,17 @@ class Context(StageContext):
         return None
 
     def next_token_loss(self, model: Any, batch: Batch) -> Tensor:
-        """Summed cross-entropy (float32 scalar) of the batch's targets under the model."""
+        """Cross-entropy of the batch's targets under the model, times their weights, summed: a float32 scalar."""
         if self._head_explains_logits is None:
             self._head_explains_logits = self._probe(model, batch)
         if self._head_explains_logits:
             hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
-            return self.ops["linear_cross_entropy"](
-                hidden_ND, self.head(model), batch.targets, self.logit_transform(model)
-            )
+            fused, head, transform = self.ops["linear_cross_entropy"], self.head(model), self.logit_transform(model)
+            return _weighted(batch, hidden_ND, lambda some_ND, targets: fused(some_ND, head, targets, transform))
         logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
-        return F.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
+        return _weighted(
+            batch, logits_NV, lambda some_NV, targets: F.cross_entropy(some_NV.float(), targets, reduction="sum")
+        )
 
     def _probe(self, model: Any, batch: Batch) -> bool:
         """Whether head and transform on the backbone's output give this model's logits. Asked once a run, on 4 tokens:
@@ -108,6 +109,18 @@ class Context(StageContext):
         # A cap at 30 moves logits of 0.5 by 5e-5 of themselves: float32 tells, narrower types tell it of larger ones.
         rtol, atol = (1e-5, 1e-6) if logits.dtype == torch.float32 else (1e-2, 1e-3)
         return expected.shape == found.shape and torch.allclose(expected, found, rtol=rtol, atol=atol)
+
+
+def _weighted(batch: Batch, values_NX: Tensor, summed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Sum over targets, each times its weight. Targets of one weight go together, so that an operation that knows no
+    weights can be used: a message has one weight, so there are two or three."""
+    if not batch.weight_groups:
+        return summed(values_NX, batch.targets)
+    losses = [
+        weight * summed(values_NX.index_select(0, spots), batch.targets.index_select(0, spots))
+        for weight, spots in batch.weight_groups
+    ]
+    return torch.stack(losses).sum()
 
 
 def linear_cross_entropy(

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmtune import expert_parallel, rundir, tensor_parallel
 from llmtune.context_parallel import why_not_split
 from llmtune.data import choose_template, prepare
+from llmtune.data.mixing import counts, mixed
 from llmtune.edits import Ledger, set_trainable
-from llmtune.errors import LlmtuneError, PlanError, raise_all
+from llmtune.errors import LlmtuneError, PlanError, listed, raise_all
 from llmtune.feed import Feed
 from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.learns import misfits
 from llmtune.loading import only_first_reads
 from llmtune.mesh import arrange
 from llmtune.parts import Part, Parts, collect, find_parts
@@ -226,11 +228,13 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
     for part in plan.parts.at("kernel_config"):
         apply_part(part, plan, problems)
     choose_attention(plan)
-    if plan.mode == "train" and plan.recipe.data.packing:
+    if plan.mode == "train" and plan.recipe.data.isolates:
         from llmtune.isolation import packing_obstacle
 
         if reason := packing_obstacle(model, plan.attention):
             problems.append(PlanError(f"packing: {type(model).__name__} {reason}; set packing: false"))
+    if plan.data is not None:
+        problems += [PlanError(sentence) for sentence in misfits(plan)]
     for part in plan.parts.at("dist_config") if plan.mode in ("train", "build") else []:
         problems += objections(part, plan.situation, model)
     layout = plan.ranks.layout
@@ -271,18 +275,30 @@ def choose_attention(plan: Plan) -> None:
     plan.attention = wanted or plan.model.config._attn_implementation
     # These attend within a document's bounds, so rows can be laid end to end and nothing is padded.
     end_to_end = wanted is not None or plan.attention.startswith("flash_attention")
-    plan.flat = end_to_end or plan.recipe.data.packing
+    plan.flat = end_to_end or plan.recipe.data.isolates
 
 
 def make_feed(plan: Plan) -> Feed:
     """The order of rows and their grouping into steps."""
+    from llmtune.show import counted
+
     assert plan.data is not None
     train, data = plan.recipe.train, plan.recipe.data
-    return Feed.make(
-        plan.data.train, packing=data.packing, cutoff_len=data.cutoff_len, per_device=train.per_device_train_batch_size,
-        micro_steps=train.gradient_accumulation_steps, ranks=plan.ranks, seed=train.seed,
-        shuffle=not data.disable_shuffling, flat=plan.flat, pad_id=pad_id(plan.tokenizer),
+    samples = mixed(plan.data.train, data, train.seed)
+    plan.notes += [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, plan.data.train)] if found]
+    feed = Feed.make(
+        samples, packing=data.packing, neat=data.neat_packing, cutoff_len=data.cutoff_len,
+        per_device=train.per_device_train_batch_size, micro_steps=train.gradient_accumulation_steps, ranks=plan.ranks,
+        seed=train.seed, shuffle=not data.disable_shuffling, flat=plan.flat, pad_id=pad_id(plan.tokenizer),
+        group_by_length=data.group_by_length,
     )  # fmt: skip
+    if len(feed.units) < feed.order.batch:
+        plan.notes.append(
+            f"the data are {counted(len(feed.units), feed.units.kind)}, fewer than the {feed.order.batch} of a step: "
+            "every step learns from all of them, and an epoch is one step. Lower gradient_accumulation_steps or "
+            "per_device_train_batch_size for more steps an epoch"
+        )
+    return feed
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -198,16 +198,12 @@ def keep_rows(plan: Plan, rows: int) -> None:
 
     Any number works: a step is cut into equal micro-batches, whose sizes differ by one row where it does not divide.
     """
-    from llmtune.data.order import Order
-
     assert plan.feed is not None
     order, train = plan.feed.order, plan.recipe.train
     if order.batch == rows:
         return
     micros = -(-rows // (train.per_device_train_batch_size * plan.ranks.batch_ranks))
-    plan.feed = replace(
-        plan.feed, micro_steps=micros, order=Order(order.units, rows, order.seed, shuffle=order.shuffle)
-    )
+    plan.feed = plan.feed.with_rows(rows, micros)
     key, before, now = "gradient_accumulation_steps", train.gradient_accumulation_steps, micros
     if before == now:
         key, before = "per_device_train_batch_size", train.per_device_train_batch_size

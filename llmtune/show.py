@@ -23,6 +23,8 @@ def _model_lines(plan: Plan) -> list[str]:
     rows = [("Model", f"{plan.recipe.model.model} ({type(plan.model).__name__}, from {plan.files.origin})")]
     if plan.files.note:
         rows += [("", line) for line in textwrap.wrap(plan.files.note, 100)]
+    if plan.vocabulary is not None:
+        rows += zip(("Tokens", ""), plan.vocabulary.lines(), strict=True)
     rows += [
         (
             "Device",
@@ -74,18 +76,32 @@ def _number_lines(plan: Plan) -> list[str]:
     rows = [("Parameters", f"{trainable:,} trainable of {everything:,} ({trainable / everything:.2%})")]
     if plan.feed is not None and plan.data is not None:
         order, micros = plan.feed.order, plan.feed.micro_steps
-        tokens = int(plan.data.train.lengths.sum())
+        tokens, units = int(plan.feed.units.tokens.sum()), plan.feed.units
         rows_each = -(-order.batch // (micros * plan.ranks.batch_ranks))
         split = f"{rows_each} x {micros} micro-batches x {counted(plan.ranks.batch_ranks, 'rank')}"
-        step_tokens = tokens * order.batch // len(plan.feed.units)
-        what = "packs" if plan.recipe.data.packing else "rows"
+        step_tokens = tokens * min(order.batch, len(units)) // len(units)
+        what = "packs" if units.kind == "pack" else "rows"
         rows += [
             ("Data", str(plan.data.report).replace("\n", f"\n{'':<12}")),
+            *([("Packing", _packing(plan))] if _packing(plan) else []),
             ("Batch", f"{order.batch} {what} a step = {split}, about {step_tokens:,} tokens"),
             ("Steps", f"{plan.steps} ({order.steps_per_epoch} an epoch, {plan.warmup_steps} of them warm-up)"),
             ("Output", f"{plan.output_dir}"),
         ]  # fmt: skip
     return [f"{name:<12}{text}" for name, text in rows]
+
+
+def _packing(plan: Plan) -> str:
+    """How samples share rows, or how much is padded where they do not."""
+    assert plan.feed is not None
+    units = plan.feed.units
+    match units.kind:
+        case "pack":
+            return f"{counted(len(units), 'pack')} of up to {units.room:,} tokens, {units.fill:.1%} full, kept apart"
+        case "row":
+            return f"{counted(len(units), 'row')} of {units.room:,} tokens cut from all samples end to end"
+    share = plan.feed.padding
+    return f"none; {share:.1%} of what is computed is padding" if share > 0 else ""
 
 
 def outcome_text(outcome: Outcome) -> str:

@@ -32,12 +32,22 @@ class Batch:
     labels: Tensor
     """Same shape as `input_ids`; `labels[t]` is the token *at* t, -100 where it does not count."""
     weight: float
-    """This micro-batch's share of the denominator, for sft the number of supervised tokens."""
+    """This micro-batch's share of the denominator: the summed weights of its targets (their number, where each counts
+    1); where samples are preferences, labelled, or prompts, the number of samples."""
     predict_at: Tensor
     """(N,) positions in the flattened (B*T) rows whose *next* token counts; found on the CPU, so that no
     device has to be waited for."""
     targets: Tensor
     """(N,) the tokens those positions have to predict."""
+    weight_groups: tuple[tuple[float, Tensor], ...] = ()
+    """Where targets do not all count 1: each distinct weight, and which of the N targets have it."""
+    target_sequence: Tensor | None = None
+    """(N,) the number of the sequence that a target stands in. Preferences are sequences chosen 0, rejected 0, chosen
+    1, ...; a sequence is a row of the padded layout, a document of the flat one."""
+    sequences: int = 0
+    """How many sequences there are; 0 in the batch of a rank that has no rows."""
+    wanted: Tensor | None = None
+    """(sequences,) bool, whether an answer is one to give or to avoid, where rows are labelled so."""
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     document_starts: Tensor | None = None
@@ -79,7 +89,7 @@ class StageContext(Protocol):
         ...
 
     def next_token_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Summed cross-entropy (float32 scalar) of the batch's targets, by the recipe's fastest sound way."""
+        """Cross-entropy of the batch's targets, times their weights, summed: a float32 scalar."""
         ...
 
     def head(self, model: nn.Module) -> nn.Module:

@@ -114,7 +114,7 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
     optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate)
     scaler = LossScale() if plan.precision.scaled else None
     if plan.flat:
-        check_isolation(objective, plan.device, plan.recipe.data.packing)
+        check_isolation(objective, plan.device, plan.recipe.data.isolates)
     if plan.ranks.layout.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -137,18 +138,13 @@ class Keeper:
         plan, train = self.plan, self.plan.recipe.train
         assert plan.data is not None and plan.data.evaluation is not None and plan.feed is not None
         samples, feed = plan.data.evaluation, plan.feed
-        metrics = evaluate(
-            self.objective,
-            lambda: evaluation_batches(
-                samples,
-                per_device=train.per_device_eval_batch_size,
-                ranks=plan.ranks,
-                flat=plan.flat,
-                pad_id=feed.pad_id,
-                device=plan.device,
-            ),
-            plan.device,
-        )
+        batches = partial(
+            evaluation_batches, samples, per_device=train.per_device_eval_batch_size, ranks=plan.ranks,
+            flat=plan.flat, pad_id=feed.pad_id, device=plan.device,
+        )  # fmt: skip
+        sets = samples.by_set() if plan.recipe.data.eval_on_each_dataset else {"": None}
+        parts = {name: partial(batches, chosen=chosen) for name, chosen in sets.items()}
+        metrics = evaluate(self.objective, parts, plan.device)
         if self.loggers is not None:
             self.loggers.log(step, {"epoch": round(step / feed.order.steps_per_epoch, 4), **metrics})
         self.tell(Evaluated(step=step, metrics=metrics))

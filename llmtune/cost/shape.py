@@ -43,28 +43,29 @@ def largest(plan: Plan) -> Shape:
     """The micro-batch with the longest rows together: what memory must suffice for, whatever the order."""
     import numpy as np
 
-    assert plan.data is not None and plan.feed is not None
-    samples, train = plan.data.train, plan.recipe.train
-    lengths, counted = samples.lengths, samples.supervised
-    units = plan.feed.units
-    bounds = np.cumsum([0, *(len(unit) for unit in units)])
-    flat_indices = np.fromiter((i for unit in units for i in unit), dtype=np.int64, count=int(bounds[-1]))
-    per_unit = np.add.reduceat(lengths[flat_indices], bounds[:-1])
-    targets = np.add.reduceat(counted[flat_indices], bounds[:-1])
-    size = min(train.per_device_train_batch_size, len(per_unit))
-    longest = np.sort(per_unit)[-size:]
-    flat = plan.feed.flat
+    from llmtune.feed import row_lengths
+
+    assert plan.feed is not None
+    feed, train = plan.feed, plan.recipe.train
+    samples, units, flat = feed.samples, feed.units, feed.flat
+    rows = row_lengths(samples, units)
+    size = min(train.per_device_train_batch_size, len(units))
+    # A piece of a sample counts at most its own tokens.
+    targets = np.minimum(units.sums(samples.supervised), units.tokens)
+    longest = np.sort(units.tokens if flat else rows)[-size:]
+    documents = (units.tokens if units.kind == "row" else samples.stops - samples.starts).astype(float)
     share = plan.ranks.layout.context
-    total = float(lengths.sum())
+    total = float(units.tokens.sum())
+    width = samples.width if units.kind == "sample" else 1
     return Shape(
-        rows=1 if flat else size,
+        rows=1 if flat else size * width,
         length=-(-int(longest.sum() if flat else longest[-1]) // share),
         targets=-(-int(np.sort(targets)[-size:].sum()) // share),
         micro_steps=train.gradient_accumulation_steps,
-        masked=not flat and size > 1 and bool(lengths.min() < lengths.max()),
+        masked=not flat and size * width > 1 and bool(rows.min() < rows.max() or width > 1),
         flat=flat,
-        mean_tokens=total / len(per_unit) * size,
-        attended=float((lengths.astype(float) * (lengths + 1)).sum()) / 2 / max(total, 1.0),
+        mean_tokens=total / len(units) * size,
+        attended=float((documents * (documents + 1)).sum()) / 2 / max(total, 1.0),
     )
 
 

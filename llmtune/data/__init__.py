@@ -19,7 +19,8 @@ _WHERE = {
         "llmtune.data.tokens": ("TokenSamples",),
         "llmtune.data.pipeline": ("Prepared", "prepare"),
         "llmtune.data.report": ("DataReport", "SourceReport"),
-        "llmtune.data.order": ("Order", "pack", "split"),
+        "llmtune.data.order": ("Order", "split"),
+        "llmtune.data.units": ("Units", "concatenate", "pack"),
         "llmtune.data.batches": ("collate",),
     }.items()
     for name in names

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,61 +16,113 @@ IGNORED = -100
 """Label of a token that does not count."""
 
 
+class Document(NamedTuple):
+    """One sequence of a batch: tokens that see each other."""
+
+    ids: np.ndarray
+    """(tokens,)"""
+    mask: np.ndarray
+    """(tokens,) bool, whether a token counts. Of the first token it is not asked: nothing stands before it."""
+    weights: np.ndarray | None = None
+    """(tokens,) what a token counts; None: all 1. A token of weight 0 does not count."""
+
+
 def collate(
-    samples: Sequence[tuple[np.ndarray, np.ndarray]], *, flat: bool, pad_id: int, sample_ids: Sequence[int] = ()
+    documents: Sequence[Document] | Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    flat: bool,
+    pad_id: int,
+    sample_ids: Sequence[int] = (),
+    width: int = 1,
+    wanted: Sequence[bool] | None = None,
+    counts_samples: bool = False,
 ) -> Batch:
-    """Lay (ids, mask) samples out as one batch on the CPU.
+    """Lay documents out as one batch on the CPU.
 
-    Flat: one row, documents end to end. Padded: one row a sample, padded on the right. Without samples the batch is
+    Flat: one row, documents end to end. Padded: one row a document, padded on the right. Without documents the batch is
     one row of two padding tokens with weight 0, so that a rank without rows can still take part in collectives.
+
+    Args:
+        width: documents of a sample.
+        wanted: whether each document is an answer to learn or to avoid (KTO).
+        counts_samples: the batch weighs as much as it has samples, not as much as its tokens that count.
     """
-    if not samples:
-        samples = [(np.full(2, pad_id, dtype=np.int64), np.zeros(2, dtype=bool))]
-        sample_ids = ()
-    rows = [(ids.astype(np.int64), _labels(ids, mask)) for ids, mask in samples]
-    return _flat(rows, tuple(sample_ids)) if flat else _padded(rows, pad_id, tuple(sample_ids))
+    rows = [each if isinstance(each, Document) else Document(*each) for each in documents]
+    sequences = len(rows)
+    rows = rows or [Document(np.full(2, pad_id, dtype=np.int64), np.zeros(2, dtype=bool))]
+    labels = [_labels(row) for row in rows]
+    batch = _flat(rows, labels) if flat else _padded(rows, labels, pad_id)
+    batch.sample_ids = tuple(sample_ids) if sequences else ()
+    batch.sequences = sequences
+    batch.wanted = torch.tensor(wanted, dtype=torch.bool) if wanted is not None and sequences else None
+    counted = [label != IGNORED for label in labels]
+    batch.target_sequence = torch.from_numpy(np.repeat(np.arange(len(rows)), [int(each.sum()) for each in counted]))
+    batch.weight_groups = _weight_groups(rows, counted)
+    batch.weight = float(sequences // width) if counts_samples else target_weight(batch)
+    return batch
 
 
-def _labels(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    labels = np.where(mask, ids, IGNORED).astype(np.int64)
+def target_weight(batch: Batch) -> float:
+    """Sum of the weights of the batch's targets."""
+    if not batch.weight_groups:
+        return float(len(batch.targets))
+    return sum(weight * len(spots) for weight, spots in batch.weight_groups)
+
+
+def _labels(row: Document) -> np.ndarray:
+    mask = row.mask if row.weights is None else row.mask & (row.weights > 0)
+    labels = np.where(mask, row.ids, IGNORED).astype(np.int64)
     labels[:1] = IGNORED  # nothing of its own document stands before a first token
     return labels
 
 
-def _flat(rows: list[tuple[np.ndarray, np.ndarray]], sample_ids: tuple[int, ...]) -> Batch:
-    lengths = [len(ids) for ids, _ in rows]
+def _weight_groups(rows: Sequence[Document], counted: Sequence[np.ndarray]) -> tuple[tuple[float, torch.Tensor], ...]:
+    if all(row.weights is None for row in rows):
+        return ()
+    weights_N = np.concatenate([
+        np.ones(int(each.sum()), np.float32) if row.weights is None else row.weights[each]
+        for row, each in zip(rows, counted, strict=True)
+    ])  # fmt: skip
+    distinct = np.unique(weights_N)
+    if distinct.tolist() in ([], [1.0]):
+        return ()
+    return tuple((float(weight), torch.from_numpy(np.flatnonzero(weights_N == weight))) for weight in distinct)
+
+
+def _flat(rows: list[Document], labels: list[np.ndarray]) -> Batch:
+    lengths = [len(row.ids) for row in rows]
     starts = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=starts[1:])
     return _batch(
-        np.concatenate([ids for ids, _ in rows])[None],
-        np.concatenate([labels for _, labels in rows])[None],
-        sample_ids,
+        np.concatenate([row.ids for row in rows]).astype(np.int64)[None],
+        np.concatenate(labels)[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]),
         document_starts=torch.from_numpy(starts),
         longest_document=max(lengths),
     )
 
 
-def _padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int, sample_ids: tuple[int, ...]) -> Batch:
-    shape = (len(rows), max(len(ids) for ids, _ in rows))
+def _padded(rows: list[Document], labels: list[np.ndarray], pad_id: int) -> Batch:
+    lengths = [len(row.ids) for row in rows]
+    shape = (len(rows), max(lengths))
     ids_BT, labels_BT = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
-    attention_mask_BT = np.zeros(shape, dtype=np.int64)
-    for row, (ids, labels) in enumerate(rows):
-        ids_BT[row, : len(ids)] = ids
-        labels_BT[row, : len(ids)] = labels
-        attention_mask_BT[row, : len(ids)] = 1
-    return _batch(ids_BT, labels_BT, sample_ids, attention_mask=torch.from_numpy(attention_mask_BT))
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        ids_BT[number, : len(label)] = row.ids
+        labels_BT[number, : len(label)] = label
+    # Rows of one length need no mask, and attention without one is faster.
+    mask_BT = np.arange(shape[1]) < np.array(lengths)[:, None]
+    layout = {} if mask_BT.all() else {"attention_mask": torch.from_numpy(mask_BT.astype(np.int64))}
+    return _batch(ids_BT, labels_BT, **layout)
 
 
-def _batch(ids_BT: np.ndarray, labels_BT: np.ndarray, sample_ids: tuple[int, ...], **layout: object) -> Batch:
+def _batch(ids_BT: np.ndarray, labels_BT: np.ndarray, **layout: object) -> Batch:
     # The first label of every document is ignored, so the position before a label is in the same document.
     (counted_N,) = np.nonzero(labels_BT.reshape(-1) != IGNORED)
     return Batch(
         input_ids=torch.from_numpy(ids_BT),
         labels=torch.from_numpy(labels_BT),
-        weight=float(len(counted_N)),
+        weight=0.0,
         predict_at=torch.from_numpy(counted_N - 1),
         targets=torch.from_numpy(labels_BT.reshape(-1)[counted_N]),
-        sample_ids=sample_ids,
         **layout,  # type: ignore[arg-type]
     )

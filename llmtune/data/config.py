@@ -153,6 +153,11 @@ class DataConfig:
         _require(fits, "interleave_probs", list(probabilities), f"{count} numbers that sum to 1, one a data set")
 
     @property
+    def isolates(self) -> bool:
+        """Whether several samples share a row without seeing each other."""
+        return self.packing and self.neat_packing
+
+    @property
     def row_limit(self) -> int | None:
         """`max_samples` with -1 read as no limit."""
         return None if self.max_samples in (None, -1) else self.max_samples

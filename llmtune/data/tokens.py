@@ -105,6 +105,15 @@ class TokenSamples:
         """The number of the data set that a sample comes from."""
         return int(self.sets[index]) if self.sets is not None else 0
 
+    def by_set(self) -> dict[str, np.ndarray]:
+        """The samples of each data set that has any, by its name; a name that several have gets a number."""
+        found: dict[str, np.ndarray] = {}
+        for number, name in enumerate(self.set_names):
+            chosen = np.arange(len(self)) if self.sets is None else np.flatnonzero(self.sets == number)
+            if len(chosen):
+                found[name if name not in found else f"{name}_{number + 1}"] = chosen
+        return found
+
     def origin(self, index: int) -> str:
         """Where the sample comes from: `path:line` or `path:row N`."""
         row = int(self.rows[index])

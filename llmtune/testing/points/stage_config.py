@@ -139,7 +139,7 @@ def _batch(plan: Any, rows: list[int], flat: bool = False) -> Batch:
     feed = replace(plan.feed, flat=flat or plan.feed.flat)
     from llmtune.feed import to_device
 
-    return to_device(feed._batch(rows), plan.device)
+    return to_device(feed.batch(rows), plan.device)
 
 
 def _padded_more(batch: Batch, extra: int) -> Batch:
