@@ -54,6 +54,7 @@ def build_objective(plan: Plan) -> Objective:
         device=plan.device,
         seed=plan.recipe.train.seed,
         new_heads=plan.recipe.model.model_class == "cls",
+        vocabulary=plan.vocabulary,
     ).run()
     return objective
 

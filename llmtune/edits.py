@@ -69,7 +69,7 @@ class Ledger:
     trainable_by: str = ""
     changes: list[tuple[str, Change]] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the original tensors, by original name."""
+    """Of the original tensors as the checkpoint holds them, by original name."""
 
     def __post_init__(self) -> None:
         tensors = named_tensors(self.model)

@@ -18,12 +18,14 @@ from llmtune.errors import EditError, LoadError, listed
 from llmtune.placement import local_box, local_rows, materialise, put, seeded, shard_group
 from llmtune.ranks import first_does
 from llmtune.reader import Entry, FolderReader
+from llmtune.vocabulary import fill_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from llmtune.records import Init
+    from llmtune.vocabulary import Vocabulary
 
 
 FORMER_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -105,6 +107,8 @@ class Loader:
     """Where shards are kept; None is `device`."""
     index: Mapping[str, Entry] | None = None
     """What the folder holds, where another rank has looked; None looks here."""
+    vocabulary: Vocabulary | None = None
+    """Rows that the checkpoint does not hold, or that it has not trained."""
 
     def run(self) -> None:
         """Materialise, fill, settle. Raises LoadError listing every missing, surplus or misshapen key."""
@@ -115,6 +119,8 @@ class Loader:
             originals = self._matched()
             for original in originals:
                 self._read(original)
+        if self.vocabulary is not None:
+            fill_rows(self.vocabulary, self.ledger, self.tensors, self.device)
         self._fill_new()
         self._check_all_filled()
         for _, step in self.ledger.settle:
@@ -235,13 +241,15 @@ class Loader:
         tensor = self.tensors[now]
         self.done.add(now)
         box = None if self.init.whole or key is None or tensor.dim() == 0 else local_box(tensor)
+        held = self._shape(name)[:1]  # rows; fewer than the model's where its vocabulary has grown
+        grown = held != tuple(tensor.shape[:1])
         if box is None:
-            put(tensor, self._source(key, value))
+            put(tensor, self._source(key, value), grown=grown)
             return
         assert key is not None
-        first = min(box[0].start, tensor.shape[0])
-        rows = self._fetch(key, (first, max(first, min(box[0].stop, tensor.shape[0]))))
-        put(tensor, rows[(slice(None), *box[1:])], whole=False)
+        first = min(box[0].start, *held)
+        rows = self._fetch(key, (first, max(first, min(box[0].stop, *held))))
+        put(tensor, rows[(slice(None), *box[1:])], whole=False, grown=grown)
 
     def _convert(self, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:
         if self.init.whole:

@@ -52,15 +52,19 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def put(tensor: Tensor, value: Tensor, whole: bool = True) -> None:
-    """Write `value` (the whole tensor, or this rank's rows) into `tensor`, casting and moving as needed."""
+def put(tensor: Tensor, value: Tensor, whole: bool = True, grown: bool = False) -> None:
+    """Write `value` (the whole tensor, or this rank's rows) into `tensor`, casting and moving as needed.
+
+    `grown`: the tensor has more rows than `value`, which goes into the first ones.
+    """
     import torch
 
     box = local_box(tensor)
     if whole and box is not None:
         value = value[box]
+    place = local(tensor)
     with torch.no_grad():
-        local(tensor).copy_(value)
+        (place[: value.shape[0]] if grown else place).copy_(value)
 
 
 def full(tensor: Tensor) -> Tensor:

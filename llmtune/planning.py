@@ -31,10 +31,11 @@ from llmtune.source import (
     attention_name,
     auto_class,
     load_model_config,
-    load_tokenizer,
+    read_tokenizer,
     resolve_model,
 )
 from llmtune.structure import transformer_layers
+from llmtune.vocabulary import Vocabulary, enter, extend, grow, objection
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,8 @@ class Plan:
     tokenizer: Any
     model: Any
     ledger: Ledger
+    vocabulary: Vocabulary | None = None
+    """Which rows of the embedding are new; None where none are."""
     trainable: list[str] = field(default_factory=list)
     data: Prepared | None = None
     feed: Feed | None = None
@@ -161,7 +164,8 @@ def make_plan(
         reads = ranks.first or not any(only_first_reads(part.built) for part in parts.at("init_config"))
         files = resolve_model(recipe.model, weights=False, described=target is not None, check=reads)
         config = load_model_config(files, recipe.model)
-        tokenizer = load_tokenizer(files, recipe.model)
+        tokenizer = read_tokenizer(files, recipe.model)
+        vocabulary = extend(recipe.model, tokenizer, config)
         if mode != "train" and recipe.data.template is not None:  # for training, `prepare` does it
             choose_template(recipe.data.template, tokenizer, recipe.base_dir)
     precision: Precision | None = None
@@ -186,17 +190,10 @@ def make_plan(
         trainable_dtype=precision.trainable, gather_dtype=precision.compute, words=parts.words,
         autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,
     )  # fmt: skip
-    attention = attention_name(recipe.model)
-    kwargs = {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
-    try:
-        model = build_skeleton(auto_class(recipe.model, config), config, precision.compute, attention, **kwargs)
-    except (ValueError, ImportError) as error:
-        raise PlanError(
-            f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"
-        ) from error
+    ledger, vocabulary = make_model(recipe, config, precision, vocabulary)
     plan = Plan(
         recipe=recipe, parts=parts, ranks=ranks, device=device, mode=mode, files=files, precision=precision,
-        situation=situation, tokenizer=tokenizer, model=model, ledger=Ledger(model), data=data,
+        situation=situation, tokenizer=tokenizer, model=ledger.model, ledger=ledger, vocabulary=vocabulary, data=data,
         target=target,
     )  # fmt: skip
     edit(plan, problems)
@@ -206,6 +203,30 @@ def make_plan(
     if data is not None:
         plan.feed = make_feed(plan)
     return plan
+
+
+def make_model(
+    recipe: Recipe, config: Any, precision: Precision, vocabulary: Vocabulary | None
+) -> tuple[Ledger, Vocabulary | None]:
+    """The skeleton with the rows that `vocabulary` asks for, in the ledger that will follow its edits."""
+    attention = attention_name(recipe.model)
+    kwargs = {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
+
+    def build() -> Ledger:
+        try:
+            kind = auto_class(recipe.model, config)
+            return Ledger(build_skeleton(kind, config, precision.compute, attention, **kwargs))
+        except (ValueError, ImportError) as error:
+            raise PlanError(
+                f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"
+            ) from error
+
+    if vocabulary is None:
+        return build(), None
+    former = build().shapes
+    grow(config, vocabulary)
+    ledger = build()
+    return ledger, enter(vocabulary, ledger, former)
 
 
 def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
@@ -225,6 +246,8 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
             plan.trainable = set_trainable(model, ledger, stored_dtype(plan.precision, wish))
     else:
         model.requires_grad_(False)
+    if len(problems) == before and (problem := objection(plan)):
+        problems.append(problem)
     for part in plan.parts.at("kernel_config"):
         apply_part(part, plan, problems)
     choose_attention(plan)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune import gguf, hub
 from llmtune.errors import LoadError, PlanError, listed
+from llmtune.vocabulary import add_tokens
 from llmtune.weight_files import check_weight_files, holds_no_weights
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ class ModelConfig:
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | dict[str, Any] | None = None
     """Stretch rotary positions beyond the trained context. A name doubles it (factor 2.0); a mapping such as
     `{rope_type: yarn, factor: 4.0}` chooses, further keys being transformers' `rope_parameters`."""
+    new_special_tokens: str | tuple[str, ...] | None = None
+    """Special tokens to add to the tokenizer, as a list or a comma string. Each is read as one id, and its rows in the
+    embedding and the output head start as the mean of the trained rows."""
+    resize_vocab: bool = False
+    """Let embedding and output head grow, to a multiple of 64 rows, where the tokenizer has more tokens than they have
+    rows. Not needed where spare rows are enough."""
 
     def __post_init__(self) -> None:
         scaling = self.rope_scaling
@@ -251,6 +258,14 @@ def scale_rope(model_config: Any, scaling: str | dict[str, Any]) -> None:
 
 
 def load_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the recipe's new tokens. LoadError if the folder has none, PlanError if it takes no
+    new tokens."""
+    tokenizer = read_tokenizer(files, config)
+    add_tokens(tokenizer, config.new_special_tokens)
+    return tokenizer
+
+
+def read_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer. LoadError if the folder has none."""
     from transformers import AutoTokenizer
 
