@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from llmtune.context_parallel import split_row
 from llmtune.data import collate
+from llmtune.data.batches import Document
+from llmtune.objective import Context
+from llmtune.ranks import Ranks
+from llmtune.records import Layout
 from tests.tiny import tiny_model
 
 
@@ -71,3 +76,106 @@ def test_both_layouts_give_a_model_the_same_losses() -> None:
         return torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
 
     torch.testing.assert_close(losses(True), losses(False), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_one_length_need_no_mask() -> None:
+    assert collate(SAMPLES[:1] * 3, flat=False, pad_id=0).attention_mask is None
+
+
+def weighted(lengths: list[int], seed: int = 0) -> list[Document]:
+    rng = np.random.default_rng(seed)
+    weights = np.array([0.0, 0.5, 1.0, 2.0], np.float32)
+    return [
+        Document(rng.integers(0, 90, n).astype(np.int32), rng.random(n) < 0.8, rng.choice(weights, n)) for n in lengths
+    ]
+
+
+def expected_weights(documents: list[Document]) -> list[float]:
+    """What each target counts, in the order of the documents' tokens."""
+    return [
+        float(weight)
+        for document in documents
+        for weight in document.weights[1:][document.mask[1:]]  # type: ignore[index]
+        if weight > 0
+    ]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_each_target_has_its_weight(flat: bool) -> None:
+    documents = weighted([6, 1, 20, 9])
+    batch = collate(documents, flat=flat, pad_id=0)
+    found = torch.zeros(len(batch.targets))
+    for weight, spots in batch.weight_groups:
+        assert (found[spots] == 0).all()
+        found[spots] = weight
+    assert found.tolist() == expected_weights(documents)
+    assert batch.weight == sum(expected_weights(documents))
+    assert (batch.labels != -100).sum() == len(batch.targets), "a token of weight 0 does not count"
+
+
+def test_weights_that_are_all_one_are_none_and_mixed_with_none_are_one() -> None:
+    plain, some = SAMPLES[0], weighted([9])[0]
+    ones = Document(*plain, np.ones(4, np.float32))
+    assert collate([ones], flat=True, pad_id=0).weight_groups == ()
+    both = collate([Document(*plain), some], flat=True, pad_id=0)
+    assert both.weight == 2.0 + sum(expected_weights([some]))
+    nothing = Document(*plain, np.zeros(4, np.float32))
+    empty = collate([nothing], flat=True, pad_id=0)
+    assert (empty.weight, len(empty.targets), empty.weight_groups) == (0.0, 0, ())
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("explains", [True, False], ids=["head", "logits"])
+def test_the_gradient_follows_the_weights(flat: bool, explains: bool) -> None:
+    """Against autograd on one full mean of weighted losses, computed document by document."""
+    model = tiny_model().eval()
+    documents = weighted([6, 2, 20, 9])
+    batch = collate(documents, flat=flat, pad_id=0)
+    found = gradients(model, Context({}, head_explains_logits=explains).next_token_loss(model, batch))
+    total = torch.zeros(())
+    for ids, mask, weights in documents:
+        tokens = torch.from_numpy(ids).long()
+        logits = model(tokens[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+        total = total + (losses * torch.from_numpy(weights * mask)[1:]).sum()  # type: ignore[operator]
+    for name, grad in gradients(model, total).items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pieces_of_a_row_keep_weights_and_sequences(size: int) -> None:
+    documents = weighted([6, 1, 20, 9])
+    whole = collate(documents, flat=True, pad_id=0)
+    pieces = [split_row(whole, Ranks(rank=rank, size=size, layout=Layout(context=size))) for rank in range(size)]
+    assert sum(piece.weight for piece in pieces) == whole.weight
+    assert torch.equal(torch.cat([piece.target_sequence for piece in pieces]), whole.target_sequence)
+    found = []
+    for piece in pieces:
+        weights = torch.zeros(len(piece.targets))
+        for weight, spots in piece.weight_groups:
+            weights[spots] = weight
+        found += weights.tolist()
+    assert found == expected_weights(documents)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_pairs_and_labels_are_told_by_sequence(flat: bool) -> None:
+    batch = collate([*SAMPLES, SAMPLES[0]], flat=flat, pad_id=0, sample_ids=[4, 2], width=2, counts_samples=True)
+    assert batch.target_sequence.tolist() == [0, 0, 1, 2, 3, 3]
+    assert (batch.sequences, batch.weight, batch.sample_ids) == (4, 2.0, (4, 2))
+    labelled = collate(SAMPLES, flat=flat, pad_id=0, wanted=[True, False, True], counts_samples=True)
+    assert labelled.wanted.tolist() == [True, False, True] and labelled.weight == 3.0
+    empty = collate([], flat=flat, pad_id=0, width=2, wanted=[], counts_samples=True)
+    assert (empty.sequences, empty.weight, empty.target_sequence.tolist(), empty.wanted) == (0, 0.0, [], None)
+
+
+def test_prompts_have_no_targets_and_weigh_one_each() -> None:
+    prompts = [(ids, np.zeros(len(ids), bool)) for ids, _ in SAMPLES]
+    batch = collate(prompts, flat=False, pad_id=0, counts_samples=True)
+    assert (batch.weight, batch.sequences, len(batch.targets)) == (3.0, 3, 0)

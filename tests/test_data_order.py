@@ -1,4 +1,4 @@
-"""Packing loses nothing and wastes little; the order of samples is a function of seed and step."""
+"""The order of units is a function of seed and step; a step is dealt so that little is padded."""
 
 from __future__ import annotations
 
@@ -9,30 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.data import Order, pack, split
+from llmtune.data import Order, split
+from llmtune.data.order import GROUPED_STEPS, deal, padding_share
 from llmtune.errors import DataError
-
-
-@given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 120))
-def test_packing_keeps_every_sample_once_and_no_row_overflows(lengths: list[int], cutoff_len: int) -> None:
-    rows = pack(lengths, cutoff_len)
-    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
-    assert all(sum(lengths[sample] for sample in row) <= cutoff_len for row in rows)
-    assert rows == pack(np.array(lengths, dtype=np.int32), cutoff_len)
-
-
-def test_packing_fills_rows_to_99_percent_on_lengths_like_alpacas() -> None:
-    lengths = np.clip(np.random.default_rng(0).lognormal(5.1, 0.6, 5000).astype(int), 10, 2048)
-    rows = pack(lengths, 2048)
-    assert lengths.sum() / (len(rows) * 2048) >= 0.99
-
-
-def test_best_fit_takes_the_fullest_row_with_room() -> None:
-    assert pack([6, 5, 4, 3, 2], 10) == [(0, 2), (1, 3, 4)]
-    assert pack([10, 10], 10) == [(0,), (1,)]
-    assert pack([], 10) == []
-    with pytest.raises(DataError, match="11 tokens does not fit into cutoff_len=10"):
-        pack([3, 11], 10)
 
 
 def test_every_epoch_holds_every_unit_once_in_another_order() -> None:
@@ -72,3 +51,72 @@ def test_ranks_and_micro_steps_share_a_batch_evenly(units: int, ranks: int, micr
     assert list(chain.from_iterable(pieces)) == list(range(units))
     sizes = [len(piece) for piece in pieces]
     assert max(sizes) - min(sizes) <= 1
+
+
+LENGTHS = np.clip(np.random.default_rng(0).lognormal(5.1, 0.6, 5000).astype(int), 10, 2048)
+
+
+@given(st.integers(1, 300), st.integers(1, 12), st.booleans())
+def test_grouped_by_length_an_epoch_still_holds_every_unit_once(units: int, batch: int, shuffle: bool) -> None:
+    lengths = LENGTHS[:units]
+    order = Order(units, batch, seed=3, shuffle=shuffle, group_by=lengths)
+    again = Order(units, batch, seed=3, shuffle=shuffle, group_by=lengths.copy())
+    for epoch in (2, 0, 1):
+        steps = [order.step_units(epoch * order.steps_per_epoch + step) for step in range(order.steps_per_epoch)]
+        assert sorted(chain.from_iterable(steps)) == list(range(units))
+        assert [len(step) for step in steps] == [batch] * (units // batch) + [units % batch] * (units % batch > 0)
+        assert np.array_equal(order.epoch(epoch), again.epoch(epoch))
+    if not shuffle:
+        assert order.epoch(5).tolist() == list(range(units))
+
+
+def test_grouped_steps_come_in_random_order_and_differ_from_epoch_to_epoch() -> None:
+    order = Order(4000, 8, seed=1, group_by=LENGTHS[:4000])
+    means = [[LENGTHS[order.step_units(epoch * 500 + step)].mean() for step in range(500)] for epoch in range(2)]
+    assert abs(np.corrcoef(means[0], np.arange(500))[0, 1]) < 0.1, "short steps must not come first"
+    assert set(map(tuple, (sorted(order.step_units(step)) for step in range(500)))).isdisjoint(
+        map(tuple, (sorted(order.step_units(500 + step)) for step in range(500)))
+    )
+
+
+def test_the_last_smaller_step_is_no_selection_by_length() -> None:
+    """Sorting must not always leave the longest or the shortest for it."""
+    size = 8 * GROUPED_STEPS + 4
+    order = Order(size, 8, seed=0, group_by=LENGTHS[:size])
+    last = [LENGTHS[order.epoch(epoch)[-4:]].mean() for epoch in range(200)]
+    assert np.mean(last) == pytest.approx(LENGTHS[:size].mean(), rel=0.1)
+
+
+def test_grouping_and_dealing_save_padding() -> None:
+    """What is said is what the batches have: longest row times rows, micro-batch by micro-batch."""
+    shares = {}
+    for grouped in (False, True):
+        order = Order(len(LENGTHS), 32, seed=0, group_by=LENGTHS if grouped else None)
+        for micros in (1, 8):
+            padded = 0
+            for step in range(order.steps_per_epoch):
+                units = deal(order.step_units(step), LENGTHS, padded=True, pieces=micros)
+                parts = [part for part in split(units, 0, 1, micros) if part]
+                padded += sum(len(part) * LENGTHS[part].max() for part in parts)
+            shares[grouped, micros] = 1 - LENGTHS.sum() / padded
+            assert padding_share(LENGTHS, order, micros) == pytest.approx(shares[grouped, micros])
+    assert shares[False, 1] > 0.6 and shares[False, 8] < 0.25
+    assert shares[True, 1] < 0.1 and shares[True, 8] < 0.02
+
+
+@given(st.integers(0, 40), st.integers(1, 6), st.booleans())
+def test_dealing_changes_neither_the_units_nor_how_many_each_gets(units: int, pieces: int, padded: bool) -> None:
+    chosen = np.random.default_rng(units).permutation(1000)[:units].tolist()
+    dealt = deal(chosen, LENGTHS, padded=padded, pieces=pieces)
+    assert sorted(dealt) == sorted(chosen)
+    parts = split(dealt, 0, 1, pieces)
+    assert [len(part) for part in parts] == [len(part) for part in split(chosen, 0, 1, pieces)]
+
+
+def test_rows_end_to_end_are_dealt_so_that_micro_batches_are_of_one_size() -> None:
+    dealt = deal(range(64), LENGTHS, padded=False, pieces=8)
+    tokens = [LENGTHS[part].sum() for part in split(dealt, 0, 1, 8)]
+    drawn = [LENGTHS[list(part)].sum() for part in split(range(64), 0, 1, 8)]
+    assert np.ptp(tokens) < 0.35 * np.ptp(drawn)
+    uneven = deal(range(61), LENGTHS, padded=False, pieces=8)
+    assert np.ptp([LENGTHS[part].sum() for part in split(uneven, 0, 1, 8)]) < 0.5 * np.ptp(drawn)

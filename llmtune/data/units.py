@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -124,8 +125,8 @@ def _best_fit(falling: np.ndarray, room: int) -> tuple[np.ndarray, int]:
     count = 0
     open_packs: dict[int, np.ndarray] = {}  # by room left
     rooms: list[int] = []  # its keys, sorted
-    starts = np.flatnonzero(np.diff(falling, prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(falling)], strict=True):
+    bounds = np.append(np.flatnonzero(np.diff(falling, prepend=-1)), len(falling))
+    for start, stop in pairwise(bounds.tolist()):
         length = int(falling[start])
         while start < stop:
             at = bisect_left(rooms, length)
