@@ -11,6 +11,7 @@ _WHERE = {
     name: module
     for module, names in {
         "llmtune.run": ("train", "plan", "build", "load", "Run"),
+        "llmtune.looking": ("check_data", "preview", "stats"),
         "llmtune.hookspecs": ("hookimpl",),
         "llmtune.records": (
             "API_VERSION", "Plugin", "Situation", "Part", "LoadRule", "Change", "Edit", "Quant", "Peft", "Kernel",

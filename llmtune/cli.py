@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmtune import __version__
+from llmtune import __version__, data_cli
 from llmtune.errors import LlmtuneError
 
 
@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id",
     )
+    data_cli.add_commands(commands)
     plugins = command("plugins", _plugins, "List extension points and what is installed for them")
     plugins.add_argument("--json", action="store_true", help="for machines")
     command("schema", _schema, "Print the JSON Schema of recipes, with the installed plugins' blocks")
@@ -128,7 +129,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """transformers' bars for loading and writing files say nothing that our own lines do not."""
     import logging
 
@@ -161,7 +162,7 @@ def _train(options: Any) -> int:
     from llmtune.show import outcome_text
     from llmtune.training import train_here
 
-    _quiet_libraries()
+    quiet_libraries()
     outcome = train_here(recipe, Registry())
     if outcome.plan.ranks.first:
         print("\n" + outcome_text(outcome))
@@ -176,7 +177,7 @@ def _plan(options: Any) -> None:
     from llmtune.recipe import load_recipe
     from llmtune.run import plan_for
 
-    _quiet_libraries()
+    quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
     found = plan_for(recipe, nproc=options.nproc, ranks=options.ranks, described=options.device)
     if options.json:
@@ -193,7 +194,7 @@ def _chat(options: Any) -> None:
     from llmtune.recipe import parse_overrides
     from llmtune.reopen import open_model, recipe_of
 
-    _quiet_libraries()
+    quiet_libraries()
     given = parse_overrides(options.overrides)
     names = {field.name for field in fields(GenerateConfig)}
     others = {key: value for key, value in given.items() if key not in names}
@@ -212,7 +213,7 @@ def _export(options: Any) -> None:
     from llmtune.export import export
     from llmtune.recipe import parse_overrides
 
-    _quiet_libraries()
+    quiet_libraries()
     target = export(options.run, **parse_overrides(options.overrides))
     print(f"Wrote {target}. Try: llmtune chat {target}")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.errors import PlanError
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -33,7 +34,7 @@ def plotting_problem() -> str | None:
     if find_spec("matplotlib") is None:
         return (
             "curves are drawn with matplotlib, which is not installed; run `pip install llmtune[plot]`, "
-            "or set plot_loss=false"
+            "or leave the plot out (plot_loss=false)"
         )
     return None
 
@@ -87,3 +88,36 @@ def series(metrics: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int]
     found = [(row["step"], row[metric]) for row in metrics if isinstance(row.get(metric), (int, float))]
     finite = [(step, value) for step, value in found if math.isfinite(value)]
     return [step for step, _ in finite], [value for _, value in finite]
+
+
+def plot_lengths(lengths: np.ndarray, cutoff_len: int, path: str | Path | None = None) -> Figure:
+    """A histogram of (samples,) tokens, and beside it the share of samples and of tokens up to each length; saved to
+    `path` if given. Raises PlanError without matplotlib."""
+    if problem := plotting_problem():
+        raise PlanError(f"plot: {problem}")
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    rising = np.sort(lengths)
+    wide = len(rising) > 0 and rising[-1] > LOG_FROM * max(1, rising[0])
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    counts, shares = figure.subplots(1, 2)
+    ends = (max(1, rising[0]), rising[-1] + 1) if len(rising) else (1, 2)
+    counts.hist(rising, bins=np.geomspace(*ends, 60) if wide else 60, color=TRAIN)
+    counts.set_title("Samples by length", loc="left", fontsize=11)
+    share = np.arange(1, len(rising) + 1) / max(1, len(rising))
+    shares.plot(rising, share, color=TRAIN, label="samples")
+    shares.plot(rising, np.cumsum(rising) / max(1, rising.sum()), color=EVALUATION, label="their tokens")
+    shares.set_title("Share up to a length", loc="left", fontsize=11)
+    shares.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in (counts, shares):
+        axes.set_xscale("log" if wide else "linear")
+        axes.axvline(cutoff_len, color="gray", linestyle="--", linewidth=1, label=f"cutoff_len {cutoff_len:,}")
+        axes.set_xlabel("tokens of a sample")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    shares.legend(frameon=False)
+    if path is not None:
+        figure.savefig(path)
+    return figure

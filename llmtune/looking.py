@@ -1,0 +1,169 @@
+"""A recipe's data as training would have them, made by the tokenizer alone: `preview`, `stats` and `check_data`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmtune.data import Prepared
+    from llmtune.data.check import DataCheck
+    from llmtune.data.preview import Preview
+    from llmtune.data.stats import DataStats, Rows
+    from llmtune.recipe import Recipe
+    from llmtune.registry import Registry
+
+STREAMED_ROWS = 1000
+"""Rows of each data set that are looked at where training would stream them."""
+_WHOLE = 2**31 - 1
+"""A `cutoff_len` that cuts nothing."""
+
+
+def check_data(
+    source: str | Path | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    dataset_dir: str | Path | None = None,
+    limit: int | None = None,
+    keep: int | None = 20,
+    workers: int | None = None,
+) -> DataCheck:
+    """Read and convert every row of a data set, without a model.
+
+    `source` is spelt like an entry of `dataset`. The first `limit` rows are read, the first `keep` bad ones are kept;
+    None: all. Raises DataError where a file cannot be read or no format fits.
+    """
+    from llmtune.data.check import check
+    from llmtune.data.config import sources
+
+    (found,) = sources((dict(source) if isinstance(source, Mapping) else str(source),))
+    if format is not None:
+        found = replace(found, format=format)
+    return check(found, Path.cwd(), dataset_dir=dataset_dir, limit=limit, keep=keep, workers=workers)
+
+
+def preview(
+    recipe: str | Path | Mapping[str, Any],
+    n: int = 3,
+    rows: Sequence[int | str] = (),
+    packs: bool = False,
+    **overrides: Any,
+) -> Preview:
+    """Samples as the recipe trains on them: the first `n`, or those that come from `rows` (`5`, `chats.jsonl:5`).
+
+    With `packs`, the first `n` packed rows. Print it, or let a notebook show it.
+    """
+    from llmtune.recipe import load_recipe
+
+    return preview_of(load_recipe(recipe, overrides), n, rows, packs)
+
+
+def stats(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> DataStats:
+    """Lengths, fill, padding and the cost of cutoffs of a recipe's data. Print it, plot it, or take its numbers."""
+    from llmtune.recipe import load_recipe
+
+    return stats_of(load_recipe(recipe, overrides))
+
+
+def preview_of(recipe: Recipe, n: int = 3, rows: Sequence[int | str] = (), packs: bool = False) -> Preview:
+    """What `preview` gives, of a recipe that is read already."""
+    from llmtune.data.preview import make_pack_preview, make_preview
+    from llmtune.data.units import make_units
+    from llmtune.errors import RecipeError
+
+    data, train = recipe.data, recipe.train
+    if packs and not data.packing:
+        raise RecipeError("packing: found false, but packed rows are to be shown; set packing=true")
+    recipe, notes = _unstreamed(recipe)
+    prepared, tokenizer = prepare_data(recipe)
+    if packs:
+        units = make_units(
+            prepared.train, packing=True, neat=data.neat_packing, cutoff_len=data.cutoff_len, seed=train.seed,
+            shuffle=not data.disable_shuffling,
+        )  # fmt: skip
+        return make_pack_preview(prepared.train, units, tokenizer, count=n)
+    parts = [("training", prepared.train)]
+    if prepared.evaluation is not None:
+        parts.append(("evaluation", prepared.evaluation))
+    return make_preview(parts, tokenizer, count=n, rows=rows, notes=[*notes, *prepared.report.notes])
+
+
+def stats_of(recipe: Recipe) -> DataStats:
+    """What `stats` gives, of a recipe that is read already."""
+    from llmtune.data.stats import make_stats
+
+    recipe, notes = _unstreamed(recipe)
+    data = recipe.data
+    uncut = replace(
+        recipe, data=replace(data, cutoff_len=_WHOLE, cutoff_policy="truncate", val_size=0, tokenized_path=None)
+    )
+    whole = prepare_data(uncut)[0].train if data.tokenized_path is None else None
+    prepared, _ = prepare_data(recipe)
+    lost = prepared.report.losses
+    if whole is None:
+        whole = prepared.train
+        notes.append("tokenized_path: these lengths are those of the samples kept there, which may have been cut")
+    if lost.no_target:
+        notes.append(f"{lost.no_target:,} samples are left out, as none of their tokens trains")
+    if lost.truncated or lost.too_long:
+        notes.append(
+            f"cutoff_len {data.cutoff_len:,} with cutoff_policy {data.cutoff_policy}: {lost.truncated:,} samples cut, "
+            f"{lost.too_long:,} left out, {lost.tokens_cut:,} tokens lost"
+        )
+    notes += [
+        f"{each.name}: {each.bad.total():,} of {each.rows:,} rows cannot be used and are left out"
+        for each in prepared.report.sources
+        if each.bad
+    ]
+    packed, padded = _fill(recipe, prepared)
+    return make_stats(
+        whole, prepared.train, prepared.evaluation, cutoff_len=data.cutoff_len, packed=packed, padded=padded,
+        notes=notes,
+    )  # fmt: skip
+
+
+def prepare_data(recipe: Recipe, registry: Registry | None = None) -> tuple[Prepared, Any]:
+    """Samples and tokenizer as a run of `recipe` has them, without its model."""
+    from llmtune.data import prepare
+    from llmtune.source import allow_remote_code, load_tokenizer, resolve_model
+
+    allow_remote_code(recipe.model, recipe.is_local)
+    tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
+    return prepare(recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir), tokenizer
+
+
+def _unstreamed(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Data that would be streamed are looked at by their first rows."""
+    data = recipe.data
+    if not data.streaming:
+        return recipe, []
+    limit = min(STREAMED_ROWS, data.row_limit or STREAMED_ROWS)
+    told = f"streaming: the first {limit:,} rows of each data set were looked at"
+    return replace(recipe, data=replace(data, streaming=False, max_samples=limit)), [told]
+
+
+def _fill(recipe: Recipe, prepared: Prepared) -> tuple[Rows | None, Rows]:
+    """How an epoch fills packed rows, and padded ones, on one rank."""
+    from llmtune.data.mixing import mixed
+    from llmtune.data.order import Order, padding_share
+    from llmtune.data.stats import Rows
+    from llmtune.data.units import make_units, whole
+    from llmtune.feed import row_lengths
+
+    data, train = recipe.data, recipe.train
+    samples = mixed(prepared.train, data, train.seed)
+    packed = None
+    if samples.kind != "prompt":
+        units = make_units(
+            samples, packing=True, neat=data.neat_packing, cutoff_len=data.cutoff_len, seed=train.seed, shuffle=True
+        )
+        packed = Rows(rows=len(units), fill=units.fill)
+    units = whole(samples.lengths)
+    lengths = row_lengths(samples, units)
+    micros = train.gradient_accumulation_steps
+    batch = train.per_device_train_batch_size * micros
+    grouped = lengths if data.group_by_length else None
+    order = Order(len(units), batch, train.seed, not data.disable_shuffling, grouped)
+    return packed, Rows(rows=len(units), fill=1 - padding_share(lengths, order, micros))
