@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.errors import DataError, RecipeError
+
 if TYPE_CHECKING:
-    from llmtune.data import Prepared
+    from llmtune.data import DataReport, Prepared
     from llmtune.data.check import DataCheck
     from llmtune.data.preview import Preview
     from llmtune.data.stats import DataStats, Rows
@@ -71,7 +73,6 @@ def preview_of(recipe: Recipe, n: int = 3, rows: Sequence[int | str] = (), packs
     """What `preview` gives, of a recipe that is read already."""
     from llmtune.data.preview import make_pack_preview, make_preview
     from llmtune.data.units import make_units
-    from llmtune.errors import RecipeError
 
     data, train = recipe.data, recipe.train
     if packs and not data.packing:
@@ -100,28 +101,35 @@ def stats_of(recipe: Recipe) -> DataStats:
         recipe, data=replace(data, cutoff_len=_WHOLE, cutoff_policy="truncate", val_size=0, tokenized_path=None)
     )
     whole = prepare_data(uncut)[0].train if data.tokenized_path is None else None
-    prepared, _ = prepare_data(recipe)
-    lost = prepared.report.losses
+    try:
+        prepared = prepare_data(recipe)[0]
+    except DataError as error:  # as of a cutoff_len that leaves nothing to learn: the lengths tell a better one
+        if whole is None:
+            raise
+        notes.append(f"this recipe would not train. {error}")
+        return make_stats(whole, None, None, cutoff_len=data.cutoff_len, notes=notes)
     if whole is None:
         whole = prepared.train
         notes.append("tokenized_path: these lengths are those of the samples kept there, which may have been cut")
-    if lost.no_target:
-        notes.append(f"{lost.no_target:,} samples are left out, as none of their tokens trains")
-    if lost.truncated or lost.too_long:
-        notes.append(
-            f"cutoff_len {data.cutoff_len:,} with cutoff_policy {data.cutoff_policy}: {lost.truncated:,} samples cut, "
-            f"{lost.too_long:,} left out, {lost.tokens_cut:,} tokens lost"
-        )
-    notes += [
-        f"{each.name}: {each.bad.total():,} of {each.rows:,} rows cannot be used and are left out"
-        for each in prepared.report.sources
-        if each.bad
-    ]
     packed, padded = _fill(recipe, prepared)
     return make_stats(
         whole, prepared.train, prepared.evaluation, cutoff_len=data.cutoff_len, packed=packed, padded=padded,
-        notes=notes,
+        notes=[*notes, *_losses(prepared.report, data.cutoff_policy)],
     )  # fmt: skip
+
+
+def _losses(report: DataReport, policy: str) -> Iterator[str]:
+    lost = report.losses
+    if lost.no_target:
+        yield f"{lost.no_target:,} samples are left out, as none of their tokens trains"
+    if lost.truncated or lost.too_long:
+        yield (
+            f"cutoff_len {report.cutoff_len:,} with cutoff_policy {policy}: {lost.truncated:,} samples cut, "
+            f"{lost.too_long:,} left out, {lost.tokens_cut:,} tokens lost"
+        )
+    for each in report.sources:
+        if each.bad:
+            yield f"{each.name}: {each.bad.total():,} of {each.rows:,} rows cannot be used and are left out"
 
 
 def prepare_data(recipe: Recipe, registry: Registry | None = None) -> tuple[Prepared, Any]:

@@ -86,12 +86,12 @@ class DataStats:
     cutoff_len: int
     all: Lengths
     sets: Sequence[Lengths]
-    trained: Lengths
-    """What is trained on, after the recipe's `cutoff_len`."""
+    trained: Lengths | None
+    """What is trained on, after the recipe's `cutoff_len`; None where the recipe would not train."""
     evaluated: Lengths | None
     packed: Rows | None
-    """Whole samples in rows of `cutoff_len` tokens; None where samples are longer, or never packed."""
-    padded: Rows
+    """Samples in rows of `cutoff_len` tokens; None where they are never packed."""
+    padded: Rows | None
     """One sample a row, in the recipe's batches."""
     cutoffs: Sequence[Cutoff]
     histogram: Sequence[tuple[int, int]]
@@ -133,6 +133,8 @@ class DataStats:
         return [f"{'tokens of a sample':<{_BAR + 15}} {'samples':>9} {'so far':>8}", *lines]
 
     def _rows(self) -> list[str]:
+        if self.trained is None or self.padded is None:
+            return [f"the recipe's cutoff_len: {self.cutoff_len:,}"]
         lines = [f"with the recipe's cutoff_len {self.cutoff_len:,}, to train on: {_counted(self.trained)}"]
         if self.evaluated is not None:
             lines.append(f"to evaluate on: {_counted(self.evaluated)}")
@@ -158,12 +160,12 @@ class DataStats:
 
 def make_stats(
     whole: TokenSamples,
-    trained: TokenSamples,
+    trained: TokenSamples | None,
     evaluated: TokenSamples | None,
     *,
     cutoff_len: int,
-    packed: Rows | None,
-    padded: Rows,
+    packed: Rows | None = None,
+    padded: Rows | None = None,
     notes: Sequence[str] = (),
 ) -> DataStats:
     """Count `whole`, the samples without a cutoff, and what the recipe makes of them."""
@@ -178,7 +180,7 @@ def make_stats(
         cutoff_len=cutoff_len,
         all=Lengths.of("all", whole),
         sets=sets,
-        trained=Lengths.of("train", trained),
+        trained=Lengths.of("train", trained) if trained is not None else None,
         evaluated=Lengths.of("evaluation", evaluated) if evaluated is not None else None,
         packed=packed,
         padded=padded,
