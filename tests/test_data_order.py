@@ -100,6 +100,9 @@ def test_grouping_and_dealing_save_padding() -> None:
                 padded += sum(len(part) * LENGTHS[part].max() for part in parts)
             shares[grouped, micros] = 1 - LENGTHS.sum() / padded
             assert padding_share(LENGTHS, order, micros) == pytest.approx(shares[grouped, micros])
+    few = Order(3, 8, seed=0)
+    assert padding_share(np.array([4, 2, 4]), few, 1) == pytest.approx(1 - 10 / 12)
+    assert padding_share(np.array([4, 2, 4]), few, 8) == 0.0
     assert shares[False, 1] > 0.6 and shares[False, 8] < 0.25
     assert shares[True, 1] < 0.1 and shares[True, 8] < 0.02
 

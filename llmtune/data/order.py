@@ -98,7 +98,7 @@ def padding_share(lengths: np.ndarray, order: Order, pieces: int) -> float:
     units = order.epoch(0)
     whole = len(units) // order.batch
     padded = 0
-    for part in (units[: whole * order.batch].reshape(whole, -1), units[None, whole * order.batch :]):
+    for part in (units[: whole * order.batch].reshape(whole, order.batch), units[None, whole * order.batch :]):
         if not part.size:
             continue
         falling_SB = -np.sort(-lengths[part], axis=1)

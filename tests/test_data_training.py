@@ -1,0 +1,222 @@
+"""Runs over every kind of batch: what they learn, how many steps they take, what they report, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import llmtune
+from llmtune.data import TokenSamples, collate
+from llmtune.data.order import deal
+from llmtune.errors import PlanError
+from llmtune.isolation import packing_obstacle
+from llmtune.planning import make_feed
+from llmtune.testing import running, tiny_chats, tiny_tokenizer
+from llmtune.watch import Keeper, StopRequest
+from tests.by_hand import assert_same
+from tests.tiny import tiny_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "padded": {"group_by_length": False},
+    "grouped": {},
+    "packed": {"packing": True},
+    "joined": {"packing": True, "neat_packing": False},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    running.tiny_recipe(folder)
+    return folder
+
+
+def keys_of(place: Path, output: Path, **keys: Any) -> dict[str, Any]:
+    return running.tiny_recipe(place, **{"output_dir": str(output), "cutoff_len": 64, **keys})
+
+
+def numbers(found: running.Trained) -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in found.metrics]
+
+
+def test_dealing_rows_by_length_changes_nothing_that_is_learnt(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = keys_of(place, tmp_path / "dealt", per_device_train_batch_size=3, max_steps=6)
+    dealt = running.train(keys)
+
+    def drawn(units: Any, *arguments: Any, **keys: Any) -> list[int]:
+        assert sorted(deal(units, *arguments, **keys)) == sorted(units)
+        return list(units)
+
+    monkeypatch.setattr("llmtune.feed.deal", drawn)
+    plain = running.train({**keys, "output_dir": str(tmp_path / "plain")})
+    assert_same(numbers(dealt), numbers(plain))
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(dealt.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_two_epochs_are_two_epochs(kind: str, place: Path, tmp_path: Path) -> None:
+    keys = keys_of(place, tmp_path / "run", max_steps=None, num_train_epochs=2, **KINDS[kind])
+    plan = llmtune.plan(keys)
+    found = running.train(keys)
+    last = found.metrics[-1]
+    assert (last["epoch"], last["step"]) == (2.0, plan.steps) and plan.steps == 2 * plan.feed.order.steps_per_epoch
+    assert last["tokens"] == 2 * plan.data.train.tokens
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "steps", [{"max_steps": 3}, {"max_steps": None, "num_train_epochs": 3}], ids=["steps", "epochs"]
+)
+def test_data_smaller_than_a_step_train_once_an_epoch(
+    kind: str, steps: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Neither no step at all nor a loop without end; the plan says so."""
+    (tmp_path / "data").mkdir()
+    few = tiny_chats(tmp_path / "data", rows=5)
+    keys = keys_of(
+        place, tmp_path / "run", dataset=str(few), per_device_train_batch_size=64, **{**KINDS[kind], **steps}
+    )
+    assert "fewer than the 128 of a step: every step learns from all of them" in str(llmtune.plan(keys))
+    found, plan = running.train_and_keep(keys)
+    assert [row["epoch"] for row in found.metrics] == [1.0, 2.0, 3.0]
+    assert found.metrics[-1]["tokens"] == 3 * plan.data.train.tokens
+    assert found.metrics[-1]["loss"] < found.metrics[0]["loss"], "the model that is saved has learnt"
+
+
+@pytest.mark.parametrize("kind", ["grouped", "joined"])
+def test_a_stopped_run_goes_on_with_the_same_rows(kind: str, place: Path, tmp_path: Path) -> None:
+    from tests.test_resume import assert_equal_runs, stop_after
+
+    keys = keys_of(place, tmp_path / "straight", max_steps=6, **KINDS[kind])
+    llmtune.train(keys)
+    broken = {**keys, "output_dir": str(tmp_path / "broken")}
+    stop_after(broken, 4)
+    llmtune.train(broken)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "broken")
+
+
+def in_sets(samples: TokenSamples) -> TokenSamples:
+    """The samples as if every fourth were of a second set."""
+    sets = (np.arange(len(samples)) % 4 == 0).astype(np.int32)
+    return replace(samples, sets=sets, set_names=["large", "small"])
+
+
+def test_each_data_set_is_evaluated(place: Path, tmp_path: Path) -> None:
+    keys = keys_of(
+        place, tmp_path / "run", val_size=12, eval_strategy="steps", eval_on_each_dataset=True,
+        per_device_eval_batch_size=2, metric_for_best_model="eval_small_loss",
+    )  # fmt: skip
+    plan, objective = running.build(keys)
+    samples = in_sets(plan.data.evaluation)
+    plan.data = replace(plan.data, evaluation=samples)
+    keeper = Keeper(plan, objective, None, None, [], StopRequest())  # type: ignore[arg-type]
+    told: list[Any] = []
+    keeper.observers.append(told.append)
+    keeper.evaluate(1)
+    metrics = told[-1].metrics
+    sums = {name: 0.0 for name in samples.by_set()}
+    with torch.no_grad():
+        for name, chosen in samples.by_set().items():
+            losses = [objective(collate([samples.sample(index)], flat=True, pad_id=0)).total.item() for index in chosen]
+            sums[name] = sum(losses)
+            assert metrics[f"eval_{name}_loss"] == pytest.approx(
+                sum(losses) / samples.supervised[chosen].sum(), rel=1e-5
+            )
+    assert len(metrics) == 3 and len(sums) == 2
+    assert metrics["eval_loss"] == pytest.approx(sum(sums.values()) / samples.supervised.sum(), rel=1e-5)
+    assert keeper.best_value == metrics["eval_small_loss"]
+
+
+def test_several_sets_are_mixed_and_the_plan_says_how(place: Path, tmp_path: Path) -> None:
+    plan = llmtune.plan(keys_of(place, tmp_path / "run"))
+    plan.data = replace(plan.data, train=in_sets(plan.data.train))
+    wish = replace(plan.recipe.data, mix_strategy="interleave_over")
+    plan.recipe = replace(plan.recipe, data=wish)
+    plan.feed = make_feed(plan)
+    assert len(plan.feed.samples) == len(plan.feed.units) == 36
+    assert "an epoch is mixed from 18 of large (18), 18 of small (6)" in str(plan)
+
+
+ATTENTION = ("eager", "sdpa", "flex_attention", "llmtune_packed")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_document_has_the_losses_it_has_alone(family: str, attention: str) -> None:
+    """Packed, padded and alone, for every attention that computes here; gpt2 learns a vector for each position."""
+    model: Any = tiny_model(family).eval().requires_grad_(False)  # torch has no gradient of flex_attention on a CPU
+    if attention == "llmtune_packed":
+        kernels = pytest.importorskip("llmtune_kernels.packed_attention")
+        kernels._apply(model, SimpleNamespace(device="cpu"))
+    if attention == "flex_attention" and not model._supports_flex_attn:
+        pytest.skip(f"transformers has no flex_attention for {family}")
+    model.set_attn_implementation(attention)
+    assert packing_obstacle(model, model.config._attn_implementation) is None
+    rng = np.random.default_rng(0)
+    documents = [(rng.integers(3, 300, n).astype(np.int32), rng.random(n) < 0.7) for n in (9, 2, 20, 33)]
+
+    def losses(flat: bool, chosen: list[Any]) -> torch.Tensor:
+        batch = collate(chosen, flat=flat, pad_id=0)
+        logits = model(**batch.model_inputs()).logits.flatten(0, 1)[batch.predict_at]
+        return torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+
+    with torch.compiler.set_stance("force_eager"):  # compiling flex_attention takes half a minute
+        alone = torch.cat([losses(False, [document]) for document in documents])
+        packed = losses(True, documents)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    if attention != "flex_attention":
+        torch.testing.assert_close(losses(False, documents), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_attention_without_a_mask_of_bounds_is_refused() -> None:
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("bare_attention", sdpa_attention_forward)
+    model = tiny_model()
+    assert "attends by bare_attention, for which transformers makes no mask" in str(
+        packing_obstacle(model, "bare_attention")
+    )
+
+
+def test_rows_are_joined_for_models_that_cannot_keep_documents_apart(chats: str, tmp_path: Path) -> None:
+    """Recurrent models pretrain so. Kept apart they are refused."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    keys = keys_of(
+        tmp_path, tmp_path / "run", model=str(tmp_path / "mamba"), dataset=chats, packing=True, neat_packing=False,
+        disable_gradient_checkpointing=True, max_steps=2, learning_rate=1e-3, dist_config="fsdp2",
+    )  # fmt: skip
+    assert llmtune.train(keys).status == "done"
+    with pytest.raises(PlanError, match=r"packing: MambaForCausalLM takes no position ids"):
+        llmtune.plan({**keys, "neat_packing": True, "output_dir": str(tmp_path / "other")})
+
+
+def test_joined_rows_train_as_transformers_own_blocks_of_text(place: Path, tmp_path: Path) -> None:
+    """As examples of pretraining group texts: labels are the rows themselves, the loss their mean."""
+    from transformers import AutoModelForCausalLM
+
+    keys = keys_of(
+        place, tmp_path / "run", packing=True, neat_packing=False, train_on_prompt=True, max_steps=1,
+        disable_shuffling=True, lr_scheduler_config="constant", cutoff_len=64,
+    )  # fmt: skip
+    plan = llmtune.plan(keys)
+    (row,) = running.train(keys).metrics
+    ids = torch.from_numpy(plan.data.train.ids[: 8 * 64].astype(np.int64)).view(8, 64)
+    model = AutoModelForCausalLM.from_pretrained(keys["model"], dtype=torch.float32)
+    assert row["loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
