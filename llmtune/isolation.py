@@ -68,7 +68,7 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
     rounding = 1e-3 if alone.dtype == torch.float32 and objective.autocast is None else 5e-2
     if leak > 1e-4 or shift > rounding:
         found = f"a document's hidden states change by {max(leak, shift):.0e} of their size with what stands before it"
-        fix = "set packing: false" if packing else "leave packed_attention out of kernel_config"
+        fix = "set packing: false, or neat_packing: false" if packing else "leave packed_attention out of kernel_config"
         raise PlanError(f"packing: {type(objective.model).__name__} cannot keep documents apart ({found}); {fix}")
 
 

@@ -81,9 +81,9 @@ class Context(StageContext):
         if self._head_explains_logits:
             hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
             fused, head, transform = self.ops["linear_cross_entropy"], self.head(model), self.logit_transform(model)
-            return _weighted(batch, hidden_ND, lambda some_ND, targets: fused(some_ND, head, targets, transform))
+            return weighted_sum(batch, hidden_ND, lambda some_ND, targets: fused(some_ND, head, targets, transform))
         logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
-        return _weighted(
+        return weighted_sum(
             batch, logits_NV, lambda some_NV, targets: F.cross_entropy(some_NV.float(), targets, reduction="sum")
         )
 
@@ -111,7 +111,7 @@ class Context(StageContext):
         return expected.shape == found.shape and torch.allclose(expected, found, rtol=rtol, atol=atol)
 
 
-def _weighted(batch: Batch, values_NX: Tensor, summed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def weighted_sum(batch: Batch, values_NX: Tensor, summed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Sum over targets, each times its weight. Targets of one weight go together, so that an operation that knows no
     weights can be used: a message has one weight, so there are two or three."""
     if not batch.weight_groups:

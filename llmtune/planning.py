@@ -16,8 +16,8 @@ from llmtune.data.mixing import counts, mixed
 from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, listed, raise_all
 from llmtune.feed import Feed
+from llmtune.fitting import misfits
 from llmtune.hookspecs import EXTENSION_POINTS
-from llmtune.learns import misfits
 from llmtune.loading import only_first_reads
 from llmtune.mesh import arrange
 from llmtune.parts import Part, Parts, collect, find_parts
@@ -255,7 +255,7 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
         from llmtune.isolation import packing_obstacle
 
         if reason := packing_obstacle(model, plan.attention):
-            problems.append(PlanError(f"packing: {type(model).__name__} {reason}; set packing: false"))
+            problems.append(PlanError(f"packing: {type(model).__name__} {reason}; set packing: false, or neat_packing: false"))
     if plan.data is not None:
         problems += [PlanError(sentence) for sentence in misfits(plan)]
     for part in plan.parts.at("dist_config") if plan.mode in ("train", "build") else []:

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from llmtune import Batch, StageContext, StageLoss
 from llmtune.data import TokenSamples
 from llmtune.feed import Feed
-from llmtune.learns import misfits
+from llmtune.fitting import misfits
 from llmtune.loop import Training, train
-from llmtune.parts import Parts
 from llmtune.placement import full
 from llmtune.ranks import Ranks
 from llmtune.testing import running
@@ -28,8 +27,6 @@ STEPS, PAIRS = 3, 11
 
 class Answers:
     """Mean log-probability of every answer, then a loss over pairs, or over answers with a label."""
-
-    learns = ("preference", "labelled")
 
     def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
         hidden_ND = context.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
@@ -148,17 +145,17 @@ def test_a_stage_over_answers_trains_as_a_loop_by_hand(kind: str, packing: bool,
     compare(in_ranks(2, tmp_path / "ranks", run, keys, kind, packing, 1)[0], expected)
 
 
-def test_a_stage_names_what_it_learns_from_and_other_data_are_refused(tmp_path: Path) -> None:
+def test_batches_that_would_mix_or_cut_answers_are_refused(tmp_path: Path) -> None:
     plan = running.plan(keys_of(tmp_path))
     assert list(misfits(plan)) == []
     pairs = replace(plan, data=replace(plan.data, train=answers("preference")))
-    (sentence,) = misfits(pairs)
-    assert "learns from conversations, and the data are preferences" in sentence
-    stage = plan.parts.one("stage_config")
-    learning = Parts([replace(part, built=Answers()) if part is stage else part for part in plan.parts.all])
-    assert list(misfits(replace(pairs, parts=learning))) == []
+    assert list(misfits(pairs)) == []
     joined = replace(pairs.recipe, data=replace(pairs.recipe.data, packing=True, neat_packing=False))
-    assert "must not see each other" in next(iter(misfits(replace(pairs, parts=learning, recipe=joined))))
+    (sentence,) = misfits(replace(pairs, recipe=joined))
+    assert sentence.startswith("neat_packing: found false, but the data are preferences, which must not see each other")
     spread = replace(plan.ranks, layout=replace(plan.ranks.layout, context=2))
-    (sentence,) = misfits(replace(pairs, parts=learning, ranks=spread))
+    (sentence,) = misfits(replace(pairs, ranks=spread))
     assert "cp_size is 2, but the loss of preferences needs whole answers" in sentence
+    prompts = replace(plan, data=replace(plan.data, train=replace(answers("labelled"), kind="prompt")), recipe=joined)
+    (sentence,) = misfits(prompts)
+    assert sentence.startswith("packing: found true, but the data are prompts")

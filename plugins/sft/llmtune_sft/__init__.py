@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: `stage_config: sft`."""
+"""Learning to predict tokens: `stage_config: sft` on answers, `stage_config: pt` on plain text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ class SftConfig:
     """Supervised fine-tuning has no keys of its own."""
 
 
-class Sft:
-    """Summed next-token cross-entropy of the supervised tokens; the weight is their number."""
+@dataclass(frozen=True, kw_only=True)
+class PtConfig:
+    """Pretraining has no keys of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Summed next-token cross-entropy of the tokens that train, times their weights, over the sum of the weights."""
+
+    name: str
 
     def check(self, situation: Situation, model: Any) -> Iterator[str]:
         """A language model has a head over its vocabulary; a classifier has not."""
         head = model.get_output_embeddings()
         if head is None or getattr(head, "out_features", None) != model.config.get_text_config().vocab_size:
-            yield f"sft predicts tokens, and {type(model).__name__} has no head over a vocabulary; set model_class: llm"
+            found = f"{type(model).__name__} has no head over a vocabulary"
+            yield f"{self.name} predicts tokens, and {found}; set model_class: llm"
 
     def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
         return StageLoss(total=context.next_token_loss(model, batch))
@@ -29,12 +38,18 @@ class Sft:
 
 @hookimpl
 def stage_config() -> list[Plugin]:
-    """Supervised fine-tuning."""
+    """The same loss under two names: which tokens train is a matter of the data."""
     return [
         Plugin(
             name="sft",
             config=SftConfig,
-            build=lambda config: Sft(),
+            build=lambda config: NextToken(name="sft"),
             summary="Supervised fine-tuning on the assistant's turns",
-        )
+        ),
+        Plugin(
+            name="pt",
+            config=PtConfig,
+            build=lambda config: NextToken(name="pt"),
+            summary="Pretraining, or going on with it, on plain text",
+        ),
     ]
