@@ -255,7 +255,8 @@ def edit(plan: Plan, problems: list[LlmtuneError]) -> None:
         from llmtune.isolation import packing_obstacle
 
         if reason := packing_obstacle(model, plan.attention):
-            problems.append(PlanError(f"packing: {type(model).__name__} {reason}; set packing: false, or neat_packing: false"))
+            fix = "set packing: false, or neat_packing: false"
+            problems.append(PlanError(f"packing: {type(model).__name__} {reason}; {fix}"))
     if plan.data is not None:
         problems += [PlanError(sentence) for sentence in misfits(plan)]
     for part in plan.parts.at("dist_config") if plan.mode in ("train", "build") else []:
