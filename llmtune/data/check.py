@@ -66,7 +66,8 @@ class Seen:
         messages = _messages(example)
         self.roles.update(message["role"] for message in messages)
         if messages:
-            self.turns[sum(message["role"] == "assistant" for message in messages)] += 1
+            lost = len(getattr(example, "rejected", ()))
+            self.turns[sum(message["role"] == "assistant" for message in messages[: len(messages) - lost])] += 1
         if (label := getattr(example, "label", None)) is not None:
             self.answers["wanted" if label else "not wanted"] += 1
         for note in _notes(example, texts):
@@ -125,12 +126,12 @@ class DataCheck:
     def __str__(self) -> str:
         files = f" in {self.files:,} files" if self.files > 1 else ""
         told = f"{self.format} ({self.why})" if self.format else "unknown, as no row could be read"
-        lines = [f"{self.name}: {self.rows:,} rows{files}", f"  format: {told}"]
+        lines = [f"{self.name}: {_rows(self.rows)}{files}", f"  format: {told}"]
         lines += [f"  kind: {self.kind}"] if self.kind else []
         lines += [f"  {name}: {text}" for name, text in self._facts() if text]
         if self.ok:
             return "\n".join([*lines, "  every row can be used"])
-        lines.append(f"  {self.reasons.total():,} rows cannot be used: {_counts(self.reasons)}")
+        lines.append(f"  cannot be used: {_rows(self.reasons.total())} ({_counts(self.reasons)})")
         lines += [f"    {bad_line(each)}" for each in self.bad]
         if hidden := self.reasons.total() - len(self.bad):
             lines.append(f"    ... and {hidden:,} more (--all shows them, --quarantine FILE writes them)")
@@ -141,15 +142,16 @@ class DataCheck:
         yield "messages", _counts(self.roles)
         if self.turns and self.kind != "prompt":
             several = sum(count for turns, count in self.turns.items() if turns > 1)
-            yield "assistant turns", f"{several:,} rows have several, {max(self.turns):,} at most" if several else ""
-        yield "answers", _counts(self.labels)
+            told = f"several in {several:,} rows, {max(self.turns):,} at most"
+            yield "answers in a row", told if several else ""
+        yield "labels", _counts(self.labels)
         if good:
             yield "characters", f"{self.characters:,}, {self.characters // good:,} a row, {self.longest:,} at most"
         if self.duplicates:
-            pairs = ", ".join(f"{later} as {earlier}" for earlier, later in self.repeated[:2])
-            yield "duplicates", f"{self.duplicates:,} rows repeat an earlier one: {pairs}"
+            earlier, later = self.repeated[0]
+            yield "duplicates", f"{_rows(self.duplicates)} said before, first {later} (as {earlier})"
         for note, count in self.notes.most_common():
-            yield "note", f"{count:,} rows {note}, first {self.firsts[note]}"
+            yield "note", f"{note} ({_rows(count)}, first {self.firsts[note]})"
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -303,13 +305,15 @@ def _texts(value: Any) -> Iterator[str]:
 def _notes(example: Example, texts: Iterable[str]) -> Iterator[str]:
     texts = list(texts)
     if any("\ufffd" in text for text in texts):
-        yield "hold U+FFFD, which stands for characters that were lost"
+        yield "U+FFFD, which stands for characters that were lost"
     spelt = {token for text in texts for token in _SPECIAL.findall(text)} if example.kind != "text" else set()
     for token in sorted(spelt):
-        yield f"hold the text {token}, which may be a special token (see split_special_tokens)"
-    if getattr(example, "chosen", None) is not None and vars(example)["chosen"] == vars(example)["rejected"]:
-        yield "prefer an answer to itself"
+        yield f"the text {token}, which may be read as a special token, see split_special_tokens"
 
 
 def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"

@@ -1,0 +1,189 @@
+"""`llmtune data check`: every row read, what is wrong said by place, in the terminal, as JSON and in a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmtune
+from llmtune.cli import main
+from llmtune.errors import DataError, RecipeError
+
+
+def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    return write(tmp_path / "good.jsonl", [chat(f"q{number}", "a" * number) for number in range(1, 31)])
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> str:
+    """30 rows, of which 26 are bad for three reasons."""
+    wrong = [{"messages": "x"}] * 24 + [chat("q", "")]
+    path = tmp_path / "bad.jsonl"
+    write(path, [chat(f"q{number}", "a") for number in range(4)] + wrong)
+    with path.open("a") as file:
+        file.write('{"messages": [}\n')
+    return str(path)
+
+
+def test_a_sound_file_is_described(good: str) -> None:
+    found = llmtune.check_data(good)
+    assert found and found.ok and found.rows == 30 and not found.bad
+    assert (found.format, found.kind, found.why) == ("openai", "conversation", "messages with role/content")
+    assert found.roles == {"user": 30, "assistant": 30} and found.turns == {1: 30}
+    assert found.characters == sum(len(f"q{number}") + number for number in range(1, 31))
+    assert found.longest == len("q30") + 30
+    assert "every row can be used" in str(found)
+
+
+def test_every_bad_row_is_counted_and_the_first_are_listed(bad: str) -> None:
+    found = llmtune.check_data(bad)
+    assert not found and found.rows == 30
+    assert found.reasons == {"messages is not a list": 24, "empty answer": 1, "unreadable": 1}
+    assert [each.origin for each in found.bad] == [f"{bad}:{line}" for line in range(5, 25)]
+    said = str(found)
+    assert "cannot be used: 26 rows (messages is not a list 24, " in said
+    assert f'    {bad}:5: messages is not a list: "messages" is text, allowed is a list of messages' in said
+    assert "... and 6 more" in said
+    every = llmtune.check_data(bad, keep=None)
+    assert len(every.bad) == 26 and f"{bad}:30:15: not JSON: " in str(every) and "more (" not in str(every)
+
+
+def test_the_same_is_found_by_several_processes(tmp_path: Path) -> None:
+    rows = [chat(f"q{number % 2500}", "a") if number % 700 else {"messages": 1} for number in range(3000)]
+    source = write(tmp_path / "many.jsonl", rows)
+    alone, together = (llmtune.check_data(source, workers=workers) for workers in (1, 2))
+    assert vars(alone) == vars(together)
+    assert alone.reasons.total() == 5 and alone.duplicates == 498
+
+
+def test_rows_that_repeat_others_are_found_over_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [chat("q", "1"), chat("q", "2")])
+    write(tmp_path / "b.jsonl", [chat("q", "2", id=7), chat("q", "3")])
+    found = llmtune.check_data(str(tmp_path / "*.jsonl"))
+    assert found.files == 2 and found.duplicates == 1
+    assert found.repeated == [(f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1")]
+    assert found.ok
+
+
+def test_strange_rows_are_noted(tmp_path: Path) -> None:
+    rows = [chat("q", "a"), chat("lost \ufffd", "a"), chat("end <|im_end|> it", "a"), chat("again <|im_end|>", "b")]
+    found = llmtune.check_data(write(tmp_path / "rows.jsonl", rows))
+    assert sorted(found.notes.values()) == [1, 2] and found.ok
+    assert "the text <|im_end|>, which may be read as a special token, see split_special_tokens (2 rows, " in str(found)
+
+
+def test_pairs_and_labels_are_counted(tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    found = llmtune.check_data(write(tmp_path / "pairs.jsonl", [pair, {**pair, "chosen": "c"}]))
+    assert found.kind == "preference" and found.turns == {1: 2} and found.ok
+    labelled = [chat("q", "a", label=True), chat("p", "a", label=False), chat("o", "a", label=False)]
+    assert llmtune.check_data(write(tmp_path / "kto.jsonl", labelled)).labels == {"wanted": 1, "not wanted": 2}
+
+
+def test_the_first_rows_alone(bad: str) -> None:
+    found = llmtune.check_data(bad, limit=4)
+    assert found.rows == 4 and found.ok
+
+
+def test_the_format_and_columns_can_be_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=r"format could not be detected, found the columns question, answer"):
+        llmtune.check_data(source)
+    columns = {"instruction": "question", "output": "answer"}
+    assert llmtune.check_data({"path": source, "format": "alpaca", "columns": columns}).ok
+    assert not llmtune.check_data(source, format="alpaca")
+    with pytest.raises(DataError, match='no format "alpac"\\. Did you mean "alpaca"'):
+        llmtune.check_data(source, format="alpac")
+
+
+def test_a_name_in_a_registry(tmp_path: Path, good: str) -> None:
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": "good.jsonl", "formatting": "openai"}})
+    )
+    found = llmtune.check_data("mine", dataset_dir=tmp_path)
+    assert found.ok and found.rows == 30
+
+
+def test_the_command_lists_writes_and_fails(bad: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aside = tmp_path / "aside.jsonl"
+    assert main(["data", "check", bad, "--quarantine", str(aside)]) == DataError.exit_code
+    assert f"Wrote 26 bad rows to {aside}" in capsys.readouterr().out
+    lines = [json.loads(line) for line in aside.read_text().splitlines()]
+    assert len(lines) == 26
+    assert lines[0] == {
+        "origin": f"{bad}:5", "reason": "messages is not a list",
+        "detail": '"messages" is text, allowed is a list of messages', "row": {"messages": "x"},
+    }  # fmt: skip
+    assert main(["data", "check", bad, "--json", "--all"]) == DataError.exit_code
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False and found["reasons"]["messages is not a list"] == 24 and len(found["bad"]) == 26
+
+
+def test_a_sound_file_is_no_failure(good: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", good]) == 0
+    assert main(["data", "check", good + "x"]) == DataError.exit_code
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_all_data_sets_of_a_recipe_are_checked(
+    good: str, bad: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(f"model: none\ndataset: {good}\neval_dataset: {bad}\n")
+    assert main(["data", "check", str(recipe)]) == DataError.exit_code
+    said = capsys.readouterr().out
+    assert "good.jsonl: 30 rows" in said and "bad.jsonl: 30 rows" in said
+
+
+def test_mistakes_in_the_command_are_one_sentence(
+    tiny_llama: str, good: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "preview", good + ".yaml"]) == RecipeError.exit_code
+    assert main(["data", "stats", good + ".yaml"]) == RecipeError.exit_code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2 and all(line.startswith("llmtune: ") and "found nothing" in line for line in said)
+    with pytest.raises(SystemExit):
+        main(["data", "check", good, "--limit", "0"])
+    assert "found 0, allowed is a whole number >= 1" in capsys.readouterr().err
+
+
+def test_commands_of_a_recipe(tiny_llama: str, good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "my.json"
+    recipe.write_text(json.dumps({"model": tiny_llama, "dataset": good}))
+    assert main(["data", "preview", str(recipe), "-n", "1", "cutoff_len=64"]) == 0
+    assert "[[a<|im_end|>]]" in capsys.readouterr().out
+    assert main(["data", "preview", str(recipe), "--rows", "3,7", "--html", str(tmp_path / "page.html")]) == 0
+    assert "good.jsonl:7" in (tmp_path / "page.html").read_text()
+    capsys.readouterr()
+    assert main(["data", "stats", str(recipe), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["all"]["samples"] == 30
+    assert main(["data", "stats", str(recipe), "cutoff_len=64"]) == 0
+    assert "with the recipe's cutoff_len 64, to train on: 30 samples" in capsys.readouterr().out
+
+
+def test_help_and_check_load_no_torch(good: str) -> None:
+    code = (
+        "import sys\nfrom llmtune.cli import main\n"
+        f"assert main(['data', 'check', {good!r}]) == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "try:\n    main(['data', '--help'])\nexcept SystemExit as done:\n    assert not done.code\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "check" in done.stdout and "preview" in done.stdout and "stats" in done.stdout
