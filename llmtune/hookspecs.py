@@ -41,6 +41,11 @@ def stage_config() -> Iterable[Plugin]:  # type: ignore[empty-body]
 
 
 @hookspec
+def data_config() -> Iterable[Plugin]:  # type: ignore[empty-body]
+    """What the rows of data sets look like. `build` returns a `DataFormat`."""
+
+
+@hookspec
 def dist_config() -> Iterable[Plugin]:  # type: ignore[empty-body]
     """How the model is spread over ranks. `build` returns a `Distribute`."""
 
@@ -71,6 +76,7 @@ EXTENSION_POINTS = (
     "peft_config",
     "kernel_config",
     "stage_config",
+    "data_config",
     "dist_config",
     "optim_config",
     "lr_scheduler_config",

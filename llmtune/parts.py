@@ -12,6 +12,7 @@ from llmtune.errors import ErrorList, LlmtuneError, PlanError, PluginError, list
 from llmtune.hookspecs import EXTENSION_POINTS
 
 if TYPE_CHECKING:
+    from llmtune.data.formats import Formats
     from llmtune.recipe import Recipe
     from llmtune.records import Plugin
     from llmtune.registry import Registry
@@ -119,6 +120,22 @@ def find_parts(
                 )
     problems += clashes(found)
     return Parts(found)
+
+
+def formats_of(parts: Parts, registry: Registry) -> Formats:
+    """The formats that the recipe's data sets may have: those it names, and those that ship with llmtune."""
+    from llmtune.builtin import data_config
+    from llmtune.data.formats.choose import Formats, detectable, facts_of
+
+    def find(name: str) -> tuple[Plugin, str]:
+        offer = registry.find("data_config", name)
+        return offer.plugin, f"{offer.distribution} {offer.version}"
+
+    part = parts.one("data_config")
+    return Formats(
+        known=detectable(data_config()), find=find, default=part.built, default_name=part.plugin.name,
+        default_facts=facts_of(part.config, part.package),
+    )  # fmt: skip
 
 
 def clashes(parts: Sequence[Part]) -> list[PlanError]:

@@ -13,6 +13,7 @@ from llmtune import expert_parallel, rundir, tensor_parallel
 from llmtune.context_parallel import why_not_split
 from llmtune.data import choose_template, prepare
 from llmtune.data.mixing import counts, mixed
+from llmtune.data.pipeline import LEARNS
 from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, listed, raise_all
 from llmtune.feed import Feed
@@ -20,7 +21,7 @@ from llmtune.fitting import misfits
 from llmtune.hookspecs import EXTENSION_POINTS
 from llmtune.loading import only_first_reads
 from llmtune.mesh import arrange
-from llmtune.parts import Part, Parts, collect, find_parts
+from llmtune.parts import Part, Parts, collect, find_parts, formats_of
 from llmtune.precision import Precision, choose_precision, stored_dtype
 from llmtune.ranks import Ranks
 from llmtune.records import Checks, Situation
@@ -181,7 +182,7 @@ def make_plan(
     data = None
     if mode == "train":
         with collect(problems):
-            data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir)
+            data = prepare_for(recipe, parts, registry, tokenizer)
     raise_all(problems)
     assert precision is not None
     situation = Situation(
@@ -227,6 +228,16 @@ def make_model(
     grow(config, vocabulary)
     ledger = build()
     return ledger, enter(vocabulary, ledger, former)
+
+
+def prepare_for(recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any) -> Prepared:
+    """The recipe's data as tokens, if its stage can learn from them."""
+    stages = parts.at("stage_config")
+    learns = getattr(stages[0].built, "learns", LEARNS) if stages else LEARNS
+    return prepare(
+        recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir, formats=formats_of(parts, registry),
+        learns=learns, stage=stages[0].plugin.name if stages else "the stage",
+    )  # fmt: skip
 
 
 def edit(plan: Plan, problems: list[LlmtuneError]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune import gguf, hub
 from llmtune.errors import LoadError, PlanError, listed
+from llmtune.folders import cache_root
 from llmtune.vocabulary import add_tokens
 from llmtune.weight_files import check_weight_files, holds_no_weights
 
@@ -178,8 +179,7 @@ SOURCES: tuple[Callable[[ModelConfig, bool], ModelFiles | None], ...] = (from_pa
 
 def converted_cache(config: ModelConfig) -> Path:
     """Where converted models are kept."""
-    chosen = config.cache_dir or os.environ.get("LLMTUNE_CACHE") or Path.home() / ".cache" / "llmtune"
-    return Path(chosen).expanduser()
+    return Path(config.cache_dir or cache_root()).expanduser()
 
 
 def _check_config_file(folder: Path) -> None:

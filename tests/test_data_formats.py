@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 
-from llmtune.data import FORMATS, detect
-from llmtune.data.messages import BadRow
+from llmtune.data import Chosen, Formats, Found, read_row
 from llmtune.errors import DataError
+from llmtune.examples import BadRow, Example
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}
 TOOL = {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}}
 ASSISTANT_CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+
+
+def chosen(name: str | dict[str, Any] | None, *rows: Any, **found: Any) -> Chosen:
+    return Formats.builtin().of(Found(spelling="x", name="x", format=name, **found), rows)
+
+
+def reading(name: str | dict[str, Any] | None, row: Any, **found: Any) -> Example:
+    return read_row(chosen(name, row, **found), row)
 
 
 def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
@@ -21,7 +29,9 @@ def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 
 def test_alpaca() -> None:
-    read = FORMATS["alpaca"].read
+    def read(row: dict) -> Any:
+        return reading("alpaca", row)
+
     assert read({"instruction": "Sum", "input": "1 2", "output": "3"}).messages == turns(
         ("user", "Sum\n1 2"), ("assistant", "3")
     )
@@ -39,7 +49,8 @@ def test_alpaca() -> None:
     "value", [json.dumps(CALL), json.dumps([CALL]), json.dumps(CALL | {"arguments": '{"a": 1, "b": [2, "é"]}'})]
 )
 def test_sharegpt_with_tools(tools: Any, value: str) -> None:
-    conversation = FORMATS["sharegpt"].read(
+    conversation = reading(
+        "sharegpt",
         {
             "conversations": [
                 {"from": "human", "value": "Add"},
@@ -49,7 +60,7 @@ def test_sharegpt_with_tools(tools: Any, value: str) -> None:
             ],
             "system": "Be exact",
             "tools": tools,
-        }
+        },
     )
     assert conversation.messages == [
         *turns(("system", "Be exact"), ("user", "Add")),
@@ -62,7 +73,8 @@ def test_sharegpt_with_tools(tools: Any, value: str) -> None:
 @pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
 def test_openai_with_tools(arguments: Any) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
-    conversation = FORMATS["openai"].read(
+    conversation = reading(
+        "openai",
         {
             "messages": [
                 {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "exact"}]},
@@ -71,7 +83,7 @@ def test_openai_with_tools(arguments: Any) -> None:
                 {"role": "tool", "content": "3", "tool_call_id": "1"},
                 {"role": "assistant", "content": "3", "reasoning_content": "easy"},
             ]
-        }
+        },
     )
     called = ASSISTANT_CALL["tool_calls"][0] | {"id": "1"}
     assert conversation.messages == [
@@ -86,9 +98,9 @@ def test_openai_with_tools(arguments: Any) -> None:
 
 def test_openai_messages_under_conversations() -> None:
     row = {"conversations": turns(("user", "a"), ("assistant", "b"))}
-    found, why = detect([row], "x")
-    assert (found.name, why) == ("openai", "conversations with role/content")
-    assert found.read(row).messages == row["conversations"]
+    found = chosen(None, row)
+    assert (found.name, found.why) == ("openai", "conversations with role/content")
+    assert read_row(found, row).messages == row["conversations"]
 
 
 OK = ("assistant", "b")
@@ -160,7 +172,7 @@ OK = ("assistant", "b")
 )
 def test_bad_rows_give_a_reason(format: str, row: Any, reason: str, detail: str) -> None:
     with pytest.raises(BadRow, match=detail) as caught:
-        FORMATS[format].read(row)
+        reading(format, row)
     assert caught.value.reason == reason
 
 
@@ -170,24 +182,34 @@ def test_bad_rows_give_a_reason(format: str, row: Any, reason: str, detail: str)
         ({"instruction": "a", "output": "b"}, "alpaca", "instruction and output"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt", "conversations with from/value"),
         ({"messages": [{"role": "user", "content": "a"}]}, "openai", "messages with role/content"),
+        ({"prompt": "a", "completion": "b"}, "completion", "prompt and completion"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", "chosen and rejected"),
+        ({"messages": [{"role": "user"}], "rejected_response": "c"}, "preference", "messages and rejected_response"),
+        ({"messages": [{"role": "user"}], "label": False}, "kto", "messages and a label of true or false"),
+        ({"instruction": "a", "output": "b", "kto_tag": True}, "kto", "kto_tag"),
+        ({"prompt": "a", "answer_key": "b"}, "prompt", "prompt"),
+        ({"text": "a", "id": 3}, "text", "text"),
+        ({"input_ids": [1], "labels": [1]}, "tokens", "input_ids and labels"),
     ],
 )
 def test_detection_explains_itself(row: dict, name: str, why: str) -> None:
-    found, reason = detect([row, {"broken": 1}], "x")
-    assert (found.name, reason) == (name, why)
+    found = chosen(None, row, {"broken": 1})
+    assert (found.name, found.why) == (name, why)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "completion": "b"}], "found the columns prompt, completion.*alpaca: instruction, output"),
+        ([{"question": "a", "answer": "b"}], "found the columns question, answer.*alpaca: instruction, output"),
         ([{"instrction": "a", "output": "b"}], 'Did you mean "instruction"'),
         ([{"instruction": "a", "output": "b", "messages": [{"role": "user"}]}], r"several formats \(alpaca, openai\)"),
-        ([{"conversations": [{"from": "human", "value": ""}], "chosen": {}, "rejected": {}}], "preference pairs"),
-        ([{"messages": [{"role": "user"}], "label": False}], "labelled answers.*data_format"),
+        (
+            [{"messages": [{"role": "user"}], "label": "no"}, {"text": "a"}],
+            r"several formats \(openai, text\).*data_config",
+        ),
         ([3], "found the columns none"),
     ],
 )
 def test_what_is_not_recognised_is_not_guessed(rows: list, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        detect(rows, "x")
+        chosen(None, *rows)

@@ -11,14 +11,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llmtune.data import Source, read_rows
+from llmtune.data import Row, Source, chunks, find
 from llmtune.errors import DataError
 
 ROWS = [{"instruction": f"say {number}", "output": "é" * number} for number in range(1, 4)]
 
 
-def rows_of(path: Path | str, base: Path = Path("/")) -> list:
-    return list(read_rows(Source(path=str(path)), base))
+def rows_of(path: Path | str, base: Path = Path("/"), **keys: str) -> list[Row]:
+    found = find(Source(path=str(path), **keys), base)
+    return [row for chunk in chunks(found) for row in chunk.rows()]
 
 
 def test_array_lines_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
@@ -30,7 +31,8 @@ def test_array_lines_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     for name in ("a.json", "b.jsonl", "c.json", "d.parquet"):
         rows = rows_of(tmp_path / name)
         assert [row.data for row in rows] == ROWS
-        origins[name] = rows[1].origin
+        (chunk,) = chunks(find(Source(path=name), tmp_path))
+        origins[name] = f"{chunk.origin}{rows[1].number}"
     assert origins == {
         "a.json": f"{tmp_path}/a.json:row 2",
         "b.jsonl": f"{tmp_path}/b.jsonl:2",
@@ -81,7 +83,7 @@ def test_a_byte_that_is_not_utf8_is_found_with_its_offset(tmp_path: Path) -> Non
         ("a.json", "[]".encode("utf-16"), "is UTF-16, allowed is UTF-8"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer.*git lfs pull"),
         ("a.parquet", b"PAR1 not really", "not a Parquet file, or a damaged one"),
-        ("a.xlsx", b"", r"cannot read files ending in \.xlsx, allowed are \.json, \.jsonl, \.ndjson, \.parquet"),
+        ("a.xlsx", b"", r"cannot read files ending in \.xlsx, allowed are \.jsonl, \.ndjson, \.json, \.parquet"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -126,8 +128,8 @@ def test_hub_ids_go_to_the_datasets_library(monkeypatch: pytest.MonkeyPatch, tmp
     fake = types.ModuleType("datasets")
     fake.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    rows = list(read_rows(Source(path="hub:owner/set", subset="en", split="test"), tmp_path))
-    assert asked == [("owner/set", "en", "test")] and rows == [({"a": 1}, "hub:owner/set:row 1", None)]
+    rows = rows_of("hub:owner/set", tmp_path, subset="en", split="test")
+    assert asked == [("owner/set", "en", "test")] and rows == [({"a": 1}, 1, None)]
     message = "is no local path, so it was read as the hub data set owner/none.*Couldn't reach the Hub.*HF_HUB_OFFLINE"
     with pytest.raises(DataError, match=message):
         rows_of("owner/none", tmp_path)

@@ -12,8 +12,8 @@ _WHERE = {
     name: module
     for module, names in {
         "llmtune.data.config": ("DataConfig", "Source", "sources"),
-        "llmtune.data.read": ("Row", "read_rows"),
-        "llmtune.data.formats": ("Format", "FORMATS", "detect"),
+        "llmtune.data.reading": ("Chunk", "Found", "Row", "chunks", "content_key", "find"),
+        "llmtune.data.formats": ("Chosen", "Formats", "read_row"),
         "llmtune.data.template": ("choose_template", "template_names"),
         "llmtune.data.render": ("Renderer",),
         "llmtune.data.tokens": ("TokenSamples",),

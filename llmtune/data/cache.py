@@ -25,11 +25,6 @@ _FAILED = "failed.json"
 _SPEAK_AFTER_S = 10.0
 
 
-def cache_root() -> Path:
-    """`LLMTUNE_CACHE`, or `~/.cache/llmtune`."""
-    return Path(os.environ.get("LLMTUNE_CACHE") or Path.home() / ".cache" / "llmtune")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a store is kept, and who may make it."""

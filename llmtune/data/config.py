@@ -56,8 +56,6 @@ class DataConfig:
     dataset_dir: str | None = None
     """Folder whose `dataset_info.json` gives names to data sets. Absent looks for that file beside the recipe, then in
     its folder `data`."""
-    data_format: Literal["auto", "alpaca", "sharegpt", "openai"] = "auto"
-    """Format of the rows. `auto` looks at the first rows of each data set and reports what it found."""
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
     """How several data sets become an epoch: all of each; drawn in turn until the first is used up; or drawn in turn
     until all are, those used up starting again."""

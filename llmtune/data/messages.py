@@ -86,11 +86,13 @@ def parse_calls(value: str, number: int) -> list[dict[str, Any]]:
     return tool_calls(calls if isinstance(calls, list) else [calls], number)
 
 
-def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
-    """BadRow unless there is something to learn and the roles follow each other."""
+def check_conversation(messages: Sequence[Mapping[str, Any]], answered: bool = True) -> None:
+    """BadRow unless the roles follow each other and, where it should be `answered`, there is something to learn."""
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
+    if answered and "assistant" not in roles:
         raise BadRow("no assistant turn", f"found {listed(roles) or 'no messages'}, needed is one by the assistant")
+    if answered and all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise BadRow("nothing to learn", "every message by the assistant has the weight 0")
     for number, message in enumerate(messages, start=1):
         role, before = message["role"], messages[number - 2]["role"] if number > 1 else None
         if role == "system" and before is not None:

@@ -1,8 +1,7 @@
 """Conversations become text, text becomes token ids with a mask. One rendering, positions instead of searches.
 
 The ids are those of `tokenizer.apply_chat_template`. Which of them train follows from where the turns stand in the
-rendered text: turn i begins where the conversation up to it ends, generation prompt included, and ends where the
-conversation up to and with it ends, less what the template writes after the end-of-turn token.
+rendered text; see `turns`.
 
 Policy for text that spells special tokens: it becomes those tokens, as `apply_chat_template` has it. Nobody's data is
 rewritten; positions still tell the turn's own end apart from such text.
@@ -10,41 +9,35 @@ rewritten; positions still tell the turn's own end apart from such text.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from llmtune.data.turns import Script, Special, Turn, check_texts, common
 from llmtune.errors import DataError
 from llmtune.examples import BadRow, Conversation, Message
 
-_STAND_IN = "\ue000answer\ue000"  # private-use characters, which no text of a data set should hold
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """Where the trained part of an assistant turn stands in a rendering, in characters."""
-
-    start: int
-    stop: int
-    ended: bool
-    """Whether it closes with a special token, so that the model learns to stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One sample."""
+    """One sequence."""
 
     ids: np.ndarray
     """(tokens,) int32."""
     mask: np.ndarray
     """(tokens,) bool."""
-    end_ids: tuple[int, ...]
+    weights: np.ndarray | None = None
+    """(tokens,) float32, what a trained token counts; None: all count 1."""
+    end_ids: tuple[int, ...] = ()
     """Last trained token of each turn that closes with a special token."""
+    cuts: tuple[int, ...] = ()
+    """Numbers of tokens after which a turn of the assistant is whole: where a sample may be cut."""
 
 
 class Renderer:
@@ -54,10 +47,12 @@ class Renderer:
         self,
         tokenizer: Any,
         *,
-        template_kwargs: dict[str, Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         default_system: str | None = None,
         train_on_prompt: bool = False,
         mask_history: bool = False,
+        tool_format: Any = None,
+        split_special_tokens: bool = False,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -65,18 +60,16 @@ class Renderer:
                 "use a model with a tokenizer.json"
             )
         self.tokenizer = tokenizer
-        self.template_kwargs = template_kwargs or {}
+        self.template_kwargs = dict(template_kwargs or {})
         self.default_system = default_system
         self.train_on_prompt, self.mask_history = train_on_prompt, mask_history
-        # Some tokenizers list line breaks as added tokens (Gemma); those end no turn.
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-        self._special = tuple(sorted((token for token in added if token.strip()), key=len, reverse=True))
-        self._any_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self.tool_format, self.split_special_tokens = tool_format, split_special_tokens
+        self.special = Special(tokenizer)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | BadRow]:
         """Samples of each conversation, mostly one; BadRow where the template cannot render it faithfully."""
         results: list[list[Encoded] | BadRow] = []
-        waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call, which uses all cores
+        waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
         for row, conversation in enumerate(conversations):
             try:
                 conversation = self._with_system(conversation)
@@ -88,111 +81,55 @@ class Renderer:
             except BadRow as bad:
                 results[row:] = [bad]
         if waiting:
-            for (row, _, turns), encoded in zip(waiting, self._tokenise(waiting), strict=True):
+            for (row, _, turns), tokens in zip(waiting, self._tokenise([text for _, text, _ in waiting]), strict=True):
                 kept = results[row]
                 assert isinstance(kept, list)
-                kept.append(_masked(*encoded, turns, self.train_on_prompt))
+                kept.append(_masked(*tokens, turns, self.train_on_prompt))
         return results
 
-    def render(self, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool = False) -> str:
-        """The template's text; with `prompt` it ends where the assistant begins to speak."""
-        if not messages:
-            return ""
-        return self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
+    def prompt(self, conversation: Conversation) -> np.ndarray:
+        """(tokens,) of a conversation up to where the assistant begins to speak. BadRow where it cannot be rendered."""
+        conversation = self._with_system(conversation)
+        text = self.render(conversation, conversation.messages, prompt=True)
+        check_texts(conversation, text)
+        ((ids, _),) = self._tokenise([text])
+        return ids
+
+    def text(self, text: str) -> np.ndarray:
+        """(tokens,) of a plain text: what the tokenizer puts before it, once, and the end-of-sequence token after."""
+        ids = self.tokenizer(text, verbose=False, split_special_tokens=self.split_special_tokens)["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if eos is not None and ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        return np.array(ids, np.int32)
+
+    def render(self, conversation: Conversation, messages: list[Message], prompt: bool = False) -> str:
+        """The template's text of `messages`; with `prompt` it ends where the assistant begins to speak."""
+        return self._apply(conversation, messages, tokenize=False, add_generation_prompt=prompt)
 
     def renderings(self, conversation: Conversation) -> list[tuple[str, list[Turn]]]:
-        """The conversation's text and trained turns: one rendering, or several where the template needs it.
-
-        Templates that write earlier turns otherwise than the latest (thinking removed, say) show a turn as the model
-        has to produce it only while it is the latest. Such a turn trains in a rendering that ends there, together
-        with all others that stand in it unchanged.
-        """
-        messages, tools = conversation.messages, conversation.tools
-        full = self.render(messages, tools)
-        self._check_texts(conversation, full)
-        pending = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        pending = pending[-1:] if self.mask_history else pending
+        """The conversation's text and trained turns: one rendering, or several where the template needs it."""
+        script = Script(conversation, partial(self.render, conversation), self.special)
+        check_texts(conversation, script.full)
+        messages = conversation.messages
         if self.train_on_prompt:
-            body = _without_tail(full, self._special)
-            ended = bool(self._any_special.search(full, len(body)))
-            return [(full, [Turn(start=0, stop=len(full), ended=ended)])]
-        seen = {len(messages): full}
-        found, length = [], len(messages)
-        while pending:
-            text = seen[length]
-            turns = {at: turn for at in pending if (turn := self._turn(messages, tools, at, text, seen))}
-            found.append((text, list(turns.values())))
-            pending = [at for at in pending if at not in turns]
-            length = pending[-1] + 1 if pending else 0
-        return found
-
-    def _turn(self, messages: list[Message], tools: Any, at: int, text: str, seen: dict[int, str]) -> Turn | None:
-        """Turn `at` in `text`, or None where `text` shows it otherwise than as the latest turn."""
-        if at + 1 not in seen:
-            seen[at + 1] = self.render(messages[: at + 1], tools)
-        whole = seen[at + 1]
-        same = _common(whole, text)
-        written = self._written(messages, tools, at, whole)
-        if same < len(whole) and (written is None or not self._any_special.search(whole[:same], written[1])):
-            return None
-        head = self.render(messages[:at], tools, prompt=True)
-        has_prompt = at > 0 and "add_generation_prompt" in self._template(tools)
-        if has_prompt and whole.startswith(head):
-            start = len(head)
-        elif probed := self._probe(messages, tools, at, whole):
-            start, _ = probed  # the template gives no prompt, or another one than it writes before the answer
-        else:
-            raise BadRow("turns cannot be told apart", f"the template writes message {at + 1} in no recognisable place")
-        tail = max(start, written[1] if written else start)
-        ends = [match.end() for match in self._any_special.finditer(whole[:same], tail)]
-        stop = ends[-1] if ends else written[1] if written else same
-        return Turn(start=start, stop=stop, ended=bool(ends))
-
-    def _written(self, messages: list[Message], tools: Any, at: int, whole: str) -> tuple[int, int] | None:
-        """Where the text of message `at`, the last one in `whole`, stands in it; None if that cannot be told."""
-        text = _answer(messages[at]).strip()
-        if calls := messages[at].get("tool_calls"):
-            name = calls[-1]["function"]["name"]
-            after = whole.rfind(name)
-            begin = whole.rfind(text, 0, after) if text else -1
-            return (begin, after + len(name)) if begin >= 0 else None
-        if self._any_special.search(text):
-            return self._probe(messages, tools, at, whole)
-        body = _without_tail(whole, self._special)
-        begin = len(body) - len(text) if body.endswith(text) else whole.rfind(text)
-        return (begin, begin + len(text)) if text and begin >= 0 else None
-
-    def _probe(self, messages: list[Message], tools: Any, at: int, whole: str) -> tuple[int, int] | None:
-        """The same, found at the cost of a rendering with a stand-in for the text that occurs nowhere else."""
-        content = messages[at]["content"]
-        thinking = content.removesuffix(_answer(messages[at]))
-        for kept in dict.fromkeys(("", thinking)):  # thinking is kept where the template writes it elsewhere
-            probe = self.render([*messages[:at], {**messages[at], "content": kept + _STAND_IN}], tools)
-            before, found, after = probe.partition(_STAND_IN)
-            if found and whole.startswith(before) and whole.endswith(after):
-                return len(before), max(len(before), len(whole) - len(after))
-        return None
-
-    def _check_texts(self, conversation: Conversation, full: str) -> None:
-        """BadRow if something of the conversation is missing in the rendering: a typo in the template, say."""
-        hint = "; the template leaves it out. Mend it, or choose another `template`"
-        for number, message in enumerate(conversation.messages, start=1):
-            if not _shows(full, _answer(message)):
-                what = f"the text of message {number} ({message['role']})"
-                raise BadRow("text not rendered", f"{what} is not in the rendering{hint}")
-            for call in message.get("tool_calls", ()):
-                if call["function"]["name"] not in full:
-                    what = f"the tool call in message {number}"
-                    raise BadRow("text not rendered", f"{what} is not in the rendering{hint}")
-        for tool in conversation.tools or ():
-            if tool["function"]["name"] not in full:
-                raise BadRow("text not rendered", f"the tool {tool['function']['name']} is not in the rendering{hint}")
+            body = self.special.without_tail(script.full)
+            ended = bool(self.special.pattern.search(script.full, len(body)))
+            return [(script.full, [Turn(start=0, stop=len(script.full), ended=ended)])]
+        has_prompt = "add_generation_prompt" in self._template(conversation.tools)
+        return script.renderings(_learnt(messages, self.mask_history), has_prompt)
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         if not self.default_system or conversation.messages[0]["role"] == "system":
             return conversation
         system = {"role": "system", "content": self.default_system}
-        return Conversation(messages=[system, *conversation.messages], tools=conversation.tools)
+        return Conversation(
+            messages=[system, *conversation.messages],
+            tools=conversation.tools,
+            template_kwargs=conversation.template_kwargs,
+        )
 
     def _template(self, tools: Any) -> str:
         return self.tokenizer.get_chat_template(None, tools)
@@ -202,36 +139,40 @@ class Renderer:
 
     def _encode_marked(self, conversation: Conversation) -> Encoded:
         """The template itself says which text the assistant generates."""
-        messages, tools = conversation.messages, conversation.tools
-        full = self.render(messages, tools)
-        self._check_texts(conversation, full)
+        messages = conversation.messages
+        full = self.render(conversation, messages)
+        check_texts(conversation, full)
         encoded = self._apply(
+            conversation,
             messages,
-            tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
         ids, mask = np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], bool)
         if self.mask_history:
-            last = max(at for at, message in enumerate(messages) if message["role"] == "assistant")
-            begin = _common(self.render(messages[:last], tools), full)
+            last = _learnt(messages, True)[0]
+            begin = common(self.render(conversation, messages[:last]), full) if last else 0
             mask &= np.array([stop > begin for _, stop in encoded["offset_mapping"]])
+        weights = _weights_of_runs(messages, mask) if not self.mask_history else None
+        if weights is not None:
+            mask &= weights > 0
         (stops,) = np.nonzero(mask & ~np.append(mask[1:], False))
-        special = {*self.tokenizer.convert_tokens_to_ids(list(self._special))}
+        special = {*self.tokenizer.convert_tokens_to_ids(list(self.special.strings))}
         ends = tuple(int(ids[stop]) for stop in stops if int(ids[stop]) in special)
-        return Encoded(ids=ids, mask=mask, end_ids=ends)
+        return Encoded(ids=ids, mask=mask, weights=weights, end_ids=ends, cuts=tuple(int(stop) + 1 for stop in stops))
 
-    def _apply(self, messages: list[Message], tools: Any, **options: Any) -> Any:
+    def _apply(self, conversation: Conversation, messages: list[Message], **options: Any) -> Any:
+        variables = {**self.template_kwargs, **conversation.template_kwargs}
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **options, **self.template_kwargs)
+            return self.tokenizer.apply_chat_template(messages, tools=conversation.tools, **options, **variables)
         except Exception as error:  # a template raises whatever it likes, from its own words to TypeError
             raise BadRow("template refuses", f"the chat template raised {type(error).__name__}: {error}") from error
 
-    def _tokenise(self, waiting: Sequence[tuple[int, str, list[Turn]]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _tokenise(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         # The template writes BOS itself where there is one, so none is added here.
         encoded = self.tokenizer(
-            [text for _, text, _ in waiting],
+            list(texts),
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -244,46 +185,40 @@ class Renderer:
         ]
 
 
+def _learnt(messages: Sequence[Message], last_only: bool) -> list[int]:
+    """The assistant messages that count."""
+    found = [at for at, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
+    return found[-1:] if last_only else found
+
+
 def _masked(ids: np.ndarray, offsets: np.ndarray, turns: list[Turn], everything: bool) -> Encoded:
     """Mark every token that shares a character with a turn."""
-    mask, ends = np.zeros(len(ids), bool), []
+    mask, ends, cuts = np.zeros(len(ids), bool), [], []
+    weights = np.ones(len(ids), np.float32) if any(turn.weight != 1 for turn in turns) else None
     for turn in turns:
-        first = np.searchsorted(offsets[:, 1], turn.start, "right")
-        stop = np.searchsorted(offsets[:, 0], turn.stop, "left")
+        first = int(np.searchsorted(offsets[:, 1], turn.start, "right"))
+        stop = int(np.searchsorted(offsets[:, 0], turn.stop, "left"))
         mask[first:stop] = True
+        if weights is not None:
+            weights[first:stop] = turn.weight
+        cuts.append(stop)
         if turn.ended and stop > first and not everything:
             ends.append(int(ids[stop - 1]))
-    return Encoded(ids=ids, mask=mask, end_ids=tuple(ends))
+    return Encoded(ids=ids, mask=mask, weights=weights, end_ids=tuple(ends), cuts=tuple(sorted(cuts)))
 
 
-def _answer(message: Message) -> str:
-    """A message's text without inline thinking, which templates move or drop."""
-    content = message["content"]
-    return content.rpartition("</think>")[2] if message["role"] == "assistant" else content
-
-
-def _shows(full: str, text: str) -> bool:
-    text = text.strip()
-    if text in full or json.dumps(text, ensure_ascii=False)[1:-1] in full:
-        return True
-    return " ".join(text.split()) in " ".join(full.split())
-
-
-def _without_tail(text: str, special: tuple[str, ...]) -> str:
-    """`text` without the special tokens and white space it ends with."""
-    text = text.rstrip()
-    while text.endswith(special):
-        token = next(token for token in special if text.endswith(token))
-        text = text[: -len(token)].rstrip()
-    return text
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the longest common beginning."""
-    if other.startswith(one):
-        return len(one)
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return low
+def _weights_of_runs(messages: Sequence[Message], mask: np.ndarray) -> np.ndarray | None:
+    """(tokens,) the weights of the messages, where the template marks a run of tokens for each answer."""
+    answers = [each.get("weight", 1.0) for each in messages if each["role"] == "assistant"]
+    if all(weight == 1 for weight in answers):
+        return None
+    (starts,) = np.nonzero(mask & ~np.concatenate([[False], mask[:-1]]))
+    (stops,) = np.nonzero(mask & ~np.append(mask[1:], False))
+    if len(starts) != len(answers):
+        raise BadRow(
+            "weights cannot be told apart", f"the template marks {len(starts)} answers, there are {len(answers)}"
+        )
+    weights = np.ones(len(mask), np.float32)
+    for start, stop, weight in zip(starts, stops, answers, strict=True):
+        weights[start : stop + 1] = weight
+    return weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llmtune.data.tokens import TokenSamples
 
@@ -20,8 +21,11 @@ class SourceReport:
     format: str = ""
     why: str = ""
     """What the format was recognised by, or that it was named."""
+    kind: str = ""
+    """What its rows are: conversation, preference, labelled, prompt, text or tokens."""
     rows: int = 0
     """Rows read, bad ones included."""
+    samples: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     """Rows that cannot be used, by reason."""
     examples: list[str] = field(default_factory=list)
@@ -74,8 +78,11 @@ class Losses:
     """What `cutoff_len` and the mask cost."""
 
     truncated: int = 0
-    """Samples cut off at cutoff_len."""
+    """Samples cut to cutoff_len."""
+    too_long: int = 0
+    """Samples left out because they are longer than cutoff_len."""
     tokens_cut: int = 0
+    """Tokens of both."""
     no_target: int = 0
     """Samples without a trained token, dropped."""
     no_target_origins: list[str] = field(default_factory=list)
@@ -83,7 +90,8 @@ class Losses:
     """Conversations that became several samples because the template writes earlier turns differently."""
 
     def __add__(self, other: Losses) -> Losses:
-        return Losses(**{key: value + getattr(other, key) for key, value in vars(self).items()})
+        sums = {key: value + getattr(other, key) for key, value in vars(self).items()}
+        return Losses(**{**sums, "no_target_origins": sums["no_target_origins"][:SHOWN]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,8 @@ class DataReport:
     end_of_turn: tuple[str, ...] = ()
     """Tokens that close the trained turns, most frequent first; generation has to stop at them."""
     notes: tuple[str, ...] = ()
+    bad_rows: tuple[Path, ...] = ()
+    """JSON Lines of the rows that were left out: `origin`, `reason`, `detail`, `row`."""
 
     @property
     def rows(self) -> int:
@@ -108,7 +118,8 @@ class DataReport:
     def dropped(self) -> Counter[str]:
         """Rows and samples left out, by reason."""
         total = sum((source.bad for source in self.sources), Counter[str]())
-        return total + Counter({"no trained token": self.losses.no_target})
+        lost = {"no trained token": self.losses.no_target, "longer than cutoff_len": self.losses.too_long}
+        return total + Counter({reason: count for reason, count in lost.items() if count})
 
     def __str__(self) -> str:
         lines = [
@@ -122,9 +133,10 @@ class DataReport:
                 first, *rest = source.bad_lines()
                 lines += [f"skipped from {source.name}: {first}", *rest]
         lost = self.losses
-        if lost.truncated:
-            cut = f"{lost.truncated:,} samples cut, {lost.tokens_cut:,} tokens lost"
-            lines.append(f"cutoff_len {self.cutoff_len:,}: {cut}")
+        if lost.truncated or lost.too_long:
+            counts = {"cut": lost.truncated, "left out": lost.too_long}
+            said = ", ".join(f"{count:,} samples {what}" for what, count in counts.items() if count)
+            lines.append(f"cutoff_len {self.cutoff_len:,}: {said}, {lost.tokens_cut:,} tokens lost")
         if lost.no_target:
             first = lost.no_target_origins[0]
             lines.append(f"dropped: {lost.no_target:,} samples without a trained token, first {first}")

@@ -22,11 +22,7 @@ def choose_template(template: str | None, tokenizer: Any, base_dir: Path | None 
         DataError: the template is unknown, unreadable or empty, or none is named and the tokenizer has none.
     """
     if template is None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                "template: the tokenizer has no chat template, as base models do; name one, such as `template: chatml` "
-                f"or `template: alpaca`. Known: {listed(template_names())}, or a path to a .jinja file"
-            )
+        require_template(tokenizer)
         return
     if template in template_names():
         text = (resources.files("llmtune") / "data" / "templates" / f"{template}.jinja").read_text("utf-8")
@@ -42,3 +38,12 @@ def choose_template(template: str | None, tokenizer: Any, base_dir: Path | None 
     if not text.strip():
         raise DataError(f"template: {template} is empty")
     tokenizer.chat_template = text
+
+
+def require_template(tokenizer: Any) -> None:
+    """DataError if there is none."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            "template: the tokenizer has no chat template, as base models do; name one, such as `template: chatml` "
+            f"or `template: alpaca`. Known: {listed(template_names())}, or a path to a .jinja file"
+        )

@@ -7,32 +7,29 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from llmtune.data.config import Source
+from llmtune.data.reading.files import COMPRESSED, KINDS, kind_of
 from llmtune.errors import DataError, did_you_mean, listed
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-"""Endings of the files that can be read."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that lie beside data and describe them."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def locate(source: Source, base_dir: Path) -> list[Path] | str:
-    """Files of `source` in a fixed order, or the id of a hub data set.
+def locate(spelling: str, base_dir: Path) -> list[Path] | str:
+    """The files that a data set's path names, in a fixed order, or the id of a hub data set.
 
     A path that exists is local; so is one that starts with `/`, `./`, `../` or `~`, ends like a data file, or holds
     `*`, `?` or `[`. Relative paths count from `base_dir`.
     """
-    spelling = source.path.strip()
+    spelling = spelling.strip()
     if spelling.startswith("hub:"):
         return _hub_id(spelling.removeprefix("hub:"))
     if spelling.startswith("llmtune:"):
         return [_shipped(spelling.removeprefix("llmtune:"))]
     path = base_dir / Path(spelling).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        if not files:
-            raise DataError(f"{spelling}: the folder {path} holds no file ending in {listed(SUFFIXES)}")
-        return files
+        return _in_folder(spelling, path)
     if path.exists():
         return [_readable(path)]
     if any(sign in spelling for sign in "*?["):
@@ -40,9 +37,18 @@ def locate(source: Source, base_dir: Path) -> list[Path] | str:
         if not files:
             raise DataError(f"{spelling}: no file matches {path}; check the pattern and the folder it counts from")
         return [_readable(file) for file in files]
-    if spelling.startswith(("/", "./", "../", "~")) or Path(spelling).suffix in SUFFIXES or spelling.count("/") > 1:
+    if spelling.startswith(("/", "./", "../", "~")) or kind_of(Path(spelling)) or spelling.count("/") > 1:
         raise DataError(f"{spelling}: read as a local path, but {path} does not exist.{_near(path)}")
     return _hub_id(spelling)
+
+
+def _in_folder(spelling: str, folder: Path) -> list[Path]:
+    """Data files in a folder and its subfolders; text files only where there is nothing else, as notes lie about."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in _DESCRIPTIONS)
+    files = [file for file in files if kind_of(file) and not file.name.startswith(".")]
+    if not files:
+        raise DataError(f"{spelling}: the folder {folder} holds no file ending in {listed(KINDS, 12)}")
+    return [file for file in files if kind_of(file) != "text"] or files
 
 
 def _hub_id(name: str) -> str:
@@ -61,9 +67,10 @@ def _shipped(name: str) -> Path:
 
 
 def _readable(path: Path) -> Path:
-    if path.suffix not in SUFFIXES:
+    if kind_of(path) is None:
         ending = path.suffix or "nothing"
-        raise DataError(f"{path}: cannot read files ending in {ending}, allowed are {listed(SUFFIXES)}")
+        allowed = f"{listed(KINDS, 12)}, each also with {listed(COMPRESSED)}"
+        raise DataError(f"{path}: cannot read files ending in {ending}, allowed are {allowed}")
     return path
 
 

@@ -1,0 +1,151 @@
+"""Conversations: Alpaca, ShareGPT, OpenAI messages, prompt and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.data.formats.messages_in import (
+    Reader,
+    TagsConfig,
+    asked_of,
+    first_turn,
+    history_of,
+    system_of,
+    variables_of,
+)
+from llmtune.data.messages import kind, normal_tools
+from llmtune.examples import BadRow, Conversation, Message
+
+VARIABLES = ("enable_thinking", "chat_template_kwargs")
+PAIRED = ("chosen", "rejected", "rejected_response", "kto_tag")
+"""Columns of rows that hold more than a conversation."""
+
+
+def is_more(row: Mapping[str, Any]) -> bool:
+    """Whether the row is a preference or a labelled answer."""
+    return any(column in row for column in PAIRED) or isinstance(row.get("label"), bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlpacaConfig:
+    """Rows of instruction, input and output."""
+
+
+class Alpaca:
+    """`instruction` and `input`, a line each, are asked; `output` is the answer; `history` comes before."""
+
+    kind = "conversation"
+    columns = ("instruction", "input", "output", "system", "history", "tools", *VARIABLES)
+    required = ("instruction", "output")
+
+    def __init__(self, config: AlpacaConfig | None = None) -> None:
+        self.config = config or AlpacaConfig()
+
+    def recognise(self, row: Mapping[str, Any]) -> str | None:
+        return "instruction and output" if {"instruction", "output"} <= set(row) and not is_more(row) else None
+
+    def convert(self, row: Mapping[str, Any]) -> Conversation:
+        answer = row["output"]
+        if answer is None:
+            raise BadRow("null content", '"output" is null, allowed is text')
+        if not isinstance(answer, str):
+            raise BadRow("output is not text", f'"output" is {kind(answer)}, allowed is text')
+        messages = [*system_of(row), *history_of(row), *asked_of(row), {"role": "assistant", "content": answer}]
+        return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
+
+
+class ShareGpt:
+    """`conversations` of messages with `from` and `value`, or `role` and `content`; also ms-swift's `conversation` of
+    pairs `{human, assistant}`."""
+
+    kind = "conversation"
+    columns = ("conversations", "conversation", "system", "tools", *VARIABLES)
+    required = ()
+
+    def __init__(self, config: TagsConfig | None = None) -> None:
+        self.reader = Reader(config or TagsConfig())
+
+    def recognise(self, row: Mapping[str, Any]) -> str | None:
+        column, turn = first_turn(row, ("conversations", "conversation"))
+        if is_more(row):
+            return None
+        if {"from", "value"} <= set(turn) and column == "conversations":
+            return "conversations with from/value"
+        return "conversation with human/assistant" if {"human", "assistant"} <= set(turn) else None
+
+    def convert(self, row: Mapping[str, Any]) -> Conversation:
+        if "conversations" not in row and "conversation" not in row:
+            raise BadRow("no conversations", f'sharegpt needs the column "conversations", found {", ".join(row)}')
+        column = "conversations" if "conversations" in row else "conversation"
+        messages = [*system_of(row), *self.reader.messages(_as_turns(row[column]), column)]
+        return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
+
+
+def _as_turns(value: Any) -> Any:
+    """Pairs `{human, assistant}` as messages; anything else as it is."""
+    if not (isinstance(value, list) and value and all(isinstance(t, Mapping) and "human" in t for t in value)):
+        return value
+    return [
+        {"role": role, "content": turn.get(key)}
+        for turn in value
+        for key, role in (("human", "user"), ("assistant", "assistant"))
+    ]
+
+
+class OpenAi:
+    """`messages` with `role` and `content`, tool calls, reasoning and weights."""
+
+    kind = "conversation"
+    columns = ("messages", "conversations", "system", "tools", *VARIABLES)
+    required = ()
+
+    def __init__(self, config: TagsConfig | None = None) -> None:
+        self.reader = Reader(config or TagsConfig())
+
+    def recognise(self, row: Mapping[str, Any]) -> str | None:
+        column, turn = first_turn(row, ("messages", "conversations"))
+        return f"{column} with role/content" if "role" in turn and not is_more(row) else None
+
+    def convert(self, row: Mapping[str, Any]) -> Conversation:
+        if "messages" not in row and "conversations" not in row:
+            raise BadRow("no messages", f'openai needs the column "messages", found {", ".join(row)}')
+        column = "messages" if "messages" in row else "conversations"
+        messages = [*system_of(row), *self.reader.messages(row[column], column)]
+        return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
+
+
+class Completion:
+    """`prompt` and `completion`, texts or messages, as TRL has them. Only the completion is learnt."""
+
+    kind = "conversation"
+    columns = ("prompt", "completion", "system", "tools", *VARIABLES)
+    required = ("prompt", "completion")
+
+    def __init__(self, config: TagsConfig | None = None) -> None:
+        self.reader = Reader(config or TagsConfig())
+
+    def recognise(self, row: Mapping[str, Any]) -> str | None:
+        return "prompt and completion" if {"prompt", "completion"} <= set(row) and not is_more(row) else None
+
+    def convert(self, row: Mapping[str, Any]) -> Conversation:
+        messages = [*system_of(row), *self.prompt(row), *self.answer(row["completion"], "completion")]
+        return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
+
+    def prompt(self, row: Mapping[str, Any]) -> list[Message]:
+        """The prompt as messages; earlier answers in it are not learnt."""
+        found = self.turns(row["prompt"], "prompt", "user")
+        return [{**each, "weight": 0.0} if each["role"] == "assistant" else each for each in found]
+
+    def answer(self, value: Any, column: str) -> list[Message]:
+        """An answer as messages, the first of them the assistant's."""
+        return self.turns(value, column, "assistant")
+
+    def turns(self, value: Any, column: str, role: str) -> list[Message]:
+        """Text as one message of `role`; a message or a list of messages as they are."""
+        if isinstance(value, str):
+            return [{"role": role, "content": value}]
+        if value is None:
+            raise BadRow("null content", f'"{column}" is null, allowed is text or messages')
+        return self.reader.messages([value] if isinstance(value, Mapping) else value, column)

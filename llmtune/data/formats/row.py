@@ -1,0 +1,74 @@
+"""One row, with the format that was chosen for its data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from llmtune.data.messages import check_conversation, kind
+from llmtune.errors import listed
+from llmtune.examples import BadRow, Conversation, DataFormat, Example, Labelled, Preference, Prompt
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A format and how this data set's columns fit it."""
+
+    format: DataFormat
+    name: str
+    why: str
+    """What it was recognised by, or that it was named."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The format's columns and what they are called here."""
+    exclusive: bool = False
+    """Whether columns that `columns` does not name are as if they were not there."""
+
+
+def read_row(chosen: Chosen, data: Any) -> Example:
+    """The row as a checked example; BadRow with a reason to count by and the detail."""
+    if not isinstance(data, Mapping):
+        needed = listed(chosen.format.required or chosen.format.columns)
+        raise BadRow("not an object", f"the row is {kind(data)}, allowed is an object with {needed}")
+    row = _renamed(chosen, data)
+    if media := [name for name in _MEDIA if row.get(name)]:
+        raise BadRow("not only text", f'the column "{media[0]}" holds media, allowed is text only')
+    _check_columns(chosen, row)
+    example = chosen.format.convert(row)
+    check_example(example)
+    return example
+
+
+def _renamed(chosen: Chosen, row: Mapping[str, Any]) -> dict[str, Any]:
+    if not chosen.columns:
+        return dict(row)
+    taken = {theirs: ours for ours, theirs in chosen.columns.items()}
+    kept = {} if chosen.exclusive else {c: v for c, v in row.items() if c not in taken and c not in chosen.columns}
+    return kept | {ours: row[theirs] for theirs, ours in taken.items() if theirs in row}
+
+
+def _check_columns(chosen: Chosen, row: Mapping[str, Any]) -> None:
+    form = chosen.format
+    absent = [name for name in form.columns if name not in row]
+    for column in row:
+        # 0.8 is one or two letters: other columns ("text", "id", "category") are nobody's misspelling.
+        if column not in form.columns and (near := get_close_matches(str(column), absent, n=1, cutoff=0.8)):
+            raise BadRow("misspelt column", f'{chosen.name} has no column "{column}". Did you mean "{near[0]}"?')
+    if missing := [name for name in form.required if name not in row]:
+        column = chosen.columns.get(missing[0], missing[0])
+        found = listed(row) or "no columns"
+        raise BadRow(f"no {missing[0]}", f'{chosen.name} needs the column "{column}", found {found}')
+
+
+def check_example(example: Example) -> None:
+    """BadRow unless the roles follow each other and there is something to learn."""
+    if isinstance(example, Preference):
+        for side in (example.chosen, example.rejected):
+            check_conversation([*example.prompt, *side])
+    elif isinstance(example, Conversation | Labelled):
+        check_conversation(example.messages)
+    elif isinstance(example, Prompt):
+        check_conversation(example.messages, answered=False)

@@ -1,0 +1,246 @@
+"""The data sets of a recipe become a store of samples: found in the cache, or made now by several processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llmtune.data.cache import Place, key_of
+from llmtune.data.config import DataConfig, Source
+from llmtune.data.formats import Chosen, Formats, check_kind
+from llmtune.data.piece import Packed
+from llmtune.data.reading import Chunk, Found, Row, chunks, content_key, find
+from llmtune.data.report import SHOWN, SourceReport
+from llmtune.data.store import StoreWriter, Tokenised, read_about
+from llmtune.data.tokenise import Tokeniser
+from llmtune.data.workers import in_order
+from llmtune.errors import DataError, listed
+from llmtune.folders import cache_root
+
+VERSION = 1
+"""Counts up when the same data and keys give other tokens than before."""
+LOOKED_AT = 100
+"""Rows of a data set that its format is detected from."""
+LIKE_CONVERSATIONS = {"text": "conversation", "tokens": "conversation"}
+"""Kinds whose samples are like those of another: tokens, some of which train."""
+_MOST_WITHOUT_TARGET = 0.01
+"""Share of samples that may lack trained tokens before it is an error."""
+_ALWAYS_SKIPPED = 10
+"""Bad rows that `on_bad_record: skip` leaves out however few rows there are."""
+_KEYS = (
+    "default_system", "cutoff_len", "cutoff_policy", "max_samples", "train_on_prompt", "mask_history",
+    "split_special_tokens", "on_bad_record", "max_bad_records", "template_kwargs", "enable_thinking", 
+)  # fmt: skip
+"""Keys that decide which tokens a row becomes."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """How rows become tokens in one run."""
+
+    config: DataConfig
+    tokenizer: Any
+    base_dir: Path
+    formats: Formats
+    learns: tuple[str, ...]
+    stage: str
+
+    @cached_property
+    def tokeniser(self) -> Tokeniser:
+        return Tokeniser(self.config, self.tokenizer)
+
+    def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
+        """The data sets of one key, from the cache or made now."""
+        config, chosen = self.config, self.config.tokenized_path
+        at = self.base_dir / Path(chosen).expanduser() / key if chosen else None
+        kept = read_about(at) if at is not None else None
+        try:
+            found = [find(entry, self.base_dir, config.dataset_dir) for entry in entries]
+            if not found:
+                raise DataError(f"{key}: not given, and tokenized_path {config.tokenized_path} holds no tokenised data")
+            content = [self._content(each) for each in found]
+        except DataError:
+            if kept is None:
+                raise
+            found, content = [], kept["facts"]["data"]  # tokenised elsewhere; the files need not be here
+        facts = {**self._facts(), "data": content}
+        place = Place(
+            folder=at or cache_root() / "data" / key_of(facts),
+            facts=facts,
+            chosen=at is not None,
+            shared=config.data_shared_file_system,
+            overwrite=config.overwrite_cache and bool(found),
+        )
+        result = place.get(partial(self._fill, key, found))
+        self._check(key, result)
+        return result
+
+    def _content(self, found: Found) -> dict[str, Any]:
+        files = [str(path) for path in found.files]
+        named = {"format": found.format, "columns": found.columns, "tags": found.tags, "ranking": found.ranking}
+        return {
+            "content": content_key(found),
+            "by": self.formats.facts(found),
+            "name": found.name,
+            "files": files,
+            "hub": found.hub,
+            **named,
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """What tokens depend on, besides the data."""
+        config, tokenizer = self.config, self.tokenizer
+        template = tokenizer.chat_template
+        dated = "strftime_now" in str(template)
+        spelled = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str())
+        from datetime import date
+
+        return {
+            "version": VERSION,
+            "tokenizer": hashlib.sha256(" ".join(map(str, spelled)).encode()).hexdigest(),
+            "template": template,
+            "tool_format": str(self.tokeniser.renderer.tool_format),
+            "concatenated": self.tokeniser.cutoff is None,
+            "day": date.today().isoformat() if dated else None,
+            "learns": self.learns,
+            **{key: getattr(config, key) for key in _KEYS},
+        }
+
+    def _fill(self, key: str, found: Sequence[Found], writer: StoreWriter) -> None:
+        """Tokenise all data sets into a new store."""
+        reports = []
+        for number, each in enumerate(found):
+            report = SourceReport(name=each.spelling)
+            for piece in self._pieces(each, report):
+                _account(report, piece)
+                writer.add(piece, number)
+            if not report.rows:
+                raise DataError(f"{each.spelling}: 0 records; the file is empty")
+            check_bad_rows(self.config, report)
+            reports.append(report)
+        writer.kind = one_kind(key, reports)
+        writer.finish(reports, unique([each.name for each in found]))
+
+    def _pieces(self, found: Found, report: SourceReport) -> Iterator[Packed]:
+        first = list(islice(self._chunks(found), 1))
+        rows = [row for chunk in first for row in islice(chunk.rows(), LOOKED_AT)]
+        if not (readable := [row.data for row in rows if row.problem is None]):
+            if rows:  # nothing to tell the format by: these rows are reported, no more are read
+                for row in rows:
+                    report.rows += 1
+                    report.add_bad(f"{first[0].origin}{row.number}", "unreadable", row.problem or "")
+            return
+        chosen = self.formats.of(found, readable)
+        report.format, report.why, report.kind = chosen.name, chosen.why, chosen.format.kind
+        check_kind(chosen.format.kind, self.learns, self.stage, found.spelling)
+        config = self.config
+        work = partial(self._encode, chosen)
+        yield from in_order(work, self._chunks(found), config.preprocessing_num_workers)
+
+    def _encode(self, chosen: Chosen, chunk: Chunk) -> Packed:
+        return self.tokeniser.encode(chosen, chunk.rows(), chunk.origin).packed()
+
+    def _chunks(self, found: Found) -> Iterator[Chunk]:
+        """Rows in the sizes that processes take them, `max_samples` of them at most."""
+        size, limit = self.config.preprocessing_batch_size, self.config.row_limit
+        for chunk in chunks(found, rows=min(size, limit or size)):
+            if limit is None:
+                yield chunk
+                continue
+            rows = list(islice(chunk.rows(), limit))  # how many rows there are in it, only reading them tells
+            limit -= len(rows)
+            yield Parsed(chunk.origin, rows)
+            if not limit:
+                return
+
+    def _check(self, key: str, found: Tokenised) -> None:
+        """Enough of the samples train, and they teach the model to stop."""
+        lost, kept = found.losses, len(found.samples)
+        too_many = self.config.on_bad_record == "error" and lost.no_target > _MOST_WITHOUT_TARGET * (
+            lost.no_target + kept
+        )
+        if not kept or too_many:
+            self._refuse(key, found)
+        chats = any(source.kind in ("conversation", "preference", "labelled") for source in found.sources)
+        if chats and not self.config.train_on_prompt and not found.ends:
+            template = self.config.template
+            name = f'template "{template}"' if template else "the tokenizer's chat template"
+            raise DataError(
+                f"template: {name} trains no end-of-turn token: no trained turn ends in one of the tokenizer's special "
+                f"tokens (its eos is {self.tokenizer.eos_token!r}). Choose a template that writes one this tokenizer "
+                "has, such as `template: alpaca`, or put it inside the template's generation block"
+            )
+
+    def _refuse(self, key: str, found: Tokenised) -> None:
+        lost, kept, config = found.losses, len(found.samples), self.config
+        if not kept and not lost.no_target and lost.too_long:
+            raise DataError(
+                f"{key}: all {lost.too_long:,} samples are longer than cutoff_len={config.cutoff_len}; raise it, or "
+                "set cutoff_policy: truncate"
+            )
+        where = listed(lost.no_target_origins, SHOWN)
+        causes = f"cutoff_len={config.cutoff_len} cut {lost.truncated:,} samples"
+        skip = ", or set `on_bad_record: skip` to go on without them" if kept else ""
+        raise DataError(
+            f"{key}: {lost.no_target:,} of {lost.no_target + kept:,} samples have no token to train on (first: {where}"
+            f"); {causes}. Raise cutoff_len, or check that the template marks the assistant's turns{skip}"
+        )
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Rows of a chunk that were read already."""
+
+    origin: str
+    found: list[Row]
+
+    def rows(self) -> Iterator[Row]:
+        return iter(self.found)
+
+
+def check_bad_rows(config: DataConfig, report: SourceReport) -> None:
+    """DataError if a data set has more rows that cannot be used than the recipe lets pass."""
+    bad = report.bad.total()
+    if not bad:
+        return
+    first, *rest = report.bad_lines()
+    lines = "\n".join([f"{report.name}: cannot use {first}", *rest])
+    if config.on_bad_record == "error" or bad == report.rows:
+        raise DataError(f"{lines}\nMend them" + (", or set `on_bad_record: skip`" if bad < report.rows else ""))
+    most = config.max_bad_records
+    allowed = max(_ALWAYS_SKIPPED, int(most * report.rows)) if most < 1 else int(most)
+    if bad > allowed:
+        raise DataError(
+            f"{lines}\nThat is more than max_bad_records={most} lets `on_bad_record: skip` leave out ({allowed:,}); "
+            "mend them, or raise max_bad_records"
+        )
+
+
+def one_kind(key: str, reports: Sequence[SourceReport]) -> str:
+    """What the samples of all data sets are; DataError if some are pairs, say, and some are not."""
+    kinds = {LIKE_CONVERSATIONS.get(report.kind, report.kind): report for report in reports if report.kind}
+    if len(kinds) > 1:
+        said = ", ".join(f"{report.name} holds {report.kind} rows" for report in kinds.values())
+        raise DataError(f"{key}: {said}; one run learns from one kind, name only those")
+    return next(iter(kinds), "conversation")
+
+
+def _account(report: SourceReport, piece: Packed) -> None:
+    report.rows += piece.read
+    report.samples += len(piece.rows)
+    for bad in piece.bad:
+        report.add_bad(bad.origin, bad.reason, bad.detail)
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Each name once; those that come again get a number."""
+    found: list[str] = []
+    for name in names:
+        again = sum(other == name or other.startswith(f"{name}#") for other in found)
+        found.append(f"{name}#{again + 1}" if again else name)
+    return found

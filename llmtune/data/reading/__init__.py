@@ -1,0 +1,10 @@
+"""From the spelling of a data set to raw rows. Nothing here knows what a row means."""
+
+from __future__ import annotations
+
+from llmtune.data.reading.content import content_key
+from llmtune.data.reading.found import Found, find
+from llmtune.data.reading.read import chunks
+from llmtune.data.reading.rows import Chunk, Position, Row
+
+__all__ = ["Chunk", "Found", "Position", "Row", "chunks", "content_key", "find"]

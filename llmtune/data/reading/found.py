@@ -1,0 +1,75 @@
+"""What a recipe's spelling of a data set stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmtune.data.config import Source
+from llmtune.data.reading.locate import locate
+from llmtune.data.reading.registry import described
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A data set: where its rows are, and what is known of them before one is read."""
+
+    spelling: str
+    """As the recipe names it."""
+    name: str
+    """What reports and metrics call it."""
+    files: tuple[Path, ...] = ()
+    """In the order in which they are read; empty for a hub data set."""
+    hub: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    folder: str | None = None
+    """Folder inside a hub data set."""
+    format: str | Mapping[str, Any] | None = None
+    """Name of the format, or its block; None leaves it to the recipe's `data_config`."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The format's columns and what they are called here."""
+    exclusive: bool = False
+    """Whether columns that `columns` does not name are as if they were not there."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Keys and roles of messages, where they differ from the format's."""
+    ranking: bool = False
+    """Whether a registry says that rows are preferences."""
+    num_samples: int | None = None
+
+
+def find(source: Source, base_dir: Path, dataset_dir: Path | str | None = None) -> Found:
+    """Look `source` up: in `dataset_info.json`, among the files, else on the hub.
+
+    A name that `dataset_info.json` holds is taken from there. What the recipe's own entry says wins over it.
+
+    Raises:
+        DataError: nothing is there, or it cannot be used; with the nearest name.
+    """
+    spelling = source.path.strip()
+    entry = described(spelling, base_dir, dataset_dir)
+    if entry is None:
+        where, base = spelling, base_dir
+    else:
+        where, base = entry.path, entry.base_dir
+    place = locate(where, base)
+    known = entry.facts if entry is not None else {}
+    own = {
+        "format": source.format, "columns": source.columns, "tags": source.tags, "subset": source.subset,
+        "num_samples": source.num_samples, "split": source.split if source.split != "train" else None,
+    }  # fmt: skip
+    return Found(
+        spelling=spelling,
+        name=source.name or (spelling if entry is not None else _short(spelling)),
+        files=() if isinstance(place, str) else tuple(place),
+        hub=place if isinstance(place, str) else None,
+        **{**known, **{key: value for key, value in own.items() if value}},
+    )
+
+
+def _short(spelling: str) -> str:
+    """`data/chats.jsonl.gz` is called `chats`."""
+    last = spelling.rstrip("/").rsplit("/", 1)[-1].removeprefix("hub:").removeprefix("llmtune:")
+    return last.split(".")[0] or last

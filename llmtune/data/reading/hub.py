@@ -1,0 +1,70 @@
+"""Data sets on the hub, through the `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from llmtune.data.reading.rows import Parsed, Position, Row
+from llmtune.data.reading.tables import without_nulls
+from llmtune.errors import DataError
+
+if TYPE_CHECKING:
+    from llmtune.data.reading.found import Found
+
+
+def hub_chunks(found: Found, start: Position, rows: int, *, streaming: bool = False) -> Iterator[Parsed]:
+    """Rows of a hub data set, downloaded whole, or as they come where `streaming`."""
+    origin, number, kept = f"hub:{found.hub}:row ", 0, []
+    table: Any = load(found, streaming)
+    if start.before:
+        table, number = table.skip(start.before), start.before
+    for data in table:
+        number += 1
+        kept.append(Row(without_nulls(data), number))
+        if len(kept) == rows:
+            yield Parsed(origin, Position(0, 0, number), kept)
+            kept = []
+    if kept:
+        yield Parsed(origin, Position(1), kept)
+
+
+def hub_content(found: Found) -> str:
+    """What tells this data set's content from another's: the library's own fingerprint, else a hash of all rows."""
+    table = load(found)
+    known = getattr(table, "_fingerprint", None)
+    if known:
+        return str(known)
+    digest = hashlib.sha256()
+    for row in table:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def load(found: Found, streaming: bool = False) -> Any:
+    """The data set itself, loaded once. DataError with what to do about it."""
+    told = f'"{found.spelling}" is no local path, so it was read as the hub data set {found.hub}'
+    if found.spelling.startswith("hub:") or found.spelling != found.hub:
+        told = f"hub data set {found.hub}"
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{told}, which needs the datasets library; run `pip install datasets`") from None
+    try:
+        return _loaded(datasets, found.hub, found.subset, found.split, found.folder, streaming)
+    except Exception as error:  # whatever the hub, the network or the data set's own files raise
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{told}, which could not be loaded: {text}. Check the id, split and subset, the network and "
+            "HF_HUB_OFFLINE, or name a local file"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _loaded(datasets: Any, name: str, subset: str | None, split: str, folder: str | None, streaming: bool) -> Any:
+    more = {"streaming": True} if streaming else {}
+    more |= {"data_dir": folder} if folder else {}
+    return datasets.load_dataset(name, subset, split=split, **more)

@@ -1,0 +1,96 @@
+"""Chunks of rows of whatever was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmtune.data.reading.arrays import array_rows
+from llmtune.data.reading.files import COMPRESSED, check_encoding, kind_of, opened
+from llmtune.data.reading.found import Found
+from llmtune.data.reading.hub import hub_chunks
+from llmtune.data.reading.lines import line_chunks
+from llmtune.data.reading.rows import Chunk, Parsed, Position, Row
+from llmtune.data.reading.tables import arrow_chunks, csv_chunks, parquet_chunks
+from llmtune.errors import DataError
+
+CHUNK_ROWS = 1000
+
+
+def chunks(
+    found: Found, start: Position | None = None, rows: int = CHUNK_ROWS, *, streaming: bool = False
+) -> Iterator[Chunk]:
+    """Rows of a data set from `start` on, files in their order, at most `rows` in a chunk.
+
+    Raises:
+        DataError: a whole file cannot be read. A row that cannot be read is a `Row` with a problem.
+    """
+    start = start or Position()
+    if found.hub is not None:
+        if not start.file:
+            yield from hub_chunks(found, start, rows, streaming=streaming)
+        return
+    for number, path in enumerate(found.files):
+        if number < start.file:
+            continue
+        place = start if number == start.file else Position(number)
+        try:
+            yield from _file_chunks(path, place, rows)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from None
+
+
+def _file_chunks(path: Path, start: Position, rows: int) -> Iterator[Chunk]:
+    kind = kind_of(path)
+    if kind == "parquet":
+        yield from parquet_chunks(path, start, rows)
+        return
+    if kind == "arrow":
+        yield from arrow_chunks(path, start, rows)
+        return
+    with opened(path) as file:
+        head = file.read(4096)
+    check_encoding(path, head)
+    with opened(path) as file:
+        if kind == "csv":
+            yield from csv_chunks(path, file, start, rows)
+            return
+        begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        # A file may hold an array or lines, whatever its ending says.
+        if kind != "text" and begin.startswith(b"["):
+            yield from _in_chunks(f"{path}:row ", array_rows(path, file), start, rows)
+            return
+        if kind == "json" and begin.startswith(b"{"):
+            _refuse_one_object(path)
+        plain = path.suffix not in COMPRESSED
+        yield from line_chunks(path, file, start, rows, seekable=plain, text=kind == "text")
+
+
+def _in_chunks(origin: str, found: Iterator[Row], start: Position, rows: int) -> Iterator[Parsed]:
+    kept: list[Row] = []
+    for row in found:
+        if row.number > start.before:
+            kept.append(row)
+        if len(kept) == rows:
+            yield Parsed(origin, start._replace(before=row.number), kept)
+            kept = []
+    if kept:
+        yield Parsed(origin, Position(start.file + 1), kept)
+
+
+def _refuse_one_object(path: Path) -> None:
+    """DataError if the file is one JSON object over several lines, which is no list of rows."""
+    import json
+
+    with opened(path) as file:
+        first, _, rest = file.read(2**20).removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+        try:
+            json.loads(first)
+            return
+        except ValueError:
+            pass
+        try:
+            json.loads(b"".join([first, b"\n", rest, file.read(2**28)]))
+        except ValueError:
+            return
+    raise DataError(f"{path}: holds one JSON object, allowed is an array of rows or one row a line; wrap it in [ ]")

@@ -1,0 +1,153 @@
+"""`dataset_info.json`: data sets with names, as LLaMA-Factory describes them.
+
+https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import DataError, did_you_mean, listed
+
+FILE = "dataset_info.json"
+_PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_KEYS = (
+    *_PLACES, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags",
+)  # fmt: skip
+_COLUMNS = {
+    "alpaca": {
+        "prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
+        "tools": "tools", "chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag",
+    },
+    "sharegpt": {
+        "messages": "conversations", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
+        "kto_tag": "kto_tag",
+    },
+    "openai": {
+        "messages": "messages", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
+        "kto_tag": "kto_tag",
+    },
+}  # fmt: skip
+"""What the registry calls a column, and what the format here does."""
+_MEDIA = ("images", "videos", "audios")
+_TAGS = (
+    "role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One data set of a registry."""
+
+    path: str
+    """A path from `base_dir`, or `hub:` and an id."""
+    base_dir: Path
+    facts: Mapping[str, Any]
+    """Fields of `Found` that the registry knows."""
+
+
+def described(name: str, base_dir: Path, dataset_dir: Path | str | None) -> Entry | None:
+    """The entry of `name`, or None where no registry holds it.
+
+    The registry is `dataset_info.json` in `dataset_dir`; without one, beside the recipe or in its folder `data`.
+
+    Raises:
+        DataError: the registry is damaged, or describes the data set in a way that cannot be used.
+    """
+    folders = [base_dir / Path(dataset_dir).expanduser()] if dataset_dir is not None else [base_dir, base_dir / "data"]
+    file = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+    if file is None:
+        if dataset_dir is not None:
+            raise DataError(f"dataset_dir: {folders[0]} holds no {FILE}; check the folder")
+        return None
+    entries = _read(file, asked=dataset_dir is not None)
+    if name in entries:
+        return _entry(name, entries[name], file)
+    if dataset_dir is not None and "/" not in name and "." not in name and ":" not in name:
+        near = did_you_mean(name, entries)
+        if near:
+            raise DataError(f"{name}: {file} has no data set of this name.{near}")
+    return None
+
+
+def _read(file: Path, asked: bool) -> dict[str, Any]:
+    try:
+        entries = json.loads(file.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as JSON ({error}); mend it") from None
+    named = isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
+    if named:
+        return entries
+    if asked:
+        raise DataError(f"{file}: found something else, allowed is an object of data sets by name; check dataset_dir")
+    return {}  # the datasets library calls a file of its own so
+
+
+def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
+    where = f"{file}: {name}"
+    strange = [key for key in entry if key not in _KEYS]
+    if strange:
+        near = did_you_mean(strange[0], _KEYS)
+        raise DataError(f'{where} has the key "{strange[0]}", which is unknown.{near} Known: {listed(_KEYS, 20)}')
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in _COLUMNS:
+        raise DataError(f'{where} has formatting "{formatting}", allowed are {listed(_COLUMNS)}')
+    facts: dict[str, Any] = {
+        "format": formatting,
+        "ranking": bool(entry.get("ranking")),
+        "split": entry.get("split", "train"),
+        "subset": entry.get("subset"),
+        "num_samples": entry.get("num_samples"),
+        "tags": _tags(entry.get("tags"), where),
+        **_columns(entry.get("columns"), formatting, where),
+    }
+    if facts["ranking"]:
+        facts["format"] = "preference"
+    elif "kto_tag" in facts["columns"]:
+        facts["format"] = "kto"
+    elif facts["exclusive"] and formatting == "alpaca" and "output" not in facts["columns"]:
+        # A prompt without a response is what pretraining takes: plain text.
+        facts |= {"format": "text", "columns": {"text": facts["columns"].get("instruction", "text")}}
+    path = _path(entry, where)
+    if path.startswith("hub:"):
+        facts["folder"] = entry.get("folder")
+    elif entry.get("folder"):
+        path = f"{path}/{entry['folder']}"
+    return Entry(path=path, base_dir=file.parent, facts=facts)
+
+
+def _path(entry: Mapping[str, Any], where: str) -> str:
+    if entry.get("hf_hub_url"):
+        return f"hub:{entry['hf_hub_url']}"
+    if entry.get("script_url"):
+        raise DataError(f"{where} is loaded by a script, which llmtune does not run; name a file or a hub data set")
+    if entry.get("file_name"):
+        return f"./{entry['file_name']}" if not Path(entry["file_name"]).is_absolute() else entry["file_name"]
+    if found := [key for key in _PLACES if entry.get(key)]:
+        raise DataError(f"{where} is only at {found[0]}, which cannot be read; download it and give file_name")
+    raise DataError(f"{where} names no place; give file_name or hf_hub_url")
+
+
+def _columns(columns: Any, formatting: str, where: str) -> dict[str, Any]:
+    """Given columns replace all defaults: those not named are absent."""
+    if columns is None:
+        return {"columns": {}, "exclusive": False}
+    known = _COLUMNS[formatting]
+    named = {key: value for key, value in columns.items() if value is not None}
+    strange = [key for key in named if key not in known and key not in _MEDIA]
+    if strange:
+        near = did_you_mean(strange[0], known)
+        raise DataError(f'{where}: columns has "{strange[0]}".{near} Allowed for {formatting}: {listed(known, 12)}')
+    return {"columns": {known.get(key, key): value for key, value in named.items()}, "exclusive": True}
+
+
+def _tags(tags: Any, where: str) -> dict[str, str]:
+    found = {key: value for key, value in (tags or {}).items() if value is not None}
+    if strange := [key for key in found if key not in _TAGS]:
+        near = did_you_mean(strange[0], _TAGS)
+        raise DataError(f'{where}: tags has "{strange[0]}".{near} Allowed: {listed(_TAGS, 12)}')
+    return found

@@ -1,0 +1,78 @@
+"""What reading gives: rows, in chunks that are cheap to make and to send to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+
+class Row(NamedTuple):
+    """One row as it was read, or the reason why it could not be."""
+
+    data: Any
+    number: int
+    """The line of a line-wise file, else the number of the row; both from 1."""
+    problem: str | None = None
+    """What is wrong with the row's bytes, with its place and an excerpt; then `data` is None."""
+
+
+class Position(NamedTuple):
+    """Where a chunk begins, for reading on from there. Plain numbers."""
+
+    file: int = 0
+    """Number of the file in `Found.files`."""
+    offset: int = 0
+    """Bytes before it, where a file can be entered at any byte; else 0."""
+    before: int = 0
+    """Lines or rows of the file before it."""
+
+
+class Chunk(Protocol):
+    """Some consecutive rows of one file. Picklable; parsed where `rows` is called."""
+
+    origin: str
+    """Where the rows stand: `path:` or `path:row `, which a row's number follows."""
+    next: Position
+    """Where the chunk after it begins."""
+
+    @property
+    def count(self) -> int:
+        """Rows in it at most; blank lines count."""
+        ...
+
+    def rows(self) -> Iterator[Row]: ...
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Rows that are already parsed."""
+
+    origin: str
+    next: Position
+    found: Sequence[Row]
+
+    @property
+    def count(self) -> int:
+        return len(self.found)
+
+    def rows(self) -> Iterator[Row]:
+        return iter(self.found)
+
+
+def excerpt(text: str, at: int, around: int = 30) -> str:
+    """The text around a character, which is marked: `..."a": tru>>>e}...`."""
+    before, after = text[max(0, at - around) : at], text[at : at + around]
+    shown = f"{before}>>>{after}".replace("\n", "\\n").replace("\r", "\\r")
+    return f"{'...' if at > around else ''}{shown}{'...' if at + around < len(text.rstrip()) else ''}"
+
+
+def not_utf8(place: str, raw: bytes, error: UnicodeDecodeError, position: int, shift: int = 0) -> str:
+    """What to say of a byte that is no UTF-8: `raw` begins at byte `position` of its file, `shift` characters into a
+    line, and is one line at most."""
+    text = raw.decode("utf-8", "replace")
+    column = len(raw[: error.start].decode("utf-8")) + 1
+    return (
+        f"{place}:{column + shift}: byte 0x{raw[error.start]:02x} at offset {position + error.start} of the file is "
+        f"not UTF-8; save the file as UTF-8. Found {excerpt(text, column - 1)}"
+    )

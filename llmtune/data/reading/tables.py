@@ -1,0 +1,139 @@
+"""Tables: Parquet, Arrow and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmtune.data.reading.files import opened
+from llmtune.data.reading.rows import Parsed, Position, Row, excerpt
+from llmtune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of an Arrow table, which become Python objects where they are used."""
+
+    origin: str
+    next: Position
+    table: Any
+    """pyarrow.RecordBatch."""
+    first: int
+
+    @property
+    def count(self) -> int:
+        return self.table.num_rows
+
+    def rows(self) -> Iterator[Row]:
+        for number, data in enumerate(self.table.to_pylist(), start=self.first):
+            yield Row(without_nulls(data), number)
+
+
+def without_nulls(value: Any) -> Any:
+    """A table fills columns that a row lacks with null; without them a row reads as it does from JSON."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    return value
+
+
+def parquet_chunks(path: Path, start: Position, rows: int) -> Iterator[Batch]:
+    """Rows of a Parquet file; row groups before `start` are not read."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number, groups = 0, []
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if not groups and number + size <= start.before:
+                    number += size
+                else:
+                    groups.append(group)
+            batches = file.iter_batches(batch_size=rows, row_groups=groups) if groups else iter(())
+            yield from _batches(path, batches, start, number)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file, or a damaged one ({_first_line(error)})") from None
+
+
+def arrow_chunks(path: Path, start: Position, rows: int) -> Iterator[Batch]:
+    """Rows of an Arrow IPC file or stream, Feather included."""
+    import pyarrow
+    from pyarrow import ipc
+
+    try:
+        with opened(path) as file:
+            head = file.read(6)
+        with pyarrow.memory_map(str(path)) as source:
+            reader = ipc.open_file(source) if head == b"ARROW1" else ipc.open_stream(source)
+            found = (
+                (reader.get_batch(at) for at in range(reader.num_record_batches)) if head == b"ARROW1" else iter(reader)
+            )
+            pieces = (batch.slice(at, rows) for batch in found for at in range(0, batch.num_rows, rows))
+            yield from _batches(path, pieces, start, 0)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not an Arrow file, or a damaged one ({_first_line(error)})") from None
+
+
+def _batches(path: Path, batches: Iterator[Any], start: Position, number: int) -> Iterator[Batch]:
+    for batch in batches:
+        if number + batch.num_rows > start.before:
+            batch = batch.slice(max(0, start.before - number))
+            number = max(number, start.before)
+            yield Batch(f"{path}:row ", start._replace(before=number + batch.num_rows), batch, number + 1)
+        number += batch.num_rows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int) -> Iterator[Parsed]:
+    """Rows of a comma- or tab-separated file with a line of column names. All values are text; empty stays empty."""
+    csv.field_size_limit(2**31 - 1)  # the default, 128 kB, is less than a long document
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    tabs = ".tsv" in path.suffixes
+    reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
+    columns = next(reader, [])
+    if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
+        raise DataError(f"{path}:1: column names are empty or come twice ({', '.join(columns)}); mend the first line")
+    found: list[Row] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}:{line}: not CSV ({error}); is a quote not closed?") from None
+        if values is None:
+            break
+        if values and line > start.before:  # a blank line has no values
+            found.append(_csv_row(path, line, columns, values))
+        if len(found) == rows:
+            yield Parsed(f"{path}:", start._replace(before=reader.line_num), found)
+            found = []
+    if found:
+        yield Parsed(f"{path}:", Position(start.file + 1), found)
+
+
+def _csv_row(path: Path, line: int, columns: list[str], values: list[str]) -> Row:
+    if len(values) != len(columns):
+        what = f"has {len(values)} values, the first line names {len(columns)} columns ({', '.join(columns)})"
+        return Row(None, line, f"{path}:{line}: {what}")
+    for column, value in zip(columns, values, strict=True):
+        at = next((at for at, sign in enumerate(value) if 0xDC80 <= ord(sign) <= 0xDCFF), None)
+        if at is not None:
+            shown = excerpt("".join("\ufffd" if 0xDC80 <= ord(sign) <= 0xDCFF else sign for sign in value), at)
+            byte = ord(value[at]) - 0xDC00
+            return Row(
+                None,
+                line,
+                f'{path}:{line}: byte 0x{byte:02x} in the column "{column}" is not UTF-8; save the file as UTF-8. '
+                f"Found {shown}",
+            )
+    return Row(dict(zip(columns, values, strict=True)), line)

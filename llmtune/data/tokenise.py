@@ -1,0 +1,194 @@
+"""Rows of one data set become sequences of at most `cutoff_len` tokens. Nothing here depends on other rows, so it runs
+in any process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.data.formats import Chosen, read_row
+from llmtune.data.piece import Bad, Piece, TokenRow
+from llmtune.data.reading import Row
+from llmtune.data.render import Encoded, Renderer
+from llmtune.data.report import SHOWN
+from llmtune.data.template import require_template
+from llmtune.examples import BadRow, Conversation, Example, Labelled, Message, Preference, Prompt, Text, Tokens
+
+if TYPE_CHECKING:
+    from llmtune.data.config import DataConfig
+
+CHATS = (Conversation, Preference, Labelled, Prompt)
+"""What a chat template renders."""
+
+
+class Tokeniser:
+    """Encodes rows as a recipe's data keys say."""
+
+    def __init__(self, config: DataConfig, tokenizer: Any, tool_format: Any = None) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        self.renderer = Renderer(
+            tokenizer,
+            template_kwargs={**thinking, **config.template_kwargs},
+            default_system=config.default_system,
+            train_on_prompt=config.train_on_prompt,
+            mask_history=config.mask_history,
+            tool_format=tool_format,
+            split_special_tokens=config.split_special_tokens,
+        )
+        whole = config.packing and not config.neat_packing
+        self.cutoff = None if whole else config.cutoff_len  # concatenated samples are cut into rows later
+
+    def encode(self, chosen: Chosen, rows: Iterable[Row], origin: str) -> Piece:
+        """Samples of `rows`, whose numbers follow `origin` in what is said of them."""
+        piece, examples, found = Piece(origin=origin), [], []
+        for row in rows:
+            piece.read += 1
+            try:
+                if row.problem is not None:
+                    raise BadRow("unreadable", row.problem)
+                examples.append(read_row(chosen, row.data))
+                found.append(row)
+            except BadRow as bad:
+                piece.bad.append(_bad(bad, row, origin))
+        if any(isinstance(each, CHATS) for each in examples):
+            require_template(self.tokenizer)
+        for row, example, result in zip(found, examples, self._sequences(examples), strict=True):
+            try:
+                if isinstance(result, BadRow):
+                    raise result
+                self._keep(piece, row, example, result, origin)
+            except BadRow as bad:
+                piece.bad.append(_bad(bad, row, origin))
+        return piece
+
+    def _sequences(self, examples: Sequence[Example]) -> list[list[list[Encoded]] | BadRow]:
+        """For each example its samples, each a list of sequences."""
+        results: list[list[list[Encoded]] | BadRow] = [[] for _ in examples]
+        chats: list[tuple[int, Conversation]] = []
+        for at, example in enumerate(examples):
+            try:
+                if isinstance(example, Text):
+                    results[at] = [[self._text(example)]]
+                elif isinstance(example, Tokens):
+                    results[at] = [[self._tokens(example)]]
+                elif isinstance(example, Prompt):
+                    results[at] = [[self._prompt(example)]]
+                else:
+                    chats += [(at, each) for each in _conversations(example)]
+            except BadRow as bad:
+                results[at] = bad
+        encoded = self.renderer.encode([each for _, each in chats]) if chats else []
+        for (at, _), result in zip(chats, encoded, strict=True):
+            results[at] = _joined(examples[at], results[at], result)
+        return results
+
+    def _text(self, example: Text) -> Encoded:
+        ids = self.renderer.text(example.text)
+        return Encoded(ids=ids, mask=np.ones(len(ids), bool))
+
+    def _prompt(self, example: Prompt) -> Encoded:
+        conversation = Conversation(
+            messages=example.messages, tools=example.tools, template_kwargs=example.template_kwargs
+        )
+        ids = self.renderer.prompt(conversation)
+        return Encoded(ids=ids, mask=np.zeros(len(ids), bool))
+
+    def _tokens(self, example: Tokens) -> Encoded:
+        ids = np.asarray(example.input_ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self.tokenizer)):
+            wrong = int(ids.min() if ids.min() < 0 else ids.max())
+            raise BadRow("unknown token id", f"input_ids holds {wrong}, allowed are 0 to {len(self.tokenizer) - 1:,}")
+        labels = ids if example.labels is None else np.asarray(example.labels)
+        return Encoded(ids=ids.astype(np.int32), mask=labels != -100)
+
+    def _keep(self, piece: Piece, row: Row, example: Example, samples: list[list[Encoded]], origin: str) -> None:
+        """Cut the samples of a row to length and take them, unless nothing of them trains."""
+        losses, kept = piece.losses, False
+        losses.split_rows += len(samples) > 1
+        for sample in [part for each in samples for part in self._fitting(piece, each, example)]:
+            if not isinstance(example, Prompt) and not all(each.mask[1:].any() for each in sample):
+                losses.no_target += 1
+                losses.no_target_origins = [*losses.no_target_origins, f"{origin}{row.number}"][:SHOWN]
+                continue
+            kept = True
+            piece.width = len(sample)
+            piece.sequences += [TokenRow(each.ids, each.mask, each.weights) for each in sample]
+            piece.labels += [example.label] if isinstance(example, Labelled) else []
+            piece.rows.append(len(piece.numbers))
+        if kept:
+            piece.numbers.append(row.number)
+
+    def _fitting(self, piece: Piece, sample: list[Encoded], example: Example) -> list[list[Encoded]]:
+        """The sample, or what `cutoff_policy` leaves of it."""
+        for each in sample:
+            piece.ends.update(each.end_ids)
+        longest = max(len(each.ids) for each in sample)
+        if self.cutoff is None or longest <= self.cutoff:
+            return [sample]
+        policy, losses = self.config.cutoff_policy, piece.losses
+        if policy == "error":
+            raise BadRow("too long", f"has {longest:,} tokens, allowed are cutoff_len={self.cutoff:,}")
+        if isinstance(example, Text) and policy == "truncate":
+            return [[part] for part in _parts(sample[0], self.cutoff)]
+        if policy == "drop" or isinstance(example, Preference | Prompt):
+            losses.too_long += 1
+            losses.tokens_cut += sum(len(each.ids) for each in sample)
+            return []
+        (whole,) = sample
+        # The last whole turn that fits and teaches something; else the beginning of the first answer.
+        cut = max((at for at in whole.cuts if at <= self.cutoff and whole.mask[1:at].any()), default=self.cutoff)
+        losses.truncated += 1
+        losses.tokens_cut += len(whole.ids) - cut
+        return [[_slice(whole, 0, cut)]]
+
+
+def _conversations(example: Example) -> list[Conversation]:
+    """What of an example is rendered; only the answers that are learnt have a weight."""
+    if isinstance(example, Conversation):
+        return [example]
+    if isinstance(example, Preference):
+        return [
+            Conversation(
+                messages=[*_history(example.prompt), *answer],
+                tools=example.tools,
+                template_kwargs=example.template_kwargs,
+            )
+            for answer in (example.chosen, example.rejected)
+        ]
+    assert isinstance(example, Labelled)
+    messages = [*_history(example.messages[:-1]), example.messages[-1]]
+    return [Conversation(messages=messages, tools=example.tools, template_kwargs=example.template_kwargs)]
+
+
+def _history(messages: Sequence[Message]) -> list[Message]:
+    return [{**each, "weight": 0} if each["role"] == "assistant" else each for each in messages]
+
+
+def _joined(example: Example, before: Any, result: list[Encoded] | BadRow) -> list[list[Encoded]] | BadRow:
+    """The samples of an example, one rendering after the other."""
+    if isinstance(before, BadRow) or isinstance(result, BadRow):
+        return before if isinstance(before, BadRow) else result
+    if isinstance(example, Conversation):
+        return [[each] for each in result]
+    if len(result) != 1:
+        return BadRow(
+            "answer in several renderings", "the template rewrites earlier turns of the answer; keep the last"
+        )
+    return [[*(before[0] if before else []), *result]]
+
+
+def _parts(whole: Encoded, size: int) -> list[Encoded]:
+    return [_slice(whole, start, min(start + size, len(whole.ids))) for start in range(0, len(whole.ids), size)]
+
+
+def _slice(whole: Encoded, start: int, stop: int) -> Encoded:
+    weights = whole.weights[start:stop] if whole.weights is not None else None
+    return replace(whole, ids=whole.ids[start:stop], mask=whole.mask[start:stop], weights=weights, end_ids=(), cuts=())
+
+
+def _bad(bad: BadRow, row: Row, origin: str) -> Bad:
+    return Bad(f"{origin}{row.number}", bad.reason, bad.detail, row.data)
