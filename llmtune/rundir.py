@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 # Keys that may differ between a run and its continuation: they change what is reported or kept, not what is learnt.
 COSMETIC = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
-    "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset", "plot_loss", "logger_config",
+    "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset", "eval_on_each_dataset", "plot_loss",
+    "logger_config",
     "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
     "export_legacy_format", "infer_dtype", "init_config", "disable_gradient_checkpointing", "activation_checkpointing",

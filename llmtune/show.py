@@ -80,7 +80,7 @@ def _number_lines(plan: Plan) -> list[str]:
         rows_each = -(-order.batch // (micros * plan.ranks.batch_ranks))
         split = f"{rows_each} x {micros} micro-batches x {counted(plan.ranks.batch_ranks, 'rank')}"
         step_tokens = tokens * min(order.batch, len(units)) // len(units)
-        what = "packs" if units.kind == "pack" else "rows"
+        what = "packs" if units.kind == "pack" else "pairs" if plan.feed.samples.width == 2 else "rows"
         rows += [
             ("Data", str(plan.data.report).replace("\n", f"\n{'':<12}")),
             *([("Packing", _packing(plan))] if _packing(plan) else []),

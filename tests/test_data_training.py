@@ -220,3 +220,24 @@ def test_joined_rows_train_as_transformers_own_blocks_of_text(place: Path, tmp_p
     model = AutoModelForCausalLM.from_pretrained(keys["model"], dtype=torch.float32)
     assert row["loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "kernel", "pairs"])
+def test_no_micro_batch_is_larger_than_the_plan_counts_on(kind: str, place: Path, tmp_path: Path) -> None:
+    from llmtune.cost.shape import largest
+
+    keys = KINDS.get(kind, {"kernel_config": "auto"} if kind == "kernel" else {})
+    plan = llmtune.plan(keys_of(place, tmp_path / "run", per_device_train_batch_size=3, **keys))
+    if kind == "pairs":
+        rng = np.random.default_rng(0)
+        pairs = [(rng.integers(3, 300, n), np.arange(n) > 2) for n in rng.integers(4, 60, 34)]
+        plan.data = replace(plan.data, train=TokenSamples.from_lists(pairs, range(17), width=2, kind="preference"))
+        plan.feed = make_feed(plan)
+    shape, sizes = largest(plan), []
+    for step in range(plan.feed.order.steps_per_epoch):
+        for batch in plan.feed.step(step, plan.device):
+            assert batch.input_ids.shape[0] <= shape.rows and len(batch.targets) <= shape.targets
+            assert batch.input_ids.shape[1] <= shape.length
+            assert shape.masked or batch.attention_mask is None
+            sizes.append(batch.input_ids.numel())
+    assert max(sizes) > 0.6 * shape.tokens, "nor is it much smaller"
