@@ -13,6 +13,7 @@ from llmtune.errors import DataError, PlanError
 if TYPE_CHECKING:
     from llmtune.data.check import DataCheck
     from llmtune.data.config import Source
+    from llmtune.data.formats import Formats
 
 _RECIPES = (".yaml", ".yml")
 
@@ -80,7 +81,7 @@ def _check(options: Any) -> int:
 
     from llmtune.data.check import Bad, check, quarantine_line
 
-    entries, base_dir, folder = _sources(options)
+    entries, base_dir, folder, formats = _sources(options)
     results: list[DataCheck] = []
     with ExitStack() as stack:
         file = stack.enter_context(Path(options.quarantine).open("w", encoding="utf-8")) if options.quarantine else None
@@ -90,33 +91,41 @@ def _check(options: Any) -> int:
                 file.write(quarantine_line(bad) + "\n")
 
         for entry in entries:
-            entry = replace(entry, format=options.format) if options.format else entry
-            keep = None if options.all else 20
-            results.append(check(entry, base_dir, dataset_dir=folder, limit=options.limit, keep=keep, on_bad=put_aside))
+            found = check(
+                replace(entry, format=options.format) if options.format else entry,
+                base_dir,
+                dataset_dir=folder,
+                limit=options.limit,
+                keep=None if options.all else 20,
+                formats=formats,
+                on_bad=put_aside,
+            )
+            results.append(found)
             if not options.json:
-                print(results[-1], flush=True)
+                print(found, flush=True)
     if options.json:
-        found = [each.as_dict() for each in results]
-        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+        shown = [each.as_dict() for each in results]
+        print(json.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
     elif options.quarantine:
         bad = sum(each.reasons.total() for each in results)
         print(f"Wrote {bad:,} bad rows to {options.quarantine}")
     return 0 if all(results) else DataError.exit_code
 
 
-def _sources(options: Any) -> tuple[Sequence[Source], Path, str | None]:
-    """The data sets to check, where relative paths count from, and where names are looked up."""
+def _sources(options: Any) -> tuple[Sequence[Source], Path, str | None, Formats]:
+    """The data sets to check, where relative paths count from, where names are looked up, and known formats."""
     from llmtune.data.config import Source, sources
+    from llmtune.looking import known_formats
 
     if not options.source.endswith(_RECIPES):
-        return [Source(path=options.source)], Path.cwd(), options.dataset_dir
+        return [Source(path=options.source)], Path.cwd(), options.dataset_dir, known_formats()
     from llmtune.recipe import load_recipe
 
     recipe = load_recipe(options.source, [])
     found = [*sources(recipe.data.dataset), *sources(recipe.data.eval_dataset, "eval_dataset")]
     if not found:
         raise DataError(f"{options.source}: names no dataset; name one, or check a file")
-    return found, recipe.base_dir, options.dataset_dir or recipe.data.dataset_dir
+    return found, recipe.base_dir, options.dataset_dir or recipe.data.dataset_dir, known_formats(recipe)
 
 
 def _preview(options: Any) -> None:

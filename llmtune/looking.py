@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError, LlmtuneError, RecipeError, raise_all
 
 if TYPE_CHECKING:
     from llmtune.data import DataReport, Prepared
     from llmtune.data.check import DataCheck
+    from llmtune.data.formats import Formats
     from llmtune.data.preview import Preview
     from llmtune.data.stats import DataStats, Rows
     from llmtune.recipe import Recipe
-    from llmtune.registry import Registry
+    from llmtune.records import Plugin
 
 STREAMED_ROWS = 1000
 """Rows of each data set that are looked at where training would stream them."""
@@ -43,7 +44,9 @@ def check_data(
     (found,) = sources((dict(source) if isinstance(source, Mapping) else str(source),))
     if format is not None:
         found = replace(found, format=format)
-    return check(found, Path.cwd(), dataset_dir=dataset_dir, limit=limit, keep=keep, workers=workers)
+    return check(
+        found, Path.cwd(), dataset_dir=dataset_dir, limit=limit, keep=keep, formats=known_formats(), workers=workers
+    )
 
 
 def preview(
@@ -100,7 +103,7 @@ def stats_of(recipe: Recipe) -> DataStats:
     uncut = replace(
         recipe, data=replace(data, cutoff_len=_WHOLE, cutoff_policy="truncate", val_size=0, tokenized_path=None)
     )
-    whole = prepare_data(uncut)[0].train if data.tokenized_path is None else None
+    whole = prepare_data(uncut)[0].train if data.dataset is not None else None
     try:
         prepared = prepare_data(recipe)[0]
     except DataError as error:  # as of a cutoff_len that leaves nothing to learn: the lengths tell a better one
@@ -132,14 +135,42 @@ def _losses(report: DataReport, policy: str) -> Iterator[str]:
             yield f"{each.name}: {each.bad.total():,} of {each.rows:,} rows cannot be used and are left out"
 
 
-def prepare_data(recipe: Recipe, registry: Registry | None = None) -> tuple[Prepared, Any]:
+def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     """Samples and tokenizer as a run of `recipe` has them, without its model."""
-    from llmtune.data import prepare
+    from llmtune.parts import clashes, find_parts
+    from llmtune.planning import prepare_for
+    from llmtune.registry import Registry
     from llmtune.source import allow_remote_code, load_tokenizer, resolve_model
 
+    problems: list[LlmtuneError] = []
+    registry = Registry()
+    parts = find_parts(recipe, registry, problems, ("stage_config", "data_config"))
+    unmet = {str(clash) for clash in clashes(parts.all)}  # what these two need of parts that data do not
+    raise_all([problem for problem in problems if str(problem) not in unmet])
     allow_remote_code(recipe.model, recipe.is_local)
     tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
-    return prepare(recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir), tokenizer
+    return prepare_for(recipe, parts, registry, tokenizer), tokenizer
+
+
+def known_formats(recipe: Recipe | None = None) -> Formats:
+    """The formats of this installation; the one that `recipe` names is the default."""
+    from llmtune.builtin import data_config
+    from llmtune.data.formats.choose import Formats, detectable
+    from llmtune.parts import find_parts, formats_of
+    from llmtune.registry import Registry
+
+    registry = Registry()
+    if recipe is not None:
+        problems: list[LlmtuneError] = []
+        parts = find_parts(recipe, registry, problems, ("data_config",))
+        raise_all(problems)
+        return formats_of(parts, registry)
+
+    def find(name: str) -> tuple[Plugin, str]:
+        offer = registry.find("data_config", name)
+        return offer.plugin, f"{offer.distribution} {offer.version}"
+
+    return Formats(known=detectable(data_config()), find=find)
 
 
 def _unstreamed(recipe: Recipe) -> tuple[Recipe, list[str]]:

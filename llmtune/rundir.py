@@ -3,7 +3,7 @@
 recipe.yaml     as given            resolved.yaml   with defaults and overrides
 run.json        versions, plugins, status             metrics.jsonl   one line per logged step
 model/          what others read    trained.safetensors  the trained tensors of an adapter, by model name
-checkpoints/    see llmtune.checkpoint
+checkpoints/    see llmtune.checkpoint        quarantine.jsonl  rows that cannot be used, and why
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +39,8 @@ COSMETIC = {
 }  # fmt: skip
 SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 """May differ as long as a step has the same rows; left as they were, they are fitted to the number of ranks."""
+
+QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def clear(folder: Path) -> None:
         "metrics.jsonl",
         "loss.png",
         "trained.safetensors",
+        QUARANTINE,
     ):
         (folder / name).unlink(missing_ok=True)
 
@@ -245,9 +248,19 @@ def write_records(plan: Plan, **more: Any) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
     (folder / "resolved.yaml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
+    write_quarantine(folder, plan.data.report.bad_rows if plan.data else ())
     write_status(
         folder, "running", **versions(plan), **more, model_origin=plan.files.origin, model_revision=plan.files.revision
     )
+
+
+def write_quarantine(folder: Path, bad_rows: Sequence[Path]) -> None:
+    """The rows that `on_bad_record: skip` leaves out, as the data's stores list them; no file where there are none."""
+    path = folder / QUARANTINE
+    path.unlink(missing_ok=True)
+    for source in bad_rows:
+        with source.open("rb") as lines, path.open("ab") as file:
+            shutil.copyfileobj(lines, file)
 
 
 def write_status(folder: Path, status: str, **more: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import llmtune
 from llmtune.cli import main
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError, PluginError, RecipeError
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_the_format_and_columns_can_be_named(tmp_path: Path) -> None:
     columns = {"instruction": "question", "output": "answer"}
     assert llmtune.check_data({"path": source, "format": "alpaca", "columns": columns}).ok
     assert not llmtune.check_data(source, format="alpaca")
-    with pytest.raises(DataError, match='no format "alpac"\\. Did you mean "alpaca"'):
+    with pytest.raises(PluginError, match='no plugin "alpac" is installed\\. Did you mean "alpaca"'):
         llmtune.check_data(source, format="alpac")
 
 

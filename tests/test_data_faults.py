@@ -95,7 +95,7 @@ def check(fault: str, message: str) -> None:
 def keys(tiny_llama: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def made(content: bytes, **changes: Any) -> dict[str, Any]:
         (tmp_path / "chats.jsonl").write_bytes(content)
-        return recipe(tiny_llama, str(tmp_path / "chats.jsonl"), tmp_path / "run", **changes)
+        return {**recipe(tiny_llama, str(tmp_path / "chats.jsonl"), tmp_path / "run"), **changes}
 
     return made
 
