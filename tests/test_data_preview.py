@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def test_both_sides_of_a_pair_are_shown() -> None:
 
 def test_labels_weights_and_set_names_are_told() -> None:
     samples = two("labelled", 1, labels=np.array([True, False]), set_names=("one", "other"), sets=np.array([0, 1]))
-    samples = TokenSamples(**{**vars(samples), "weights": np.full(len(samples.ids), 0.5, np.float32)})
+    samples = replace(samples, weights=np.full(len(samples.ids), 0.5, np.float32))
     shown = make_preview([("", samples)], TOKENIZER)
     assert shown.samples[0].title.startswith("a:1, one, ") and shown.samples[0].title.endswith("wanted")
     assert shown.samples[1].title.startswith("a:2, other, ") and shown.samples[1].title.endswith("not wanted")
