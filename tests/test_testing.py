@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,3 +178,20 @@ def test_a_tiny_recipe_uses_what_is_there(tmp_path: Path) -> None:
     keys = tiny_recipe(tmp_path, max_steps=1, peft_config="ia3")
     assert keys["dataset"] == str(chats) and len(chats.read_text().splitlines()) == 3
     assert keys["max_steps"] == 1 and (Path(keys["model"]) / "model.safetensors").exists()
+
+
+def surroundings(name: str) -> tuple[int, str | None, bool]:
+    import torch
+
+    return os.getpid(), os.environ.get(name), torch.distributed.is_initialized()
+
+
+def test_ranks_are_processes_that_share_the_environment_of_the_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACME_FOR_RANKS", "here")
+    before = in_ranks(2, tmp_path / "ranks", surroundings, "ACME_FOR_RANKS")
+    monkeypatch.delenv("ACME_FOR_RANKS")
+    after = in_ranks(2, tmp_path / "ranks", surroundings, "ACME_FOR_RANKS")
+    assert len({os.getpid(), *(found[0] for found in [*before, *after])}) == 5
+    assert [found[1:] for found in [*before, *after]] == 2 * [("here", False)] + 2 * [(None, False)]

@@ -13,25 +13,25 @@ from typing import Any
 
 GRACE_S = 10.0
 """How long ranks may go on after another has failed."""
+PRELOADED = ["torch.distributed.fsdp", "transformers.modeling_utils", "peft", "llmtune.training", __name__]
+"""Imported once, by a process that ranks are forked from: 5 s of a core for each rank that need not do it itself."""
 
 
 def in_ranks(
     ranks: int, scratch: Path, function: Callable[..., Any], *arguments: Any, timeout_s: float = 500
 ) -> list[Any]:
-    """`function(*arguments)` in `ranks` fresh processes with RANK and WORLD_SIZE set; their results in rank order.
+    """`function(*arguments)` in `ranks` processes with RANK and WORLD_SIZE set; their results in rank order.
 
-    The function must be importable (module level). Raises AssertionError with the traceback of the first rank to fail;
-    the others, which may be waiting for it, are ended.
+    The function must be importable (module level); of this process the ranks have the environment alone. Raises
+    AssertionError with the traceback of the first rank to fail; the others, which may be waiting for it, are ended.
     """
-    import torch.multiprocessing as mp
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     scratch.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
+    context = _context()
     processes = [
-        context.Process(target=_one, args=(rank, ranks, port, str(scratch), function, arguments))
+        context.Process(target=_one, args=(rank, ranks, port, str(scratch), dict(os.environ), function, arguments))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -48,6 +48,19 @@ def in_ranks(
     return _results(scratch, [process.exitcode for process in processes])
 
 
+def _context() -> Any:
+    """Forks of a process that has imported what takes long and has done nothing else; where there may be GPUs, which do
+    not survive a fork once something has asked for them, or no such process can be had, new interpreters."""
+    import torch
+    import torch.multiprocessing as mp
+
+    if torch.cuda.is_available() or "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def _results(scratch: Path, exit_codes: list[int | None]) -> list[Any]:
     failed = sorted(scratch.glob("rank*.failed"), key=lambda path: path.stat().st_mtime_ns)
     said = [f"rank {path.stem[4:]} failed:\n{path.read_text(encoding='utf-8')}" for path in failed]
@@ -62,8 +75,11 @@ def _results(scratch: Path, exit_codes: list[int | None]) -> list[Any]:
 
 
 def _one(
-    rank: int, ranks: int, port: int, scratch: str, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+    rank: int, ranks: int, port: int, scratch: str, environment: dict[str, str],
+    function: Callable[..., Any], arguments: tuple[Any, ...],
+) -> None:  # fmt: skip
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
