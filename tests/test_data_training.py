@@ -147,6 +147,74 @@ def test_several_sets_are_mixed_and_the_plan_says_how(place: Path, tmp_path: Pat
     assert "an epoch is mixed from 18 of large (18), 18 of small (6)" in str(plan)
 
 
+def test_sets_of_a_recipe_are_mixed_and_evaluated_by_name(place: Path, tmp_path: Path) -> None:
+    names = []
+    for name, rows in (("small", 4), ("large", 9)):
+        (tmp_path / name).mkdir()
+        names.append(str(tiny_chats(tmp_path / name, rows).rename(tmp_path / f"{name}.jsonl")))
+    keys = keys_of(
+        place, tmp_path / "run", dataset=names, mix_strategy="interleave_over", interleave_probs=[0.5, 0.5],
+        eval_dataset=names, eval_on_each_dataset=True, eval_strategy="epoch", max_steps=3,
+        metric_for_best_model="eval_small_loss",
+    )  # fmt: skip
+    plan = llmtune.plan(keys)
+    assert "an epoch is mixed from" in str(plan) and len(plan.feed.samples) >= 18
+    run = llmtune.train(keys)
+    (row,) = [row for row in run.metrics if "eval_loss" in row]
+    tokens = {name: plan.data.evaluation.supervised[at].sum() for name, at in plan.data.evaluation.by_set().items()}
+    mean = sum(row[f"eval_{name}_loss"] * count for name, count in tokens.items()) / sum(tokens.values())
+    assert set(tokens) == {"small", "large"} and row["eval_loss"] == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": True}, {"kernel_config": "auto"}], ids=["padded", "packed", "kernel"]
+)
+def test_a_message_counts_what_its_weight_says(changes: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    """Loss and gradient norm of a step, against a sum over tokens by hand from the file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.by_hand import encode
+
+    rows = [json.loads(line)["messages"] for line in (place / "chats.jsonl").read_text().splitlines()]
+    answers = [message for row in rows for message in row if message["role"] == "assistant"]
+    for number, message in enumerate(answers):
+        message["weight"] = (0.5, 1, 2, 0)[number % 4] if number else 3
+    (tmp_path / "weighted.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    keys = keys_of(place, tmp_path / "run", dataset=str(tmp_path / "weighted.jsonl"), max_steps=1, **changes)
+    keys |= {"per_device_train_batch_size": 32, "cutoff_len": 128, "max_grad_norm": 0, "on_bad_record": "skip"}
+    (found,) = running.train(keys).metrics
+    model = AutoModelForCausalLM.from_pretrained(keys["model"], dtype=torch.float32)
+    tokenizer, total, weight = AutoTokenizer.from_pretrained(keys["model"]), torch.zeros(()), 0.0
+    for row in rows:
+        parts = [(*encode(tokenizer, [message]), message.get("weight", 0)) for message in row]
+        ids = torch.tensor([token for part, _, _ in parts for token in part])
+        labels = torch.tensor([label for _, part, _ in parts for label in part])
+        counts = torch.tensor([float(count) for part, _, count in parts for _ in part]) * (labels != -100)
+        losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        total, weight = total + (losses * counts[1:]).sum(), weight + counts[1:].sum().item()
+    (total / weight).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert (found["loss"], found["grad_norm"]) == pytest.approx(((total / weight).item(), norm.item()), rel=1e-5)
+
+
+def test_plain_text_is_pretrained_on_in_whole_rows(place: Path, tmp_path: Path) -> None:
+    """Nothing of a text is lost to `cutoff_len`, and every token but a row's first is predicted."""
+    lines = [json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * (1 + n % 7)}) for n in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    keys = keys_of(
+        place, tmp_path / "run", dataset=str(tmp_path / "text.jsonl"), stage_config="pt", packing=True,
+        neat_packing=False, max_steps=None, num_train_epochs=1, cutoff_len=32, learning_rate=0.01,
+    )  # fmt: skip
+    plan = llmtune.plan(keys)
+    tokenizer = plan.tokenizer
+    expected = sum(len(tokenizer(json.loads(line)["text"])["input_ids"]) + 1 for line in lines)  # the end of each
+    found = running.train(keys).metrics
+    assert found[-1]["tokens"] == expected and found[-1]["epoch"] == 1.0
+    rows = plan.feed.units
+    batches = [batch for step in range(plan.steps) for batch in plan.feed.step(step, plan.device)]
+    assert sum(batch.weight for batch in batches) == expected - len(rows)
+
+
 ATTENTION = ("eager", "sdpa", "flex_attention", "llmtune_packed")
 
 
