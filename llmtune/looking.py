@@ -123,6 +123,8 @@ def stats_of(recipe: Recipe) -> DataStats:
 
 def _losses(report: DataReport, policy: str) -> Iterator[str]:
     lost = report.losses
+    if policy == "truncate" and any(each.kind == "text" for each in report.sources):
+        yield "plain text beyond a cutoff is not lost: it goes on in the next sample"
     if lost.no_target:
         yield f"{lost.no_target:,} samples are left out, as none of their tokens trains"
     if lost.truncated or lost.too_long:
@@ -205,4 +207,5 @@ def _fill(recipe: Recipe, prepared: Prepared) -> tuple[Rows | None, Rows]:
     batch = train.per_device_train_batch_size * micros
     grouped = lengths if data.group_by_length else None
     order = Order(len(units), batch, train.seed, not data.disable_shuffling, grouped)
-    return packed, Rows(rows=len(units), fill=1 - padding_share(lengths, order, micros))
+    fill = 1 - padding_share(lengths, order, micros)
+    return packed, Rows(rows=len(units), fill=fill, micro_batch=train.per_device_train_batch_size)

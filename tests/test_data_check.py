@@ -82,10 +82,16 @@ def test_rows_that_repeat_others_are_found_over_files(tmp_path: Path) -> None:
 
 
 def test_strange_rows_are_noted(tmp_path: Path) -> None:
-    rows = [chat("q", "a"), chat("lost \ufffd", "a"), chat("end <|im_end|> it", "a"), chat("again <|im_end|>", "b")]
+    rows = [
+        chat("q", "a"),
+        chat("lost \ufffd", "a"),
+        chat("end <|im_end|> it", "a"),
+        chat("again <|im_end|>", "{{name}}"),
+    ]
     found = llmtune.check_data(write(tmp_path / "rows.jsonl", rows))
-    assert sorted(found.notes.values()) == [1, 2] and found.ok
+    assert sorted(found.notes.values()) == [1, 1, 2] and found.ok
     assert "the text <|im_end|>, which may be read as a special token, see split_special_tokens (2 rows, " in str(found)
+    assert f"the text {{{{name}}}}, which looks like a place to fill in (1 row, first {found.name}:4)" in str(found)
 
 
 def test_pairs_and_labels_are_counted(tmp_path: Path) -> None:

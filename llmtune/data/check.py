@@ -28,6 +28,7 @@ LOOKED_AT = 100
 """Rows that the format is detected from."""
 _SPECIAL = re.compile(r"<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
 """Text that is a special token of some widespread tokenizer."""
+_PLACE = re.compile(r"\{\{ ?\w+ ?\}\}")
 _ROWS = 1000
 _SHOWN = 5
 
@@ -306,6 +307,8 @@ def _notes(example: Example, texts: Iterable[str]) -> Iterator[str]:
     texts = list(texts)
     if any("\ufffd" in text for text in texts):
         yield "U+FFFD, which stands for characters that were lost"
+    for place in sorted({place for text in texts for place in _PLACE.findall(text)}):
+        yield f"the text {place}, which looks like a place to fill in"
     spelt = {token for text in texts for token in _SPECIAL.findall(text)} if example.kind != "text" else set()
     for token in sorted(spelt):
         yield f"the text {token}, which may be read as a special token, see split_special_tokens"

@@ -76,6 +76,8 @@ class Rows:
     """Rows of an epoch."""
     fill: float
     """Share of their tokens that is not padding."""
+    micro_batch: int | None = None
+    """Rows that are padded to one length; None where rows have a length of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,8 @@ class DataStats:
             lines.append(
                 f"  packed: {self.packed.rows:,} rows of {self.cutoff_len:,} tokens, {self.packed.fill:.2%} full"
             )
-        lines.append(f"  not packed: {self.padded.rows:,} rows, {1 - self.padded.fill:.1%} of their tokens padding")
+        padding = f"{1 - self.padded.fill:.1%} of their tokens padding in micro-batches of {self.padded.micro_batch:,}"
+        lines.append(f"  not packed: {self.padded.rows:,} rows, {padding}")
         return lines
 
     def _repr_html_(self) -> str:
