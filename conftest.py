@@ -20,6 +20,12 @@ if "LLMTUNE_CACHE" not in os.environ:  # the processes that test in parallel inh
 MOST_WORKERS = 8
 """A test may start four ranks of 0.5 GB each, so more at once are a matter of memory."""
 
+LONG = (
+    "test_tensor_parallel", "test_expert_parallel", "test_loading", "test_matrix", "test_families", "test_resume",
+    "test_nodes", "test_parity", "test_stranger", "test_testing", "test_context_parallel", "test_cost",
+)  # fmt: skip
+"""Files of a minute and more, the longest first."""
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One process for each core where everything is tested; none besides this one where the command names tests."""
@@ -29,12 +35,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process ends with a long one when the others are done."""
-    slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)
-
-
-def pytest_unconfigure() -> None:
-    """Leave nothing behind, nor in the user's own cache."""
-    if _own_cache is not None:
-        shutil.rmtree(_own_cache, ignore_errors=True)
+    """Long files come first, so that no process ends with one when the others are done."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
