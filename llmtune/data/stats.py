@@ -76,8 +76,8 @@ class Rows:
     """Rows of an epoch."""
     fill: float
     """Share of their tokens that is not padding."""
-    micro_batch: int | None = None
-    """Rows that are padded to one length; None where rows have a length of their own."""
+    micro_batch: int = 1
+    """Rows that are padded to one length."""
 
 
 @dataclass(frozen=True, kw_only=True)
