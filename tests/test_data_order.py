@@ -79,6 +79,13 @@ def test_grouped_steps_come_in_random_order_and_differ_from_epoch_to_epoch() -> 
     )
 
 
+def test_few_steps_are_not_the_same_ones_in_every_epoch() -> None:
+    """Sorted as a whole, a small set of data would fall into the same steps each time."""
+    order = Order(64, 4, seed=1, group_by=np.arange(64))
+    steps = [{frozenset(order.step_units(epoch * 16 + step)) for step in range(16)} for epoch in range(6)]
+    assert len(set().union(*steps)) > 90
+
+
 def test_the_last_smaller_step_is_no_selection_by_length() -> None:
     """Sorting must not always leave the longest or the shortest for it."""
     size = 8 * GROUPED_STEPS + 4

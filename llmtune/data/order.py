@@ -12,7 +12,8 @@ import numpy as np
 from llmtune.errors import DataError
 
 GROUPED_STEPS = 50
-"""Steps whose units are drawn together and then sorted by length."""
+"""Steps whose units are drawn together and then sorted by length; fewer where an epoch has less than four times that,
+or every epoch would have the same steps."""
 
 
 class Order:
@@ -59,7 +60,8 @@ class Order:
         What is left for a last, smaller step stays as it was drawn: it must not be the longest or shortest units.
         """
         whole = self.units // self.batch * self.batch
-        groups = np.arange(whole) // (self.batch * GROUPED_STEPS)
+        together = max(1, min(GROUPED_STEPS, whole // self.batch // 4))
+        groups = np.arange(whole) // (self.batch * together)
         drawn = units[:whole][np.lexsort((lengths[units[:whole]], groups))]
         steps = rng.permutation(whole // self.batch)
         return np.concatenate([drawn.reshape(-1, self.batch)[steps].reshape(-1), units[whole:]])
