@@ -38,3 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first, so that no process ends with one when the others are done."""
     order = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind, nor in the user's own cache."""
+    if _own_cache is not None:
+        shutil.rmtree(_own_cache, ignore_errors=True)
