@@ -56,7 +56,6 @@ def test_a_name_alone_is_a_block_and_references_are_followed(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("streaming", True, "streaming: no such key"),
         ("dynamic_batching", True, "dynamic_batching: no such key"),
         ("padding_free", True, "padding_free: no such key"),
         ("finetuning_typ", "lora", "no such key"),
