@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -46,16 +47,28 @@ def tokenizer_of(model: str) -> Any:
     return load_tokenizer(resolve_model(config, weights=False), config)
 
 
+def cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 def run_llmtune(options: argparse.Namespace) -> dict[str, Any]:
     from llmtune.data import DataConfig, pack, prepare
 
     tokenizer = tokenizer_of(options.model)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds()
     config = DataConfig(dataset=options.data, cutoff_len=CUTOFF, preprocessing_num_workers=options.workers)
     samples = prepare(config, tokenizer, seed=0).train
     rows = len(pack(samples.lengths, CUTOFF))
     seconds = time.perf_counter() - start
-    return {"tokens": samples.tokens, "trained": int(samples.trained.sum()), "rows": rows, "seconds": seconds}
+    return {
+        "tokens": samples.tokens,
+        "trained": int(samples.trained.sum()),
+        "rows": rows,
+        "seconds": seconds,
+        "cpu": cpu_seconds() - cpu,
+    }
 
 
 def run_trl(options: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +76,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     import trl
 
     tokenizer = tokenizer_of(options.model)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds()
     table = datasets.load_dataset("json", data_files=options.data, split="train")
 
     def messages(row: dict[str, str]) -> dict[str, Any]:
@@ -84,9 +97,9 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     tokens = sum(len(part) for part in table.data.column("input_ids").to_numpy(zero_copy_only=False))
     packed = trl.pack_dataset(table, CUTOFF, "bfd", map_kwargs={"num_proc": options.workers})
     rows = len(packed)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     trained = sum(int(part.sum()) for part in table.data.column("completion_mask").to_numpy(zero_copy_only=False))
-    return {"tokens": tokens, "trained": trained, "rows": rows, "seconds": seconds}
+    return {"tokens": tokens, "trained": trained, "rows": rows, "seconds": seconds, "cpu": cpu}
 
 
 def in_process(options: argparse.Namespace, side: str, data: Path, cache: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Place:
     def _just_made(self) -> bool:
         """Whether another rank of this launch made it."""
         about = read_about(self.folder)
-        return bool(about and _launch()) and about["made_by"] == _launch()
+        return about is not None and bool(_launch()) and about["made_by"] == _launch()
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:

@@ -68,7 +68,7 @@ class Making:
             if kept is None:
                 raise
             found, content = [], kept["facts"]["data"]  # tokenised elsewhere; the files need not be here
-        facts = {**self._facts(), "data": content}
+        facts = {**self.facts(), "data": content}
         place = Place(
             folder=at or cache_root() / "data" / key_of(facts),
             facts=facts,
@@ -77,7 +77,7 @@ class Making:
             overwrite=config.overwrite_cache and bool(found),
         )
         result = place.get(partial(self._fill, key, found))
-        self._check(key, result)
+        self.check(key, result)
         return result
 
     def _content(self, found: Found) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Making:
             **named,
         }
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What tokens depend on, besides the data."""
         config, tokenizer = self.config, self.tokenizer
         template = tokenizer.chat_template
@@ -117,7 +117,7 @@ class Making:
         for number, each in enumerate(found):
             report = SourceReport(name=each.spelling)
             for piece in self._pieces(each, report):
-                _account(report, piece)
+                account(report, piece)
                 writer.add(piece, number)
             if not report.rows:
                 raise DataError(f"{each.spelling}: 0 records; the file is empty")
@@ -142,10 +142,10 @@ class Making:
         work = partial(self._encode, chosen)
         yield from in_order(work, self._chunks(found), config.preprocessing_num_workers)
 
-    def _encode(self, chosen: Chosen, chunk: Chunk) -> Packed:
+    def _encode(self, chosen: Chosen, chunk: Chunk | Parsed) -> Packed:
         return self.tokeniser.encode(chosen, chunk.rows(), chunk.origin).packed()
 
-    def _chunks(self, found: Found) -> Iterator[Chunk]:
+    def _chunks(self, found: Found) -> Iterator[Chunk | Parsed]:
         """Rows in the sizes that processes take them, `max_samples` of them at most."""
         size, limit = self.config.preprocessing_batch_size, self.config.row_limit
         for chunk in chunks(found, rows=min(size, limit or size)):
@@ -158,7 +158,7 @@ class Making:
             if not limit:
                 return
 
-    def _check(self, key: str, found: Tokenised) -> None:
+    def check(self, key: str, found: Tokenised) -> None:
         """Enough of the samples train, and they teach the model to stop."""
         lost, kept = found.losses, len(found.samples)
         too_many = self.config.on_bad_record == "error" and lost.no_target > _MOST_WITHOUT_TARGET * (
@@ -230,7 +230,9 @@ def one_kind(key: str, reports: Sequence[SourceReport]) -> str:
     return next(iter(kinds), "conversation")
 
 
-def _account(report: SourceReport, piece: Packed) -> None:
+def account(report: SourceReport, piece: Packed) -> None:
+    """Count what became of some rows of a data set."""
+    """Add a piece to what is told of its data set."""
     report.rows += piece.read
     report.samples += len(piece.rows)
     for bad in piece.bad:

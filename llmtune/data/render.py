@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.data.segments import Segments
+from llmtune.data.shapes import Shapes
 from llmtune.data.turns import Script, Special, Turn, check_texts, common
 from llmtune.errors import DataError
 from llmtune.examples import BadRow, Conversation, Message
@@ -65,26 +67,30 @@ class Renderer:
         self.train_on_prompt, self.mask_history = train_on_prompt, mask_history
         self.tool_format, self.split_special_tokens = tool_format, split_special_tokens
         self.special = Special(tokenizer)
+        self._segments, self._shapes = Segments(tokenizer, self.special), Shapes()
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | BadRow]:
         """Samples of each conversation, mostly one; BadRow where the template cannot render it faithfully."""
-        results: list[list[Encoded] | BadRow] = []
+        asked = [self._with_system(conversation) for conversation in conversations]
+        results: list[list[Encoded] | BadRow] = [[] for _ in asked]
         waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
-        for row, conversation in enumerate(conversations):
+        for row, (conversation, full) in enumerate(zip(asked, self._renderings(asked), strict=True)):
             try:
-                conversation = self._with_system(conversation)
+                if isinstance(full, BadRow):
+                    raise full
+                check_texts(conversation, full)
                 if self._marked(conversation) and not self.train_on_prompt:
-                    results.append([self._encode_marked(conversation)])
+                    results[row] = [self._encode_marked(conversation, full)]
                 else:
-                    results.append([])
-                    waiting += [(row, text, turns) for text, turns in self.renderings(conversation)]
+                    waiting += [(row, text, turns) for text, turns in self._trained(conversation, full)]
             except BadRow as bad:
-                results[row:] = [bad]
-        if waiting:
-            for (row, _, turns), tokens in zip(waiting, self._tokenise([text for _, text, _ in waiting]), strict=True):
-                kept = results[row]
-                assert isinstance(kept, list)
-                kept.append(_masked(*tokens, turns, self.train_on_prompt))
+                results[row] = bad
+        spans = [[(turn.start, turn.stop) for turn in turns] for _, _, turns in waiting]
+        encoded = self._segments.encode([text for _, text, _ in waiting], spans)
+        for (row, _, turns), (ids, tokens) in zip(waiting, encoded, strict=True):
+            kept = results[row]
+            assert isinstance(kept, list)
+            kept.append(_masked(ids, tokens, turns, self.train_on_prompt))
         return results
 
     def prompt(self, conversation: Conversation) -> np.ndarray:
@@ -92,7 +98,7 @@ class Renderer:
         conversation = self._with_system(conversation)
         text = self.render(conversation, conversation.messages, prompt=True)
         check_texts(conversation, text)
-        ((ids, _),) = self._tokenise([text])
+        ((ids, _),) = self._segments.encode([text], [[]])
         return ids
 
     def text(self, text: str) -> np.ndarray:
@@ -109,17 +115,41 @@ class Renderer:
         """The template's text of `messages`; with `prompt` it ends where the assistant begins to speak."""
         return self._apply(conversation, messages, tokenize=False, add_generation_prompt=prompt)
 
-    def renderings(self, conversation: Conversation) -> list[tuple[str, list[Turn]]]:
-        """The conversation's text and trained turns: one rendering, or several where the template needs it."""
-        script = Script(conversation, partial(self.render, conversation), self.special)
-        check_texts(conversation, script.full)
-        messages = conversation.messages
+    def _renderings(self, conversations: Sequence[Conversation]) -> list[str | BadRow]:
+        """The template's text of each. One call renders all that differ in nothing but their messages."""
+        results: list[str | BadRow] = [""] * len(conversations)
+        alike: dict[str, list[int]] = {}
+        for at, each in enumerate(conversations):
+            alike.setdefault(f"{each.tools!r}{each.template_kwargs!r}", []).append(at)
+        for places in alike.values():
+            group = [conversations[at] for at in places]
+            try:
+                texts = self._apply(group[0], [each.messages for each in group], tokenize=False)
+            except BadRow:  # of one of them; who it is shows when each is rendered by itself
+                texts = [self._rendering(each) for each in group]
+            for at, text in zip(places, texts, strict=True):
+                results[at] = text
+        return results
+
+    def _rendering(self, conversation: Conversation) -> str | BadRow:
+        try:
+            return self.render(conversation, conversation.messages)
+        except BadRow as bad:
+            return bad
+
+    def _trained(self, conversation: Conversation, full: str) -> list[tuple[str, list[Turn]]]:
+        """The texts of a conversation with their trained turns: one, or several where the template needs it."""
         if self.train_on_prompt:
-            body = self.special.without_tail(script.full)
-            ended = bool(self.special.pattern.search(script.full, len(body)))
-            return [(script.full, [Turn(start=0, stop=len(script.full), ended=ended)])]
-        has_prompt = "add_generation_prompt" in self._template(conversation.tools)
-        return script.renderings(_learnt(messages, self.mask_history), has_prompt)
+            body = self.special.without_tail(full)
+            ended = bool(self.special.pattern.search(full, len(body)))
+            return [(full, [Turn(start=0, stop=len(full), ended=ended)])]
+        pending = _learnt(conversation.messages, self.mask_history)
+        if quick := self._shapes.turns(conversation, full, pending):
+            return [(full, quick)]
+        script = Script(conversation, partial(self.render, conversation), self.special, full)
+        found = script.renderings(pending, "add_generation_prompt" in self._template(conversation.tools))
+        self._shapes.learn(conversation, script, pending, found)
+        return found
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         if not self.default_system or conversation.messages[0]["role"] == "system":
@@ -137,11 +167,9 @@ class Renderer:
     def _marked(self, conversation: Conversation) -> bool:
         return bool(_MARKED.search(self._template(conversation.tools)))
 
-    def _encode_marked(self, conversation: Conversation) -> Encoded:
+    def _encode_marked(self, conversation: Conversation, full: str) -> Encoded:
         """The template itself says which text the assistant generates."""
         messages = conversation.messages
-        full = self.render(conversation, messages)
-        check_texts(conversation, full)
         encoded = self._apply(
             conversation,
             messages,
@@ -162,27 +190,12 @@ class Renderer:
         ends = tuple(int(ids[stop]) for stop in stops if int(ids[stop]) in special)
         return Encoded(ids=ids, mask=mask, weights=weights, end_ids=ends, cuts=tuple(int(stop) + 1 for stop in stops))
 
-    def _apply(self, conversation: Conversation, messages: list[Message], **options: Any) -> Any:
+    def _apply(self, conversation: Conversation, messages: Sequence[Any], **options: Any) -> Any:
         variables = {**self.template_kwargs, **conversation.template_kwargs}
         try:
             return self.tokenizer.apply_chat_template(messages, tools=conversation.tools, **options, **variables)
         except Exception as error:  # a template raises whatever it likes, from its own words to TypeError
             raise BadRow("template refuses", f"the chat template raised {type(error).__name__}: {error}") from error
-
-    def _tokenise(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        # The template writes BOS itself where there is one, so none is added here.
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [
-            (np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
-            for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
 
 
 def _learnt(messages: Sequence[Message], last_only: bool) -> list[int]:
@@ -191,20 +204,17 @@ def _learnt(messages: Sequence[Message], last_only: bool) -> list[int]:
     return found[-1:] if last_only else found
 
 
-def _masked(ids: np.ndarray, offsets: np.ndarray, turns: list[Turn], everything: bool) -> Encoded:
-    """Mark every token that shares a character with a turn."""
-    mask, ends, cuts = np.zeros(len(ids), bool), [], []
+def _masked(ids: np.ndarray, tokens: Sequence[tuple[int, int]], turns: Sequence[Turn], everything: bool) -> Encoded:
+    """The turns' tokens marked, with their weights."""
+    mask = np.zeros(len(ids), bool)
     weights = np.ones(len(ids), np.float32) if any(turn.weight != 1 for turn in turns) else None
-    for turn in turns:
-        first = int(np.searchsorted(offsets[:, 1], turn.start, "right"))
-        stop = int(np.searchsorted(offsets[:, 0], turn.stop, "left"))
+    for (first, stop), turn in zip(tokens, turns, strict=True):
         mask[first:stop] = True
         if weights is not None:
             weights[first:stop] = turn.weight
-        cuts.append(stop)
-        if turn.ended and stop > first and not everything:
-            ends.append(int(ids[stop - 1]))
-    return Encoded(ids=ids, mask=mask, weights=weights, end_ids=tuple(ends), cuts=tuple(sorted(cuts)))
+    ended = [tokens[at] for at, turn in enumerate(turns) if turn.ended and not everything]
+    ends = tuple(int(ids[stop - 1]) for first, stop in ended if stop > first)
+    return Encoded(ids=ids, mask=mask, weights=weights, end_ids=ends, cuts=tuple(sorted(stop for _, stop in tokens)))
 
 
 def _weights_of_runs(messages: Sequence[Message], mask: np.ndarray) -> np.ndarray | None:

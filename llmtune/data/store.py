@@ -153,11 +153,15 @@ def open_store(folder: Path) -> Tokenised:
     )
     return Tokenised(
         samples=samples,
-        sources=[SourceReport(**{**source, "bad": Counter(source["bad"])}) for source in about["sources"]],
+        sources=[_report(source) for source in about["sources"]],
         losses=Losses(**about["losses"]),
         ends=Counter({int(token): count for token, count in about["ends"].items()}),
         bad_rows=folder / BAD_ROWS,
     )
+
+
+def _report(spelt: dict[str, Any]) -> SourceReport:
+    return SourceReport(**{**spelt, "bad": Counter(spelt["bad"])})
 
 
 def _mapped(path: Path, name: str, count: int) -> np.ndarray:

@@ -170,8 +170,10 @@ def _history(messages: Sequence[Message]) -> list[Message]:
 
 def _joined(example: Example, before: Any, result: list[Encoded] | BadRow) -> list[list[Encoded]] | BadRow:
     """The samples of an example, one rendering after the other."""
-    if isinstance(before, BadRow) or isinstance(result, BadRow):
-        return before if isinstance(before, BadRow) else result
+    if isinstance(before, BadRow):
+        return before
+    if isinstance(result, BadRow):
+        return result
     if isinstance(example, Conversation):
         return [[each] for each in result]
     if len(result) != 1:

@@ -6,7 +6,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from llmtune.data.reading.rows import Row, excerpt, not_utf8
 from llmtune.errors import DataError
@@ -94,7 +94,7 @@ class _Window:
                 return value
             self.more()
 
-    def fail(self, message: str, at: int | None = None) -> Any:
+    def fail(self, message: str, at: int | None = None) -> NoReturn:
         at = self.at if at is None else at
         cut = not self.text[at:].strip() or message.startswith("Unterminated")
         cause = "the array is cut off, was the file copied whole?" if cut and self.ended else f"not JSON: {message}."
@@ -108,7 +108,7 @@ class _Window:
         self.column = len(used) - used.rfind("\n") - 1 if "\n" in used else self.column + len(used)
         self.lines += used.count("\n")
 
-    def _not_utf8(self, raw: bytes, error: UnicodeDecodeError) -> Any:
+    def _not_utf8(self, raw: bytes, error: UnicodeDecodeError) -> NoReturn:
         good = raw[: error.start].decode()
         line = self.lines + self.text.count("\n") + good.count("\n") + 1
         line_start = raw.rfind(b"\n", 0, error.start) + 1

@@ -55,8 +55,8 @@ def find(source: Source, base_dir: Path, dataset_dir: Path | str | None = None) 
     else:
         where, base = entry.path, entry.base_dir
     place = locate(where, base)
-    known = entry.facts if entry is not None else {}
-    own = {
+    known: Mapping[str, Any] = entry.facts if entry is not None else {}
+    own: dict[str, Any] = {
         "format": source.format, "columns": source.columns, "tags": source.tags, "subset": source.subset,
         "num_samples": source.num_samples, "split": source.split if source.split != "train" else None,
     }  # fmt: skip

@@ -31,10 +31,15 @@ class Position(NamedTuple):
 class Chunk(Protocol):
     """Some consecutive rows of one file. Picklable; parsed where `rows` is called."""
 
-    origin: str
-    """Where the rows stand: `path:` or `path:row `, which a row's number follows."""
-    next: Position
-    """Where the chunk after it begins."""
+    @property
+    def origin(self) -> str:
+        """Where the rows stand: `path:` or `path:row `, which a row's number follows."""
+        ...
+
+    @property
+    def next(self) -> Position:
+        """Where the chunk after it begins."""
+        ...
 
     @property
     def count(self) -> int:
