@@ -100,11 +100,14 @@ def plot_lengths(lengths: np.ndarray, cutoff_len: int, path: str | Path | None =
     from matplotlib.ticker import PercentFormatter
 
     rising = np.sort(lengths)
-    wide = len(rising) > 0 and rising[-1] > LOG_FROM * max(1, rising[0])
+    least, most = (max(1, int(rising[0])), int(rising[-1])) if len(rising) else (1, 1)
+    wide = most > LOG_FROM * least
+    count = min(60, most - least + 1)
+    # Bounds between whole numbers, or some bars would hold one length more than others.
+    bounds = np.geomspace(least, most + 1, count + 1) if wide else np.linspace(least - 0.5, most + 0.5, count + 1)
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     counts, shares = figure.subplots(1, 2)
-    ends = (max(1, rising[0]), rising[-1] + 1) if len(rising) else (1, 2)
-    counts.hist(rising, bins=np.geomspace(*ends, 60) if wide else 60, color=TRAIN)
+    counts.hist(rising, bins=bounds, color=TRAIN)
     counts.set_title("Samples by length", loc="left", fontsize=11)
     share = np.arange(1, len(rising) + 1) / max(1, len(rising))
     shares.plot(rising, share, color=TRAIN, label="samples")
@@ -113,7 +116,8 @@ def plot_lengths(lengths: np.ndarray, cutoff_len: int, path: str | Path | None =
     shares.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (counts, shares):
         axes.set_xscale("log" if wide else "linear")
-        axes.axvline(cutoff_len, color="gray", linestyle="--", linewidth=1, label=f"cutoff_len {cutoff_len:,}")
+        if cutoff_len <= most:
+            axes.axvline(cutoff_len, color="gray", linestyle="--", linewidth=1, label=f"cutoff_len {cutoff_len:,}")
         axes.set_xlabel("tokens of a sample")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
