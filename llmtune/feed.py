@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Feed:
     micro_steps: int
     flat: bool
     pad_id: int
+    error: ClassVar[None] = None
+    """All data were read before the run; nothing of them can fail now."""
 
     @classmethod
     def make(
@@ -75,6 +77,18 @@ class Feed:
     def tokens(self, step: int) -> int:
         """Tokens (without padding) in the whole optimiser step, all ranks."""
         return int(self.units.tokens[self.order.step_units(step)].sum())
+
+    def share_of_tokens(self, step: int) -> float:
+        """What this rank adds to the step's tokens, where a tensor group counts once."""
+        return self.tokens(step) * self.ranks.layout.tensor / self.ranks.size
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are done after `step` steps."""
+        return round(step / self.order.steps_per_epoch, 4)
+
+    def origin(self, sample: int) -> str:
+        """Where a sample of a batch comes from."""
+        return self.samples.origin(sample)
 
     @property
     def padding(self) -> float:

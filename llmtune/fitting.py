@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmtune.planning import Plan
+    from llmtune.recipe import Recipe
 
 NOUNS = {"preference": "preferences", "labelled": "labelled answers", "prompt": "prompts"}
 """Kinds of samples whose sequences mean something only as a whole."""
@@ -27,3 +28,13 @@ def misfits(plan: Plan) -> Iterator[str]:
             f"dist_config: cp_size is {size}, but the loss of {noun} needs whole answers, and a rank has pieces; "
             "set cp_size: 1"
         )
+
+
+def unstreamable(recipe: Recipe) -> Iterator[str]:
+    """What of a recipe does not go with data of unknown size."""
+    if not recipe.data.streaming:
+        return
+    if not recipe.train.max_steps:
+        yield "max_steps: not given, but streaming does not know how many rows an epoch has; set max_steps"
+    if recipe.train.eval_strategy == "epoch":
+        yield "eval_strategy: found epoch, whose end streaming does not know; set eval_strategy: steps and eval_steps"

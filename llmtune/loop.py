@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from llmtune.errors import DivergedError, listed
-from llmtune.feed import Feed
 from llmtune.placement import local, seeded_step
-from llmtune.ranks import Ranks, total
+from llmtune.ranks import Ranks, fail_together, total
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from llmtune.feed import Feed
     from llmtune.records import Distribute, Schedule
     from llmtune.stages import Batch
+    from llmtune.stream_feed import StreamFeed
+
+TOKENS = ""
+"""Name of the count of tokens among a step's sums, which no metric of a stage can have."""
 
 
 class Watcher(Protocol):
@@ -53,7 +57,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     distribute: Distribute
-    feed: Feed
+    feed: Feed | StreamFeed
     ranks: Ranks
     device: torch.device
     total_steps: int
@@ -86,7 +90,11 @@ def train(run: Training, watcher: Watcher) -> int:
         weight /= run.ranks.layout.tensor  # a tensor group computes one result; it counts once
         sums = forward_backward(run, micros, weight, step)
         norm = global_norm(run.parameters)
+        sums[TOKENS] = torch.tensor(run.feed.share_of_tokens(step), device=run.device, dtype=torch.float64)
         loss, grad_norm, metrics = read_back(run, sums, norm)
+        tokens = metrics.pop(TOKENS)
+        if math.isnan(tokens):  # some rank's data failed while others computed
+            fail_together(run.feed.error)
         if run.scaler is not None and run.scaler.overflowed(grad_norm):
             run.optimizer.zero_grad(set_to_none=True)
             continue
@@ -95,7 +103,7 @@ def train(run: Training, watcher: Watcher) -> int:
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         step += 1
-        stats = StepStats(loss, grad_norm, rate, run.feed.tokens(step - 1), time.perf_counter() - started, metrics)
+        stats = StepStats(loss, grad_norm, rate, round(tokens), time.perf_counter() - started, metrics)
         if watcher.after_step(step, stats):
             break
         run.objective.train()
@@ -159,7 +167,7 @@ def require_finite(run: Training, loss: float, grad_norm: float, step: int, micr
     """Stop a run that would otherwise write NaN into its weights."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    rows = listed([run.feed.samples.origin(sample) for micro in micros for sample in micro.sample_ids], 16)
+    rows = listed([run.feed.origin(sample) for micro in micros for sample in micro.sample_ids], 16)
     raise DivergedError(
         f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the update, "
         f"so the weights and the last checkpoint are good. Rows on this rank: {rows}. "

@@ -17,7 +17,7 @@ from llmtune.data.pipeline import LEARNS
 from llmtune.edits import Ledger, set_trainable
 from llmtune.errors import LlmtuneError, PlanError, listed, raise_all
 from llmtune.feed import Feed
-from llmtune.fitting import misfits
+from llmtune.fitting import misfits, unstreamable
 from llmtune.hookspecs import EXTENSION_POINTS
 from llmtune.loading import only_first_reads
 from llmtune.mesh import arrange
@@ -35,6 +35,7 @@ from llmtune.source import (
     read_tokenizer,
     resolve_model,
 )
+from llmtune.stream_feed import StreamFeed
 from llmtune.structure import transformer_layers
 from llmtune.vocabulary import Vocabulary, enter, extend, grow, objection
 
@@ -74,7 +75,7 @@ class Plan:
     """Which rows of the embedding are new; None where none are."""
     trainable: list[str] = field(default_factory=list)
     data: Prepared | None = None
-    feed: Feed | None = None
+    feed: Feed | StreamFeed | None = None
     flat: bool = False
     attention: str = ""
     notes: list[str] = field(default_factory=list)
@@ -91,7 +92,10 @@ class Plan:
         """Optimiser steps of the whole run."""
         assert self.feed is not None
         train = self.recipe.train
-        return train.max_steps or max(1, math.ceil(train.num_train_epochs * self.feed.order.steps_per_epoch - 1e-9))
+        if train.max_steps:
+            return train.max_steps
+        assert self.feed.order.steps_per_epoch is not None  # a stream's plan is not made without max_steps
+        return max(1, math.ceil(train.num_train_epochs * self.feed.order.steps_per_epoch - 1e-9))
 
     @property
     def warmup_steps(self) -> int:
@@ -181,6 +185,7 @@ def make_plan(
         raise_all([*problems, *model_problems])
     data = None
     if mode == "train":
+        problems += [PlanError(sentence) for sentence in unstreamable(recipe)]
         with collect(problems):
             data = prepare_for(recipe, parts, registry, tokenizer)
     raise_all(problems)
@@ -313,12 +318,18 @@ def choose_attention(plan: Plan) -> None:
     plan.flat = end_to_end or plan.recipe.data.isolates
 
 
-def make_feed(plan: Plan) -> Feed:
+def make_feed(plan: Plan) -> Feed | StreamFeed:
     """The order of rows and their grouping into steps."""
     from llmtune.show import counted
 
     assert plan.data is not None
     train, data = plan.recipe.train, plan.recipe.data
+    if plan.data.stream is not None:
+        return StreamFeed.make(
+            plan.data.stream, plan.data.train, per_device=train.per_device_train_batch_size,
+            micro_steps=train.gradient_accumulation_steps, ranks=plan.ranks, flat=plan.flat,
+            pad_id=pad_id(plan.tokenizer),
+        )  # fmt: skip
     samples = mixed(plan.data.train, data, train.seed)
     plan.notes += [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, plan.data.train)] if found]
     feed = Feed.make(

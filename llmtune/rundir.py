@@ -35,7 +35,8 @@ COSMETIC = {
     "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
     "export_legacy_format", "infer_dtype", "init_config", "disable_gradient_checkpointing", "activation_checkpointing",
-    "use_reentrant_gc", "torch_compile", "dist_config", "ddp_timeout",
+    "use_reentrant_gc", "torch_compile", "dist_config", "ddp_timeout", "preprocessing_num_workers",
+    "preprocessing_batch_size", "overwrite_cache", "tokenized_path", "data_shared_file_system",
 }  # fmt: skip
 SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 """May differ as long as a step has the same rows; left as they were, they are fitted to the number of ranks."""
@@ -248,7 +249,8 @@ def write_records(plan: Plan, **more: Any) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
     (folder / "resolved.yaml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
-    write_quarantine(folder, plan.data.report.bad_rows if plan.data else ())
+    if plan.data is None or plan.data.stream is None:  # a stream adds its rows as it meets them
+        write_quarantine(folder, plan.data.report.bad_rows if plan.data else ())
     write_status(
         folder, "running", **versions(plan), **more, model_origin=plan.files.origin, model_revision=plan.files.revision
     )

@@ -79,22 +79,33 @@ def _number_lines(plan: Plan) -> list[str]:
         tokens, units = int(plan.feed.units.tokens.sum()), plan.feed.units
         rows_each = -(-order.batch // (micros * plan.ranks.batch_ranks))
         split = f"{rows_each} x {micros} micro-batches x {counted(plan.ranks.batch_ranks, 'rank')}"
-        step_tokens = tokens * min(order.batch, len(units)) // len(units)
+        # The first rows of a stream stand for all.
+        step_tokens = tokens * (min(order.batch, len(units)) if order.steps_per_epoch else order.batch) // len(units)
         what = "packs" if units.kind == "pack" else "pairs" if plan.feed.samples.width == 2 else "rows"
         rows += [
             ("Data", str(plan.data.report).replace("\n", f"\n{'':<12}")),
             *([("Packing", _packing(plan))] if _packing(plan) else []),
             ("Batch", f"{order.batch} {what} a step = {split}, about {step_tokens:,} tokens"),
-            ("Steps", f"{plan.steps} ({order.steps_per_epoch} an epoch, {plan.warmup_steps} of them warm-up)"),
+            ("Steps", f"{plan.steps} ({_epoch(plan)}{plan.warmup_steps} of them warm-up)"),
             ("Output", f"{plan.output_dir}"),
         ]  # fmt: skip
     return [f"{name:<12}{text}" for name, text in rows]
+
+
+def _epoch(plan: Plan) -> str:
+    assert plan.feed is not None and plan.data is not None
+    steps, stream = plan.feed.order.steps_per_epoch, plan.data.stream
+    if steps is None and stream is not None and stream.rows is not None and not plan.recipe.data.packing:
+        return f"{stream.rows / plan.feed.order.batch:.1f} an epoch, "
+    return "" if steps is None else f"{steps} an epoch, "
 
 
 def _packing(plan: Plan) -> str:
     """How samples share rows, or how much is padded where they do not."""
     assert plan.feed is not None
     units = plan.feed.units
+    if plan.data is not None and plan.data.stream is not None and units.kind != "sample":
+        return f"rows of up to {units.room:,} tokens, " + ("kept apart" if units.kind == "pack" else "end to end")
     match units.kind:
         case "pack":
             return f"{counted(len(units), 'pack')} of up to {units.room:,} tokens, {units.fill:.1%} full, kept apart"

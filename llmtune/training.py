@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from llmtune.ranks import (
     wait_for_all,
 )
 from llmtune.save import write_result
+from llmtune.stream_feed import StreamFeed
 from llmtune.watch import Keeper, StopRequest
 
 if TYPE_CHECKING:
@@ -62,10 +64,13 @@ def train_here(recipe: Recipe, registry: Registry, show: Any = print) -> Outcome
     except (LlmtuneError, OSError) as error:
         tell_the_others(error, recipe.train.ddp_timeout)
         raise
-    join(ranks, device, recipe.train.ddp_timeout)
-    fail_together(None)
-    check_agreement(plan.facts())
-    return _train(plan, registry, show if ranks.first else _nothing)
+    with closing(plan.feed) if isinstance(plan.feed, StreamFeed) else nullcontext() as stream:
+        if stream is not None:
+            stream.hire()
+        join(ranks, device, recipe.train.ddp_timeout)
+        fail_together(None)
+        check_agreement(plan.facts())
+        return _train(plan, registry, show if ranks.first else _nothing)
 
 
 def _nothing(*_: object) -> None:
@@ -110,6 +115,11 @@ def _prepare(plan: Plan, lock: FolderLock) -> tuple[Path, checkpoint.Manifest] |
 def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest] | None, show: Any) -> Outcome:
     recipe = plan.recipe.train
     assert plan.feed is not None
+    first_step = found[1].step if found else 0
+    if isinstance(plan.feed, StreamFeed):  # reads and tokenises while the weights are loaded
+        once = plan.ranks.rank == plan.ranks.batch_rank * plan.ranks.size // plan.ranks.batch_ranks
+        plan.feed.quarantine = plan.output_dir / rundir.QUARANTINE if once else None
+        plan.feed.start(first_step, found[1].numbers["stream"] if found else None)
     objective = build_objective(plan)
     optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate)
     scaler = LossScale() if plan.precision.scaled else None
@@ -118,7 +128,6 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
     if plan.ranks.layout.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective)
-    first_step = found[1].step if found else 0
     with StopRequest() as stop:
         loggers = start_loggers(plan, first_step)
         keeper = Keeper(plan, objective, optimizer, loggers, registry.observers(), stop, scaler)
@@ -142,6 +151,8 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
                 loggers.finish()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
+    if isinstance(plan.feed, StreamFeed):
+        show(plan.feed.summary())
     reshard(objective)
     if best := keeper.best_folder():
         checkpoint.restore(best, checkpoint.verify(best), plan.model, None, plan.ranks)

@@ -21,6 +21,7 @@ from llmtune.ranks import total
 from llmtune.records import Evaluated, Event, Saved, StepDone
 from llmtune.rundir import plain
 from llmtune.save import is_adapter, write_adapter
+from llmtune.stream_feed import StreamFeed
 
 if TYPE_CHECKING:
     from llmtune.log import Loggers
@@ -108,7 +109,7 @@ class Keeper:
         speed = sum(s.tokens for s in window) / max(sum(s.seconds for s in window), 1e-9)
         mfu = self.plan.cost.mfu(speed)
         metrics = {
-            "epoch": round(step / self.plan.feed.order.steps_per_epoch, 4),
+            "epoch": self.plan.feed.epoch(step),
             "loss": sum(stats.loss for stats in window) / len(window),
             "grad_norm": window[-1].grad_norm,
             "learning_rate": window[-1].learning_rate,
@@ -130,7 +131,7 @@ class Keeper:
             case "steps":
                 return step % (train.eval_steps or train.logging_steps) == 0 or last
             case "epoch":
-                return step % self.plan.feed.order.steps_per_epoch == 0 or last
+                return step % (self.plan.feed.order.steps_per_epoch or self.plan.steps) == 0 or last
         return False
 
     def evaluate(self, step: int) -> bool:
@@ -146,7 +147,7 @@ class Keeper:
         parts = {name: partial(batches, chosen=chosen) for name, chosen in sets.items()}
         metrics = evaluate(self.objective, parts, plan.device)
         if self.loggers is not None:
-            self.loggers.log(step, {"epoch": round(step / feed.order.steps_per_epoch, 4), **metrics})
+            self.loggers.log(step, {"epoch": feed.epoch(step), **metrics})
         self.tell(Evaluated(step=step, metrics=metrics))
         if train.metric_for_best_model not in metrics:
             raise PlanError(
@@ -202,6 +203,7 @@ class Keeper:
             "stopped_early": self.stopped_early,
             "window": [asdict(stats) for stats in self.window],
             "loss_scale": self.scaler.state() if self.scaler else None,
+            "stream": self.plan.feed.cursor() if isinstance(self.plan.feed, StreamFeed) else None,
         }
 
     def restore(self, manifest: checkpoint.Manifest) -> None:

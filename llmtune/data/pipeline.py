@@ -15,6 +15,7 @@ from llmtune.data.config import DataConfig, Source, sources
 from llmtune.data.formats import Formats
 from llmtune.data.making import Making
 from llmtune.data.report import DataReport, PartReport
+from llmtune.data.streaming.stream import Stream, open_stream
 from llmtune.data.template import choose_template
 from llmtune.data.tokens import TokenSamples
 from llmtune.errors import DataError
@@ -30,10 +31,14 @@ class Prepared:
     train: TokenSamples
     evaluation: TokenSamples | None
     report: DataReport
+    stream: Stream | None = None
+    """Where the data are streamed: all of them, of which `train` has only the first rows."""
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what is trained on: tokens, masks and bounds."""
+        """SHA-256 of what is trained on: tokens, masks and bounds; of a stream, what tells it from another."""
+        if self.stream is not None:
+            return self.stream.digest
         return self.train.digest or self.train.hashed()
 
 
@@ -61,6 +66,9 @@ def prepare(
     if config.template is not None:
         choose_template(config.template, tokenizer, folder)
     make = Making(config, tokenizer, folder, formats or Formats.builtin(), tuple(learns), stage)
+    if config.streaming:
+        opened = open_stream(make, seed)
+        return Prepared(train=opened.first, evaluation=opened.evaluation, report=opened.report, stream=opened.stream)
     found = make.tokenised("dataset", sources(config.dataset))
     train, evaluation, losses = pick(found.samples, sources(config.dataset), seed), None, found.losses
     parts = [found]

@@ -1,0 +1,1 @@
+"""Data larger than disk or memory: rows are read, shuffled and tokenised while the model trains."""
