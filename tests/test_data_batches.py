@@ -125,13 +125,17 @@ def test_weights_that_are_all_one_are_none_and_mixed_with_none_are_one() -> None
 
 
 @pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("explains", [True, False], ids=["head", "logits"])
-def test_the_gradient_follows_the_weights(flat: bool, explains: bool) -> None:
-    """Against autograd on one full mean of weighted losses, computed document by document."""
+@pytest.mark.parametrize("way", ["head", "logits", "fused"])
+def test_the_gradient_follows_the_weights(flat: bool, way: str) -> None:
+    """Against autograd on a sum of weighted losses, computed document by document."""
+    ops = {}
+    if way == "fused":
+        fused = pytest.importorskip("llmtune_kernels.linear_cross_entropy")
+        ops = {"linear_cross_entropy": fused.linear_cross_entropy}
     model = tiny_model().eval()
     documents = weighted([6, 2, 20, 9])
     batch = collate(documents, flat=flat, pad_id=0)
-    found = gradients(model, Context({}, head_explains_logits=explains).next_token_loss(model, batch))
+    found = gradients(model, Context(ops, head_explains_logits=way != "logits").next_token_loss(model, batch))
     total = torch.zeros(())
     for ids, mask, weights in documents:
         tokens = torch.from_numpy(ids).long()

@@ -142,7 +142,8 @@ def test_a_stage_over_answers_trains_as_a_loop_by_hand(kind: str, packing: bool,
     keys = keys_of(tmp_path)
     expected = by_hand(keys["model"], kind, feed_for(kind, packing, Ranks(), 2))
     compare(run(keys, kind, packing, 2), expected)
-    compare(in_ranks(2, tmp_path / "ranks", run, keys, kind, packing, 1)[0], expected)
+    if packing == (kind == "labelled"):  # each kind and each layout once
+        compare(in_ranks(2, tmp_path / "ranks", run, keys, kind, packing, 1)[0], expected)
 
 
 def test_batches_that_would_mix_or_cut_answers_are_refused(tmp_path: Path) -> None:

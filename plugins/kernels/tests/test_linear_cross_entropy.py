@@ -186,27 +186,3 @@ def test_logits_of_all_positions_never_exist(transform: Any, grad: bool) -> None
     with Largest() as seen:
         plain(hidden, head, targets)
     assert seen.elements == many * V
-
-
-def test_tokens_count_what_their_weights_say() -> None:
-    """Weights are the core's affair: it calls the operation once for each of them."""
-    from llmtune.objective import weighted_sum
-    from llmtune.stages import Batch
-
-    torch.manual_seed(1)
-    head = nn.Linear(D, V, bias=True, dtype=torch.float64)
-    values, targets = torch.randn(N, D, dtype=torch.float64), torch.randint(V, (N,))
-    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)[torch.randint(3, (N,))]
-    groups = tuple((w, (weights == w).nonzero()[:, 0]) for w in (0.5, 1.0, 2.0))
-    batch = Batch(
-        input_ids=targets, labels=targets, weight=float(weights.sum()), predict_at=targets, targets=targets,
-        weight_groups=groups,
-    )  # fmt: skip
-    hidden = values.clone().requires_grad_()
-    weighted_sum(batch, hidden, lambda some, wanted: chunked.linear_cross_entropy(some, head, wanted, None)).backward()
-    found = hidden.grad, head.weight.grad, head.bias.grad
-    head.zero_grad()
-    hidden = values.clone().requires_grad_()
-    (F.cross_entropy(head(hidden), targets, reduction="none") * weights).sum().backward()
-    for ours, expected in zip(found, (hidden.grad, head.weight.grad, head.bias.grad), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
