@@ -144,8 +144,8 @@ class DataStats:
             lines.append(
                 f"  packed: {self.packed.rows:,} rows of {self.cutoff_len:,} tokens, {self.packed.fill:.2%} full"
             )
-        padding = f"{1 - self.padded.fill:.1%} of their tokens padding in micro-batches of {self.padded.micro_batch:,}"
-        lines.append(f"  not packed: {self.padded.rows:,} rows, {padding}")
+        share = f"{1 - self.padded.fill:.1%} padding"
+        lines.append(f"  padded in micro-batches of {self.padded.micro_batch:,}: {self.padded.rows:,} rows, {share}")
         return lines
 
     def _repr_html_(self) -> str:
