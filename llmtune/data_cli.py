@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.errors import DataError, PlanError
+from llmtune.errors import DataError, PlanError, RecipeError
 
 if TYPE_CHECKING:
     from llmtune.data.check import DataCheck
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmtune.data.formats import Formats
 
 _RECIPES = (".yaml", ".yml")
+_DATA = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".txt", ".gz", ".zst")
 
 
 def add_commands(commands: Any) -> None:
@@ -161,6 +162,11 @@ def _recipe(options: Any) -> Any:
     from llmtune.cli import quiet_libraries
     from llmtune.recipe import load_recipe
 
+    if options.recipe.endswith(_DATA):
+        raise RecipeError(
+            f"{options.recipe}: is data, and a recipe is needed, which names a model; try `llmtune data check "
+            f"{options.recipe}`, or a recipe and dataset={options.recipe}"
+        )
     recipe = load_recipe(options.recipe, options.overrides)
     quiet_libraries()
     return recipe

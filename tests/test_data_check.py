@@ -55,7 +55,7 @@ def test_every_bad_row_is_counted_and_the_first_are_listed(bad: str) -> None:
     found = llmtune.check_data(bad)
     assert not found and found.rows == 30
     assert found.reasons == {"messages is not a list": 24, "empty answer": 1, "unreadable": 1}
-    assert [each.origin for each in found.bad] == [f"{bad}:{line}" for line in range(5, 25)]
+    assert [each.origin for each in found.bad] == [f"{bad}:{line}" for line in (*range(5, 23), 29, 30)]  # each reason
     said = str(found)
     assert "cannot be used: 26 rows (messages is not a list 24, " in said
     assert f'    {bad}:5: messages is not a list: "messages" is text, allowed is a list of messages' in said
@@ -164,6 +164,8 @@ def test_mistakes_in_the_command_are_one_sentence(
     assert main(["data", "stats", good + ".yaml"]) == RecipeError.exit_code
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 2 and all(line.startswith("llmtune: ") and "found nothing" in line for line in said)
+    assert main(["data", "preview", good]) == RecipeError.exit_code
+    assert f"{good}: is data, and a recipe is needed" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["data", "check", good, "--limit", "0"])
     assert "found 0, allowed is a whole number >= 1" in capsys.readouterr().err

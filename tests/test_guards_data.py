@@ -15,7 +15,7 @@ from llmtune.data.tokenise import Tokeniser
 from tests.runs import recipe
 from tests.tiny import CHATML, tiny_tokenizer
 
-TOKENIZER = tiny_tokenizer()
+TOKENIZER: Any = tiny_tokenizer()
 Keys = Callable[..., dict[str, Any]]
 
 

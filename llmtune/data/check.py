@@ -31,6 +31,8 @@ _SPECIAL = re.compile(r"<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
 _PLACE = re.compile(r"\{\{ ?\w+ ?\}\}")
 _ROWS = 1000
 _SHOWN = 5
+_EACH = 3
+"""Bad rows of each reason that are listed, whatever came before."""
 
 
 @dataclass(kw_only=True)
@@ -180,7 +182,11 @@ def check(
     """
     found = find(source, base_dir, dataset_dir)
     result = DataCheck(name=found.spelling, files=len(found.files))
-    first = list(islice((row for chunk in islice(chunks(found), 1) for row in chunk.rows()), LOOKED_AT))
+    first = list(
+        islice(
+            (row for chunk in islice(chunks(found, streaming=limit is not None), 1) for row in chunk.rows()), LOOKED_AT
+        )
+    )
     if not first:
         raise DataError(f"{found.spelling}: 0 records; the file is empty")
     chosen = None
@@ -210,6 +216,7 @@ class _Merge:
     def __init__(self, into: DataCheck, keep: int | None, on_bad: Callable[[Bad], object] | None) -> None:
         self.into, self.keep, self.on_bad = into, keep, on_bad
         self.hashes, self.numbers = array("Q"), array("Q")
+        self.kept: Counter[str] = Counter()
         self.origins: list[tuple[int, str]] = []  # rows before, label
 
     def add(self, seen: Seen) -> None:
@@ -230,8 +237,19 @@ class _Merge:
             into.reasons[bad.reason] += 1
             if self.on_bad is not None:
                 self.on_bad(bad)
-            if self.keep is None or len(into.bad) < self.keep:
-                into.bad.append(bad)
+            self._keep(bad)
+
+    def _keep(self, bad: Bad) -> None:
+        """The first ones; those of a rarer reason take the place of the last of a frequent one."""
+        kept, reasons = self.into.bad, self.kept
+        if self.keep is not None and len(kept) >= self.keep:
+            frequent, most = reasons.most_common(1)[0]
+            if reasons[bad.reason] >= min(_EACH, most):
+                return
+            del kept[max(at for at, each in enumerate(kept) if each.reason == frequent)]
+            reasons[frequent] -= 1
+        kept.append(bad)
+        reasons[bad.reason] += 1
 
     def finish(self) -> None:
         """Find the rows that say the same."""
@@ -257,7 +275,8 @@ class _Part(NamedTuple):
 
 
 def _chunks(found: Found, limit: int | None) -> Iterator[Chunk | _Part]:
-    for chunk in chunks(found, rows=_ROWS):
+    # A hub data set is not downloaded whole for its first rows.
+    for chunk in chunks(found, rows=_ROWS, streaming=limit is not None):
         if limit is None:
             yield chunk
             continue
