@@ -17,7 +17,9 @@ from llmtune.data.piece import Packed
 from llmtune.data.reading import Chunk, Found, Row, chunks, content_key, find
 from llmtune.data.report import SHOWN, SourceReport
 from llmtune.data.store import StoreWriter, Tokenised, read_about
+from llmtune.data.template import missing_tokens
 from llmtune.data.tokenise import Tokeniser
+from llmtune.data.tool_format import read_tool_format
 from llmtune.data.workers import in_order
 from llmtune.errors import DataError, listed
 from llmtune.folders import cache_root
@@ -52,7 +54,7 @@ class Making:
 
     @cached_property
     def tokeniser(self) -> Tokeniser:
-        return Tokeniser(self.config, self.tokenizer)
+        return Tokeniser(self.config, self.tokenizer, read_tool_format(self.config.tool_format, self.base_dir))
 
     def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
         """The data sets of one key, from the cache or made now."""
@@ -104,7 +106,7 @@ class Making:
             "version": VERSION,
             "tokenizer": hashlib.sha256(" ".join(map(str, spelled)).encode()).hexdigest(),
             "template": template,
-            "tool_format": str(self.tokeniser.renderer.tool_format),
+            "tool_format": self.tokeniser.renderer.tool_format,
             "concatenated": self.tokeniser.cutoff is None,
             "day": date.today().isoformat() if dated else None,
             "learns": self.learns,
@@ -170,9 +172,11 @@ class Making:
         if chats and not self.config.train_on_prompt and not found.ends:
             template = self.config.template
             name = f'template "{template}"' if template else "the tokenizer's chat template"
+            lacking = listed(missing_tokens(self.tokenizer), 8)
+            fix = f"add {lacking} with new_special_tokens, or choose" if lacking else "choose"
             raise DataError(
                 f"template: {name} trains no end-of-turn token: no trained turn ends in one of the tokenizer's special "
-                f"tokens (its eos is {self.tokenizer.eos_token!r}). Choose a template that writes one this tokenizer "
+                f"tokens (its eos is {self.tokenizer.eos_token!r}); {fix} a template that writes one this tokenizer "
                 "has, such as `template: alpaca`, or put it inside the template's generation block"
             )
 

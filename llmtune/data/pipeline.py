@@ -16,9 +16,9 @@ from llmtune.data.formats import Formats
 from llmtune.data.making import Making
 from llmtune.data.report import DataReport, PartReport
 from llmtune.data.streaming.stream import Stream, open_stream
-from llmtune.data.template import choose_template
+from llmtune.data.template import choose_template, missing_tokens
 from llmtune.data.tokens import TokenSamples
-from llmtune.errors import DataError
+from llmtune.errors import DataError, listed
 
 LEARNS = ("conversation", "text", "tokens")
 """Kinds of rows that a stage learns from if it does not say."""
@@ -123,5 +123,9 @@ def hold_out(samples: TokenSamples, size: int | float, seed: int) -> tuple[Token
 
 
 def _notes(tokenizer: Any) -> tuple[str, ...]:
-    dated = "the chat template writes today's date: other days give other tokens; fix it in template_kwargs"
-    return (dated,) if "strftime_now" in str(tokenizer.chat_template) else ()
+    found = []
+    if "strftime_now" in str(tokenizer.chat_template):
+        found.append("the chat template writes today's date: other days give other tokens; fix it in template_kwargs")
+    if lacking := missing_tokens(tokenizer):
+        found.append(f"the template spells {listed(lacking, 8)}, which this tokenizer reads as plain text")
+    return tuple(found)

@@ -4,7 +4,7 @@ The ids are those of `tokenizer.apply_chat_template`. Which of them train follow
 rendered text; see `turns`.
 
 Policy for text that spells special tokens: it becomes those tokens, as `apply_chat_template` has it. Nobody's data is
-rewritten; positions still tell the turn's own end apart from such text.
+rewritten; positions still tell the turn's own end apart from such text. With `split_special_tokens` it stays text.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.data.literal import Literal
 from llmtune.data.segments import Segments
 from llmtune.data.shapes import Shapes
+from llmtune.data.tool_format import with_tools_as_text
 from llmtune.data.turns import Script, Special, Turn, check_texts, common
 from llmtune.errors import DataError
 from llmtune.examples import BadRow, Conversation, Message
@@ -53,9 +55,10 @@ class Renderer:
         default_system: str | None = None,
         train_on_prompt: bool = False,
         mask_history: bool = False,
-        tool_format: Any = None,
+        tool_format: str | None = None,
         split_special_tokens: bool = False,
     ) -> None:
+        """`tool_format` is the text of one; see `tool_format.with_tools_as_text`."""
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(tokenizer).__name__} cannot tell where tokens stand in the text, which the loss mask needs; "
@@ -67,17 +70,18 @@ class Renderer:
         self.train_on_prompt, self.mask_history = train_on_prompt, mask_history
         self.tool_format, self.split_special_tokens = tool_format, split_special_tokens
         self.special = Special(tokenizer)
-        self._segments, self._shapes = Segments(tokenizer, self.special), Shapes()
+        self._literal = Literal(tokenizer) if split_special_tokens else None
+        self._segments, self._shapes = Segments(tokenizer, self.special, self._literal), Shapes()
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | BadRow]:
         """Samples of each conversation, mostly one; BadRow where the template cannot render it faithfully."""
-        asked = [self._with_system(conversation) for conversation in conversations]
+        asked = [self._asked(conversation) for conversation in conversations]
         results: list[list[Encoded] | BadRow] = [[] for _ in asked]
         waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
         for row, (conversation, full) in enumerate(zip(asked, self._renderings(asked), strict=True)):
             try:
-                if isinstance(full, BadRow):
-                    raise full
+                if isinstance(full, BadRow) or isinstance(conversation, BadRow):
+                    raise full if isinstance(full, BadRow) else conversation
                 check_texts(conversation, full)
                 if self._marked(conversation) and not self.train_on_prompt:
                     results[row] = [self._encode_marked(conversation, full)]
@@ -95,7 +99,7 @@ class Renderer:
 
     def prompt(self, conversation: Conversation) -> np.ndarray:
         """(tokens,) of a conversation up to where the assistant begins to speak. BadRow where it cannot be rendered."""
-        conversation = self._with_system(conversation)
+        conversation = self._written(self._with_system(conversation))
         text = self.render(conversation, conversation.messages, prompt=True)
         check_texts(conversation, text)
         ((ids, _),) = self._segments.encode([text], [[]])
@@ -115,14 +119,15 @@ class Renderer:
         """The template's text of `messages`; with `prompt` it ends where the assistant begins to speak."""
         return self._apply(conversation, messages, tokenize=False, add_generation_prompt=prompt)
 
-    def _renderings(self, conversations: Sequence[Conversation]) -> list[str | BadRow]:
+    def _renderings(self, conversations: Sequence[Conversation | BadRow]) -> list[str | BadRow]:
         """The template's text of each. One call renders all that differ in nothing but their messages."""
-        results: list[str | BadRow] = [""] * len(conversations)
+        results: list[str | BadRow] = [each if isinstance(each, BadRow) else "" for each in conversations]
         alike: dict[str, list[int]] = {}
         for at, each in enumerate(conversations):
-            alike.setdefault(f"{each.tools!r}{each.template_kwargs!r}", []).append(at)
+            if not isinstance(each, BadRow):
+                alike.setdefault(f"{each.tools!r}{each.template_kwargs!r}", []).append(at)
         for places in alike.values():
-            group = [conversations[at] for at in places]
+            group = [each for each in (conversations[at] for at in places) if not isinstance(each, BadRow)]
             try:
                 texts = self._apply(group[0], [each.messages for each in group], tokenize=False)
             except BadRow:  # of one of them; who it is shows when each is rendered by itself
@@ -150,6 +155,24 @@ class Renderer:
         found = script.renderings(pending, "add_generation_prompt" in self._template(conversation.tools))
         self._shapes.learn(conversation, script, pending, found)
         return found
+
+    def _asked(self, conversation: Conversation) -> Conversation | BadRow:
+        """What is rendered for a conversation."""
+        try:
+            return self._written(self._with_system(conversation))
+        except BadRow as bad:
+            return bad
+
+    def _written(self, conversation: Conversation) -> Conversation:
+        if self._literal is not None:
+            guarded = self._literal.guarded(conversation)
+            if guarded is not conversation and self._marked(conversation):
+                what = (
+                    "a text spells special tokens, and split_special_tokens cannot be used with a template that marks"
+                )
+                raise BadRow("special tokens in text", f"{what} its answers itself")
+            conversation = guarded
+        return conversation if self.tool_format is None else with_tools_as_text(conversation, self.tool_format)
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         if not self.default_system or conversation.messages[0]["role"] == "system":

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.data.literal import Literal
 from llmtune.data.turns import Special
+from llmtune.errors import DataError
 
 _PROVED = 8
 """Texts that are tokenised both ways before pieces are trusted."""
@@ -31,18 +33,28 @@ Found = tuple[np.ndarray, list[tuple[int, int]]]
 class Segments:
     """Ids of texts, and the tokens that given spans of characters take."""
 
-    def __init__(self, tokenizer: Any, special: Special) -> None:
-        self.tokenizer, self.special = tokenizer, special
+    def __init__(self, tokenizer: Any, special: Special, literal: Literal | None = None) -> None:
+        """With `literal`, the stand-ins in texts become the plain text they stand for.
+
+        Raises:
+            DataError: it is asked for, and this tokenizer's ids depend on what stands beyond special tokens.
+        """
+        self.tokenizer, self.special, self.literal = tokenizer, special, literal
         self.ids_of = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
         self._proved, self._sound = 0, _splits_cleanly(tokenizer)
         self._known: dict[str, list[int]] = {}
+        if literal is not None and not self._sound:
+            raise DataError(
+                f"split_special_tokens: found true, but {type(tokenizer).__name__} of this model reads text otherwise "
+                "beside special tokens; set split_special_tokens: false"
+            )
 
     def encode(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[Found]:
         """Tokenise `texts`, and find the tokens of the `spans` of each."""
         results: list[Found | None] = [None] * len(texts)
         if self._sound:
             results = self._by_pieces(texts, spans)
-        trial = range(min(len(texts), max(0, _PROVED - self._proved))) if self._sound else range(0)
+        trial = range(min(len(texts), max(0, _PROVED - self._proved))) if self._sound and not self.literal else range(0)
         whole = sorted({*trial, *(at for at, result in enumerate(results) if result is None)})
         for at, found in zip(
             whole, self._by_offsets([texts[at] for at in whole], [spans[at] for at in whole]), strict=True
@@ -63,14 +75,24 @@ class Segments:
             piece for group in (*pieces, *(found.values() for found in heads if found)) for piece in group
             if piece not in self._known and piece not in self.ids_of
         ))  # fmt: skip
-        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(missing, add_special_tokens=False)
-        ids_of = dict(zip(missing, (each.ids for each in encoded), strict=True))
+        ids_of = dict(zip(missing, self._ids(missing), strict=True))
         if len(self._known) < _KEPT:
             self._known |= {piece: ids for piece, ids in ids_of.items() if len(piece) <= _SHORT}
         return [
             None if found is None else self._joined(text, group, found, wanted, ids_of)
             for text, group, found, wanted in zip(texts, pieces, heads, spans, strict=True)
         ]
+
+    def _ids(self, pieces: Sequence[str]) -> list[list[int]]:
+        backend = self.tokenizer.backend_tokenizer
+        if self.literal is None:
+            return [each.ids for each in backend.encode_batch_fast(pieces, add_special_tokens=False)]
+        before, backend.encode_special_tokens = backend.encode_special_tokens, True
+        try:
+            texts = [self.literal.restored(piece) for piece in pieces]
+            return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        finally:
+            backend.encode_special_tokens = before
 
     def _pieces(self, text: str, marks: list[tuple[int, int]]) -> list[str]:
         """The text, cut before and after each special token."""
@@ -101,7 +123,9 @@ class Segments:
                 head = heads[bound]
                 part = new.get(head) or self._known.get(head) or []
                 if own[: len(part)] != part:
-                    return None
+                    if self.literal is None:
+                        return None
+                    own = part + self._ids([text[bound : place + len(piece)]])[0]  # a turn begins with a token
                 at_bound[bound] = len(ids) + len(part)
             ids += own
             place += len(piece)

@@ -161,7 +161,9 @@ def open_store(folder: Path) -> Tokenised:
 
 
 def _report(spelt: dict[str, Any]) -> SourceReport:
-    return SourceReport(**{**spelt, "bad": Counter(spelt["bad"])})
+    report = SourceReport(**spelt)
+    report.bad = Counter(report.bad)
+    return report
 
 
 def _mapped(path: Path, name: str, count: int) -> np.ndarray:

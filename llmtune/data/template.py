@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import DataError, did_you_mean, listed
+
+_TOKEN = re.compile(r"<[|\uff5c][\w\u2581-]+[|\uff5c]>|<(?:start|end)_of_turn>|<reserved_\d+>")
+"""How models spell the tokens that divide turns."""
 
 
 def template_names() -> list[str]:
@@ -47,3 +51,11 @@ def require_template(tokenizer: Any) -> None:
             "template: the tokenizer has no chat template, as base models do; name one, such as `template: chatml` "
             f"or `template: alpaca`. Known: {listed(template_names())}, or a path to a .jinja file"
         )
+
+
+def missing_tokens(tokenizer: Any) -> list[str]:
+    """Special tokens that the template spells and the tokenizer does not have: it would read them as plain text."""
+    template = tokenizer.chat_template
+    text = template if isinstance(template, str) else "".join((template or {}).values())
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return [found for found in dict.fromkeys(_TOKEN.findall(text)) if found not in known]

@@ -27,7 +27,7 @@ CHATS = (Conversation, Preference, Labelled, Prompt)
 class Tokeniser:
     """Encodes rows as a recipe's data keys say."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any, tool_format: Any = None) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Any, tool_format: str | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
         thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         self.renderer = Renderer(

@@ -137,6 +137,7 @@ class Script:
 def check_texts(conversation: Conversation, full: str) -> None:
     """BadRow if something of the conversation is missing in the rendering: a typo in the template, say."""
     hint = "; the template leaves it out. Mend it, or choose another `template`"
+    of_tools = "; the template writes no tools. Set `tool_format: hermes`, or choose another `template`"
     for number, message in enumerate(conversation.messages, start=1):
         if not _shows(full, answer_of(message)):
             what = f"the text of message {number} ({message['role']})"
@@ -144,10 +145,10 @@ def check_texts(conversation: Conversation, full: str) -> None:
         for call in message.get("tool_calls", ()):
             if call["function"]["name"] not in full:
                 what = f"the tool call in message {number}"
-                raise BadRow("text not rendered", f"{what} is not in the rendering{hint}")
+                raise BadRow("text not rendered", f"{what} is not in the rendering{of_tools}")
     for tool in conversation.tools or ():
         if tool["function"]["name"] not in full:
-            raise BadRow("text not rendered", f"the tool {tool['function']['name']} is not in the rendering{hint}")
+            raise BadRow("text not rendered", f"the tool {tool['function']['name']} is not in the rendering{of_tools}")
 
 
 def answer_of(message: Message) -> str:
