@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmtune.data.formats import Formats
     from llmtune.data.preview import Preview
     from llmtune.data.stats import DataStats, Rows
+    from llmtune.data.tokens import TokenSamples
     from llmtune.recipe import Recipe
     from llmtune.records import Plugin
 
@@ -100,25 +101,38 @@ def stats_of(recipe: Recipe) -> DataStats:
 
     recipe, notes = _unstreamed(recipe)
     data = recipe.data
-    uncut = replace(
-        recipe, data=replace(data, cutoff_len=_WHOLE, cutoff_policy="truncate", val_size=0, tokenized_path=None)
-    )
-    whole = prepare_data(uncut)[0].train if data.dataset is not None else None
     try:
         prepared = prepare_data(recipe)[0]
     except DataError as error:  # as of a cutoff_len that leaves nothing to learn: the lengths tell a better one
-        if whole is None:
+        if data.dataset is None:
             raise
         notes.append(f"this recipe would not train. {error}")
-        return make_stats(whole, None, None, cutoff_len=data.cutoff_len, notes=notes)
-    if whole is None:
+        return make_stats(_uncut(recipe, None), None, None, cutoff_len=data.cutoff_len, notes=notes)
+    if data.dataset is None:
         whole = prepared.train
         notes.append("tokenized_path: these lengths are those of the samples kept there, which may have been cut")
+    else:
+        whole = _uncut(recipe, prepared)
     packed, padded = _fill(recipe, prepared)
     return make_stats(
         whole, prepared.train, prepared.evaluation, cutoff_len=data.cutoff_len, packed=packed, padded=padded,
         notes=[*notes, *_losses(prepared.report, data.cutoff_policy)],
     )  # fmt: skip
+
+
+def _uncut(recipe: Recipe, prepared: Prepared | None) -> TokenSamples:
+    """All samples in their full lengths; those that were prepared where nothing of them was cut."""
+    import numpy as np
+
+    changes: dict[str, Any] = {"val_size": 0}
+    lost = prepared.report.losses if prepared else None
+    # A long text goes on in the next sample, of the same row.
+    parts = [part for part in (prepared.train, prepared.evaluation) if part is not None] if prepared else []
+    several = any(len(np.unique(part.rows)) < len(part) for part in parts)
+    refused = any(each.bad["too long"] for each in prepared.report.sources) if prepared else False
+    if lost is None or lost.truncated or lost.too_long or several or refused:
+        changes |= {"cutoff_len": _WHOLE, "cutoff_policy": "truncate", "tokenized_path": None}
+    return prepare_data(replace(recipe, data=replace(recipe.data, **changes)))[0].train
 
 
 def _losses(report: DataReport, policy: str) -> Iterator[str]:
