@@ -26,8 +26,6 @@ def packing_obstacle(model: Any, attention: str) -> str | None:
     it has weights."""
     from importlib.util import find_spec
 
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "takes no position ids, which tell documents apart"
     # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
@@ -35,8 +33,6 @@ def packing_obstacle(model: Any, attention: str) -> str | None:
         return "has recurrent layers, which carry what they read into the next document"
     if attention.startswith("flash_attention"):  # is told the bounds
         return None
-    if attention not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-        return f"attends by {attention}, for which transformers makes no mask of document bounds"
     if not model._supports_sdpa and not model._supports_attention_backend:
         return "has attention of its own, which knows no document bounds"
     if "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {}):

@@ -16,7 +16,7 @@ import llmtune
 from llmtune.data import TokenSamples, collate
 from llmtune.data.order import deal
 from llmtune.errors import PlanError
-from llmtune.isolation import packing_obstacle
+from llmtune.isolation import check_isolation, packing_obstacle
 from llmtune.planning import make_feed
 from llmtune.testing import running, tiny_chats, tiny_tokenizer
 from llmtune.watch import Keeper, StopRequest
@@ -246,15 +246,17 @@ def test_each_document_has_the_losses_it_has_alone(family: str, attention: str) 
         torch.testing.assert_close(losses(False, documents), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_an_attention_without_a_mask_of_bounds_is_refused() -> None:
+def test_an_attention_that_sees_no_bounds_is_refused_before_the_first_step(place: Path, tmp_path: Path) -> None:
+    """transformers makes it no mask, and it asks for no bounds; the model itself tells."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register("bare_attention", sdpa_attention_forward)
-    model = tiny_model()
-    assert "attends by bare_attention, for which transformers makes no mask" in str(
-        packing_obstacle(model, "bare_attention")
-    )
+    plan, objective = running.build(keys_of(place, tmp_path / "run", packing=True))
+    check_isolation(objective, plan.device, packing=True)
+    plan.model.set_attn_implementation("bare_attention")
+    with pytest.raises(PlanError, match=r"cannot keep documents apart .*set packing: false, or neat_packing: false"):
+        check_isolation(objective, plan.device, packing=True)
 
 
 def test_rows_are_joined_for_models_that_cannot_keep_documents_apart(chats: str, tmp_path: Path) -> None:
