@@ -76,8 +76,7 @@ def test_all_turns_train_in_one_pass_with_their_end_and_nothing_after(template: 
     assert text == TOKENIZERS[template].apply_chat_template(
         talk("Hi", "Hello you", "And?", "That is all"), tokenize=False
     )
-    last = "That is all<|im_end|>" + ("\n<|endoftext|>" if template == "twice" else "")
-    assert trained == ["Hello you<|im_end|>", last]
+    assert trained == ["Hello you<|im_end|>", "That is all<|im_end|>"]
 
 
 def test_mask_equals_that_of_a_marked_template() -> None:
@@ -244,8 +243,7 @@ def test_any_conversation_has_the_ids_of_apply_chat_template_and_trains_its_answ
     if template == "thinking":
         assert trained == [f"<think></think>{answer}<|im_end|>" for _, answer in reversed(pairs)]
     else:
-        last = "\n<|endoftext|>" if template == "twice" else ""
-        assert trained == ["".join(f"{answer}<|im_end|>" for _, answer in pairs) + last]
+        assert trained == ["".join(f"{answer}<|im_end|>" for _, answer in pairs)]
 
 
 @settings(max_examples=40, deadline=None)

@@ -105,7 +105,9 @@ class Script:
             raise BadRow("turns cannot be told apart", f"the template writes message {at + 1} in no recognisable place")
         tail = max(start, written[1] if written else start)
         ends = [match.end() for match in special.finditer(whole[:same], tail)]
-        stop = ends[-1] if ends else written[1] if written else same
+        # A call's own marks may be special tokens; after a text the first one ends the turn, whatever follows it.
+        last = -1 if self.messages[at].get("tool_calls") else 0
+        stop = ends[last] if ends else written[1] if written else same
         return Turn(start=start, stop=stop, ended=bool(ends), weight=self.messages[at].get("weight", 1.0))
 
     def _written(self, at: int, whole: str) -> tuple[int, int] | None:
