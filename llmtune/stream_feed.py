@@ -133,16 +133,12 @@ class StreamFeed:
 
     def cursor(self) -> dict[str, Any]:
         """Where all ranks' lanes are, in plain numbers. Collective."""
+        return merged(from_all(self.own_cursor()))
+
+    def own_cursor(self) -> dict[str, Any]:
+        """Where this rank's lanes are."""
         supply = self._supply()
-        own = {**supply.cursor(), "cell_rows": supply.cell_rows}
-        everyone = [each for each in from_all(own) if each["lanes"]]
-        lanes = {number: (number, cell, place) for each in everyone for number, cell, place in each["lanes"]}
-        oldest = min((each["begin"] for each in everyone), key=lambda begin: begin["first"])
-        return {
-            "lanes": [list(lanes[number]) for number in sorted(lanes)],
-            "begin": oldest,
-            "cell_rows": own["cell_rows"],
-        }
+        return {**supply.cursor(), "cell_rows": supply.cell_rows}
 
     def epoch(self, step: int) -> float:
         """Epochs that were used: whole ones until the size of an epoch is known. Told by the first lane."""
@@ -264,3 +260,11 @@ class StreamFeed:
             ]  # fmt: skip
             with self.quarantine.open("ab") as file:  # in one piece, as other ranks write there, too
                 file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+
+
+def merged(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cursor of all lanes, from those of all ranks."""
+    found = [each for each in cursors if each["lanes"]]
+    lanes = {number: [number, cell, place] for each in found for number, cell, place in each["lanes"]}
+    oldest = min((each["begin"] for each in found), key=lambda begin: begin["first"])
+    return {"lanes": [lanes[number] for number in sorted(lanes)], "begin": oldest, "cell_rows": found[0]["cell_rows"]}

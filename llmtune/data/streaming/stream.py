@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LOOK_ROWS = 256
 """First rows of each data set that are tokenised before the run, for estimates."""
 _COUNT_ROWS = 4096
-"""Rows that are counted before the run: smaller data sets are known whole."""
+"""Rows of files that are counted before the run: smaller data sets are known whole."""
 _EDGE_BYTES = 1 << 16
 _CELL_ROWS = 32
 """Rows that are tokenised together where nothing is packed."""
@@ -140,7 +140,7 @@ class _Look:
     def __init__(self, make: Making, found: Found, held: int, limit: int | None) -> None:
         reader = Reader(0, found, 0, limit)
         rows = _taken(reader, held + LOOK_ROWS)
-        for _ in range(_COUNT_ROWS):
+        for _ in range(_COUNT_ROWS if found.hub is None else 0):
             if reader.ended():
                 break
             reader.take()

@@ -1,0 +1,84 @@
+"""Small streams: files, feeds, and what they give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.data import DataConfig, prepare
+from llmtune.ranks import Ranks
+from llmtune.stream_feed import StreamFeed, merged
+from llmtune.testing import tiny_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def rows(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Alpaca rows that tell themselves apart, of different lengths."""
+    return [
+        {"instruction": f"Say {number}.", "output": f"{number}" + " word" * (number * 7 % 13)}
+        for number in range(first, first + count)
+    ]
+
+
+def write(path: Path, found: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in found), "utf-8")
+    return path
+
+
+def prepared(data: Any, **keys: Any) -> Any:
+    keys = {"buffer_size": 16, "preprocessing_num_workers": 1, "cutoff_len": 128, **keys}
+    if isinstance(data, list):
+        data = tuple(str(each) if isinstance(each, Path) else each for each in data)
+    config = DataConfig(dataset=str(data) if isinstance(data, Path) else data, streaming=True, **keys)
+    return prepare(config, tiny_tokenizer(), seed=3)
+
+
+@contextmanager
+def feed(made: Any, batch: int = 4, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> Iterator[StreamFeed]:
+    """A feed of `batch` rows a step over `ranks` ranks."""
+    one = StreamFeed.make(
+        made.stream, made.train, per_device=1, micro_steps=1, ranks=Ranks(rank, ranks), flat=False, pad_id=0
+    )
+    one = one.with_rows(batch, micro_steps)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def origins(one: StreamFeed, step: int) -> list[str]:
+    """`file:number` of each sample of a step, in the order of its batches."""
+    batches = one.step(step, CPU)
+    if one.error is not None:
+        raise one.error
+    return [Path(one.origin(sample)).name for batch in batches for sample in batch.sample_ids]
+
+
+def tokens(one: StreamFeed, step: int) -> list[list[int]]:
+    """The trained tokens of a step's micro-batches, with what they stand in."""
+    batches = one.step(step, CPU)
+    if one.error is not None:
+        raise one.error
+    return [[*batch.input_ids.reshape(-1).tolist(), -1, *batch.targets.tolist()] for batch in batches]
+
+
+def run(made: Any, steps: Sequence[int], cursor: Mapping[str, Any] | None = None, look: Any = origins, **more: Any):
+    """What `look` finds at each step, and the cursor after the last."""
+    with feed(made, **more) as one:
+        one.start(steps[0], None if cursor is None else dict(cursor))
+        found = [look(one, step) for step in steps]
+        return found, json.loads(json.dumps(one.own_cursor()))
+
+
+def on_ranks(made: Any, ranks: int, steps: Sequence[int], cursor: Any = None, **more: Any):
+    """The same over several ranks: for each step what all of them have, and the cursor of all."""
+    each = [run(made, steps, cursor, rank=rank, ranks=ranks, **more) for rank in range(ranks)]
+    joined = [sorted(row for found, _ in each for row in found[at]) for at in range(len(steps))]
+    return joined, merged([own for _, own in each])

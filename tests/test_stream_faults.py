@@ -1,0 +1,229 @@
+"""What can go wrong with a stream, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtune.data.reading import Found
+from llmtune.data.streaming.blocks import BlockReader
+from llmtune.data.streaming.crew import Crew
+from llmtune.data.streaming.mixed import Mixed, Reader
+from llmtune.errors import DataError
+from tests.streams import CPU, feed, origins, prepared, rows, run, write
+
+BAD = {"instruction": "Say nothing."}
+
+
+def test_a_bad_row_stops_the_run_at_its_place(tmp_path: Path) -> None:
+    """It lies behind the rows that are looked at beforehand, so only the step that needs it can tell."""
+    path = write(tmp_path / "a.jsonl", [*rows(400), BAD, *rows(20)])
+    made = prepared(path, disable_shuffling=True)
+    with feed(made) as one:
+        for step in range(80):
+            origins(one, step)
+        with pytest.raises(DataError, match=r'a\.jsonl:401: no output: alpaca needs the column "output"'):
+            for step in range(80, 101):
+                origins(one, step)
+        assert all(batch.weight == 0 for batch in one.step(step, CPU))
+        assert one.share_of_tokens(step) != one.share_of_tokens(step)  # NaN, which reaches all ranks with the loss
+
+
+def test_bad_rows_that_are_skipped_are_counted_and_kept(tmp_path: Path) -> None:
+    found = rows(400)
+    found[310:310] = [BAD, "{broken", {"instruction": "Say it.", "output": "It."}]
+    made = prepared(write(tmp_path / "a.jsonl", found), on_bad_record="skip", disable_shuffling=True)
+    with feed(made) as one:
+        one.quarantine = tmp_path / "quarantine.jsonl"
+        seen = [row for step in range(100) for row in origins(one, step)]
+        summary = one.summary()
+    assert len(seen) == 400 and not {"a.jsonl:311", "a.jsonl:312"} & set(seen) and "a.jsonl:313" in seen
+    kept = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {(Path(line["origin"]).name, line["reason"]) for line in kept} == {
+        ("a.jsonl:311", "no output"), ("a.jsonl:312", "unreadable"),
+    }  # fmt: skip
+    assert "rows (" in summary and "no output 1" in summary and "unreadable 1" in summary
+
+
+def test_more_bad_rows_than_the_recipe_lets_pass(tmp_path: Path) -> None:
+    found = [row for row in rows(300)] + [BAD] * 20 + rows(100)
+    made = prepared(write(tmp_path / "a.jsonl", found), on_bad_record="skip")
+    with feed(made) as one, pytest.raises(DataError, match="more than max_bad_records=0.001 lets"):
+        for step in range(105):
+            origins(one, step)
+
+
+def test_rows_without_a_trained_token_are_counted_and_no_unit(tmp_path: Path) -> None:
+    """A prompt that fills cutoff_len leaves nothing to train on; the lane goes on with its next row."""
+    long = {"instruction": "word " * 200, "output": "No."}
+    found = [row for number, row in enumerate(rows(600)) for row in ([row, long] if number > 300 else [row])]
+    made = prepared(write(tmp_path / "a.jsonl", found))
+    with feed(made) as one:
+        for step in range(230):
+            batches = one.step(step, CPU)
+            assert one.error is None and all(len(batch.sample_ids) == 4 for batch in batches)
+            assert all(batch.weight > 0 for batch in batches)
+        assert one.losses.no_target > 100 and "samples without a trained token" in one.summary()
+
+
+def test_a_stream_that_gives_no_sample_any_more_ends(tmp_path: Path, monkeypatch: Any) -> None:
+    from llmtune.data.streaming import supply
+
+    monkeypatch.setattr(supply, "EMPTY_ROWS", 128)
+    long = {"instruction": "word " * 100, "output": "No."}
+    made = prepared(write(tmp_path / "a.jsonl", [*rows(300), *[long] * 1500]), disable_shuffling=True)
+    with feed(made) as one, pytest.raises(DataError, match="128 rows in a row gave no sample"):
+        for step in range(200):
+            origins(one, step)
+
+
+def test_an_end_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(300))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"a\.jsonl:300:\d+: the last line is cut off"):
+        run(prepared(path), range(75))
+
+
+def test_a_damaged_file_stops_the_run_when_it_is_reached(tmp_path: Path) -> None:
+    import gzip
+
+    folder = tmp_path / "set"
+    write(folder / "a.jsonl", rows(6000))
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows(3000)).encode())
+    (folder / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    made = prepared(folder, disable_shuffling=True)
+    with feed(made, batch=50) as one:
+        for step in range(90):
+            origins(one, step)
+        with pytest.raises(DataError, match=r"b\.jsonl\.gz: the compressed data end early"):
+            for step in range(90, 160):
+                origins(one, step)
+
+
+@pytest.mark.parametrize(
+    ("found", "keys", "message"),
+    [
+        ([], {}, "0 records; the file is empty"),
+        (["{", "{"], {}, "cannot use 2 of 2 rows"),
+        (rows(5), {"val_size": 5}, "5 records, and val_size holds 5; nothing is left"),
+        (rows(5), {"val_size": 0.1}, "val_size: found 0.1, a share of a stream"),
+        (rows(5), {"tokenized_path": "here"}, "tokenized_path: streaming keeps no tokens"),
+        ([{"instruction": "word " * 200, "output": "No."}], {}, "have no token to train on"),
+        ([*rows(3), BAD], {}, r"a.jsonl:4: no output"),
+    ],
+)
+def test_what_is_refused_before_the_run(tmp_path: Path, found: list, keys: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "a.jsonl", found)
+    with pytest.raises(DataError, match=message):
+        prepared(path, **keys)
+
+
+def test_fewer_rows_than_a_step(tmp_path: Path) -> None:
+    message = "streaming: the data have 3 rows, fewer than the 4 of a step"
+    made = prepared(write(tmp_path / "a.jsonl", rows(3)))
+    with pytest.raises(DataError, match=message), feed(made) as one:
+        one.start()
+        origins(one, 0)
+    sets = [write(tmp_path / f"{name}.jsonl", rows(1)) for name in "abc"]
+    made = prepared(sets, mix_strategy="interleave_under")  # whose size is not counted beforehand
+    with feed(made) as one, pytest.raises(DataError, match=message):
+        origins(one, 0)
+
+
+def _fail(item: Any) -> Any:
+    if item == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == "raise":
+        raise DataError("as told")
+    return os.getpid(), item
+
+
+def test_processes_do_the_work_and_their_ends_are_noticed() -> None:
+    crew = Crew(_fail, 2)
+    results = [crew.submit(number).result() for number in range(6)]
+    assert [number for _, number in results] == [*range(6)] and os.getpid() not in {pid for pid, _ in results}
+    with pytest.raises(DataError, match="as told"):
+        crew.submit("raise").result()
+    with pytest.raises(DataError, match="preprocessing_num_workers: a process that tokenises died"):
+        crew.submit("die").result()
+    assert crew.submit(7).result()[1] == 7
+    crew.close()
+
+
+def test_no_process_outlives_the_one_it_works_for(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal\n"
+        "from tests.test_stream_faults import _fail\n"
+        "from llmtune.data.streaming.crew import Crew\n"
+        "crew = Crew(_fail, 3)\n"
+        "print(*{crew.submit(n).result()[0] for n in range(30)}, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == 'kill' else None\n"
+    )
+    for how in ("kill", "leave"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, how], capture_output=True, text=True, timeout=60,
+            cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        pids = [int(pid) for pid in done.stdout.split()]
+        assert pids and done.returncode == (-signal.SIGKILL if how == "kill" else 0)
+        deadline = 100
+        while any(_alive(pid) for pid in pids) and deadline:
+            deadline -= 1
+            subprocess.run(["sleep", "0.05"])
+        assert not [pid for pid in pids if _alive(pid)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """128 MB are read through blocks of 4 MB, of which one of four ranks holds a quarter."""
+    path, line = tmp_path / "large.jsonl", json.dumps({"text": "word " * 1600}).encode() + b"\n"
+    with path.open("wb") as file:
+        for _ in range(16):
+            file.write(line * 1000)
+    mixed = Mixed([Reader(0, Found(spelling="large", name="large", files=(path,)))], "concat", None, 0)
+    reader = BlockReader(mixed, buffer_size=512, seed=0, shuffle=True, batch=8, lanes=(0, 4))
+    read = held = 0
+    tracemalloc.start()
+    try:
+        while read < 16_000:
+            block = reader.next()
+            read, held = read + block.rows, held + len(block.own)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read == 16_000 and held == 4_000
+    assert path.stat().st_size > 120e6 and peak < 40e6
+
+
+def test_a_hub_set_is_streamed_by_datasets(tmp_path: Path) -> None:
+    """A folder stands in for the hub: the library reads both by the same call."""
+    from dataclasses import replace
+
+    from llmtune.data.streaming.stream import describe
+
+    write(tmp_path / "set" / "train.jsonl", rows(600))
+    hub = Found(spelling="hub:some/set", name="set", hub=str(tmp_path / "set"))
+    made = prepared(tmp_path / "set" / "train.jsonl")
+    stream = replace(made.stream, found=[hub])
+    made = replace(made, stream=stream)
+    straight, _ = run(made, range(140))
+    assert len({row for step in straight for row in step}) == 560
+    before, cursor = run(made, range(90))
+    after, _ = run(made, range(90, 140), cursor)
+    assert before + after == straight
+    assert describe(hub) == [str(tmp_path / "set"), None, "train", None]
