@@ -90,8 +90,10 @@ def test_strange_rows_are_noted(tmp_path: Path) -> None:
     ]
     found = llmtune.check_data(write(tmp_path / "rows.jsonl", rows))
     assert sorted(found.notes.values()) == [1, 1, 2] and found.ok
-    assert "the text <|im_end|>, which may be read as a special token, see split_special_tokens (2 rows, " in str(found)
-    assert f"the text {{{{name}}}}, which looks like a place to fill in (1 row, first {found.name}:4)" in str(found)
+    said = str(found)
+    assert "text that may be read as a special token, see split_special_tokens (2 rows, first <|im_end|> in " in said
+    assert f"a place that nobody filled in (1 row, first {{{{name}}}} in {found.name}:4)" in said
+    assert f"characters that were lost (1 row, first U+FFFD in {found.name}:2)" in said
 
 
 def test_pairs_and_labels_are_counted(tmp_path: Path) -> None:

@@ -143,9 +143,10 @@ def tokens(keys: dict[str, Any]) -> list[tuple[list[int], list[bool]]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["a byte order mark", "blank lines", "carriage returns", "one array", "no line end at the end", "gzip"],
+    ["a byte order mark", "blank lines", "carriage returns", "one array", "no line end at the end", "gzip", "zstd"],
 )
 def test_harmless_variants_of_a_file_give_the_same_tokens(name: str, keys: Any, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
     wanted = tokens(keys(MENDED))
     assert len(wanted) == 2
     content = {
@@ -155,12 +156,12 @@ def test_harmless_variants_of_a_file_give_the_same_tokens(name: str, keys: Any, 
         "one array": json.dumps([GOOD, GOOD], indent=1).encode(),
         "no line end at the end": MENDED.rstrip(),
         "gzip": gzip.compress(MENDED),
+        "zstd": pyarrow.compress(MENDED, codec="zstd", asbytes=True),
     }[name]
-    if name != "gzip":
-        assert tokens(keys(content)) == wanted
-        return
-    (tmp_path / "chats.jsonl.gz").write_bytes(content)
-    assert tokens(keys(MENDED, dataset=str(tmp_path / "chats.jsonl.gz"))) == wanted
+    ending = {"gzip": ".gz", "zstd": ".zst"}.get(name, "")
+    made = keys(MENDED)
+    (tmp_path / f"other.jsonl{ending}").write_bytes(content)
+    assert tokens(made | {"dataset": str(tmp_path / f"other.jsonl{ending}")}) == wanted
 
 
 def test_not_a_number_is_no_fault_where_nobody_reads_it(keys: Any) -> None:

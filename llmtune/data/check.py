@@ -52,7 +52,7 @@ class Seen:
     longest: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, str] = field(default_factory=dict)
-    """Where each note is first true."""
+    """What each note means in the first row that it is true of."""
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     numbers: array[int] = field(default_factory=lambda: array("Q"))
     origin: str = ""
@@ -73,9 +73,9 @@ class Seen:
             self.turns[sum(message["role"] == "assistant" for message in messages[: len(messages) - lost])] += 1
         if (label := getattr(example, "label", None)) is not None:
             self.answers["wanted" if label else "not wanted"] += 1
-        for note in _notes(example, texts):
+        for note, found in _notes(example, texts):
             self.notes[note] += 1
-            self.firsts.setdefault(note, f"{origin}{number}")
+            self.firsts.setdefault(note, f"{found} in {origin}{number}")
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,7 @@ class DataCheck:
     notes: Counter[str] = field(default_factory=Counter)
     """Good rows that may not be what was meant, by what is strange about them."""
     firsts: dict[str, str] = field(default_factory=dict)
-    """Where each note is first true."""
+    """What each note means in the first row that it is true of."""
 
     @property
     def ok(self) -> bool:
@@ -322,15 +322,17 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def _notes(example: Example, texts: Iterable[str]) -> Iterator[str]:
+def _notes(example: Example, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """What may not have been meant, and the text that makes one think so."""
     texts = list(texts)
     if any("\ufffd" in text for text in texts):
-        yield "U+FFFD, which stands for characters that were lost"
-    for place in sorted({place for text in texts for place in _PLACE.findall(text)}):
-        yield f"the text {place}, which looks like a place to fill in"
-    spelt = {token for text in texts for token in _SPECIAL.findall(text)} if example.kind != "text" else set()
-    for token in sorted(spelt):
-        yield f"the text {token}, which may be read as a special token, see split_special_tokens"
+        yield "characters that were lost", "U+FFFD"
+    if place := next((found[0] for text in texts if (found := _PLACE.search(text))), None):
+        yield "a place that nobody filled in", place
+    if example.kind != "text" and (
+        token := next((found[0] for text in texts if (found := _SPECIAL.search(text))), None)
+    ):
+        yield "text that may be read as a special token, see split_special_tokens", token
 
 
 def _counts(counter: Counter[str]) -> str:
