@@ -44,7 +44,8 @@ class Feed:
         units = make_units(samples, packing=packing, neat=neat, cutoff_len=cutoff_len, seed=seed, shuffle=shuffle)
         flat = flat or units.kind == "pack"
         lengths = row_lengths(samples, units)
-        grouped = group_by_length and not flat and units.kind == "sample"
+        # Whatever the layout: a kernel that needs no padding must not change which rows meet in a step.
+        grouped = group_by_length and units.kind == "sample"
         batch = per_device * micro_steps * ranks.batch_ranks
         order = Order(len(units), batch, seed, shuffle, lengths if grouped else None)
         return cls(

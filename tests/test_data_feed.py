@@ -104,6 +104,12 @@ def test_a_step_has_the_same_tokens_on_any_number_of_ranks(kind: str) -> None:
         assert alone == sorted(token for batch in on_all_ranks(two, step) for token in tokens_of(batch))
 
 
+def test_a_kernel_that_needs_no_padding_changes_no_step() -> None:
+    padded, flat = (feed_of(text(), group_by_length=True, flat=flat) for flat in (False, True))
+    steps = [[sorted(feed.order.step_units(step)) for step in range(14)] for feed in (padded, flat)]
+    assert steps[0] == steps[1] != [sorted(feed_of(text()).order.step_units(step)) for step in range(14)]
+
+
 def test_joined_rows_see_what_stands_before_them() -> None:
     samples = text()
     for flat in (False, True):

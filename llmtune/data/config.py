@@ -93,8 +93,8 @@ class DataConfig:
     """Packed samples do not see each other, and none is split. false concatenates all samples and cuts the result into
     rows of exactly `cutoff_len` tokens that see what stands before them, as is usual for pretraining."""
     group_by_length: bool = True
-    """Where rows are padded, batch rows of similar length. What a step learns does not depend on its rows' order; which
-    rows meet in a step does. false draws them regardless of length."""
+    """Without packing, let rows of similar length meet in a step, so that little is padded. false draws them regardless
+    of length."""
     train_on_prompt: bool = False
     """Train on all tokens, not only on the assistant's."""
     mask_history: bool = False
