@@ -124,6 +124,14 @@ def test_packed_rows_show_their_bounds(keys: dict[str, Any]) -> None:
         llmtune.preview(keys, packs=True)
 
 
+def test_a_stream_is_looked_at_by_its_first_rows(keys: dict[str, Any]) -> None:
+    streamed = llmtune.preview(keys, n=2, streaming=True)
+    assert "streaming: the first 1,000 rows of each data set were looked at" in str(streamed)
+    whole = llmtune.preview(keys, n=2)
+    for one, other in zip(streamed.samples, whole.samples, strict=True):
+        assert one.sequences[0].ids.tolist() == other.sequences[0].ids.tolist()
+
+
 def two(kind: str, width: int, **more: Any) -> TokenSamples:
     ids = np.array(TOKENIZER("user says assistant answers", add_special_tokens=False).input_ids)
     mask = np.arange(len(ids)) > 3
