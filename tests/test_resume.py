@@ -109,7 +109,7 @@ def test_a_lora_checkpoint_holds_the_adapter_and_its_optimiser_only(
 
 
 def test_sigterm_saves_and_the_same_command_finishes(tiny_llama: str, chats: str, tmp_path: Path) -> None:
-    keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=400)
+    keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=80)
     straight = {**keys, "output_dir": str(tmp_path / "straight")}
     path = tmp_path / "r.json"
     path.write_text(json.dumps(keys))
