@@ -164,7 +164,10 @@ def test_empty_files_and_filtered_ones(tmp_path: Path) -> None:
 def test_template_is_chosen_by_name_or_file_and_stays_with_the_tokenizer(tmp_path: Path) -> None:
     fails(tmp_path, alpaca(2), "no chat template, as base models do; name one, such as `template: chatml`", None)
     fails(
-        tmp_path, alpaca(2), r'no template "chatlm"\. Did you mean "chatml"\? Known: alpaca, baichuan2', template="chatlm"
+        tmp_path,
+        alpaca(2),
+        r'no template "chatlm"\. Did you mean "chatml"\? Known: alpaca, baichuan2',
+        template="chatlm",
     )
     fails(tmp_path, alpaca(2), "cannot be read", template="no.jinja")
     (tmp_path / "mine.jinja").write_text(CHATML_MARKED)

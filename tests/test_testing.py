@@ -61,6 +61,11 @@ BROKEN = {
     ("logger_config", "needs_a_start"): ("survives_a_run_that_never_started", "AttributeError"),
     ("init_config", "shifts_rows"): ("fetches_what_the_files_hold", "is not what the file holds"),
     ("init_config", "rounds"): ("loads_the_checkpoint", "are not what the files hold"),
+    ("data_config", "knows_no_kind"): ("declares_its_columns", "`kind` is 'essay'"),
+    ("data_config", "lies_about_its_kind"): ("converts_what_it_recognises", "becomes a conversation, `kind` says text"),
+    ("data_config", "fails_on_gaps"): ("refuses_with_reasons", "AttributeError"),
+    ("data_config", "changes_rows"): ("leaves_rows_alone", "was changed to"),
+    ("data_config", "counts_rows"): ("depends_on_the_row_alone", "is not always the same"),
 }
 """What is wrong: the law that says so, and words of what it says."""
 
@@ -73,7 +78,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     entries = {
         "acme-broken": [f"{name} = acme_broken" for name in names],
         "acme-heavy": ["heavy = acme_heavy"],
-        "acme-tuning": [f"{name} = acme_tuning" for name in ("ia3", "int8_rows", "smoothed")],
+        "acme-tuning": [f"{name} = acme_tuning" for name in ("ia3", "int8_rows", "smoothed", "forum")],
     }
     for package, lines in entries.items():
         info = site / f"{package.replace('-', '_')}-1.0.dist-info"
@@ -89,7 +94,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize(("point", "name"), list(BROKEN), ids=lambda value: value)
 def test_what_is_wrong_breaks_its_law(point: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     law, words = BROKEN[point, name]
-    (checked,) = (one for one in laws(point, name) if one.__name__ == law)
+    rows = [{"body": " text "}] if point == "data_config" else []
+    (checked,) = (one for one in laws(point, name, rows=rows) if one.__name__ == law)
     place = tmp_path / law
     place.mkdir()
     monkeypatch.chdir(place)
@@ -117,7 +123,12 @@ def test_every_law_is_broken_by_something() -> None:
 
 @pytest.mark.parametrize(
     ("point", "name", "options"),
-    [("quant_config", "int8_rows", {"error": 0.02}), ("peft_config", "ia3", {}), ("stage_config", "smoothed", {})],
+    [
+        ("quant_config", "int8_rows", {"error": 0.02}),
+        ("peft_config", "ia3", {}),
+        ("stage_config", "smoothed", {}),
+        ("data_config", "forum", {"rows": [{"post": "a", "replies": [{"text": "b", "votes": 1}]}]}),
+    ],
 )
 def test_sound_parts_keep_every_law(point: str, name: str, options: dict, tmp_path: Path) -> None:
     check_plugin(point, name, tmp_path, **options)

@@ -52,6 +52,8 @@ class Subject:
     """How far a restored weight may be from its source (root of the mean square, relative)."""
     tolerance: float = 1e-4
     """How far losses, logits and gradients may be from the reference, as a share of their size."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """Rows that a `data_config` plugin reads, one of each shape it knows."""
     reader: Callable[[Path, Path], Any] | None = None
     """`reader(saved, base)` opens what `save` wrote onto the base model's folder, as others would; returns a model."""
 

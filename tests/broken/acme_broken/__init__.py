@@ -56,6 +56,7 @@ POINTS = {
     )),
     "logger_config": ("hates_nan", "writes_early", "needs_a_start"),
     "init_config": ("shifts_rows", "rounds"),
+    "data_config": ("knows_no_kind", "lies_about_its_kind", "fails_on_gaps", "changes_rows", "counts_rows"),
 }  # fmt: skip
 CONFIGS = {"undocumented": Undocumented, "out_of_bounds": OutOfBounds, "mutable": Mutable}
 
@@ -64,12 +65,12 @@ def _builder(name: str) -> Callable[[Any], Any]:
     def build(config: Any) -> Any:
         import torch
 
-        from acme_broken import edits, others
+        from acme_broken import edits, formats, others
 
         if name == "draws_numbers":
             torch.rand(1)
         made = "".join(word.title() for word in name.split("_"))
-        return getattr(edits if hasattr(edits, made) else others, made)()
+        return getattr(next(module for module in (edits, formats, others) if hasattr(module, made)), made)()
 
     return build
 
@@ -127,3 +128,8 @@ def lr_scheduler_config() -> list[Plugin]:
 @hookimpl
 def logger_config() -> list[Plugin]:
     return _plugins("logger_config")
+
+
+@hookimpl
+def data_config() -> list[Plugin]:
+    return _plugins("data_config")

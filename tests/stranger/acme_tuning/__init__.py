@@ -1,4 +1,5 @@
-"""What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed`."""
+"""What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed`,
+`data_config: forum`."""
 
 from __future__ import annotations
 
@@ -33,6 +34,20 @@ class SmoothedConfig:
 
     beta: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Share of the target that is spread evenly over the vocabulary; 0 is plain supervised fine-tuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForumConfig:
+    """Keys of `data_config: {name: forum}`."""
+
+    least_votes: Annotated[int, Ge(0)] = 1
+    """Votes that a reply needs to be learnt."""
+
+
+def _forum(config: ForumConfig) -> Any:
+    from acme_tuning.forum import Forum
+
+    return Forum(config)
 
 
 def _ia3(config: Ia3Config) -> Any:
@@ -74,6 +89,11 @@ def quant_config() -> list[Plugin]:
 @hookimpl
 def stage_config() -> list[Plugin]:
     return [Plugin(name="smoothed", config=SmoothedConfig, build=_smoothed, summary="Label-smoothed fine-tuning")]
+
+
+@hookimpl
+def data_config() -> list[Plugin]:
+    return [Plugin(name="forum", config=ForumConfig, build=_forum, summary="Posts with their best reply")]
 
 
 @hookimpl
