@@ -141,7 +141,7 @@ class StreamFeed:
         return {**supply.cursor(), "cell_rows": supply.cell_rows}
 
     def epoch(self, step: int) -> float:
-        """Epochs that were used: whole ones until the size of an epoch is known. Told by the first lane."""
+        """Epochs that were used, told by the first lane; by bytes read until the rows of an epoch are known."""
         return round(self._supply().epoch(self.stream.rows), 4)
 
     def origin(self, sample: int) -> str:

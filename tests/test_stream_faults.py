@@ -38,8 +38,7 @@ def test_a_bad_row_stops_the_run_at_its_place(tmp_path: Path) -> None:
 
 
 def test_bad_rows_that_are_skipped_are_counted_and_kept(tmp_path: Path) -> None:
-    found = rows(400)
-    found[310:310] = [BAD, "{broken", {"instruction": "Say it.", "output": "It."}]
+    found = [*rows(310), BAD, "{broken", {"instruction": "Say it.", "output": "It."}, *rows(90)]
     made = prepared(write(tmp_path / "a.jsonl", found), on_bad_record="skip", disable_shuffling=True)
     with feed(made) as one:
         one.quarantine = tmp_path / "quarantine.jsonl"
@@ -148,6 +147,10 @@ def _fail(item: Any) -> Any:
 
 def test_processes_do_the_work_and_their_ends_are_noticed() -> None:
     crew = Crew(_fail, 2)
+    # Who stops a run tells every process of it; data are needed until the run has ended.
+    for pid in {crew.submit(number).result()[0] for number in range(6)}:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
     results = [crew.submit(number).result() for number in range(6)]
     assert [number for _, number in results] == [*range(6)] and os.getpid() not in {pid for pid, _ in results}
     with pytest.raises(DataError, match="as told"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmtune.data.mixing import draw
-from tests.streams import on_ranks, prepared, rows, run, tokens, write
+from tests.streams import CPU, feed, on_ranks, prepared, rows, run, tokens, write
 
 PACKINGS: dict[str, dict[str, Any]] = {
     "rows": {},
@@ -130,6 +130,17 @@ def test_a_resumed_stream_does_not_read_what_lies_before(tmp_path: Path) -> None
     # At most a cell of every lane, a block, and a chunk of the file are read once more.
     assert 880 - 4 * 32 - 16 <= first == before + used and before == 512
     assert file == 0 and offset == sum(len(line) for line in path.read_bytes().splitlines(keepends=True)[:512])
+
+
+def test_epochs_are_told_by_bytes_until_one_is_over(tmp_path: Path) -> None:
+    made = prepared(write(tmp_path / "a.jsonl", rows(5000)), buffer_size=500)
+    with feed(made, batch=500) as one:
+        found = []
+        for step in range(25):
+            one.step(step, CPU)
+            found.append(one.epoch(step + 1))
+    assert found[10:] == [round(step / 10, 4) for step in range(11, 26)]
+    assert found[:10] == sorted(found[:10]) and 0.8 < found[9] < 1
 
 
 @pytest.mark.parametrize("strategy", ["interleave_under", "interleave_over"])

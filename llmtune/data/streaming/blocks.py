@@ -27,6 +27,8 @@ class Beginning:
     mixed: dict[str, Any]
     epoch_rows: int | None = None
     """Rows of the epoch before, the latest that is known whole."""
+    progress: float = 0.0
+    """About the share of the epoch before it, told by bytes."""
 
     @property
     def epoch(self) -> int:
@@ -81,7 +83,7 @@ class BlockReader:
         block = self._held(begin, found)
         self.at = Beginning(
             first=block.stop, number=begin.number + 1, epoch_first=begin.epoch_first, mixed=self.mixed.state(),
-            epoch_rows=begin.epoch_rows,
+            epoch_rows=begin.epoch_rows, progress=self.mixed.progress(),
         )  # fmt: skip
         return block
 

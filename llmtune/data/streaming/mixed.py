@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -44,6 +45,14 @@ class Reader:
         self._spot: Spot | None = None
         self._after: Position = self._position
         self._chunks: Iterator[Chunk] | None = None
+
+    def progress(self) -> tuple[int, int]:
+        """(bytes of the pass that were read, bytes of all files); whole files where these are compressed or tables."""
+        return sum(self._sizes[: self._position.file]) + self._position.offset, sum(self._sizes)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [path.stat().st_size for path in self.found.files]
 
     def rewind(self) -> None:
         """Begin the next pass."""
@@ -111,16 +120,25 @@ class Mixed:
     def restore(self, state: dict[str, Any]) -> None:
         """Go to where `state` was asked for."""
         self.epoch, self.drawn, self._done = state["epoch"], state["drawn"], set(state["done"])
+        self._moved = set(range(len(self.readers)))
         for reader, values in zip(self.readers, state["readers"], strict=True):
             reader.restore(values)
 
     def __post_init__(self) -> None:
         self._done: set[int] = set()
+        self._moved: set[int]  # data sets whose end may have come since it was looked for
         self._turns: tuple[int, int, list[int]] | None = None
+        self._moved = set(range(len(self.readers)))
+
+    def progress(self) -> float:
+        """About the share of the epoch that was read, by bytes; 0 for data that are not in files."""
+        read, sizes = zip(*(reader.progress() for reader in self.readers), strict=True)
+        return sum(read) / max(1, sum(sizes))
 
     def next_epoch(self) -> None:
         """Begin again with every data set."""
         self.epoch, self.drawn, self._done = self.epoch + 1, 0, set()
+        self._moved = set(range(len(self.readers)))
         for reader in self.readers:
             reader.rewind()
 
@@ -146,10 +164,11 @@ class Mixed:
     def _turn(self) -> int | None:
         """The data set of the next row; None at the end of the epoch."""
         over = self.strategy == "interleave_over"
-        for number, reader in enumerate(self.readers):
-            if number not in self._done and reader.ended():
-                self._empty(reader)
+        for number in self._moved - self._done:
+            if self.readers[number].ended():
+                self._require_drawn(self.readers[number])
                 self._done.add(number)
+        self._moved.clear()
         count = len(self.readers)
         # Without probabilities an epoch is whole rounds.
         if (self.probabilities is not None or self.drawn % count == 0) and (
@@ -159,9 +178,11 @@ class Mixed:
         number = self.drawn % count if self.probabilities is None else self._draw()
         if self.readers[number].ended():
             self.readers[number].rewind()
+        self._moved.add(number)
         return number
 
-    def _empty(self, reader: Reader) -> None:
+    def _require_drawn(self, reader: Reader) -> None:
+        """DataError if a data set that has ended gave no row."""
         if not self.drawn:
             raise DataError(f'mix_strategy: "{reader.found.name}" has no rows to draw; leave it out, or set concat')
 

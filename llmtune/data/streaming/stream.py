@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Chosen, check_kind
-from llmtune.data.making import LOOKED_AT, Making, account, check_bad_rows, one_kind
+from llmtune.data.making import LOOKED_AT, Making, account, check_bad_rows, one_kind, unique
 from llmtune.data.reading import Found, find
 from llmtune.data.report import DataReport, Losses, PartReport, SourceReport
 from llmtune.data.store import Tokenised
@@ -118,7 +118,8 @@ def open_stream(make: Making, seed: int) -> Streamed:
     ends = sum((part.packed.ends for part in [*parts, *apart]), Counter[int]())
     reports = [look.report for look in looks]
     make.check("dataset", Tokenised(samples=first, sources=reports, losses=losses, ends=ends, bad_rows=Path()))
-    evaluation = joined(apart, kind) if any(held) else None
+    names = tuple(unique([each.name for each in found]))
+    evaluation = replace(joined(apart, kind), set_names=names) if any(held) else None
     if eval_entries := sources(config.eval_dataset, "eval_dataset"):
         whole = make.tokenised("eval_dataset", eval_entries)
         evaluation, losses, reports = whole.samples, losses + whole.losses, [*reports, *whole.sources]

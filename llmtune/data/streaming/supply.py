@@ -91,14 +91,16 @@ class Supply:
         return {"lanes": lanes, "begin": asdict(begin)}
 
     def epoch(self, known: int | None) -> float:
-        """Epochs of the stream that the first lane has used: whole ones until the rows of an epoch are `known`."""
+        """Epochs of the stream that the first lane has used; told by bytes until the rows of an epoch are `known`."""
         if not self.lanes:
             return 0.0
         row = next(iter(self.lanes.values())).row
         with self._changed:
             begin = self._begins[self._index(row)]
         size = begin.epoch_rows or known
-        return float(begin.epoch) if size is None else begin.epoch + (row + self.stride - begin.epoch_first) / size
+        if size is None:
+            return begin.epoch + begin.progress
+        return begin.epoch + (row + self.stride - begin.epoch_first) / size
 
     def next(self, number: int) -> Unit:
         """The next unit of a lane. Raises what reading or tokenising it raised."""
