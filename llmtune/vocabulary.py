@@ -149,7 +149,7 @@ def enter(vocabulary: Vocabulary, ledger: Ledger, former: Mapping[str, tuple[int
 def objection(plan: Plan) -> PlanError | None:
     """What keeps the new rows from learning, as an error that names the fix; None where they learn.
 
-    A row learns where its tensor trains, or where a trained copy of it does the work (`modules_to_save`).
+    A row learns where its tensor trains, or where a trained copy in its module does the work (`modules_to_save`).
     """
     vocabulary, ledger = plan.vocabulary, plan.ledger
     if vocabulary is None:
@@ -160,15 +160,15 @@ def objection(plan: Plan) -> PlanError | None:
         )
     if plan.mode not in ("train", "build"):
         return None
-    ids = {name: id(tensor) for name, tensor in plan.model.named_parameters(remove_duplicate=False)}
-    trained = {ids[name] for name in plan.trainable}
-    # By name: where the embedding has a trained copy, a head that is tied to it keeps the frozen weight.
-    copied = {of for name, of in ledger.copies.items() if ids.get(name) in trained}
-    frozen = [
-        module
-        for name, module in vocabulary.places.items()
-        if ids[ledger.direct[name]] not in trained and ledger.direct[name] not in copied
-    ]
+    tensors = dict(plan.model.named_parameters(remove_duplicate=False))
+    trained = {name: tensors[name] for name in plan.trainable}
+
+    def learns(name: str, module: str) -> bool:
+        row = tensors[ledger.direct[name]]
+        copies = (copy for other, copy in trained.items() if other.startswith(f"{module}."))
+        return any(one is row for one in trained.values()) or any(copy.shape == row.shape for copy in copies)
+
+    frozen = [module for name, module in vocabulary.places.items() if not learns(name, module)]
     if not frozen:
         return None
     modules = ",".join(dict.fromkeys(module.rpartition(".")[2] for module in frozen))

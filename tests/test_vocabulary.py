@@ -205,6 +205,17 @@ def test_an_adapter_is_read_by_peft_on_the_resized_base(
         torch.testing.assert_close(logits_of(plain, same), logits_of(ours, same), rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_with_new_tokens_is_continued(
+    models: dict[str, str], notes: str, runs: Path, tmp_path: Path
+) -> None:
+    """Its trained rows come from its file; the base's start as the mean again."""
+    first = runs / "untied, lora"
+    peft = {"name": "lora", "adapter_name_or_path": [str(first / "model")]}
+    keys = keys_for(models["untied"], notes, tmp_path / "run", peft_config=peft, learning_rate=1e-9)
+    model, tokenizer = llmtune.train(keys).model()
+    torch.testing.assert_close(logits_of(model, tokenizer), logits_of(*llmtune.load(first).model()), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_an_interrupted_run_goes_on(
     method: str, models: dict[str, str], notes: str, runs: Path, tmp_path: Path
