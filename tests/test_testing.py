@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtune import train
 from llmtune.hookspecs import EXTENSION_POINTS
 from llmtune.testing import LawError, check_plugin, in_ranks, laws, tiny_chats, tiny_recipe
 
@@ -132,6 +134,24 @@ def test_every_law_is_broken_by_something() -> None:
 )
 def test_sound_parts_keep_every_law(point: str, name: str, options: dict, tmp_path: Path) -> None:
     check_plugin(point, name, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"data_config": {"name": "forum", "least_votes": 2}},
+        {"dataset": [{"path": "rows.jsonl", "format": {"name": "forum", "least_votes": 2}}]},
+    ],
+    ids=["for all", "for one"],
+)
+def test_a_recipe_names_a_strangers_format(keys: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"post": f"Why {at}?", "replies": [{"text": f"So {at}.", "votes": at}]} for at in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    run = train(tiny_recipe(tmp_path, **{"dataset": "rows.jsonl", "on_bad_record": "skip", **keys}))
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
+    told = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in told] == ["no good reply"] * 2
 
 
 def test_all_broken_laws_are_told_at_once(tmp_path: Path) -> None:

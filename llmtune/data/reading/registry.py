@@ -67,10 +67,9 @@ def described(name: str, base_dir: Path, dataset_dir: Path | str | None) -> Entr
     entries = _read(file, asked=dataset_dir is not None)
     if name in entries:
         return _entry(name, entries[name], file)
-    if dataset_dir is not None and "/" not in name and "." not in name and ":" not in name:
-        near = did_you_mean(name, entries)
-        if near:
-            raise DataError(f"{name}: {file} has no data set of this name.{near}")
+    plain = not any(sign in name for sign in "/.:*?") and not (base_dir / name).exists()
+    if plain and (near := did_you_mean(name, entries)):  # else the hub would be asked for it
+        raise DataError(f"{name}: {file} has no data set of this name.{near} Write hub:{name} for one on the hub")
     return None
 
 
