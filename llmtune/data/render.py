@@ -80,8 +80,10 @@ class Renderer:
         waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
         for row, (conversation, full) in enumerate(zip(asked, self._renderings(asked), strict=True)):
             try:
-                if isinstance(full, BadRow) or isinstance(conversation, BadRow):
-                    raise full if isinstance(full, BadRow) else conversation
+                if isinstance(conversation, BadRow):
+                    raise conversation
+                if isinstance(full, BadRow):
+                    raise full
                 check_texts(conversation, full)
                 if self._marked(conversation) and not self.train_on_prompt:
                     results[row] = [self._encode_marked(conversation, full)]
