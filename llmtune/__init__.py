@@ -26,7 +26,7 @@ _WHERE = {
         "llmtune.structure": ("transformer_layers", "linear_layers", "output_heads"),
         "llmtune.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",
-            "EditError", "DivergedError",
+            "EditError", "DivergedError", "OutOfMemoryError",
         ),
         "llmtune.schema": ("Ge", "Gt", "Le", "Lt", "split_names"),
     }.items()

@@ -38,6 +38,12 @@ class PluginError(LlmtuneError):
     exit_code = 2
 
 
+class OutOfMemoryError(LlmtuneError):
+    """The memory of a device, or of the machine, ran out."""
+
+    exit_code = 6
+
+
 class DataError(LlmtuneError):
     """A data set cannot be read or holds rows that cannot be used."""
 

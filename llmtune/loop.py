@@ -66,6 +66,8 @@ class Training:
     seed: int
     scaler: LossScale | None = None
     first_step: int = 0
+    at: int = 0
+    """The step that is being done, from 1."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -83,7 +85,7 @@ def train(run: Training, watcher: Watcher) -> int:
     run.objective.train()
     step = run.first_step
     while step < run.total_steps:
-        started = time.perf_counter()
+        started, run.at = time.perf_counter(), step + 1
         rate = set_learning_rate(run, step)
         micros = run.feed.step(step, run.device)
         weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))

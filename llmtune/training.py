@@ -13,6 +13,7 @@ from llmtune.chat import GenerateConfig, answer
 from llmtune.claim import LAG_S, FolderLock, launcher, require_shared
 from llmtune.context_parallel import check_split
 from llmtune.errors import LlmtuneError, PlanError
+from llmtune.exhausted import told_when_memory_runs_out
 from llmtune.isolation import check_isolation
 from llmtune.log import Loggers, read_metrics
 from llmtune.loop import LossScale, Training, train
@@ -120,7 +121,8 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
         once = plan.ranks.rank == plan.ranks.batch_rank * plan.ranks.size // plan.ranks.batch_ranks
         plan.feed.quarantine = plan.output_dir / rundir.QUARANTINE if once else None
         plan.feed.start(first_step, found[1].numbers["stream"] if found else None)
-    objective = build_objective(plan)
+    with told_when_memory_runs_out(plan, lambda: "while weights were loaded"):
+        objective = build_objective(plan)
     optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate)
     scaler = LossScale() if plan.precision.scaled else None
     if plan.flat:
@@ -145,7 +147,8 @@ def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest]
         )  # fmt: skip
         try:
             if not keeper.stopped_early:
-                train(training, keeper)
+                with told_when_memory_runs_out(plan, lambda: f"step {training.at}"):
+                    train(training, keeper)
         finally:
             if loggers is not None:
                 loggers.finish()

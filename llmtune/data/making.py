@@ -192,8 +192,8 @@ class Making:
         skip = ", or set `on_bad_record: skip` to go on without them" if kept else ""
         raise DataError(
             f"{key}: {lost.no_target:,} of {lost.no_target + kept:,} samples have no token to train on (first: {where}"
-            f"); {causes}. Raise cutoff_len, leave long ones out (cutoff_policy: drop), or check that the template marks the "
-            f"assistant's turns{skip}"
+            f"); {causes}. Raise cutoff_len, leave long ones out (cutoff_policy: drop), or check that the template marks "
+            f"the assistant's turns{skip}"
         )
 
 
