@@ -20,7 +20,7 @@ from llmtune.data.store import StoreWriter, Tokenised, read_about
 from llmtune.data.template import missing_tokens
 from llmtune.data.tokenise import Tokeniser
 from llmtune.data.tool_format import read_tool_format
-from llmtune.data.workers import in_order
+from llmtune.data.workers import in_order, progress
 from llmtune.errors import DataError, listed
 from llmtune.folders import cache_root
 
@@ -118,9 +118,11 @@ class Making:
         reports = []
         for number, each in enumerate(found):
             report = SourceReport(name=each.spelling)
-            for piece in self._pieces(each, report):
-                account(report, piece)
-                writer.add(piece, number)
+            with progress(f"Tokenising {each.name}", " rows") as bar:
+                for piece in self._pieces(each, report):
+                    account(report, piece)
+                    writer.add(piece, number)
+                    bar.update(piece.read)
             if not report.rows:
                 raise DataError(f"{each.spelling}: 0 records; the file is empty")
             check_bad_rows(self.config, report)

@@ -54,6 +54,13 @@ def in_order(work: Callable[[Item], Result], items: Iterator[Item], workers: int
                 future.cancel()
 
 
+def progress(what: str, unit: str) -> Any:
+    """A progress bar of tqdm's on a terminal, for what takes longer than two seconds; elsewhere nothing is written."""
+    from tqdm import tqdm
+
+    return tqdm(desc=what, unit=unit, unit_scale=True, delay=2, disable=None, leave=False)
+
+
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
