@@ -193,9 +193,9 @@ class Making:
         causes = f"cutoff_len={config.cutoff_len} cut {lost.truncated:,} samples"
         skip = ", or set `on_bad_record: skip` to go on without them" if kept else ""
         raise DataError(
-            f"{key}: {lost.no_target:,} of {lost.no_target + kept:,} samples have no token to train on (first: {where}"
-            f"); {causes}. Raise cutoff_len, leave long ones out (cutoff_policy: drop), or check that the template marks "
-            f"the assistant's turns{skip}"
+            f"{key}: {lost.no_target:,} of {lost.no_target + kept:,} samples have no token to train on (first: "
+            f"{where}); {causes}. Raise cutoff_len, leave long ones out (cutoff_policy: drop), or check that the template "
+            f"marks the assistant's turns{skip}"
         )
 
 
