@@ -119,7 +119,10 @@ class StreamFeed:
         rows = cursor["cell_rows"] if cursor else self.stream.cell_rows(batch, self.samples.width)
         # Enough cells wait to keep all processes busy, however few lanes there are.
         ahead = 1 + -(-2 * (self.stream.config.preprocessing_num_workers or processors()) // max(1, len(lanes)))
-        self._open.supply = Supply(self.stream.reader(batch, lanes), self._open.crew, lanes, rows, ahead, self._count)
+        self._open.supply = Supply(
+            self.stream.reader(batch, lanes), self._open.crew, lanes, rows, ahead, self._count,
+            grouped=self.stream.grouped,
+        )  # fmt: skip
         self._open.supply.start(cursor)
         self._open.step = first_step
 
@@ -168,7 +171,7 @@ class StreamFeed:
         assert self._open is not None
         if step == self._open.step and self.error is None:
             try:
-                self._open.units = [supply.next(lane) for lane in self.lanes]
+                self._open.units = [supply.next(lane, step) for lane in self.lanes]
                 self._open.step = step + 1
             except Exception as error:  # raised on all ranks, once the others have met this one
                 self.error, self._open.units = error, []

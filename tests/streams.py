@@ -33,7 +33,7 @@ def write(path: Path, found: Sequence[Any]) -> Path:
 
 
 def prepared(data: Any, **keys: Any) -> Any:
-    keys = {"buffer_size": 16, "preprocessing_num_workers": 1, "cutoff_len": 128, **keys}
+    keys = {"buffer_size": 16, "preprocessing_num_workers": 1, "cutoff_len": 128, "group_by_length": False, **keys}
     if isinstance(data, list):
         data = tuple(str(each) if isinstance(each, Path) else each for each in data)
     config = DataConfig(dataset=str(data) if isinstance(data, Path) else data, streaming=True, **keys)

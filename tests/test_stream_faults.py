@@ -28,10 +28,10 @@ def test_a_bad_row_stops_the_run_at_its_place(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*rows(400), BAD, *rows(20)])
     made = prepared(path, disable_shuffling=True)
     with feed(made) as one:
-        for step in range(80):
+        for step in range(64):
             origins(one, step)
         with pytest.raises(DataError, match=r'a\.jsonl:401: no output: alpaca needs the column "output"'):
-            for step in range(80, 101):
+            for step in range(64, 101):
                 origins(one, step)
         assert all(batch.weight == 0 for batch in one.step(step, CPU))
         assert one.share_of_tokens(step) != one.share_of_tokens(step)  # NaN, which reaches all ranks with the loss
@@ -100,10 +100,10 @@ def test_a_damaged_file_stops_the_run_when_it_is_reached(tmp_path: Path) -> None
     (folder / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     made = prepared(folder, disable_shuffling=True)
     with feed(made, batch=50) as one:
-        for step in range(90):
+        for step in range(64):
             origins(one, step)
         with pytest.raises(DataError, match=r"b\.jsonl\.gz: the compressed data end early"):
-            for step in range(90, 160):
+            for step in range(64, 160):
                 origins(one, step)
 
 

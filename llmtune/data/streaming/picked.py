@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from llmtune.data.reading import Chunk, Row
 from llmtune.data.reading.lines import Lines
-from llmtune.data.reading.tables import Batch, without_nulls
+from llmtune.data.reading.tables import Batch, table_rows
 
 
 class Picked(Protocol):
@@ -96,8 +96,7 @@ class PickedTable:
         return PickedTable(self.origin, self.table.take(list(places)), [self.numbers[place] for place in places])
 
     def rows(self) -> list[Row]:
-        pairs = zip(self.table.to_pylist(), self.numbers, strict=True)
-        return [Row(without_nulls(data), number) for data, number in pairs]
+        return list(table_rows(self.table, self.numbers, self.origin))
 
 
 @dataclass(frozen=True)

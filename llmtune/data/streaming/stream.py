@@ -31,8 +31,8 @@ LOOK_ROWS = 256
 _COUNT_ROWS = 4096
 """Rows of files that are counted before the run: smaller data sets are known whole."""
 _EDGE_BYTES = 1 << 16
-_CELL_ROWS = 32
-"""Rows that are tokenised together where nothing is packed."""
+_CELL_ROWS = 64
+"""Rows that are tokenised, and sorted by length, together where nothing is packed."""
 _CELL_PACKS = 32
 """Packs that rows are enough for where they are packed together: the last one is half full on average, 1.6 % of 32."""
 _MOST_CELL_ROWS = 1024
@@ -69,6 +69,12 @@ class Stream:
             mixed, buffer_size=config.buffer_size, seed=self.seed, shuffle=not config.disable_shuffling, batch=batch,
             lanes=lanes,
         )  # fmt: skip
+
+    @property
+    def grouped(self) -> bool:
+        """Whether rows of similar length meet in a step."""
+        config = self.config
+        return config.group_by_length and not config.packing and not config.disable_shuffling
 
     def cell_rows(self, batch: int, width: int) -> int:
         """Rows of a lane that are tokenised, and packed, together: not more than a lane has in an epoch."""

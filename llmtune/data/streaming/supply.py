@@ -22,6 +22,7 @@ EMPTY_ROWS = 1 << 14
 
 
 _PATIENCE_S = 5.0
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,11 +33,13 @@ class Lane:
     cell: int = 0
     place: int = 0
     current: Cell | None = None
+    order: np.ndarray | None = None
+    """(units,) of the current cell, the order in which they are used."""
     sent: int = 0
     """Cells that were given to the crew."""
     waiting: deque[Future[Cell]] = field(default_factory=deque)
     row: int = 0
-    """The stream's row that its latest unit begins with."""
+    """About the stream's row that its latest unit comes from."""
     empty: int = 0
     """Cells without a sample since the last one."""
 
@@ -49,9 +52,10 @@ class Supply:
 
     def __init__(
         self, reader: BlockReader, crew: Crew, lanes: Sequence[int], cell_rows: int, ahead: int,
-        on_cell: Callable[[Cell], None],
+        on_cell: Callable[[Cell], None], grouped: bool = False,
     ) -> None:  # fmt: skip
-        self.reader, self.crew, self.cell_rows, self.ahead = reader, crew, cell_rows, ahead
+        """`grouped`: in each step all lanes give a short unit, or all a long one, as far as their cells have them."""
+        self.reader, self.crew, self.cell_rows, self.ahead, self.grouped = reader, crew, cell_rows, ahead, grouped
         self.on_cell = on_cell
         self.stride = reader.batch
         self.lanes = {number: Lane(number=number) for number in lanes}
@@ -102,18 +106,20 @@ class Supply:
             return begin.epoch + begin.progress
         return begin.epoch + (row + self.stride - begin.epoch_first) / size
 
-    def next(self, number: int) -> Unit:
-        """The next unit of a lane. Raises what reading or tokenising it raised."""
+    def next(self, number: int, step: int) -> Unit:
+        """A lane's unit for the 0-based `step`, the one after the last. Raises what reading or tokenising it raised."""
         lane = self.lanes[number]
         while lane.current is None or lane.place >= len(lane.current.units):
             if lane.current is not None:
                 self._leave(lane)
             lane.current = self._cell(lane)
+            lane.order = order_of(lane.current, step - lane.place, self.grouped)
             if lane.place == 0:  # else it was counted before the run was continued
                 self.on_cell(lane.current)
         lane.empty = 0
-        unit = Unit(lane.current, lane.place, self._first(lane, lane.cell), self.stride)
-        lane.row = unit.row(unit.pieces[0].sample)
+        assert lane.order is not None
+        unit = Unit(lane.current, int(lane.order[lane.place]), self._first(lane, lane.cell), self.stride)
+        lane.row = unit.first + lane.place * self.cell_rows // len(lane.current.units) * self.stride
         lane.place += 1
         return unit
 
@@ -201,3 +207,18 @@ class Supply:
                 self._begins.append(block.begin)
             if block.stop > oldest:
                 self._blocks.append(block)
+
+
+def order_of(cell: Cell, step: int, grouped: bool) -> np.ndarray:
+    """(units,) the order in which a cell's units are used from `step` on.
+
+    `grouped`: each step has a wanted length, the same for all lanes, as a place among the units sorted by length. The
+    places are multiples of the golden ratio, of which any few that follow each other are spread evenly over [0, 1), so
+    each unit has a step that wants one like it.
+    """
+    count = len(cell.units)
+    if not grouped:
+        return np.arange(count)
+    wanted = (step + np.arange(count)) * _GOLDEN % 1.0
+    by_length = np.argsort([Unit(cell, number, 0, 0).length for number in range(count)], kind="stable")
+    return by_length[np.argsort(np.argsort(wanted, kind="stable"))]
