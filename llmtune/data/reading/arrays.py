@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from llmtune.data.reading.rows import Row, excerpt, not_utf8
+from llmtune.data.reading.rows import Row, excerpt, half_pair, not_utf8, too_much
 from llmtune.errors import DataError
 
 _BLOCK_BYTES = 2**20
+_NEAR_END = 64
+"""Longer than any word or escape of JSON: an error so near the end may be no error once more is read."""
 _SPACE = " \t\r\n"
 
 
@@ -22,7 +24,9 @@ def array_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     number = 0
     while window.peek() != "]":
         number += 1
-        yield Row(window.value(), number)
+        value, spelled = window.value()
+        bad = half_pair(f"{path}:row {number}", spelled, value)
+        yield Row(None if bad else value, number, bad)
         if window.peek() == ",":
             window.expect(",")
             if window.peek() == "]":
@@ -74,8 +78,8 @@ class _Window:
             self.fail(f"Expecting '{sign}'")
         self.at += 1
 
-    def value(self) -> Any:
-        """The next value; more is read until it is whole."""
+    def value(self) -> tuple[Any, str]:
+        """The next value and how it is spelt; more is read until it is whole."""
         if not self.peek():
             self.fail("Expecting value")
         size = _BLOCK_BYTES
@@ -83,15 +87,17 @@ class _Window:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                if self.more(size):  # what looks wrong may be the end of what was read
+                near_end = error.msg.startswith("Unterminated") or error.pos + _NEAR_END > len(self.text)
+                if near_end and self.more(size):  # what looks wrong may be the end of what was read
                     size *= 2
                     continue
                 self.fail(error.msg, error.pos)
-            except RecursionError:
-                raise DataError(f"{self.path}: nested too deeply") from None
+            except (ValueError, RecursionError) as error:
+                line = self.lines + self.text.count("\n", 0, self.at) + 1
+                raise DataError(f"{self.path}:{line}: a row {too_much(error)}") from None
             if end < len(self.text) or self.ended:  # a number may go on
-                self.at = end
-                return value
+                spelled, self.at = self.text[self.at : end], end
+                return value, spelled
             self.more()
 
     def fail(self, message: str, at: int | None = None) -> NoReturn:

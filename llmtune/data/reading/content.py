@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from llmtune.data.reading.files import kind_of
 from llmtune.data.reading.found import Found
 from llmtune.data.reading.hub import hub_content
 from llmtune.errors import DataError
@@ -25,7 +26,7 @@ def content_key(found: Found) -> str:
     digest = hashlib.sha256()
     for path in found.files:
         try:
-            digest.update(_file_hash(path).encode())
+            digest.update(f"{kind_of(path)} {_file_hash(path)}\n".encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from None
     return digest.hexdigest()

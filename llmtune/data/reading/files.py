@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,13 @@ KINDS = {
 COMPRESSED = (".gz", ".zst")
 NAMES = ", ".join(KINDS)
 
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+_OTHERS = {
+    b"PAR1": ("parquet", "a Parquet file"),
+    b"ARROW1": ("arrow", "an Arrow file"),
+    b"PK\x03\x04": (None, "a zip archive"),
+}
+"""First bytes of files that are no text: their kind, and what to call them."""
 
 
 def kind_of(path: Path) -> str | None:
@@ -36,40 +44,60 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         file.seek(0)
         if head.startswith(b"version https://git-lfs"):
             raise DataError(f"{path}: is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
-        packed = {_GZIP: ".gz", _ZSTD: ".zst"}
-        found = next((suffix for magic, suffix in packed.items() if head.startswith(magic)), None)
+        found = next((suffix for magic, suffix in _PACKED.items() if head.startswith(magic)), None)
         if head and found != (path.suffix if path.suffix in COMPRESSED else None):
             said = f"is compressed ({found})" if found else f"is not compressed, though it ends in {path.suffix}"
             fix = f"{path.name}{found}" if found else path.stem
             raise DataError(f"{path}: {said}; rename it to {fix}")
+        for magic, (kind, name) in _OTHERS.items():
+            if head.startswith(magic) and kind_of(path) != kind:
+                raise DataError(f"{path}: is {name}, not what its ending says; {_mend(kind)}")
         try:
             yield file if found is None else _unpacked(file, found)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}: the compressed data end early or are damaged ({error}); copy it again") from None
 
 
-def _unpacked(file: BinaryIO, suffix: str) -> Any:
+def _mend(kind: str | None) -> str:
+    return f"rename it to end in .{kind}" if kind else "unpack it and name what is inside"
+
+
+def _unpacked(file: BinaryIO, suffix: str) -> BinaryIO:
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)
+        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
     import pyarrow
 
-    return _Zstd(pyarrow.CompressedInputStream(file, "zstd"))
+    return io.BufferedReader(_Zstd(pyarrow.CompressedInputStream(file, "zstd")), 2**20)
 
 
-class _Zstd:
-    """The few methods of a file that reading uses."""
+class _Zstd(io.RawIOBase):
+    """pyarrow's stream as Python's, with the same error for damaged data as gzip's."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def read(self, size: int = -1) -> bytes:
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
         try:
-            return self._stream.read(size if size >= 0 else None)
+            block = self._stream.read(len(buffer))
         except OSError as error:  # pyarrow's word for damaged data; a failing disk would have failed before
             raise EOFError(str(error)) from None
+        buffer[: len(block)] = block
+        return len(block)
 
 
 def check_encoding(path: Path, head: bytes) -> None:
-    """DataError for UTF-16, which some spreadsheets write."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path}: is UTF-16, allowed is UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")
+    """DataError for UTF-16 and UTF-32, which some spreadsheets and shells write."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        found = "UTF-32"
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        found = "UTF-16"
+    elif len(head) > 3 and not head[1:32:2].strip(b"\0"):  # English in UTF-16: each other byte is zero
+        found = "UTF-16LE"
+    elif len(head) > 3 and not head[0:32:2].strip(b"\0"):
+        found = "UTF-16BE"
+    else:
+        return
+    raise DataError(f"{path}: is {found}, allowed is UTF-8; convert it with `iconv -f {found} -t UTF-8`")

@@ -54,12 +54,15 @@ def find(source: Source, base_dir: Path, dataset_dir: Path | str | None = None) 
         where, base = spelling, base_dir
     else:
         where, base = entry.path, entry.base_dir
-    place = locate(where, base)
-    known: Mapping[str, Any] = entry.facts if entry is not None else {}
+    known: dict[str, Any] = dict(entry.facts) if entry is not None else {}
+    if source.format is not None:  # the registry's names of columns are those of another format
+        known = {key: value for key, value in known.items() if key not in ("columns", "exclusive", "tags", "ranking")}
     own: dict[str, Any] = {
-        "format": source.format, "columns": source.columns, "tags": source.tags, "subset": source.subset,
-        "num_samples": source.num_samples, "split": source.split if source.split != "train" else None,
+        "format": source.format, "columns": {**known.get("columns", {}), **source.columns},
+        "tags": {**known.get("tags", {}), **source.tags}, "subset": source.subset, "num_samples": source.num_samples,
+        "split": source.split if source.split != "train" else None,
     }  # fmt: skip
+    place = locate(where, base, own["split"] or known.get("split", source.split))
     return Found(
         spelling=spelling,
         name=source.name or (spelling if entry is not None else _short(spelling)),

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from llmtune.data.reading.rows import Position, Row, excerpt, not_utf8
+from llmtune.data.reading.rows import Position, Row, excerpt, half_pair, not_utf8, too_much
 from llmtune.errors import DataError
 
 LONGEST_LINE_BYTES = 256 * 2**20
 """A longer line is an error: more likely a file without line ends than one sample."""
 _BLOCK_BYTES = 4 * 2**20
+_CUT = "the last line is cut off, was the file copied whole?"
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,34 @@ class Lines:
     def _row(self, raw: bytes, number: int, ended: bool) -> Row:
         place = f"{self.origin}{number}"
         try:
-            text = raw.decode().rstrip()
-            return Row({"text": text} if self.text else json.loads(text), number)
+            text = raw.decode()
+            data = {"text": text.removesuffix("\r")} if self.text else json.loads(text)
         except UnicodeDecodeError as error:
+            if not ended and error.end == len(raw) and error.reason == "unexpected end of data":
+                return Row(None, number, f"{place}: {_CUT} Found {excerpt(raw.decode('utf-8', 'replace'), len(raw))}")
             return Row(None, number, not_utf8(place, raw, error, self._offset(number, raw)))
         except json.JSONDecodeError as error:
-            cause = "the last line is cut off, was the file copied whole?" if not ended else f"not JSON: {error.msg}"
-            return Row(None, number, f"{place}:{error.colno}: {cause} Found {excerpt(error.doc, error.pos)}")
-        except RecursionError:
-            return Row(None, number, f"{place}:1: nested too deeply")
+            return Row(
+                None, number, f"{place}:{error.colno}: {_cause(error, ended)} Found {excerpt(error.doc, error.pos)}"
+            )
+        except (ValueError, RecursionError) as error:
+            return Row(None, number, f"{place}:1: {too_much(error)}")
+        bad = None if self.text else half_pair(place, text, data)
+        return Row(None if bad else data, number, bad)
 
     def _offset(self, number: int, raw: bytes) -> int:
         before = self.found[: number - self.first]
         mark = len(self.found[number - self.first]) - len(raw)
         return self.offset + sum(len(line) + 1 for line in before) + mark
+
+
+def _cause(error: json.JSONDecodeError, ended: bool) -> str:
+    text = error.doc.rstrip()
+    if not ended and not text.endswith(("}", "]")):
+        return _CUT
+    if "\r" in text and error.msg == "Extra data":
+        return "not JSON: lines end in a carriage return alone; convert it with `tr '\\r' '\\n'`."
+    return f"not JSON: {error.msg}."
 
 
 def line_chunks(
@@ -71,22 +86,28 @@ def line_chunks(
     if seekable:
         file.seek(start.offset)
         offset, number = start.offset, start.before
-    rest, lines = b"", []
+    rest: list[bytes] = []  # a line that is not whole yet
+    lines: list[bytes] = []
     while block := file.read(_BLOCK_BYTES):
-        *whole, rest = (rest + block).split(b"\n")
-        if len(rest) > LONGEST_LINE_BYTES:
-            at = number + len(lines) + len(whole) + 1
+        first, *more = block.split(b"\n")
+        rest.append(first)
+        if more:
+            lines += [b"".join(rest), *more[:-1]]
+            rest = [more[-1]]
+        elif sum(map(len, rest)) > LONGEST_LINE_BYTES:
+            at = number + len(lines) + 1
             raise DataError(f"{path}:{at}: longer than {LONGEST_LINE_BYTES >> 20} MiB; is it one row a line?")
-        lines += whole
-        while len(lines) >= rows:
-            chunk, lines = lines[:rows], lines[rows:]
-            size = sum(map(len, chunk)) + len(chunk)
-            if number >= start.before:
-                place = Position(start.file, offset + size, number + len(chunk))
-                yield Lines(f"{path}:", place, chunk, number + 1, offset, text)
-            offset, number = offset + size, number + len(chunk)
-    if rest or lines:
-        chunk = [*lines, rest] if rest else lines
-        place = Position(start.file + 1)
-        if number >= start.before:
-            yield Lines(f"{path}:", place, chunk, number + 1, offset, text, ended=not rest)
+        begin = 0
+        if number < start.before:  # what cannot be entered in the middle is read from its beginning
+            begin = min(start.before - number, len(lines))
+            offset, number = offset + sum(map(len, lines[:begin])) + begin, number + begin
+        while len(lines) - begin >= rows:
+            chunk = lines[begin : begin + rows]
+            size = sum(map(len, chunk)) + rows
+            yield Lines(f"{path}:", Position(start.file, offset + size, number + rows), chunk, number + 1, offset, text)
+            offset, number, begin = offset + size, number + rows, begin + rows
+        lines = lines[begin:]
+    last = b"".join(rest)
+    if number >= start.before and (last or lines):
+        chunk = [*lines, last] if last else lines
+        yield Lines(f"{path}:", Position(start.file + 1), chunk, number + 1, offset, text, ended=not last)

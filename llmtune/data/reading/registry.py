@@ -33,6 +33,11 @@ _COLUMNS = {
     },
 }  # fmt: skip
 """What the registry calls a column, and what the format here does."""
+_TYPES = {
+    **dict.fromkeys((*_PLACES, "formatting", "subset", "split", "folder"), str),
+    "ranking": bool, "num_samples": int, "columns": dict, "tags": dict,
+}  # fmt: skip
+_NAMES = {str: "a text", bool: "true or false", int: "a whole number", dict: "an object of names"}
 _MEDIA = ("images", "videos", "audios")
 _TAGS = (
     "role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag",
@@ -92,13 +97,16 @@ def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
     if strange:
         near = did_you_mean(strange[0], _KEYS)
         raise DataError(f'{where} has the key "{strange[0]}", which is unknown.{near} Known: {listed(_KEYS, 20)}')
-    formatting = entry.get("formatting", "alpaca")
+    for key, kind in _TYPES.items():
+        if not isinstance(entry.get(key), kind | None):
+            raise DataError(f"{where}: {key} is {json.dumps(entry[key])}, allowed is {_NAMES[kind]}")
+    formatting = entry.get("formatting") or "alpaca"
     if formatting not in _COLUMNS:
         raise DataError(f'{where} has formatting "{formatting}", allowed are {listed(_COLUMNS)}')
     facts: dict[str, Any] = {
         "format": formatting,
         "ranking": bool(entry.get("ranking")),
-        "split": entry.get("split", "train"),
+        "split": entry.get("split") or "train",
         "subset": entry.get("subset"),
         "num_samples": entry.get("num_samples"),
         "tags": _tags(entry.get("tags"), where),

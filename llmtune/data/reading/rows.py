@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -81,3 +83,27 @@ def not_utf8(place: str, raw: bytes, error: UnicodeDecodeError, position: int, s
         f"{place}:{column + shift}: byte 0x{raw[error.start]:02x} at offset {position + error.start} of the file is "
         f"not UTF-8; save the file as UTF-8. Found {excerpt(text, column - 1)}"
     )
+
+
+_HALF = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
+
+def half_pair(place: str, text: str, data: Any) -> str | None:
+    """What to say if the JSON `text`, which says `data`, spells half a character: no tokenizer takes it."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return None
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        found = _HALF.search(text)
+        at = found.start() if found else 0
+        what = "half of a surrogate pair, which is no character; was a text cut inside an emoji?"
+        return f"{place}:{at + 1}: {what} Found {excerpt(text, at)}"
+    return None
+
+
+def too_much(error: ValueError | RecursionError) -> str:
+    """What to say where JSON is right and Python still does not read it."""
+    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of more than 4,300 digits"

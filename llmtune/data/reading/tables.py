@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmtune.data.reading.files import opened
+from llmtune.data.reading.files import COMPRESSED, opened
 from llmtune.data.reading.rows import Parsed, Position, Row, excerpt
 from llmtune.errors import DataError
 
@@ -29,8 +30,23 @@ class Batch:
         return self.table.num_rows
 
     def rows(self) -> Iterator[Row]:
-        for number, data in enumerate(self.table.to_pylist(), start=self.first):
-            yield Row(without_nulls(data), number)
+        return table_rows(self.table, range(self.first, self.first + self.count), self.origin)
+
+
+def table_rows(table: Any, numbers: Sequence[int], origin: str) -> Iterator[Row]:
+    """Rows of an Arrow table as Python objects."""
+    try:
+        found = table.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(numbers) == 1:
+            what = f"byte 0x{error.object[error.start]:02x} of a text is not UTF-8; write it again as UTF-8"
+            yield Row(None, numbers[0], f"{origin}{numbers[0]}: {what}. Found {error.object[:60]!r}")
+        else:
+            for at, number in enumerate(numbers):
+                yield from table_rows(table.slice(at, 1), [number], origin)
+        return
+    for data, number in zip(found, numbers, strict=True):
+        yield Row(without_nulls(data), number)
 
 
 def without_nulls(value: Any) -> Any:
@@ -44,41 +60,47 @@ def without_nulls(value: Any) -> Any:
 
 def parquet_chunks(path: Path, start: Position, rows: int) -> Iterator[Batch]:
     """Rows of a Parquet file; row groups before `start` are not read."""
-    import pyarrow
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            number, groups = 0, []
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if not groups and number + size <= start.before:
-                    number += size
-                else:
-                    groups.append(group)
-            batches = file.iter_batches(batch_size=rows, row_groups=groups) if groups else iter(())
-            yield from _batches(path, batches, start, number)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file, or a damaged one ({_first_line(error)})") from None
+    with _arrow_bytes(path, "a Parquet file") as source, parquet.ParquetFile(source) as file:
+        number, groups = 0, []
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if not groups and number + size <= start.before:
+                number += size
+            else:
+                groups.append(group)
+        batches = file.iter_batches(batch_size=rows, row_groups=groups) if groups else iter(())
+        yield from _batches(path, batches, start, number)
 
 
 def arrow_chunks(path: Path, start: Position, rows: int) -> Iterator[Batch]:
     """Rows of an Arrow IPC file or stream, Feather included."""
-    import pyarrow
     from pyarrow import ipc
 
+    with _arrow_bytes(path, "an Arrow file") as source:
+        whole = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = ipc.open_file(source) if whole else ipc.open_stream(source)
+        found = (reader.get_batch(at) for at in range(reader.num_record_batches)) if whole else iter(reader)
+        pieces = (batch.slice(at, rows) for batch in found for at in range(0, batch.num_rows, rows))
+        yield from _batches(path, pieces, start, 0)
+
+
+@contextmanager
+def _arrow_bytes(path: Path, name: str) -> Iterator[Any]:
+    """The file as pyarrow reads it; one that is packed from outside is unpacked into memory. DataError if damaged."""
+    import pyarrow
+
+    with opened(path) as file:
+        packed = path.suffix in COMPRESSED
+        source = pyarrow.BufferReader(file.read()) if packed else pyarrow.memory_map(str(path))
     try:
-        with opened(path) as file:
-            head = file.read(6)
-        with pyarrow.memory_map(str(path)) as source:
-            reader = ipc.open_file(source) if head == b"ARROW1" else ipc.open_stream(source)
-            found = (
-                (reader.get_batch(at) for at in range(reader.num_record_batches)) if head == b"ARROW1" else iter(reader)
-            )
-            pieces = (batch.slice(at, rows) for batch in found for at in range(0, batch.num_rows, rows))
-            yield from _batches(path, pieces, start, 0)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not an Arrow file, or a damaged one ({_first_line(error)})") from None
+        with source:
+            yield source
+    except (pyarrow.ArrowException, OSError) as error:  # OSError is pyarrow's word for data that cannot be unpacked
+        what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{path}: not {name}, or a damaged one ({what}); copy it again") from None
 
 
 def _batches(path: Path, batches: Iterator[Any], start: Position, number: int) -> Iterator[Batch]:
@@ -90,19 +112,12 @@ def _batches(path: Path, batches: Iterator[Any], start: Position, number: int) -
         number += batch.num_rows
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int) -> Iterator[Parsed]:
     """Rows of a comma- or tab-separated file with a line of column names. All values are text; empty stays empty."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 kB, is less than a long document
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    tabs = ".tsv" in path.suffixes
-    reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
-    columns = next(reader, [])
-    if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
-        raise DataError(f"{path}:1: column names are empty or come twice ({', '.join(columns)}); mend the first line")
+    reader = csv.reader(text, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+    columns = _column_names(path, reader)
     found: list[Row] = []
     while True:
         line = reader.line_num + 1
@@ -119,6 +134,19 @@ def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int) -> Iterat
             found = []
     if found:
         yield Parsed(f"{path}:", Position(start.file + 1), found)
+
+
+def _column_names(path: Path, reader: Iterator[list[str]]) -> list[str]:
+    try:
+        columns = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: not CSV ({error}); is a quote not closed?") from None
+    if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
+        raise DataError(f"{path}:1: column names are empty or come twice ({', '.join(columns)}); mend the first line")
+    if len(columns) == 1 and (sign := next((sign for sign in ",;\t|" if sign in columns[0]), None)):
+        allowed = "tabs in .tsv" if ".tsv" in path.suffixes else "commas in .csv, tabs in .tsv"
+        raise DataError(f"{path}:1: columns seem to be separated by {sign!r}, allowed are {allowed}; save it so")
+    return columns
 
 
 def _csv_row(path: Path, line: int, columns: list[str], values: list[str]) -> Row:
