@@ -194,8 +194,8 @@ class Making:
         skip = ", or set `on_bad_record: skip` to go on without them" if kept else ""
         raise DataError(
             f"{key}: {lost.no_target:,} of {lost.no_target + kept:,} samples have no token to train on (first: "
-            f"{where}); {causes}. Raise cutoff_len, leave long ones out (cutoff_policy: drop), or check that the template "
-            f"marks the assistant's turns{skip}"
+            f"{where}); {causes}. Raise cutoff_len, leave long ones out (cutoff_policy: drop), or check that the "
+            f"template marks the assistant's turns{skip}"
         )
 
 
