@@ -38,7 +38,7 @@ class Source:
     """Subset (configuration) of a hub data set."""
     num_samples: Annotated[int, Ge(1)] | None = None
     """Take this many rows: drawn by the seed without repeats where there are more, in whole passes where there are
-    fewer."""
+    fewer. With `streaming` the first ones are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +108,13 @@ class DataConfig:
     """Most rows of a data set that `skip` leaves out before it is an error: a share below 1 (ten rows always pass), or
     a number of rows."""
     streaming: bool = False
-    """Read, tokenise and shuffle while training, for data larger than disk or memory. Needs `max_steps`."""
+    """Read, tokenise and shuffle while training, for data larger than disk or memory. Needs `max_steps`; `val_size` is a
+    number of rows, the first ones."""
     buffer_size: Annotated[int, Ge(1)] = 16384
-    """Rows that streaming shuffles at a time."""
+    """Rows that streaming shuffles at a time, as they are read: each rank holds its share of them."""
     preprocessing_num_workers: Annotated[int, Ge(1)] | None = None
-    """Processes that tokenise; absent takes the processors there are, one for small data."""
+    """Processes that tokenise; absent takes the processors there are, one for small data. With `streaming` each rank has
+    as many; absent shares the processors, at most 8 a rank."""
     preprocessing_batch_size: Annotated[int, Ge(1)] = 1000
     """Rows that a process tokenises at a time."""
     overwrite_cache: bool = False
