@@ -88,7 +88,8 @@ class _Window:
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 near_end = error.msg.startswith("Unterminated") or error.pos + _NEAR_END > len(self.text)
-                if near_end and self.more(size):  # what looks wrong may be the end of what was read
+                if near_end and not self.ended:  # what looks wrong may be the end of what was read
+                    self.more(size)
                     size *= 2
                     continue
                 self.fail(error.msg, error.pos)

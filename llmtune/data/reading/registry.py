@@ -100,6 +100,8 @@ def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
     for key, kind in _TYPES.items():
         if not isinstance(entry.get(key), kind | None):
             raise DataError(f"{where}: {key} is {json.dumps(entry[key])}, allowed is {_NAMES[kind]}")
+    if (entry.get("num_samples") or 1) < 1:
+        raise DataError(f"{where}: num_samples is {entry['num_samples']}, allowed is 1 or more; leave it out for all")
     formatting = entry.get("formatting") or "alpaca"
     if formatting not in _COLUMNS:
         raise DataError(f'{where} has formatting "{formatting}", allowed are {listed(_COLUMNS)}')
