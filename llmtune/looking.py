@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import DataError, LlmtuneError, RecipeError, raise_all
+from llmtune.examples import KINDS
 
 if TYPE_CHECKING:
     from llmtune.data import DataReport, Prepared
@@ -165,7 +166,7 @@ def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     raise_all([problem for problem in problems if str(problem) not in unmet])
     allow_remote_code(recipe.model, recipe.is_local)
     tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
-    return prepare_for(recipe, parts, registry, tokenizer), tokenizer
+    return prepare_for(recipe, parts, registry, tokenizer, KINDS), tokenizer  # what no stage here learns from, too
 
 
 def known_formats(recipe: Recipe | None = None) -> Formats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -235,10 +236,12 @@ def make_model(
     return ledger, enter(vocabulary, ledger, former)
 
 
-def prepare_for(recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any) -> Prepared:
-    """The recipe's data as tokens, if its stage can learn from them."""
+def prepare_for(
+    recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any, learns: Sequence[str] | None = None
+) -> Prepared:
+    """The recipe's data as tokens, if they are of the kinds `learns`; None: of those that its stage learns from."""
     stages = parts.at("stage_config")
-    learns = getattr(stages[0].built, "learns", LEARNS) if stages else LEARNS
+    learns = learns or (getattr(stages[0].built, "learns", LEARNS) if stages else LEARNS)
     return prepare(
         recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir, formats=formats_of(parts, registry),
         learns=learns, stage=stages[0].plugin.name if stages else "the stage",

@@ -212,3 +212,14 @@ def test_long_samples_are_cut_in_the_picture_only() -> None:
 def test_an_empty_preview_prints() -> None:
     assert "is trained on" in str(Preview(samples=[]))
     assert Span(text="a", tokens=1, trained=True).weight == 1
+
+
+def test_preferences_are_shown_whatever_the_stage(tiny_llama: str, tmp_path: Path) -> None:
+    """Both sides, though `sft` would refuse to train on them, also from the cache."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "How?", "chosen": "So.", "rejected": "No."}\n')
+    keys = {"model": tiny_llama, "dataset": str(tmp_path / "pairs.jsonl"), "output_dir": str(tmp_path / "run")}
+    shown = str(llmtune.preview(keys))
+    assert "So.<|im_end|>" in shown and "No.<|im_end|>" in shown
+    assert "1 samples" in str(llmtune.stats(keys))
+    with pytest.raises(llmtune.LlmtuneError, match="holds preferences, and sft learns from conversations"):
+        llmtune.plan(keys)

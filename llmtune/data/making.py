@@ -79,6 +79,8 @@ class Making:
             overwrite=config.overwrite_cache and bool(found),
         )
         result = place.get(partial(self._fill, key, found))
+        for source in result.sources:
+            check_kind(source.kind, self.learns, self.stage, source.name)
         self.check(key, result)
         return result
 
@@ -109,7 +111,6 @@ class Making:
             "tool_format": self.tokeniser.renderer.tool_format,
             "concatenated": self.tokeniser.cutoff is None,
             "day": date.today().isoformat() if dated else None,
-            "learns": self.learns,
             **{key: getattr(config, key) for key in _KEYS},
         }
 
