@@ -282,3 +282,18 @@ def test_data_keys_are_read_without_torch() -> None:
     code = "import sys; from llmtune.data import DataConfig, Order; print({'torch', 'transformers'} & set(sys.modules))"
     root = Path(__file__).parents[1]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "set()"
+
+
+def test_tokenised_data_trains_without_the_files_it_came_from(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", alpaca(20))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"few": {"file_name": "rows.jsonl", "num_samples": 5}}))
+    keys = {"dataset": "few", "tokenized_path": "made"}
+    made = prepare(DataConfig(**keys), tiny_tokenizer(), seed=3, base_dir=tmp_path)
+    for name in ("rows.jsonl", "dataset_info.json"):
+        (tmp_path / name).unlink()
+    again = prepare(DataConfig(**keys), tiny_tokenizer(), seed=3, base_dir=tmp_path)
+    assert len(again.train) == 5 and again.digest == made.digest
+    alone = prepare(DataConfig(tokenized_path="made"), tiny_tokenizer(), seed=3, base_dir=tmp_path)
+    assert alone.digest == made.digest
+    with pytest.raises(DataError, match=r"tokenized_path: .* tokenised otherwise \(other cutoff_len\)"):
+        prepare(DataConfig(**keys, cutoff_len=7), tiny_tokenizer(), seed=3, base_dir=tmp_path)

@@ -108,13 +108,13 @@ class DataConfig:
     """Most rows of a data set that `skip` leaves out before it is an error: a share below 1 (ten rows always pass), or
     a number of rows."""
     streaming: bool = False
-    """Read, tokenise and shuffle while training, for data larger than disk or memory. Needs `max_steps`; `val_size` is a
-    number of rows, the first ones."""
+    """Read, tokenise and shuffle while training, for data larger than disk or memory. Needs `max_steps`; `val_size` is
+    a number of rows, the first ones."""
     buffer_size: Annotated[int, Ge(1)] = 16384
     """Rows that streaming shuffles at a time, as they are read: each rank holds its share of them."""
     preprocessing_num_workers: Annotated[int, Ge(1)] | None = None
-    """Processes that tokenise; absent takes the processors there are, one for small data. With `streaming` each rank has
-    as many; absent shares the processors, at most 8 a rank."""
+    """Processes that tokenise; absent takes the processors there are, one for small data. With `streaming` each rank
+    has as many; absent shares the processors, at most 8 a rank."""
     preprocessing_batch_size: Annotated[int, Ge(1)] = 1000
     """Rows that a process tokenises at a time."""
     overwrite_cache: bool = False

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llmtune.data.cache import Place, key_of
 from llmtune.data.config import DataConfig, Source
@@ -19,6 +21,7 @@ from llmtune.data.report import SHOWN, SourceReport
 from llmtune.data.store import StoreWriter, Tokenised, read_about
 from llmtune.data.template import missing_tokens
 from llmtune.data.tokenise import Tokeniser
+from llmtune.data.tokens import TokenSamples
 from llmtune.data.tool_format import read_tool_format
 from llmtune.data.workers import in_order, progress
 from llmtune.errors import DataError, listed
@@ -51,6 +54,7 @@ class Making:
     formats: Formats
     learns: tuple[str, ...]
     stage: str
+    seed: int
 
     @cached_property
     def tokeniser(self) -> Tokeniser:
@@ -82,7 +86,9 @@ class Making:
         for source in result.sources:
             check_kind(source.kind, self.learns, self.stage, source.name)
         self.check(key, result)
-        return result
+        # Data that was tokenised elsewhere takes as many rows as were asked for there.
+        counts = [each.num_samples for each in found or result.sources]
+        return replace(result, samples=pick(result.samples, counts, self.seed))
 
     def _content(self, found: Found) -> dict[str, Any]:
         files = [str(path) for path in found.files]
@@ -118,7 +124,7 @@ class Making:
         """Tokenise all data sets into a new store."""
         reports = []
         for number, each in enumerate(found):
-            report = SourceReport(name=each.spelling)
+            report = SourceReport(name=each.spelling, num_samples=each.num_samples)
             with progress(f"Tokenising {each.name}", " rows") as bar:
                 for piece in self._pieces(each, report):
                     account(report, piece)
@@ -254,3 +260,22 @@ def unique(names: Sequence[str]) -> list[str]:
         again = sum(other == name or other.startswith(f"{name}#") for other in found)
         found.append(f"{name}#{again + 1}" if again else name)
     return found
+
+
+def pick(samples: TokenSamples, counts: Sequence[int | None], seed: int) -> TokenSamples:
+    """As many rows of each data set as `counts` says: drawn without repeats, or in whole passes and a rest."""
+    if all(count is None for count in counts):
+        return samples
+    sets = samples.sets if samples.sets is not None else np.zeros(len(samples), np.int32)
+    chosen = []
+    for number, count in enumerate(counts):
+        (own,) = np.nonzero(sets == number)
+        if count is None or not len(own):
+            chosen.append(own)
+            continue
+        rows = np.unique(samples.rows[own])
+        passes, rest = divmod(count, len(rows))
+        # The words after the seed keep this draw apart from the held-out rows and from the order of any epoch.
+        drawn = np.random.default_rng([seed, 2**31 + 1, number]).choice(rows, rest, replace=False)
+        chosen += [own] * passes + [own[np.isin(samples.rows[own], drawn)]]
+    return samples.select(np.concatenate(chosen))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Formats
 from llmtune.data.making import Making
-from llmtune.data.reading import wanted_rows
 from llmtune.data.report import DataReport, PartReport
 from llmtune.data.streaming.stream import Stream, open_stream
 from llmtune.data.template import choose_template, missing_tokens
@@ -66,17 +65,16 @@ def prepare(
         raise DataError("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
     if config.template is not None:
         choose_template(config.template, tokenizer, folder)
-    make = Making(config, tokenizer, folder, formats or Formats.builtin(), tuple(learns), stage)
+    make = Making(config, tokenizer, folder, formats or Formats.builtin(), tuple(learns), stage, seed)
     if config.streaming:
         opened = open_stream(make, seed)
         return Prepared(train=opened.first, evaluation=opened.evaluation, report=opened.report, stream=opened.stream)
     found = make.tokenised("dataset", sources(config.dataset))
-    counts = partial(wanted_rows, base_dir=folder, dataset_dir=config.dataset_dir)
-    train, evaluation, losses = pick(found.samples, counts(sources(config.dataset)), seed), None, found.losses
+    train, evaluation, losses = found.samples, None, found.losses
     parts = [found]
     if eval_sources := sources(config.eval_dataset, "eval_dataset"):
         apart = make.tokenised("eval_dataset", eval_sources)
-        evaluation, losses = pick(apart.samples, counts(eval_sources), seed), losses + apart.losses
+        evaluation, losses = apart.samples, losses + apart.losses
         parts.append(apart)
     elif config.val_size:
         train, evaluation = hold_out(train, config.val_size, seed)
@@ -91,25 +89,6 @@ def prepare(
         bad_rows=tuple(part.bad_rows for part in parts if part.bad_rows.exists()),
     )
     return Prepared(train=train, evaluation=evaluation, report=report)
-
-
-def pick(samples: TokenSamples, counts: Sequence[int | None], seed: int) -> TokenSamples:
-    """As many rows of each data set as `counts` says: drawn without repeats, or in whole passes and a rest."""
-    if all(count is None for count in counts):
-        return samples
-    sets = samples.sets if samples.sets is not None else np.zeros(len(samples), np.int32)
-    chosen = []
-    for number, count in enumerate(counts):
-        (own,) = np.nonzero(sets == number)
-        if count is None or not len(own):
-            chosen.append(own)
-            continue
-        rows = np.unique(samples.rows[own])
-        passes, rest = divmod(count, len(rows))
-        # The words after the seed keep this draw apart from the held-out rows and from the order of any epoch.
-        drawn = np.random.default_rng([seed, 2**31 + 1, number]).choice(rows, rest, replace=False)
-        chosen += [own] * passes + [own[np.isin(samples.rows[own], drawn)]]
-    return samples.select(np.concatenate(chosen))
 
 
 def hold_out(samples: TokenSamples, size: int | float, seed: int) -> tuple[TokenSamples, TokenSamples]:

@@ -26,6 +26,8 @@ class SourceReport:
     rows: int = 0
     """Rows read, bad ones included."""
     samples: int = 0
+    num_samples: int | None = None
+    """Rows that were asked for, where not all of them were."""
     bad: Counter[str] = field(default_factory=Counter)
     """Rows that cannot be used, by reason."""
     examples: list[str] = field(default_factory=list)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from llmtune.data.reading.content import content_key
-from llmtune.data.reading.found import Found, find, wanted_rows
+from llmtune.data.reading.found import Found, find
 from llmtune.data.reading.read import chunks
 from llmtune.data.reading.rows import Chunk, Position, Row
 
-__all__ = ["Chunk", "Found", "Position", "Row", "chunks", "content_key", "find", "wanted_rows"]
+__all__ = ["Chunk", "Found", "Position", "Row", "chunks", "content_key", "find"]

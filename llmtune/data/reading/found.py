@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,6 @@ def find(source: Source, base_dir: Path, dataset_dir: Path | str | None = None) 
         hub=place if isinstance(place, str) else None,
         **{**known, **{key: value for key, value in own.items() if value}},
     )
-
-
-def wanted_rows(entries: Sequence[Source], base_dir: Path, dataset_dir: Path | str | None = None) -> list[int | None]:
-    """How many rows of each data set are asked for: by its own `num_samples`, else by the registry's, else all."""
-    found: list[int | None] = []
-    for source in entries:
-        entry = described(source.path.strip(), base_dir, dataset_dir) if source.num_samples is None else None
-        found.append(entry.facts["num_samples"] if entry is not None else source.num_samples)
-    return found
 
 
 def _short(spelling: str) -> str:
