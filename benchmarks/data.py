@@ -123,58 +123,50 @@ def throughput(options: argparse.Namespace) -> list[str]:
         found = {side: in_process(options, side, data, Path(scratch)) for side in SIDES}
     peer = found["TRL"]
     lines = [
-        "| side | seconds | tokens/s | against TRL | packed rows of 2048 | filled | tokens | trained |",
-        "|---|---|---|---|---|---|---|---|",
+        "| side | seconds | CPU seconds | tokens/s | against TRL | packed rows of 2048 | filled | tokens | trained |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for side, one in found.items():
         rate = one["tokens"] / one["seconds"]
         ratio = f"{rate / (peer['tokens'] / peer['seconds']):.2f} x" if "again" not in side else ""
-        fill, count = one["tokens"] / (one["rows"] * CUTOFF), f"{one['rows']:,} | "
-        lines.append(
-            f"| {side} | {one['seconds']:.1f} | {rate:,.0f} | {ratio} | {count}{fill:.2%} | {one['tokens']:,} "
-            f"| {one['trained']:,} |"
-        )
+        fill = one["tokens"] / (one["rows"] * CUTOFF)
+        cells = [
+            side, f"{one['seconds']:.1f}", f"{one['cpu']:.1f}", f"{rate:,.0f}", ratio, f"{one['rows']:,}", f"{fill:.2%}",
+            f"{one['tokens']:,}", f"{one['trained']:,}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def multi_turn(options: argparse.Namespace) -> list[str]:
     """Tokens that training takes: ours, each conversation once, and one sample for each assistant turn."""
-    from llmtune.data.reading import chunks, find
-
-    from llmtune.data import DataConfig, prepare
-    from llmtune.data.config import Source
-    from llmtune.data.formats import Formats, read_row
+    from llmtune.data import DataConfig, Formats, Source, chunks, find, prepare, read_row
+    from llmtune.data.tool_format import read_tool_format, with_tools_as_text
 
     tokenizer = tokenizer_of(options.model)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LLMTUNE_CACHE"] = scratch
-        ours = prepare(
-            DataConfig(dataset=options.chats, cutoff_len=10**6, on_bad_record="skip"), tokenizer, seed=0
-        ).train
-    found = find(Source(path=options.chats), Path.cwd(), None)
-    rows = [row.data for chunk in chunks(found) for row in chunk.rows() if row.problem is None]
-    chosen = Formats.builtin().of(found, rows[:100])
+        keys = DataConfig(dataset=options.chats, cutoff_len=10**6, tool_format="hermes")
+        ours = prepare(keys, tokenizer, seed=0).train
+        tokens = ours.tokens
+    found = find(Source(path=options.chats), Path.cwd())
+    rows = [row.data for chunk in chunks(found) for row in chunk.rows()]
+    chosen, written = Formats.builtin().of(found, rows[:100]), read_tool_format("hermes", Path.cwd())
     once = expanded = turns = 0
     for row in rows:
-        conversation = read_row(chosen, row)
-        assert conversation.kind == "conversation"
-        tools = conversation.tools
-
-        def length(messages: list[Any], tools: Any = tools) -> int:
-            return len(tokenizer.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"])
-
-        once += length(conversation.messages)
-        for at, message in enumerate(conversation.messages):
-            if message["role"] == "assistant":
-                turns += 1
-                expanded += length(conversation.messages[: at + 1])
+        example = read_row(chosen, row)
+        assert example.kind == "conversation" and written is not None
+        messages = with_tools_as_text(example, written).messages
+        ends = [at for at, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+        sizes = [len(tokenizer.apply_chat_template(messages[:end], return_dict=True)["input_ids"]) for end in ends]
+        once, expanded, turns = once + sizes[-1], expanded + sum(sizes), turns + len(ends)
     return [
         f"{len(rows):,} conversations with {turns / len(rows):.1f} assistant turns on average:",
         "",
         "| samples | tokens | against one rendering |",
         "|---|---|---|",
         f"| each conversation rendered once | {once:,} | 1.00 x |",
-        f"| llmtune | {ours.tokens:,} | {ours.tokens / once:.2f} x |",
+        f"| llmtune | {tokens:,} | {tokens / once:.2f} x |",
         f"| one sample for each assistant turn | {expanded:,} | {expanded / once:.2f} x |",
     ]
 
