@@ -130,10 +130,8 @@ def throughput(options: argparse.Namespace) -> list[str]:
         rate = one["tokens"] / one["seconds"]
         ratio = f"{rate / (peer['tokens'] / peer['seconds']):.2f} x" if "again" not in side else ""
         fill = one["tokens"] / (one["rows"] * CUTOFF)
-        cells = [
-            side, f"{one['seconds']:.1f}", f"{one['cpu']:.1f}", f"{rate:,.0f}", ratio, f"{one['rows']:,}", f"{fill:.2%}",
-            f"{one['tokens']:,}", f"{one['trained']:,}",
-        ]  # fmt: skip
+        numbers = [f"{one['seconds']:.1f}", f"{one['cpu']:.1f}", f"{rate:,.0f}", ratio, f"{one['rows']:,}"]
+        cells = [side, *numbers, f"{fill:.2%}", f"{one['tokens']:,}", f"{one['trained']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
