@@ -258,7 +258,7 @@ def test_its_own_tests_find_it_keeps_the_contract(place: Place) -> None:
     """The laws of `llmtune.testing`, as its author runs them."""
     tests = str(STRANGER / "tests")
     out = finish(place.start("-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-c", os.devnull))
-    assert re.search(r"\b5\d passed", out) and "failed" not in out and "skipped" not in out
+    assert re.search(r"\b6\d passed", out) and "failed" not in out and "skipped" not in out
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -359,6 +359,7 @@ def test_plugins_and_schema_know_it(place: Place) -> None:
     rows = [row for row in json.loads(finish(listing))["plugins"] if row["package"] == "acme-tuning"]
     assert {(row["point"], row["name"], row["version"], row["state"]) for row in rows} == {
         ("peft_config", "ia3", "1.4.2", "ok"),
+        ("data_config", "forum", "1.4.2", "ok"),
         ("quant_config", "int8_rows", "1.4.2", "ok"),
         ("stage_config", "smoothed", "1.4.2", "ok"),
     }
