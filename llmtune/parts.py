@@ -134,7 +134,7 @@ def formats_of(parts: Parts, registry: Registry) -> Formats:
     part = parts.one("data_config")
     return Formats(
         known=detectable(data_config()), find=find, default=part.built, default_name=part.plugin.name,
-        default_facts=facts_of(part.config, part.package),
+        default_config=part.config, default_facts=facts_of(part.config, part.package),
     )  # fmt: skip
 
 

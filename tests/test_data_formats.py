@@ -204,7 +204,7 @@ def test_detection_explains_itself(row: dict, name: str, why: str) -> None:
         ([{"instrction": "a", "output": "b"}], 'Did you mean "instruction"'),
         ([{"instruction": "a", "output": "b", "messages": [{"role": "user"}]}], r"several formats \(alpaca, openai\)"),
         (
-            [{"messages": [{"role": "user"}], "label": "no"}, {"text": "a"}],
+            [{"messages": [{"role": "user"}], "label": "sports"}, {"text": "a"}],
             r"several formats \(openai, text\).*data_config",
         ),
         ([3], "found the columns none"),

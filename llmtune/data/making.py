@@ -27,7 +27,7 @@ from llmtune.data.workers import in_order, progress
 from llmtune.errors import DataError, listed
 from llmtune.folders import cache_root
 
-VERSION = 1
+VERSION = 2
 """Counts up when the same data and keys give other tokens than before."""
 LOOKED_AT = 100
 """Rows of a data set that its format is detected from."""

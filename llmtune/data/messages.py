@@ -52,6 +52,7 @@ def normal_tools(value: Any) -> list[dict[str, Any]] | None:
         raise BadRow("bad tools", f'"tools" is {kind(value)}, allowed is a list of functions')
     tools = []
     for number, tool in enumerate(value, start=1):
+        tool = _parsed(tool, f"tool {number}", "bad tools") if isinstance(tool, str) else tool
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow("bad tools", f"tool {number} has no function name, needed are name and parameters")
@@ -63,7 +64,8 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("bad tool call", f"{place} has no function name, allowed is {{name, arguments}}")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    arguments = {} if arguments is None else arguments
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"arguments of {place}", "bad tool call") if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
@@ -74,10 +76,18 @@ def _call(call: Any, place: str) -> dict[str, Any]:
 
 
 def tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
-    """OpenAI's `tool_calls` of message `number`, arguments as objects."""
+    """OpenAI's `tool_calls` of message `number`, or their JSON text, with arguments as objects."""
+    if isinstance(calls, str):
+        calls = _parsed(calls, f"tool_calls of message {number}", "bad tool call")
     if not isinstance(calls, list):
         raise BadRow("bad tool call", f"tool_calls of message {number} is {kind(calls)}, allowed is a list")
     return [_call(call, f"tool call {at} of message {number}") for at, call in enumerate(calls, start=1)]
+
+
+def parse_thinking(value: str) -> tuple[str, str]:
+    """What is thought inline before a call, with its marks, and the rest."""
+    head, mark, rest = value.partition("</think>")
+    return (head + mark, rest) if mark and head.lstrip().startswith("<think>") else ("", value)
 
 
 def parse_calls(value: str, number: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from llmtune.data.formats.messages_in import (
     asked_of,
     first_turn,
     history_of,
+    led,
     system_of,
     variables_of,
 )
@@ -19,13 +20,26 @@ from llmtune.data.messages import kind, normal_tools
 from llmtune.examples import BadRow, Conversation, Message
 
 VARIABLES = ("enable_thinking", "chat_template_kwargs")
-PAIRED = ("chosen", "rejected", "rejected_response", "kto_tag")
+HELD = ("messages", "conversations", "conversation")
+"""Columns of messages with role and content."""
+PAIRED = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
 """Columns of rows that hold more than a conversation."""
+_YES_OR_NO = ("true", "false", "yes", "no", "0", "1")
 
 
 def is_more(row: Mapping[str, Any]) -> bool:
     """Whether the row is a preference or a labelled answer."""
-    return any(column in row for column in PAIRED) or isinstance(row.get("label"), bool)
+    return any(column in row for column in PAIRED) or is_label(row.get("label"))
+
+
+def is_label(value: Any) -> bool:
+    """Whether a label says yes or no, rightly spelt or not: read as a class, unwanted answers would be learnt."""
+    return str(value).strip().lower() in _YES_OR_NO if isinstance(value, bool | int | str) else False
+
+
+def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The column `tools`, or `functions`, as OpenAI called it at first."""
+    return normal_tools(row.get("tools") or row.get("functions"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +77,7 @@ class ShareGpt:
     kind = "conversation"
     columns = ("conversations", "conversation", "system", "tools", *VARIABLES)
     required = ()
+    needs = "conversations of from and value"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
         self.reader = Reader(config or TagsConfig())
@@ -71,15 +86,16 @@ class ShareGpt:
         column, turn = first_turn(row, ("conversations", "conversation"))
         if is_more(row):
             return None
-        if {"from", "value"} <= set(turn) and column == "conversations":
-            return "conversations with from/value"
+        keys = self.reader.keys(turn)
+        if set(keys) <= set(turn) and column == "conversations" and keys[0] != "role":
+            return f"conversations with {'/'.join(keys)}"
         return "conversation with human/assistant" if {"human", "assistant"} <= set(turn) else None
 
     def convert(self, row: Mapping[str, Any]) -> Conversation:
         if "conversations" not in row and "conversation" not in row:
             raise BadRow("no conversations", f'sharegpt needs the column "conversations", found {", ".join(row)}')
         column = "conversations" if "conversations" in row else "conversation"
-        messages = [*system_of(row), *self.reader.messages(_as_turns(row[column]), column)]
+        messages = led(row, self.reader.messages(_as_turns(row[column]), column))
         return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
 
 
@@ -98,22 +114,26 @@ class OpenAi:
     """`messages` with `role` and `content`, tool calls, reasoning and weights."""
 
     kind = "conversation"
-    columns = ("messages", "conversations", "system", "tools", *VARIABLES)
+    columns = (*HELD, "system", "tools", "functions", *VARIABLES)
     required = ()
+    needs = "messages of role and content"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
         self.reader = Reader(config or TagsConfig())
 
     def recognise(self, row: Mapping[str, Any]) -> str | None:
-        column, turn = first_turn(row, ("messages", "conversations"))
-        return f"{column} with role/content" if "role" in turn and not is_more(row) else None
+        column, turn = first_turn(row, HELD)
+        keys = self.reader.keys(turn)
+        if keys[0] not in turn or is_more(row) or (column != "messages" and keys[0] != "role"):
+            return None
+        return f"{column} with {'/'.join(keys)}"
 
     def convert(self, row: Mapping[str, Any]) -> Conversation:
-        if "messages" not in row and "conversations" not in row:
+        if not any(column in row for column in HELD):
             raise BadRow("no messages", f'openai needs the column "messages", found {", ".join(row)}')
-        column = "messages" if "messages" in row else "conversations"
-        messages = [*system_of(row), *self.reader.messages(row[column], column)]
-        return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
+        column = next(column for column in HELD if column in row)
+        messages = led(row, self.reader.messages(row[column], column))
+        return Conversation(messages=messages, tools=tools_of(row), template_kwargs=variables_of(row))
 
 
 class Completion:
@@ -130,7 +150,7 @@ class Completion:
         return "prompt and completion" if {"prompt", "completion"} <= set(row) and not is_more(row) else None
 
     def convert(self, row: Mapping[str, Any]) -> Conversation:
-        messages = [*system_of(row), *self.prompt(row), *self.answer(row["completion"], "completion")]
+        messages = led(row, [*self.prompt(row), *self.answer(row["completion"], "completion")])
         return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
 
     def prompt(self, row: Mapping[str, Any]) -> list[Message]:

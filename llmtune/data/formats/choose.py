@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from llmtune.data.formats.row import Chosen
+from llmtune.data.formats.row import Chosen, read_row
 from llmtune.data.reading import Found
+from llmtune.data.spelled import as_names, is_like, misspelt
 from llmtune.errors import DataError, did_you_mean, listed
-from llmtune.examples import DataFormat
+from llmtune.examples import BadRow, DataFormat
 from llmtune.records import Plugin
 from llmtune.schema import decode
 
@@ -34,6 +35,8 @@ class Formats:
     default: Any = None
     """The built `data_config` of the recipe; None or `Auto` detects."""
     default_name: str = "auto"
+    default_config: Any = None
+    """What `default` was built from."""
     default_facts: Any = None
     """The parameters and the package of `default`."""
 
@@ -59,43 +62,87 @@ class Formats:
         """
         block = found.format
         if block is None and self.default is not None and not isinstance(self.default, Auto):
-            return self._chosen(found, self.default, self.default_name, "as named")
+            name, form = self.default_name, self.default
+            if found.tags:
+                form = self._made(found, name, self.default_config)
+            return _chosen(found, form, name, "as named", rows)
         name = block if isinstance(block, str) or block is None else block.get("name")
+        config = self._config(found, name, block) if block is not None else None
         if block is not None and name != "auto":
-            return self._chosen(found, self._made(found, name, block), str(name), "as named")
-        renamed = _renamed_rows(found, rows)
-        name, why = detect(renamed, found.spelling, self.known)
-        form = self._made(found, name, {}) if found.tags else self.known[name]
-        return self._chosen(found, form, name, why)
+            return _chosen(found, self._made(found, str(name), config), str(name), "as named", rows)
+        name, why = detect(_renamed_rows(found, rows), found.spelling, self._tagged(found))
+        form = self._made(found, name, None) if found.tags else self.known[name]
+        return _chosen(found, form, name, why, rows)
 
     def facts(self, found: Found) -> Any:
         """What the tokens of a data set depend on here, besides what `found` says itself."""
         name = found.format if isinstance(found.format, str | None) else found.format.get("name")
         return [self.default_name, self.default_facts] if name is None else self.find(str(name))[1]
 
-    def _made(self, found: Found, name: Any, block: str | Mapping[str, Any]) -> DataFormat:
+    def _plugin(self, found: Found, name: Any) -> Plugin:
         if not isinstance(name, str):
             raise DataError(f"{found.spelling}: format has no name; write {{name: ..., parameters}}")
         try:
-            plugin, _ = self.find(name)
+            return self.find(name)[0]
         except DataError as error:
             raise DataError(f"{found.spelling}: {error}") from None
+
+    def _config(self, found: Found, name: Any, block: str | Mapping[str, Any]) -> Any:
+        """The parameters that an entry gives its format."""
         given = {} if isinstance(block, str) else {key: value for key, value in block.items() if key != "name"}
-        config, problems = decode(plugin.config, {**given, **found.tags}, "format")
+        config, problems = decode(self._plugin(found, name).config, given, "format")
         if problems:
             raise DataError(f"{found.spelling}: " + "; ".join(f"{each.key}: {each.message}" for each in problems))
-        return plugin.build(config)
+        return config
 
-    def _chosen(self, found: Found, form: DataFormat, name: str, why: str) -> Chosen:
-        media = ("images", "videos", "audios")
-        strange = [column for column in found.columns if column not in form.columns and column not in media]
-        if strange:
-            near = did_you_mean(strange[0], form.columns)
+    def _made(self, found: Found, name: str, config: Any) -> DataFormat:
+        """A format with these parameters (None: its own) and the tags of the data set."""
+        plugin = self._plugin(found, name)
+        own = plugin.config() if config is None else config
+        known = [field.name for field in fields(own)]
+        if strange := [tag for tag in found.tags if tag not in known]:
+            near, allowed = did_you_mean(strange[0], known), listed(known, 12) or "none"
             raise DataError(
-                f'{found.spelling}: columns names "{strange[0]}", which {name} has not.{near} '
-                f"Allowed: {listed(form.columns, 20)}"
+                f'{found.spelling}: tags names "{strange[0]}", which {name} has not.{near} Allowed: {allowed}'
             )
-        return Chosen(format=form, name=name, why=why, columns=found.columns, exclusive=found.exclusive)
+        try:
+            return plugin.build(replace(own, **found.tags))
+        except ValueError as error:
+            raise DataError(f"{found.spelling}: tags: {error}") from None
+
+    def _tagged(self, found: Found) -> Mapping[str, DataFormat]:
+        """The formats that detection asks, knowing how keys and roles are called here."""
+        if not found.tags:
+            return self.known
+        takes = {name: {field.name for field in fields(self.find(name)[0].config)} for name in self.known}
+        return {
+            name: self._made(found, name, None) if set(found.tags) <= takes[name] else form
+            for name, form in self.known.items()
+        }
+
+
+def _chosen(found: Found, form: DataFormat, name: str, why: str, rows: Sequence[Any]) -> Chosen:
+    """The format with the data set's columns, once these are what both have."""
+    media, taken = ("images", "videos", "audios"), [theirs for _, theirs in found.columns.items()]
+    strange = [column for column in found.columns if column not in form.columns and column not in media]
+    if strange:
+        near = did_you_mean(strange[0], form.columns)
+        raise DataError(
+            f'{found.spelling}: columns names "{strange[0]}", which {name} has not.{near} '
+            f"Allowed: {listed(form.columns, 20)}"
+        )
+    if twice := [column for column in taken if taken.count(column) > 1]:
+        both = listed(ours for ours, theirs in found.columns.items() if theirs == twice[0])
+        raise DataError(f'{found.spelling}: columns reads {both} from "{twice[0]}", allowed is one column for each')
+    there = list(dict.fromkeys(str(column) for row in rows if isinstance(row, Mapping) for column in row))
+    lost = {ours: theirs for ours, theirs in found.columns.items() if theirs not in there and ours not in media}
+    for ours, theirs in lost.items():
+        if near := [column for column in there if column not in taken and is_like(column, theirs)]:
+            what = f'columns reads {ours} from "{theirs}", which no row has'
+            raise DataError(f'{found.spelling}: {what}. Did you mean "{near[0]}"?')
+    if lost and there:
+        why += f"; none of the first {len(rows)} rows has {listed(lost.values())}"
+    return Chosen(format=form, name=name, why=why, columns=found.columns, exclusive=found.exclusive)
 
 
 def facts_of(config: Any, package: str) -> Any:
@@ -132,13 +179,33 @@ def detect(rows: Sequence[Any], name: str, known: Mapping[str, DataFormat]) -> t
     if formats:
         raise DataError(f"{name}: rows fit several formats ({listed(sorted(formats))}); {named}")
     columns = dict.fromkeys(str(column) for row in rows if isinstance(row, Mapping) for column in row)
-    wanted = "; ".join(f"{each}: {listed(form.required or form.columns[:2])}" for each, form in known.items())
-    spelled = [column for form in known.values() for column in form.columns]
-    near = next((hint for column in columns if (hint := did_you_mean(column, spelled))), "")
+    wanted = "; ".join(f"{each}: {_needs(form)}" for each, form in known.items())
     raise DataError(
-        f"{name}: the format could not be detected, found the columns {listed(columns) or 'none'}.{near} "
-        f"Known formats need: {wanted}. Map them with `columns` in the entry of dataset, or {named}"
+        f"{name}: the format could not be detected, found the columns {listed(columns) or 'none'}."
+        f"{_nearest(rows, columns, known)} Known formats need: {wanted}. "
+        f"Map them with `columns` in the entry of dataset, or {named}"
     )
+
+
+def _needs(form: DataFormat) -> str:
+    return getattr(form, "needs", None) or listed(form.required or form.columns)
+
+
+def _nearest(rows: Sequence[Any], columns: Iterable[str], known: Mapping[str, DataFormat]) -> str:
+    """What keeps the first row from being what it is nearest to, as a sentence after a space."""
+    spelled = as_names(dict.fromkeys(column for form in known.values() for column in form.columns))
+    for column in columns:
+        if wrong := misspelt((column,), spelled):
+            return f' Did you mean "{wrong[1]}"?'
+    row = next((row for row in rows if isinstance(row, Mapping)), {})
+    name, form = max(known.items(), key=lambda item: sum(column in row for column in item[1].columns))
+    if not any(column in row for column in form.columns):
+        return ""
+    try:
+        read_row(Chosen(format=form, name=name, why=""), row)
+    except BadRow as bad:
+        return f" Read as {name}, the first row cannot be used: {bad}."
+    return ""
 
 
 def check_kind(kind: str, learns: Sequence[str], stage: str, source: str) -> None:

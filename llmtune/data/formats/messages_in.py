@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from llmtune.data.messages import kind, parse_calls, text_of, tool_calls
+from llmtune.data.messages import kind, parse_calls, parse_thinking, text_of, tool_calls
+from llmtune.data.spelled import as_names, misspelt
 from llmtune.errors import did_you_mean, listed
 from llmtune.examples import BadRow, Message
 
@@ -14,11 +16,16 @@ FROM_VALUE = ("from", "value")
 ROLE_CONTENT = ("role", "content")
 _ROLES = {
     "system": "system", "developer": "system", "human": "user", "user": "user", "gpt": "assistant",
-    "assistant": "assistant", "function_call": "call", "observation": "tool", "tool": "tool",
+    "assistant": "assistant", "function_call": "call", "tool_call": "call", "observation": "tool", "tool": "tool",
+    "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
-_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+_KEPT = ("name", "tool_call_id", "thinking")
 _WEIGHTS = ("weight", "loss_scale", "train", "loss")
 """What others call the weight of a message: OpenAI, ms-swift, Axolotl, ms-swift."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What others call what the model thinks before it answers: DeepSeek and Qwen, gpt-oss, vLLM."""
+_OTHERS = (*FROM_VALUE, *ROLE_CONTENT, "tool_calls", "function_call", "name", "tool_call_id", *_REASONING, *_WEIGHTS)
+"""Keys of messages that are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,15 @@ class TagsConfig:
     system_tag: str | None = None
     """Role of the system message; else `system` or `developer`."""
 
+    def __post_init__(self) -> None:
+        keys = {"role_tag": self.role_tag, "content_tag": self.content_tag}
+        roles = {name: value for name, value in vars(self).items() if name not in keys}
+        for group in (keys, roles):
+            given = [(name, value) for name, value in group.items() if value is not None]
+            for at, (name, value) in enumerate(given):
+                if same := [other for other, taken in given[:at] if taken == value]:
+                    raise ValueError(f'{name}: found "{value}", which {same[0]} is too; allowed are different names')
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -47,7 +63,7 @@ class Reader:
 
     tags: TagsConfig = field(default_factory=TagsConfig)
 
-    @property
+    @cached_property
     def roles(self) -> dict[str, str]:
         """Role as it is written: role as it is meant."""
         own = {
@@ -72,52 +88,91 @@ class Reader:
             if not isinstance(turn, Mapping):
                 raise BadRow("message is not an object", f"message {number} is {kind(turn)}, allowed is an object")
             keys = keys or self.keys(turn)
-            found.append(self.message(turn, keys, number))
+            role = self._role(turn, keys, number)
+            message = self._message(turn, role, keys, number)
+            if role == "call" and found and _goes_on(found[-1], message):
+                found[-1] |= {"tool_calls": [*found[-1].get("tool_calls", ()), *message["tool_calls"]]}
+            else:
+                found.append(message)
         return found
 
-    def message(self, turn: Mapping[str, Any], keys: tuple[str, str], number: int) -> Message:
+    def _message(self, turn: Mapping[str, Any], role: str, keys: tuple[str, str], number: int) -> Message:
         """One message."""
         role_key, content_key = keys
-        role = self._role(turn, role_key, number)
-        content, calls = turn.get(content_key), turn.get("tool_calls")
+        if wrong := misspelt(as_names(turn), (*keys, *_OTHERS)):
+            what = f'message {number} has the key "{wrong[0]}". Did you mean "{wrong[1]}"?'
+            raise BadRow("misspelt key of a message", what)
+        content, calls = turn.get(content_key), _calls(turn, number)
         if content is None and not calls:
             what = f'no "{content_key}"' if content_key == "value" else f'neither "{content_key}" nor "tool_calls"'
             raise BadRow("null content", f"message {number} ({turn[role_key]}) has {what}, found {listed(turn)}")
         text = "" if content is None else text_of(content, f"message {number}")
-        message: Message = {"role": role, "content": text}
         if role == "call":
-            message = {"role": "assistant", "content": "", "tool_calls": parse_calls(text, number)}
-        elif calls:
-            if role != "assistant":
-                raise BadRow("tool calls outside assistant", f"message {number} ({role}) has tool_calls")
-            message["tool_calls"] = tool_calls(calls, number)
-        return message | _weight(turn, message["role"], number) | {k: turn[k] for k in _KEPT if turn.get(k) is not None}
+            thinking, text = parse_thinking(text)
+            role, text, calls = "assistant", thinking, parse_calls(text, number)
+        if calls and role != "assistant":
+            raise BadRow("tool calls outside assistant", f"message {number} ({role}) has tool_calls")
+        message: Message = {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
+        kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+        return message | _weight(turn, role, number) | _texts(kept, number) | _reasoning(turn, number)
 
-    def _role(self, turn: Mapping[str, Any], key: str, number: int) -> str:
+    def _role(self, turn: Mapping[str, Any], keys: tuple[str, str], number: int) -> str:
+        key = keys[0]
         if key not in turn:
             near = next((hint for name in turn if (hint := did_you_mean(str(name), [key]))), "")
             raise BadRow(f"message without {key}", f'message {number} has no "{key}", found {listed(turn)}.{near}')
         role, roles = turn[key], self.roles
-        if role not in roles:
+        if role == "function" and "name" in turn and role not in roles:
+            return "tool"  # what OpenAI called a tool's result at first
+        if not isinstance(role, str) or role not in roles:
             near = did_you_mean(str(role), roles)
-            what = f'message {number} has the role "{role}", allowed are {listed(roles, 12)}.{near}'
+            what = f'message {number} has the role "{role}", allowed are {listed(roles, 16)}.{near}'
             raise BadRow("unknown role", what)
         return roles[role]
 
 
+def _calls(turn: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    """`tool_calls`, or the one `function_call` that OpenAI had before them."""
+    calls, single = turn.get("tool_calls"), turn.get("function_call")
+    if calls and single:
+        raise BadRow("bad tool call", f"message {number} has tool_calls and function_call, allowed is one of them")
+    return tool_calls(calls or [single], number) if calls or single else []
+
+
+def _goes_on(before: Message, call: Message) -> bool:
+    """Whether a call that stands alone belongs to the message before it: one turn, with several calls at once."""
+    bare = not call["content"] and call.keys() <= {"role", "content", "tool_calls", "weight"}
+    return bare and before["role"] == "assistant" and before.get("weight") == call.get("weight")
+
+
+def _texts(found: Mapping[str, Any], number: int) -> dict[str, str]:
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise BadRow(f"{key} is not text", f'"{key}" of message {number} is {kind(value)}, allowed is text')
+    return dict(found)
+
+
+def _reasoning(turn: Mapping[str, Any], number: int) -> dict[str, str]:
+    """What was thought, as `reasoning_content`, which most templates read."""
+    found = _texts({key: turn[key] for key in _REASONING if turn.get(key) is not None}, number)
+    if len(set(found.values())) > 1:
+        raise BadRow("several reasonings", f"message {number} has {listed(found)} that differ, allowed is one of them")
+    return {"reasoning_content": next(iter(found.values()))} if found else {}
+
+
 def _weight(turn: Mapping[str, Any], role: str, number: int) -> dict[str, float]:
-    for key in _WEIGHTS:
-        value = turn.get(key)
-        if value is None:
-            continue
+    if turn.get("train_detail") is not None:
+        raise BadRow("train_detail", f"message {number} has train_detail; parts of a message cannot be weighted")
+    given = {key: turn[key] for key in _WEIGHTS if turn.get(key) is not None}
+    for key, value in given.items():
         if not isinstance(value, bool | int | float) or not 0 <= value < float("inf"):
             raise BadRow("bad weight", f'"{key}" of message {number} is {value!r}, allowed is a number >= 0')
-        if role != "assistant":
-            if value:
-                raise BadRow("weight outside assistant", f'message {number} ({role}) has "{key}": {value!r}')
-            return {}
-        return {} if value == 1 else {"weight": float(value)}
-    return {}
+        if role != "assistant" and value:
+            raise BadRow("weight outside assistant", f'message {number} ({role}) has "{key}": {value!r}')
+    values = {float(value) for value in given.values()}
+    if len(values) > 1:
+        raise BadRow("bad weight", f"message {number} has {listed(given)} that differ, allowed is one of them")
+    return {"weight": values.pop()} if values - {1.0} and role == "assistant" else {}
 
 
 def system_of(row: Mapping[str, Any]) -> list[Message]:
@@ -137,6 +192,17 @@ def history_of(row: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
+def led(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """`messages` after the system message of the column `system`, which they may begin with themselves."""
+    system = system_of(row)
+    if not system or not messages or messages[0]["role"] != "system":
+        return [*system, *messages]
+    if system[0]["content"] != messages[0]["content"]:
+        what = 'the column "system" and message 1 are system messages that differ, allowed is one of them'
+        raise BadRow("two system messages", what)
+    return messages
+
+
 def asked_of(row: Mapping[str, Any]) -> list[Message]:
     """`instruction` and `input` as one user message, a line each."""
 
@@ -147,6 +213,8 @@ def asked_of(row: Mapping[str, Any]) -> list[Message]:
         return value or ""
 
     joined = "\n".join(part for part in (text("instruction"), text("input")) if part)
+    if not joined:
+        raise BadRow("nothing asked", "instruction and input are empty, needed is text in one of them")
     return [{"role": "user", "content": joined}]
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.data.formats.chats import VARIABLES, Completion
-from llmtune.data.formats.messages_in import TagsConfig, asked_of, history_of, system_of, variables_of
+from llmtune.data.formats.chats import VARIABLES, Completion, is_label
+from llmtune.data.formats.messages_in import TagsConfig, asked_of, history_of, led, system_of, variables_of
 from llmtune.data.messages import kind, normal_tools
+from llmtune.errors import listed
 from llmtune.examples import BadRow, Labelled, Message, Preference
 
 _BEFORE = ("prompt", "messages", "conversations", "instruction", "input", "history", "system", "tools", *VARIABLES)
+
+
+_OTHER_SIDE = ("rejected_response", "rejected_messages")
 
 
 class PreferencePairs:
@@ -18,12 +22,13 @@ class PreferencePairs:
 
     What they answer stands in `prompt` (text or messages), in `conversations` or `messages`, in `instruction` and
     `input`, or in what both begin with (UltraFeedback, TRL's implicit prompt). Also `messages`, whose last answer is
-    the chosen one, with `rejected_response` (ms-swift).
+    the chosen one, with `rejected_response` or `rejected_messages` (ms-swift).
     """
 
     kind = "preference"
-    columns = (*_BEFORE, "chosen", "rejected", "rejected_response")
+    columns = ("chosen", "rejected", *_BEFORE, *_OTHER_SIDE)
     required = ()
+    needs = "chosen and rejected, or messages and rejected_response"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
         self.parts = Completion(config)
@@ -31,14 +36,13 @@ class PreferencePairs:
     def recognise(self, row: Mapping[str, Any]) -> str | None:
         if {"chosen", "rejected"} <= set(row):
             return "chosen and rejected"
-        return "messages and rejected_response" if {"messages", "rejected_response"} <= set(row) else None
+        other = next((column for column in _OTHER_SIDE if column in row), None)
+        return f"messages and {other}" if other and "messages" in row else None
 
     def convert(self, row: Mapping[str, Any]) -> Preference:
         before = before_of(row, self.parts)
-        if "rejected_response" in row and "chosen" not in row:
-            if not before or before[-1]["role"] != "assistant":
-                raise BadRow("no chosen answer", "messages ends with no answer by the assistant to be the chosen one")
-            sides = [before, [*before[:-1], *self.parts.answer(row["rejected_response"], "rejected_response")]]
+        if "chosen" not in row and any(column in row for column in _OTHER_SIDE):
+            sides = self._beside(row, before)
         else:
             missing = next((side for side in ("chosen", "rejected") if side not in row), None)
             if missing:
@@ -50,25 +54,37 @@ class PreferencePairs:
             template_kwargs=variables_of(row),
         )  # fmt: skip
 
+    def _beside(self, row: Mapping[str, Any], before: list[Message]) -> list[list[Message]]:
+        """`messages`, which end with the chosen answer, and the same with the rejected one."""
+        if not before or before[-1]["role"] != "assistant":
+            raise BadRow("no chosen answer", "messages ends with no answer by the assistant to be the chosen one")
+        if row.get("rejected_messages") is not None:
+            return [before, led(row, self.parts.reader.messages(row["rejected_messages"], "rejected_messages"))]
+        return [before, [*before[:-1], *self.parts.answer(row.get("rejected_response"), "rejected_response")]]
+
     def _side(self, row: Mapping[str, Any], side: str, before: Sequence[Message]) -> list[Message]:
         answer = self.parts.answer(row[side], side)
         if not answer:
             raise BadRow(f"empty {side}", f'"{side}" holds no message')
         # Messages that begin with a question are the whole conversation; `prompt` then only repeats it.
-        return answer if answer[0]["role"] in ("system", "user") else [*before, *answer]
+        if answer[0]["role"] in ("system", "user"):
+            return led(row, answer)
+        if not any(message["role"] != "system" for message in before):
+            what = "prompt, messages, conversations or instruction, or a question in both sides"
+            raise BadRow("no prompt", f"nothing says what {side} answers; needed is {what}, found {listed(row)}")
+        return [*before, *answer]
 
 
 def before_of(row: Mapping[str, Any], parts: Completion) -> list[Message]:
     """What an answer in another column answers."""
-    messages = system_of(row)
     if row.get("prompt") is not None:
-        return [*messages, *parts.prompt(row)]
+        return led(row, parts.prompt(row))
     for column in ("messages", "conversations"):
         if row.get(column) is not None:
-            return [*messages, *parts.reader.messages(row[column], column)]
+            return led(row, parts.reader.messages(row[column], column))
     if row.get("instruction") is not None:
-        return [*messages, *history_of(row), *asked_of(row)]
-    return messages
+        return [*system_of(row), *history_of(row), *asked_of(row)]
+    return system_of(row)
 
 
 def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
@@ -99,8 +115,9 @@ class KtoRows:
     """
 
     kind = "labelled"
-    columns = (*_BEFORE, "completion", "output", "label", "kto_tag")
+    columns = ("label", "kto_tag", *_BEFORE, "completion", "output")
     required = ()
+    needs = "label or kto_tag beside an answer"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
         self.parts = Completion(config)
@@ -108,10 +125,11 @@ class KtoRows:
     def recognise(self, row: Mapping[str, Any]) -> str | None:
         if "kto_tag" in row:
             return "kto_tag"
-        if not isinstance(row.get("label"), bool):
+        if not is_label(row.get("label")):
             return None
         beside = next((c for c in ("messages", "conversations", "completion", "output") if c in row), None)
-        return f"{beside} and a label of true or false" if beside else None
+        what = "true or false" if isinstance(row["label"], bool) else "yes or no"
+        return f"{beside} and a label of {what}" if beside else None
 
     def convert(self, row: Mapping[str, Any]) -> Labelled:
         column = "kto_tag" if "kto_tag" in row else "label"
@@ -120,7 +138,8 @@ class KtoRows:
         label = row[column]
         if not isinstance(label, bool):
             shown = f"{kind(label)} ({label!r})"[:60]
-            raise BadRow("label is not true or false", f'"{column}" is {shown}, allowed is true or false')
+            other = "; if it means something else, name the rows' `format`" if column == "label" else ""
+            raise BadRow("label is not true or false", f'"{column}" is {shown}, allowed is true or false{other}')
         messages = before_of(row, self.parts)
         for answer in ("completion", "output"):
             if row.get(answer) is not None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.data.formats.chats import VARIABLES, Completion, is_more
-from llmtune.data.formats.messages_in import TagsConfig, system_of, variables_of
+from llmtune.data.formats.chats import PAIRED, VARIABLES, Completion
+from llmtune.data.formats.messages_in import TagsConfig, led, variables_of
 from llmtune.data.messages import kind, normal_tools
 from llmtune.examples import BadRow, Prompt, Text, Tokens
 
@@ -18,19 +18,20 @@ class PromptOnly:
     kind = "prompt"
     columns = ("prompt", "messages", "system", "tools", *VARIABLES)
     required = ()
+    needs = "prompt"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
         self.parts = Completion(config)
 
     def recognise(self, row: Mapping[str, Any]) -> str | None:
         others = ("completion", "messages", "conversations", "conversation", "output", "response", "answer", "text")
-        return "prompt" if "prompt" in row and not is_more(row) and not any(c in row for c in others) else None
+        return "prompt" if "prompt" in row and not any(c in row for c in (*others, *PAIRED)) else None
 
     def convert(self, row: Mapping[str, Any]) -> Prompt:
         if row.get("prompt") is not None:
-            messages = [*system_of(row), *self.parts.prompt(row)]
+            messages = led(row, self.parts.prompt(row))
         elif row.get("messages") is not None:
-            messages = [*system_of(row), *self.parts.reader.messages(row["messages"], "messages")]
+            messages = led(row, self.parts.reader.messages(row["messages"], "messages"))
         else:
             raise BadRow("no prompt", f'prompt needs the column "prompt" or "messages", found {", ".join(row)}')
         if not messages or messages[-1]["role"] not in ("user", "tool"):
@@ -58,8 +59,8 @@ class PlainText:
         self.config = config or PlainConfig()
 
     def recognise(self, row: Mapping[str, Any]) -> str | None:
-        others = ("messages", "conversations", "conversation", "instruction", "prompt", "input_ids")
-        only = isinstance(row.get("text"), str) and not is_more(row) and not any(column in row for column in others)
+        others = ("messages", "conversations", "conversation", "instruction", "prompt", "input_ids", *PAIRED)
+        only = isinstance(row.get("text"), str) and not any(column in row for column in others)
         return "text" if only else None
 
     def convert(self, row: Mapping[str, Any]) -> Text:
@@ -90,6 +91,8 @@ class TokenRows:
         ids = _numbers(row["input_ids"], "input_ids")
         if not ids:
             raise BadRow("empty input_ids", '"input_ids" is empty')
+        if min(ids) < 0:
+            raise BadRow("input_ids is no token", f'"input_ids" holds {min(ids)}, allowed are numbers from 0')
         labels = _numbers(row["labels"], "labels") if row.get("labels") is not None else None
         mask = _numbers(row["attention_mask"], "attention_mask") if row.get("attention_mask") is not None else None
         for name, other in (("labels", labels), ("attention_mask", mask)):
@@ -108,7 +111,10 @@ class TokenRows:
 
 
 def _numbers(value: Any, column: str) -> list[int]:
+    """A list of whole numbers from -2^31 to below 2^31."""
     whole = isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
     if not whole:
         raise BadRow(f"{column} is not numbers", f'"{column}" is {kind(value)}, allowed is a list of whole numbers')
+    if any(not -(2**31) <= each < 2**31 for each in value):
+        raise BadRow(f"{column} is no token", f'"{column}" holds {max(value, key=abs)}, which no vocabulary has')
     return value

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from llmtune.data.messages import check_conversation, kind
+from llmtune.data.spelled import as_names, misspelt
 from llmtune.errors import listed
 from llmtune.examples import BadRow, Conversation, DataFormat, Example, Labelled, Preference, Prompt
 
@@ -52,11 +52,8 @@ def _renamed(chosen: Chosen, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_columns(chosen: Chosen, row: Mapping[str, Any]) -> None:
     form = chosen.format
-    absent = [name for name in form.columns if name not in row]
-    for column in row:
-        # 0.8 is one or two letters: other columns ("text", "id", "category") are nobody's misspelling.
-        if column not in form.columns and (near := get_close_matches(str(column), absent, n=1, cutoff=0.8)):
-            raise BadRow("misspelt column", f'{chosen.name} has no column "{column}". Did you mean "{near[0]}"?')
+    if wrong := misspelt(as_names(row), tuple(form.columns)):
+        raise BadRow("misspelt column", f'{chosen.name} has no column "{wrong[0]}". Did you mean "{wrong[1]}"?')
     if missing := [name for name in form.required if name not in row]:
         column = chosen.columns.get(missing[0], missing[0])
         found = listed(row) or "no columns"
