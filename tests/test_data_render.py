@@ -104,11 +104,34 @@ def test_rewritten_turns_are_split_off_and_only_those() -> None:
     assert trained == ["<think></think>Wait<|im_end|>", "<think></think>Three<|im_end|>"]
 
 
-def test_inline_thinking_that_a_template_moves_is_no_loss() -> None:
+def test_thinking_is_not_left_out_unless_the_row_or_the_recipe_says_so() -> None:
     template = CHATML.replace("message['content'] or ''", "message['content'].split('</think>')[-1]")
     tokenizer = tiny_tokenizer(template)
-    ((sample,),) = Renderer(tokenizer).encode([Conversation(messages=talk("Hi", "<think>x</think>Yes"))])
-    assert tokenizer.decode(sample.ids[sample.mask]) == "Yes<|im_end|>"
+    inline, apart = talk("Hi", "<think>x</think>\n\nYes"), talk("Hi", "Yes", reasoning_content="a thought")
+    for messages in (inline, apart):
+        (bad,) = Renderer(tokenizer).encode([Conversation(messages=messages)])
+        assert isinstance(bad, BadRow) and bad.reason == "thinking not rendered"
+        assert "thinking of message 2" in bad.detail and "enable_thinking: false" in bad.detail
+        off = Conversation(messages=messages, template_kwargs={"enable_thinking": False})
+        for renderer, row in (
+            (Renderer(tokenizer), off),
+            (Renderer(tokenizer, template_kwargs={"enable_thinking": False}), Conversation(messages=messages)),
+        ):
+            ((sample,),) = renderer.encode([row])
+            assert tokenizer.decode(sample.ids[sample.mask]) == "Yes<|im_end|>"
+
+
+def test_an_end_of_turn_of_two_tokens_trains_whole_and_one_at_the_very_end_of_the_text_does_not() -> None:
+    # Command A ends each answer with two tokens; Phi-4-mini adds one after the last message only.
+    answer = "message['role'] == 'assistant'"
+    two = CHATML.replace("<|im_end|>\n{% endfor", "{{ '<|endoftext|>' if " + answer + " }}<|im_end|>\n{% endfor")
+    last = CHATML.replace("<|im_end|>\n{% endfor", "<|im_end|>{{ '<|endoftext|>' if loop.last }}{% endfor")
+    for template, end in ((two, "<|endoftext|><|im_end|>"), (last, "<|im_end|>")):
+        tokenizer = tiny_tokenizer(template)
+        for messages in (talk("Hi", "Yes"), talk("Hi", "Yes", "So", "No")):
+            ((sample,),) = Renderer(tokenizer).encode([Conversation(messages=messages)])
+            said = "".join(text["content"] + end for text in messages[1::2])
+            assert tokenizer.decode(sample.ids[sample.mask]) == said
 
 
 def test_a_prompt_that_is_not_written_before_answers_is_not_trained() -> None:

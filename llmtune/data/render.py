@@ -10,10 +10,10 @@ rewritten; positions still tell the turn's own end apart from such text. With `s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from llmtune.data.literal import Literal
 from llmtune.data.segments import Segments
 from llmtune.data.shapes import Shapes
 from llmtune.data.tool_format import with_tools_as_text
-from llmtune.data.turns import Script, Special, Turn, check_texts, common
+from llmtune.data.turns import Script, Special, Turn, check_texts, common, without_thinking
 from llmtune.errors import DataError
 from llmtune.examples import BadRow, Conversation, Message
 
@@ -42,6 +42,17 @@ class Encoded:
     """Last trained token of each turn that closes with a special token."""
     cuts: tuple[int, ...] = ()
     """Numbers of tokens after which a turn of the assistant is whole: where a sample may be cut."""
+
+
+class Rendering(NamedTuple):
+    """A template's text of a conversation."""
+
+    text: str
+    marks: tuple[tuple[int, int], ...] | None = None
+    """(start, stop) characters of what a template with generation marks says the assistant generates."""
+
+
+_NOTHING = Rendering("")
 
 
 class Renderer:
@@ -80,15 +91,10 @@ class Renderer:
         waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
         for row, (conversation, full) in enumerate(zip(asked, self._renderings(asked), strict=True)):
             try:
-                if isinstance(conversation, BadRow):
-                    raise conversation
-                if isinstance(full, BadRow):
-                    raise full
-                check_texts(conversation, full)
-                if self._marked(conversation) and not self.train_on_prompt:
-                    results[row] = [self._encode_marked(conversation, full)]
-                else:
-                    waiting += [(row, text, turns) for text, turns in self._trained(conversation, full)]
+                if isinstance(full, BadRow) or isinstance(conversation, BadRow):
+                    raise full if isinstance(full, BadRow) else conversation
+                check_texts(conversation, full.text)
+                waiting += [(row, text, turns) for text, turns in self._trained(conversation, full)]
             except BadRow as bad:
                 results[row] = bad
         spans = [[(turn.start, turn.stop) for turn in turns] for _, _, turns in waiting]
@@ -96,12 +102,12 @@ class Renderer:
         for (row, _, turns), (ids, tokens) in zip(waiting, encoded, strict=True):
             kept = results[row]
             assert isinstance(kept, list)
-            kept.append(_masked(ids, tokens, turns, self.train_on_prompt))
+            kept.append(_masked(ids, tokens, turns, self.special.ids if not self.train_on_prompt else ()))
         return results
 
     def prompt(self, conversation: Conversation) -> np.ndarray:
         """(tokens,) of a conversation up to where the assistant begins to speak. BadRow where it cannot be rendered."""
-        conversation = self._written(self._with_system(conversation))
+        conversation = self._written(self._with_system(self._thought(conversation)))
         text = self.render(conversation, conversation.messages, prompt=True)
         check_texts(conversation, text)
         ((ids, _),) = self._segments.encode([text], [[]])
@@ -121,35 +127,56 @@ class Renderer:
         """The template's text of `messages`; with `prompt` it ends where the assistant begins to speak."""
         return self._apply(conversation, messages, tokenize=False, add_generation_prompt=prompt)
 
-    def _renderings(self, conversations: Sequence[Conversation | BadRow]) -> list[str | BadRow]:
+    def _renderings(self, conversations: Sequence[Conversation | BadRow]) -> list[Rendering | BadRow]:
         """The template's text of each. One call renders all that differ in nothing but their messages."""
-        results: list[str | BadRow] = [each if isinstance(each, BadRow) else "" for each in conversations]
+        results: list[Rendering | BadRow] = [each if isinstance(each, BadRow) else _NOTHING for each in conversations]
         alike: dict[str, list[int]] = {}
         for at, each in enumerate(conversations):
             if not isinstance(each, BadRow):
                 alike.setdefault(f"{each.tools!r}{each.template_kwargs!r}", []).append(at)
         for places in alike.values():
             group = [each for each in (conversations[at] for at in places) if not isinstance(each, BadRow)]
+            render = self._render_marked if self._marked(group[0]) and not self.train_on_prompt else self._render_all
+            found: Sequence[Rendering | BadRow]
             try:
-                texts = self._apply(group[0], [each.messages for each in group], tokenize=False)
-            except BadRow:  # of one of them; who it is shows when each is rendered by itself
-                texts = [self._rendering(each) for each in group]
-            for at, text in zip(places, texts, strict=True):
-                results[at] = text
+                found = render(group)
+            except BadRow as bad:  # of one of them; who it is shows when each is rendered by itself
+                found = [_tried(render, each) for each in group] if len(group) > 1 else [bad]
+            for at, one in zip(places, found, strict=True):
+                results[at] = one
         return results
 
-    def _rendering(self, conversation: Conversation) -> str | BadRow:
-        try:
-            return self.render(conversation, conversation.messages)
-        except BadRow as bad:
-            return bad
+    def _render_all(self, group: Sequence[Conversation]) -> list[Rendering]:
+        texts = self._apply(group[0], [each.messages for each in group], tokenize=False)
+        return [Rendering(text) for text in texts]
 
-    def _trained(self, conversation: Conversation, full: str) -> list[tuple[str, list[Turn]]]:
+    def _render_marked(self, group: Sequence[Conversation]) -> list[Rendering]:
+        """The template itself says which text the assistant generates."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        first = group[0]
+        try:
+            texts, marks = render_jinja_template(
+                # apply_chat_template, which gives no positions, drops what is None, too
+                conversations=[
+                    [{k: v for k, v in m.items() if v is not None} for m in each.messages] for each in group
+                ],
+                tools=first.tools,
+                chat_template=self._template(first.tools),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self._variables(first)},
+            )
+        except Exception as error:  # a template raises whatever it likes, from its own words to TypeError
+            raise _refused(error) from error
+        return [Rendering(text, tuple(own)) for text, own in zip(texts, marks, strict=True)]
+
+    def _trained(self, conversation: Conversation, rendering: Rendering) -> list[tuple[str, list[Turn]]]:
         """The texts of a conversation with their trained turns: one, or several where the template needs it."""
+        full = rendering.text
         if self.train_on_prompt:
-            body = self.special.without_tail(full)
-            ended = bool(self.special.pattern.search(full, len(body)))
-            return [(full, [Turn(start=0, stop=len(full), ended=ended)])]
+            return [(full, [Turn(start=0, stop=len(full), ended=False)])]
+        if rendering.marks is not None:
+            return [(full, self._marked_turns(conversation, full, rendering.marks))]
         pending = _learnt(conversation.messages, self.mask_history)
         if quick := self._shapes.turns(conversation, full, pending):
             return [(full, quick)]
@@ -158,33 +185,48 @@ class Renderer:
         self._shapes.learn(conversation, script, pending, found)
         return found
 
+    def _marked_turns(self, conversation: Conversation, full: str, marks: Sequence[tuple[int, int]]) -> list[Turn]:
+        """What the template marks, less the answers that do not count."""
+        messages = conversation.messages
+        begin = 0
+        if self.mask_history and (last := _learnt(messages, True)[0]):
+            begin = common(self.render(conversation, messages[:last]), full)
+        answers = [each.get("weight", 1.0) for each in messages if each["role"] == "assistant"]
+        weights = [1.0] * len(marks)
+        if not self.mask_history and any(weight != 1 for weight in answers):
+            if len(marks) != len(answers):
+                what = f"the template marks {len(marks)} answers, there are {len(answers)}"
+                raise BadRow("weights cannot be told apart", what)
+            weights = answers
+        return [
+            Turn(start=start, stop=stop, ended=full[:stop].rstrip().endswith(self.special.strings), weight=weight)
+            for (start, stop), weight in zip(marks, weights, strict=True)
+            if weight and start < stop and stop > begin
+        ]
+
     def _asked(self, conversation: Conversation) -> Conversation | BadRow:
         """What is rendered for a conversation."""
         try:
-            return self._written(self._with_system(conversation))
+            return self._written(self._with_system(self._thought(conversation)))
         except BadRow as bad:
             return bad
 
     def _written(self, conversation: Conversation) -> Conversation:
         if self._literal is not None:
-            guarded = self._literal.guarded(conversation)
-            if guarded is not conversation and self._marked(conversation):
-                what = (
-                    "a text spells special tokens, and split_special_tokens cannot be used with a template that marks"
-                )
-                raise BadRow("special tokens in text", f"{what} its answers itself")
-            conversation = guarded
+            conversation = self._literal.guarded(conversation)
         return conversation if self.tool_format is None else with_tools_as_text(conversation, self.tool_format)
+
+    def _thought(self, conversation: Conversation) -> Conversation:
+        """The conversation, without its thinking where that is switched off."""
+        if self._variables(conversation).get("enable_thinking") is not False:
+            return conversation
+        return replace(conversation, messages=without_thinking(conversation.messages))
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         if not self.default_system or conversation.messages[0]["role"] == "system":
             return conversation
         system = {"role": "system", "content": self.default_system}
-        return Conversation(
-            messages=[system, *conversation.messages],
-            tools=conversation.tools,
-            template_kwargs=conversation.template_kwargs,
-        )
+        return replace(conversation, messages=[system, *conversation.messages])
 
     def _template(self, tools: Any) -> str:
         return self.tokenizer.get_chat_template(None, tools)
@@ -192,35 +234,26 @@ class Renderer:
     def _marked(self, conversation: Conversation) -> bool:
         return bool(_MARKED.search(self._template(conversation.tools)))
 
-    def _encode_marked(self, conversation: Conversation, full: str) -> Encoded:
-        """The template itself says which text the assistant generates."""
-        messages = conversation.messages
-        encoded = self._apply(
-            conversation,
-            messages,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        ids, mask = np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], bool)
-        if self.mask_history:
-            last = _learnt(messages, True)[0]
-            begin = common(self.render(conversation, messages[:last]), full) if last else 0
-            mask &= np.array([stop > begin for _, stop in encoded["offset_mapping"]])
-        weights = _weights_of_runs(messages, mask) if not self.mask_history else None
-        if weights is not None:
-            mask &= weights > 0
-        (stops,) = np.nonzero(mask & ~np.append(mask[1:], False))
-        special = {*self.tokenizer.convert_tokens_to_ids(list(self.special.strings))}
-        ends = tuple(int(ids[stop]) for stop in stops if int(ids[stop]) in special)
-        return Encoded(ids=ids, mask=mask, weights=weights, end_ids=ends, cuts=tuple(int(stop) + 1 for stop in stops))
+    def _variables(self, conversation: Conversation) -> dict[str, Any]:
+        return {**self.template_kwargs, **conversation.template_kwargs}
 
     def _apply(self, conversation: Conversation, messages: Sequence[Any], **options: Any) -> Any:
-        variables = {**self.template_kwargs, **conversation.template_kwargs}
+        variables = self._variables(conversation)
         try:
             return self.tokenizer.apply_chat_template(messages, tools=conversation.tools, **options, **variables)
-        except Exception as error:  # a template raises whatever it likes, from its own words to TypeError
-            raise BadRow("template refuses", f"the chat template raised {type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise _refused(error) from error
+
+
+def _refused(error: Exception) -> BadRow:
+    return BadRow("template refuses", f"the chat template raised {type(error).__name__}: {error}")
+
+
+def _tried(render: Callable[[Sequence[Conversation]], list[Rendering]], one: Conversation) -> Rendering | BadRow:
+    try:
+        return render([one])[0]
+    except BadRow as bad:
+        return bad
 
 
 def _learnt(messages: Sequence[Message], last_only: bool) -> list[int]:
@@ -229,31 +262,17 @@ def _learnt(messages: Sequence[Message], last_only: bool) -> list[int]:
     return found[-1:] if last_only else found
 
 
-def _masked(ids: np.ndarray, tokens: Sequence[tuple[int, int]], turns: Sequence[Turn], everything: bool) -> Encoded:
+def _masked(
+    ids: np.ndarray, tokens: Sequence[tuple[int, int]], turns: Sequence[Turn], special: Collection[int]
+) -> Encoded:
     """The turns' tokens marked, with their weights."""
     mask = np.zeros(len(ids), bool)
     weights = np.ones(len(ids), np.float32) if any(turn.weight != 1 for turn in turns) else None
+    ends = []
     for (first, stop), turn in zip(tokens, turns, strict=True):
         mask[first:stop] = True
         if weights is not None:
             weights[first:stop] = turn.weight
-    ended = [tokens[at] for at, turn in enumerate(turns) if turn.ended and not everything]
-    ends = tuple(int(ids[stop - 1]) for first, stop in ended if stop > first)
-    return Encoded(ids=ids, mask=mask, weights=weights, end_ids=ends, cuts=tuple(sorted(stop for _, stop in tokens)))
-
-
-def _weights_of_runs(messages: Sequence[Message], mask: np.ndarray) -> np.ndarray | None:
-    """(tokens,) the weights of the messages, where the template marks a run of tokens for each answer."""
-    answers = [each.get("weight", 1.0) for each in messages if each["role"] == "assistant"]
-    if all(weight == 1 for weight in answers):
-        return None
-    (starts,) = np.nonzero(mask & ~np.concatenate([[False], mask[:-1]]))
-    (stops,) = np.nonzero(mask & ~np.append(mask[1:], False))
-    if len(starts) != len(answers):
-        raise BadRow(
-            "weights cannot be told apart", f"the template marks {len(starts)} answers, there are {len(answers)}"
-        )
-    weights = np.ones(len(mask), np.float32)
-    for start, stop, weight in zip(starts, stops, answers, strict=True):
-        weights[start : stop + 1] = weight
-    return weights
+        if turn.ended:  # a template that marks its answers may mark the line break after the end, too
+            ends += [int(token) for token in ids[max(first, stop - 3) : stop] if int(token) in special][-1:]
+    return Encoded(ids=ids, mask=mask, weights=weights, end_ids=tuple(ends), cuts=tuple(sorted(s for _, s in tokens)))

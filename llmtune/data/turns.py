@@ -16,6 +16,8 @@ from typing import Any
 from llmtune.examples import BadRow, Conversation, Message
 
 _STAND_IN = "\ue000answer\ue000"  # private-use characters, which no text of a data set should hold
+_APART = ("reasoning_content", "thinking")
+"""Keys of a message's thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,9 @@ class Special:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         self.strings = tuple(sorted((token for token in added if token.strip()), key=len, reverse=True))
         self.pattern = re.compile("|".join(map(re.escape, self.strings)) or r"(?!)")
+        self.ids = {int(token) for token in tokenizer.convert_tokens_to_ids(list(self.strings))}
+        self.closings: dict[str, int] = {}
+        """Special tokens in a row after an answer, and how many of their characters end it; see `Script`."""
 
     def without_tail(self, text: str) -> str:
         """`text` without the special tokens and white space it ends with."""
@@ -104,11 +109,43 @@ class Script:
         else:
             raise BadRow("turns cannot be told apart", f"the template writes message {at + 1} in no recognisable place")
         tail = max(start, written[1] if written else start)
-        ends = [match.end() for match in special.finditer(whole[:same], tail)]
-        # A call's own marks may be special tokens; after a text the first one ends the turn, whatever follows it.
-        last = -1 if self.messages[at].get("tool_calls") else 0
-        stop = ends[last] if ends else written[1] if written else same
+        ends = [match.span() for match in special.finditer(whole[:same], tail)]
+        stop = written[1] if written else same
+        if ends:  # a call's own marks may be special tokens; after a text the first one ends the turn
+            stop = ends[-1][1] if self.messages[at].get("tool_calls") else self._closed(at, whole, ends)
+        self._check_thinking(at, whole)
         return Turn(start=start, stop=stop, ended=bool(ends), weight=self.messages[at].get("weight", 1.0))
+
+    def _closed(self, at: int, whole: str, ends: list[tuple[int, int]]) -> int:
+        """Where a text's end of turn ends: after its first special token, or after those that always follow it.
+
+        Command A closes a turn with two. Others write a second one only after the last message, which the model never
+        has to say; so what counts is what stands there, too, when somebody speaks next.
+        """
+        first, stop = ends[0]
+        for start, end in ends[1:]:
+            if start != stop:
+                break
+            stop = end
+        row = whole[first:stop]
+        if stop > ends[0][1] and row not in self.special.closings:
+            try:
+                longer = self._render([*self.messages[: at + 1], {"role": "user", "content": _STAND_IN}], False)
+            except BadRow:
+                longer = ""
+            same = common(whole, longer)
+            stop = max((end for _, end in ends if end <= min(same, stop)), default=ends[0][1])
+            self.special.closings[row] = stop - first
+        return first + self.special.closings.get(row, len(row))
+
+    def _check_thinking(self, at: int, whole: str) -> None:
+        thought = thinking_of(self.messages[at])
+        if thought and not _shows(whole, thought):
+            raise BadRow(
+                "thinking not rendered",
+                f"the thinking of message {at + 1} is not in the rendering; the template leaves it out. Choose a "
+                "`template` that writes it, or set `enable_thinking: false` to train without it",
+            )
 
     def _written(self, at: int, whole: str) -> tuple[int, int] | None:
         """Where the text of message `at`, the last one in `whole`, stands in it; None if that cannot be told."""
@@ -140,8 +177,13 @@ def check_texts(conversation: Conversation, full: str) -> None:
     """BadRow if something of the conversation is missing in the rendering: a typo in the template, say."""
     hint = "; the template leaves it out. Mend it, or choose another `template`"
     of_tools = "; the template writes no tools. Set `tool_format: hermes`, or choose another `template`"
+    place = 0  # most templates write messages in their order, so that each is looked for from where the last one stood
     for number, message in enumerate(conversation.messages, start=1):
-        if not _shows(full, answer_of(message)):
+        text = answer_of(message).strip()
+        found = full.find(text, place)
+        if found >= 0:
+            place = found + len(text)
+        elif not _shows(full, text):
             what = f"the text of message {number} ({message['role']})"
             raise BadRow("text not rendered", f"{what} is not in the rendering{hint}")
         for call in message.get("tool_calls", ()):
@@ -157,6 +199,24 @@ def answer_of(message: Message) -> str:
     """A message's text without inline thinking, which templates move or drop."""
     content = message["content"]
     return content.rpartition("</think>")[2] if message["role"] == "assistant" else content
+
+
+def thinking_of(message: Message) -> str:
+    """What a message thinks before it answers, spelt apart or inline; mostly nothing."""
+    apart = next((message[key] for key in _APART if message.get(key)), "")
+    if apart or message["role"] != "assistant" or "</think>" not in message["content"]:
+        return apart
+    return message["content"].partition("</think>")[0].rpartition("<think>")[2].strip()
+
+
+def without_thinking(messages: list[Message]) -> list[Message]:
+    """The messages, less what the assistant thinks."""
+    return [
+        {**{key: value for key, value in each.items() if key not in _APART}, "content": answer_of(each).lstrip("\n")}
+        if each["role"] == "assistant" and (thinking_of(each) or "</think>" in each["content"])
+        else each
+        for each in messages
+    ]
 
 
 def _shows(full: str, text: str) -> bool:
