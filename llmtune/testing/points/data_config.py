@@ -46,7 +46,7 @@ def converts_what_it_recognises(subject: Subject, folder: Path) -> None:
             raise Broken(
                 f"recognise({row!r}) is {why!r}", "Say what the row is recognised by, as `data check` tells it"
             )
-        example = _read(subject, row)
+        example = _read(form, subject.name, row)
         if isinstance(example, BadRow):
             raise Broken(f"{row!r} is refused ({example})", "Convert it, or leave it out of the test's rows")
         if example.kind != form.kind:
@@ -54,13 +54,13 @@ def converts_what_it_recognises(subject: Subject, folder: Path) -> None:
 
 
 def refuses_with_reasons(subject: Subject, folder: Path) -> None:
-    """A row with a column that is missing, empty or of another type is read or refused with a BadRow that has a reason;
-    no other error, and nothing that cannot be learnt from."""
+    """A row in which something is missing, empty or of another type, at any depth, is read or refused with a BadRow
+    that has a reason; no other error, and nothing that cannot be learnt from."""
     form = subject.built()
     for row in _spoilt(_rows(subject), form.columns):
         form.recognise(row)
         try:
-            found = _read(subject, row)
+            found = _read(form, subject.name, row)
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
             raise Broken(f"{row!r} ends in {said}", "Raise BadRow(reason, detail) for what does not fit") from error
@@ -100,12 +100,12 @@ def _rows(subject: Subject) -> Sequence[Mapping[str, Any]]:
     return subject.rows
 
 
-def _read(subject: Subject, row: Mapping[str, Any]) -> Any:
+def _read(form: Any, name: str, row: Mapping[str, Any]) -> Any:
     """The example that a run makes of the row, or the BadRow it is refused with."""
     from llmtune.data.formats import Chosen, read_row
 
     try:
-        return read_row(Chosen(format=subject.built(), name=subject.name, why=""), row)
+        return read_row(Chosen(format=form, name=name, why=""), row)
     except BadRow as bad:
         return bad
 
@@ -120,6 +120,20 @@ def _spoilt(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Iterat
     yield {}
     for row in rows:
         for column in columns:
-            yield {name: value for name, value in row.items() if name != column}
-            for value in SPOILT:
-                yield {**row, column: value}
+            yield from ({**row, column: value} for value in SPOILT)
+        yield from _spoilt_inside(row)
+
+
+def _spoilt_inside(value: Any) -> Iterator[Any]:
+    """`value` with one thing in it left out, or another in its place, at every depth."""
+    if not isinstance(value, dict | list):
+        return
+    places = list(value) if isinstance(value, dict) else range(len(value))
+    for at in places:
+        less = copy.copy(value)
+        del less[at]
+        yield less
+        for other in (*SPOILT, *_spoilt_inside(value[at])):
+            changed = copy.copy(value)
+            changed[at] = other
+            yield changed
