@@ -129,6 +129,46 @@ def test_conversations_of_one_shape_come_out_as_they_do_alone(many: list) -> Non
         ]
 
 
+@st.composite
+def tool_talks(draw: st.DrawFn) -> list[dict[str, Any]]:
+    messages = draw(conversations())
+    for _ in range(draw(st.integers(1, 2))):
+        call = {"type": "function", "function": {"name": "add", "arguments": {"a": draw(texts)}}}
+        said = draw(st.sampled_from(["", "So", "<|im_end|>"]))
+        messages += [
+            {"role": "user", "content": draw(texts)},
+            {"role": "assistant", "content": said, "tool_calls": [call] * draw(st.integers(1, 2))},
+            {"role": "tool", "content": draw(texts)},
+            {"role": "assistant", "content": draw(texts), "weight": draw(st.sampled_from([0, 0.5, 1]))},
+        ]
+    return messages
+
+
+@pytest.mark.parametrize("template", ["qwen", "chatml", "qwen3"])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(many=st.lists(tool_talks(), min_size=20, max_size=20))
+def test_turns_found_quickly_are_those_found_one_by_one(template: str, many: list) -> None:
+    """Calls, tool results, weights: a renderer that has learnt from earlier rows gives what a new one gives."""
+    asked = [Conversation(messages=each, tools=TOOLS) for each in many]
+    for each, found in zip(asked, Renderer(tokenizer_for(template)).encode(asked), strict=True):
+        alone = rendered(template, each)
+        assert not isinstance(found, BadRow) and not isinstance(alone, BadRow), (found, alone)
+        assert [(one.ids.tolist(), one.mask.tolist(), one.end_ids, str(one.weights)) for one in found] == [
+            (one.ids.tolist(), one.mask.tolist(), one.end_ids, str(one.weights)) for one in alone
+        ]
+
+
+def test_long_conversations_are_rendered_once_each() -> None:
+    """Also with calls: once a few have shown how turns are written, turns are not rendered one by one."""
+    conversation = Conversation(messages=CALLED * 8, tools=TOOLS)
+    renderer, rendered_alone = Renderer(tokenizer_for("qwen")), []
+    renderer.encode([conversation] * 5)
+    render = renderer.render
+    renderer.render = lambda *given, **keys: rendered_alone.append(given) or render(*given, **keys)  # type: ignore
+    (found,) = renderer.encode([conversation])
+    assert len(runs(found[0].mask)) == 16 and not rendered_alone
+
+
 def chat(*contents: str, **keys: Any) -> Conversation:
     roles = ("user", "assistant")
     return Conversation(messages=[{"role": roles[at % 2], "content": text} for at, text in enumerate(contents)], **keys)

@@ -82,7 +82,7 @@ class Renderer:
         self.tool_format, self.split_special_tokens = tool_format, split_special_tokens
         self.special = Special(tokenizer)
         self._literal = Literal(tokenizer) if split_special_tokens else None
-        self._segments, self._shapes = Segments(tokenizer, self.special, self._literal), Shapes()
+        self._segments, self._shapes = Segments(tokenizer, self.special, self._literal), Shapes(self.special)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | BadRow]:
         """Samples of each conversation, mostly one; BadRow where the template cannot render it faithfully."""

@@ -1,104 +1,155 @@
 """Turns found without rendering each of them, where that was shown to give the same.
 
-Conversations of one shape (the same roles in the same order, without tool calls or thinking) differ in their texts
-only, and most templates write them alike. The first few of a shape are rendered turn by turn; if what stands before
-and after their answers is always the same and tells the turns apart, later ones need one rendering each.
+Finding turns one by one renders a conversation of k turns 2 k times. But most templates write all turns of a kind
+alike: a generation prompt, the answer, what ends it. The first few of each kind are found turn by turn, which teaches
+what stands before and after; once the quick way has given the same for some conversations, later ones need one
+rendering. A kind is told by all that templates are known to look at: who spoke before and speaks after, whether a user
+speaks later, calls, tools, system message, variables, and the keys and roles of all messages. Thinking is never found
+quickly.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from llmtune.data.turns import Script, Turn
-from llmtune.examples import Conversation
+from llmtune.data.turns import Script, Special, Turn, thinking_of
+from llmtune.examples import Conversation, Message
 
 _PROVED = 4
-"""Conversations of a shape that are looked at both ways before the quick one is trusted."""
+"""Conversations that are looked at both ways before the quick one is trusted with a kind of turn."""
 Found = Sequence[tuple[str, list[Turn]]]
 """Texts in which turns train, and those turns."""
-_THINKING = ("reasoning_content", "thinking", "tool_calls")
 
 
 @dataclass
-class _Shape:
+class _Kind:
     before: str
-    """The generation prompt."""
+    """What stands right before an answer, and nowhere else."""
     after: str
-    """What ends an answer."""
+    """What follows its text; of an answer that calls, the token that ends it."""
     proved: int = 0
 
 
 class Shapes:
-    """What is known of the shapes that were seen."""
+    """What is known of the kinds of turns that were seen."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, _Shape | None] = {}
+    def __init__(self, special: Special) -> None:
+        self._special = special
+        self._known: dict[Hashable, _Kind | None] = {}
 
     def turns(self, conversation: Conversation, full: str, pending: Sequence[int]) -> list[Turn] | None:
         """The trained turns `pending` in the rendering `full`; None where they have to be found turn by turn."""
-        key = _key(conversation, pending)
-        shape = self._known.get(key) if key is not None else None
-        if shape is None or shape.proved < _PROVED:
-            return None
-        return _find(shape, conversation, full, pending)
+        kinds = []
+        for key in _keys(conversation, pending):
+            kind = self._known.get(key)
+            if kind is None or kind.proved < _PROVED:
+                return None
+            kinds.append(kind)
+        return self._find(kinds, conversation.messages, full, pending)
 
-    def learn(
-        self,
-        conversation: Conversation,
-        script: Script,
-        pending: Sequence[int],
-        found: Sequence[tuple[str, list[Turn]]],
-    ) -> None:
+    def learn(self, conversation: Conversation, script: Script, pending: Sequence[int], found: Found) -> None:
         """Take note of what finding them turn by turn has given."""
-        key = _key(conversation, pending)
-        if key is None or (key in self._known and self._known[key] is None):
-            return
-        shape = self._known.get(key) or _shape_of(script, pending, found)
-        if shape is not None:
-            alike = len(found) == 1 and _find(shape, conversation, script.full, pending) == found[0][1]
-            shape.proved += 1
-            shape = shape if alike else None
-        self._known[key] = shape
+        keys = _keys(conversation, pending)
+        kinds: list[_Kind | None] = []
+        for number, key in enumerate(keys):
+            if key not in self._known:
+                split = len(found) != 1
+                self._known[key] = None if split else self._kind(script, pending[number], found[0][1][number])
+            kinds.append(self._known[key])
+        whole = [kind for kind in kinds if kind is not None]
+        if len(found) == 1 and len(whole) < len(kinds):
+            return  # one kind is not found quickly; that says nothing of the others
+        if len(found) == 1 and self._find(whole, script.messages, script.full, pending) == found[0][1]:
+            for kind in {id(kind): kind for kind in whole}.values():
+                kind.proved += 1
+        else:
+            self._known |= dict.fromkeys(keys)
 
-
-def _key(conversation: Conversation, pending: Sequence[int]) -> str | None:
-    """The shape of a conversation, or None where the quick way does not fit."""
-    messages = conversation.messages
-    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-    if answers != list(pending) or any(key in message for message in messages for key in _THINKING):
-        return None
-    if any("</think>" in messages[at]["content"] for at in pending):
-        return None
-    roles = [(message["role"], bool(message["content"]), sorted(message)) for message in messages]
-    return json.dumps([roles, conversation.tools is None, conversation.template_kwargs], default=str)
-
-
-def _shape_of(script: Script, pending: Sequence[int], found: Found) -> _Shape | None:
-    if len(found) != 1 or not pending:
-        return None
-    at, turn = pending[-1], found[0][1][-1]
-    base, head = script.upto(at), script.upto(at, prompt=True)
-    text = script.messages[at]["content"].strip()
-    answered = turn.start + len(text)
-    if not head.startswith(base) or len(head) == len(base) or script.full[turn.start : answered] != text:
-        return None
-    return _Shape(before=head[len(base) :], after=script.full[answered : turn.stop]) if turn.ended else None
-
-
-def _find(shape: _Shape, conversation: Conversation, full: str, pending: Sequence[int]) -> list[Turn] | None:
-    """The turns, if as many generation prompts stand in the text as there are answers, each before its own."""
-    if full.count(shape.before) != len(pending):
-        return None  # a message's text spells one, or the template writes none
-    turns, place = [], 0
-    for at in pending:
-        message = conversation.messages[at]
-        start = full.index(shape.before, place) + len(shape.before)
-        text = message["content"].strip()
-        stop = start + len(text) + len(shape.after)
-        if not text or full[start:stop] != text + shape.after:
+    def _kind(self, script: Script, at: int, turn: Turn) -> _Kind | None:
+        """What one turn, found without a doubt, teaches."""
+        message, full = script.messages[at], script.full
+        if not turn.ended:
             return None
-        turns.append(Turn(start=start, stop=stop, ended=True, weight=message.get("weight", 1.0)))
-        place = stop
-    return turns
+        base, head = script.upto(at), script.upto(at, prompt=True)
+        before = head[len(base) :] if head.startswith(base) else ""
+        if not before and at:  # the template knows no generation prompt: what follows the text that is answered
+            asked = script.messages[at - 1]["content"].strip()
+            place = full.rfind(asked, 0, turn.start)
+            before = full[place + len(asked) : turn.start] if asked and place >= 0 else ""
+        answered = turn.start + len(message["content"].strip())
+        if not before.strip() or full[turn.start - len(before) : turn.start] != before:
+            return None
+        if not message.get("tool_calls"):
+            return _Kind(before=before, after=full[answered : turn.stop])
+        ends = [end for end in self._special.strings if full[: turn.stop].endswith(end)]
+        return _Kind(before=before, after=ends[0]) if ends else None
+
+    def _find(
+        self, kinds: Sequence[_Kind], messages: Sequence[Message], full: str, pending: Sequence[int]
+    ) -> list[Turn] | None:
+        """The turns, if what comes before answers stands in the text as often as there are answers, before each."""
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        if not kinds or any(kind.before != kinds[0].before for kind in kinds):
+            return None
+        before = kinds[0].before
+        if full.count(before) != len(answers):
+            return None  # a message's text spells one, or the template writes some answers without
+        turns, place, number = [], 0, 0
+        for at in answers:
+            start = full.index(before, place) + len(before)
+            place = start
+            if number == len(pending) or at != pending[number]:
+                continue
+            message, kind = messages[at], kinds[number]
+            stop = self._stop(message, kind.after, full, start)
+            if stop is None:
+                return None
+            turns.append(Turn(start=start, stop=stop, ended=True, weight=message.get("weight", 1.0)))
+            place, number = stop, number + 1
+        return turns
+
+    def _stop(self, message: Message, after: str, full: str, start: int) -> int | None:
+        """Where the turn that begins at `start` ends; None if it is not written as the others were."""
+        text, calls = message["content"].strip(), message.get("tool_calls") or ()
+        place = start + len(text)
+        if full[start:place] != text or not (text or calls):
+            return None
+        if not calls:
+            stop = place + len(after)
+            return stop if full[place:stop] == after else None
+        for call in calls:
+            if self._special.pattern.search(str(call["function"])):
+                return None  # what ends the turn may be spelt in what it says
+            place = full.find(call["function"]["name"], place) + len(call["function"]["name"])
+        stop = full.find(after, place)
+        return stop + len(after) if stop >= 0 else None
+
+
+def _keys(conversation: Conversation, pending: Sequence[int]) -> list[Hashable]:
+    """The kind of each turn; none where the quick way does not fit."""
+    messages = conversation.messages
+    if any(message["role"] == "assistant" and thinking_of(message) for message in messages):
+        return []
+    if any("</think>" in messages[at]["content"] for at in pending):
+        return []
+    roles = [message["role"] for message in messages]
+    asked = max((at for at, role in enumerate(roles) if role == "user"), default=-1)
+    whole = (
+        frozenset((message["role"], *sorted(message)) for message in messages),
+        roles[0],
+        roles.count("assistant") > 1,
+        conversation.tools is None,
+        repr(conversation.template_kwargs),
+    )
+    return [
+        (
+            whole,
+            roles[at - 1] if at else None,
+            roles[at + 1] if at + 1 < len(roles) else None,
+            at > asked,
+            bool(messages[at]["content"]),
+            min(2, len(messages[at].get("tool_calls") or ())),
+        )
+        for at in pending
+    ]
