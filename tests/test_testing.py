@@ -64,7 +64,7 @@ BROKEN = {
     ("init_config", "shifts_rows"): ("fetches_what_the_files_hold", "is not what the file holds"),
     ("init_config", "rounds"): ("loads_the_checkpoint", "are not what the files hold"),
     ("data_config", "knows_no_kind"): ("declares_its_columns", "`kind` is 'essay'"),
-    ("data_config", "lies_about_its_kind"): ("converts_what_it_recognises", "becomes a conversation, `kind` says text"),
+    ("data_config", "lies_about_its_kind"): ("converts_what_it_recognises", "become text, and made Conversation"),
     ("data_config", "fails_on_gaps"): ("refuses_with_reasons", "AttributeError"),
     ("data_config", "changes_rows"): ("leaves_rows_alone", "was changed to"),
     ("data_config", "counts_rows"): ("depends_on_the_row_alone", "is not always the same"),

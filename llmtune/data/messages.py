@@ -15,6 +15,10 @@ _KINDS = {
 }  # fmt: skip
 
 
+ROLES = ("system", "user", "assistant", "tool")
+"""What a message's role may be once it is read."""
+
+
 def kind(value: Any) -> str:
     """What a value is, in the words of JSON."""
     return _KINDS.get(type(value), type(value).__name__)
@@ -98,6 +102,10 @@ def parse_calls(value: str, number: int) -> list[dict[str, Any]]:
 
 def check_conversation(messages: Sequence[Mapping[str, Any]], answered: bool = True) -> None:
     """BadRow unless the roles follow each other and, where it should be `answered`, there is something to learn."""
+    for number, message in enumerate(messages, start=1):
+        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            what = f"message {number} has the keys {listed(message)}, needed are a role ({listed(ROLES)}) and text"
+            raise BadRow("bad message", what)
     roles = [message["role"] for message in messages]
     if answered and "assistant" not in roles:
         raise BadRow("no assistant turn", f"found {listed(roles) or 'no messages'}, needed is one by the assistant")

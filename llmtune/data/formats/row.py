@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtune.data.messages import check_conversation, kind
 from llmtune.data.spelled import as_names, misspelt
-from llmtune.errors import listed
+from llmtune.errors import DataError, listed
 from llmtune.examples import BadRow, Conversation, DataFormat, Example, Labelled, Preference, Prompt
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -29,7 +29,12 @@ class Chosen:
 
 
 def read_row(chosen: Chosen, data: Any) -> Example:
-    """The row as a checked example; BadRow with a reason to count by and the detail."""
+    """The row as a checked example.
+
+    Raises:
+        BadRow: it cannot be used; a reason to count by and the detail.
+        DataError: the format makes other examples than it says.
+    """
     if not isinstance(data, Mapping):
         needed = listed(chosen.format.required or chosen.format.columns)
         raise BadRow("not an object", f"the row is {kind(data)}, allowed is an object with {needed}")
@@ -38,6 +43,9 @@ def read_row(chosen: Chosen, data: Any) -> Example:
         raise BadRow("not only text", f'the column "{media[0]}" holds media, allowed is text only')
     _check_columns(chosen, row)
     example = chosen.format.convert(row)
+    if getattr(example, "kind", None) != chosen.format.kind:
+        what = f"says its rows become {chosen.format.kind}, and made {type(example).__name__} of one"
+        raise DataError(f"format {chosen.name} {what}; the package that offers it has to be mended")
     check_example(example)
     return example
 
