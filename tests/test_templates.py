@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmtune.data import Renderer, choose_template, template_names
+from llmtune.data import DataConfig, Renderer, choose_template, prepare, template_names
 from llmtune.data.render import Encoded
 from llmtune.data.template import missing_tokens
 from llmtune.data.tool_format import read_tool_format, tool_format_names
@@ -284,6 +284,35 @@ def test_a_missing_token_is_named() -> None:
     tokenizer = tiny_tokenizer(None)
     choose_template("llama3", tokenizer)
     assert missing_tokens(tokenizer) == ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+def test_tokens_that_a_vocabulary_lacks_are_never_passed_over_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    config = DataConfig(dataset="rows.jsonl", template="phi")
+    with pytest.raises(DataError, match=r"trains no end-of-turn token.*<\|end\|>.*new_special_tokens"):
+        prepare(config, tiny_tokenizer(None), seed=0, base_dir=tmp_path)
+    half = tiny_tokenizer(None)
+    half.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    (note,) = prepare(config, half, seed=0, base_dir=tmp_path).report.notes
+    assert "<|user|>" in note and "new_special_tokens: <|assistant|>, <|system|>, <|user|>" in note  # put together
+    assert missing_tokens(tokenizer_for("phi")) == []
+
+
+def test_a_template_has_the_names_of_models_that_share_it() -> None:
+    one, other = tiny_tokenizer(None), tiny_tokenizer(None)
+    choose_template("gemma", one), choose_template("gemma3", other)
+    assert one.chat_template == other.chat_template
+
+
+def test_reasoning_trains_in_the_answer_that_it_leads_to() -> None:
+    messages = chat("a", "b", "c", "d").messages
+    messages[3]["reasoning_content"] = "hm"
+    (whole,) = rendered("deepseek_r1", Conversation(messages=messages))
+    decode = tokenizer_for("deepseek_r1").decode
+    assert decode(whole.ids[whole.mask]) == "b<｜end▁of▁sentence｜>hm\n</think>\n\nd<｜end▁of▁sentence｜>"
+    assert "<think>\nhm" in decode(whole.ids)
+    (told,) = [rendered("llama3", Conversation(messages=messages))]
+    assert isinstance(told, BadRow) and told.reason == "thinking not rendered"
 
 
 def test_plain_text_has_one_beginning_and_one_end() -> None:

@@ -108,5 +108,7 @@ def _notes(tokenizer: Any) -> tuple[str, ...]:
     if "strftime_now" in str(tokenizer.chat_template):
         found.append("the chat template writes today's date: other days give other tokens; fix it in template_kwargs")
     if lacking := missing_tokens(tokenizer):
-        found.append(f"the template spells {listed(lacking, 8)}, which this tokenizer reads as plain text")
+        added = f"add them with `new_special_tokens: {', '.join(lacking)}`"
+        what = f"the template spells {listed(lacking, 8)}, which this tokenizer reads as plain text"
+        found.append(f"{what}; {added} unless that is meant")
     return tuple(found)

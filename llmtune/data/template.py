@@ -9,8 +9,17 @@ from typing import Any
 
 from llmtune.errors import DataError, did_you_mean, listed
 
-_TOKEN = re.compile(r"<[|\uff5c][\w\u2581-]+[|\uff5c]>|<(?:start|end)_of_turn>|<reserved_\d+>")
+_TOKEN = re.compile(r"<[|\uff5c][\w\u2581-]+[|\uff5c]>|<(?:start|end)_of_turn>|<reserved_\d+>|\[gMASK\]|<sop>")
 """How models spell the tokens that divide turns."""
+
+
+_OTHER_NAMES = {
+    "cohere": "command_r", "deepseek2": "deepseek", "deepseek3": "deepseek", "deepseekr1": "deepseek_r1",
+    "gemma2": "gemma", "gemma3": "gemma", "granite3": "granite", "intern2": "internlm2", "llama3.1": "llama3_1",
+    "llama3.2": "llama3_1", "mistral_small": "mistral_v7", "phi3": "phi", "phi_small": "phi", "qwen2": "qwen",
+    "qwen2.5": "qwen", "smollm": "smollm2",
+}  # fmt: skip
+"""Other names of models that write their turns alike."""
 
 
 def template_names() -> list[str]:
@@ -28,6 +37,7 @@ def choose_template(template: str | None, tokenizer: Any, base_dir: Path | None 
     if template is None:
         require_template(tokenizer)
         return
+    template = _OTHER_NAMES.get(template, template)
     if template in template_names():
         text = (resources.files("llmtune") / "data" / "templates" / f"{template}.jinja").read_text("utf-8")
     elif template.endswith((".jinja", ".jinja2", ".j2")) or "/" in template:
@@ -54,8 +64,22 @@ def require_template(tokenizer: Any) -> None:
 
 
 def missing_tokens(tokenizer: Any) -> list[str]:
-    """Special tokens that the template spells and the tokenizer does not have: it would read them as plain text."""
+    """Special tokens that the template writes and the tokenizer does not have: it would read them as plain text.
+
+    They are looked for in the template, and in what it makes of a short conversation, as many are put together from
+    parts (`'<|' + role + '|>'`).
+    """
     template = tokenizer.chat_template
     text = template if isinstance(template, str) else "".join((template or {}).values())
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return [found for found in dict.fromkeys(_TOKEN.findall(text)) if found not in known]
+    return [found for found in dict.fromkeys(_TOKEN.findall(text) + _written(tokenizer)) if found not in known]
+
+
+def _written(tokenizer: Any) -> list[str]:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for messages in ([{"role": "system", "content": "c"}, *said], said):
+        try:
+            return _TOKEN.findall(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # a template raises whatever it likes; that is told where rows are rendered
+            continue
+    return []
