@@ -357,12 +357,9 @@ def test_plugins_and_schema_know_it(place: Place) -> None:
     listing = place.start("-m", "llmtune", "plugins", "--json")
     schema = place.start("-m", "llmtune", "schema")
     rows = [row for row in json.loads(finish(listing))["plugins"] if row["package"] == "acme-tuning"]
-    assert {(row["point"], row["name"], row["version"], row["state"]) for row in rows} == {
-        ("peft_config", "ia3", "1.4.2", "ok"),
-        ("data_config", "forum", "1.4.2", "ok"),
-        ("quant_config", "int8_rows", "1.4.2", "ok"),
-        ("stage_config", "smoothed", "1.4.2", "ok"),
-    }
+    offered = {"peft_config": "ia3", "quant_config": "int8_rows", "stage_config": "smoothed", "data_config": "forum"}
+    assert {(row["point"], row["name"]) for row in rows} == set(offered.items())
+    assert {(row["version"], row["state"]) for row in rows} == {("1.4.2", "ok")}
     blocks = [
         form["properties"]
         for form in json.loads(finish(schema))["properties"]["stage_config"]["anyOf"][0]["oneOf"]
