@@ -91,8 +91,10 @@ class Renderer:
         waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
         for row, (conversation, full) in enumerate(zip(asked, self._renderings(asked), strict=True)):
             try:
-                if isinstance(full, BadRow) or isinstance(conversation, BadRow):
-                    raise full if isinstance(full, BadRow) else conversation
+                if isinstance(conversation, BadRow):
+                    raise conversation
+                if isinstance(full, BadRow):
+                    raise full
                 check_texts(conversation, full.text)
                 waiting += [(row, text, turns) for text, turns in self._trained(conversation, full)]
             except BadRow as bad:
@@ -155,8 +157,9 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         first = group[0]
+        render: Any = render_jinja_template  # which is annotated to return one text
         try:
-            texts, marks = render_jinja_template(
+            texts, marks = render(
                 # apply_chat_template, which gives no positions, drops what is None, too
                 conversations=[
                     [{k: v for k, v in m.items() if v is not None} for m in each.messages] for each in group
