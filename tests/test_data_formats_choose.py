@@ -13,8 +13,11 @@ from llmtune.data.formats.chats import ShareGpt
 from llmtune.data.formats.choose import facts_of
 from llmtune.data.formats.messages_in import TagsConfig
 from llmtune.data.spelled import misspelt
-from llmtune.errors import DataError
+from llmtune.errors import DataError, LlmtuneError
 from llmtune.examples import BadRow, Text
+from llmtune.parts import find_parts, formats_of
+from llmtune.recipe import load_recipe
+from llmtune.registry import Registry
 
 PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SPOKEN = {"conversations": [{"who": "client", "what": "q"}, {"who": "bot", "what": "a"}]}
@@ -51,6 +54,16 @@ def test_tags_of_one_data_set_stand_beside_those_of_the_recipe() -> None:
         default_config=config, default_facts=facts_of(config, "llmtune"),
     )  # fmt: skip
     assert read(SPOKEN, formats=formats, tags={"user_tag": "client", "assistant_tag": "bot"})[2] == PAIR
+
+
+def test_the_recipes_format_takes_the_tags_of_an_entry() -> None:
+    recipe = load_recipe({"model": "m", "dataset": "x", "data_config": {"name": "sharegpt", "role_tag": "who"}})
+    registry = Registry([])
+    problems: list[LlmtuneError] = []
+    formats = formats_of(find_parts(recipe, registry, problems, ("data_config",)), registry)
+    assert not problems
+    tags = {name: tag for name, tag in TAGS.items() if name != "role_tag"}
+    assert read(SPOKEN, formats=formats, tags=tags) == ("sharegpt", "as named", PAIR)
 
 
 def test_roles_that_change_places() -> None:

@@ -36,6 +36,7 @@ def from_value(*pairs: tuple[str, str]) -> dict[str, Any]:
         {"messages": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
         {"messages": [{**ASK, "content": [{"type": "text", "text": "q"}]}, ANSWER], "label": "small talk"},
         {"messages": [ASK, {**ANSWER, "weight": 1, "train": True}], "text": "rendered by somebody"},
+        {"conversations": [ASK, ANSWER], "messages": None, "chosen": None, "rejected": None, "kto_tag": None},
         from_value(("human", "q"), ("gpt", "a")),
         from_value(("user", "q"), ("assistant", "a")),
         {"instruction": "q", "input": None, "output": "a", "system": None, "history": [], "text": "Below is"},
@@ -141,6 +142,7 @@ def test_weights_by_all_their_names(given: dict, weight: float | None) -> None:
         {"messages": [ASK, ANSWER], "rejected_response": "b"},
         {"messages": [ASK, ANSWER], "rejected_response": [OTHER]},
         {"messages": [ASK, ANSWER], "rejected_messages": [ASK, OTHER]},
+        {"messages": [ASK, ANSWER], "rejected_response": "b", "chosen": None, "rejected": None, "label": None},
     ],
 )  # fmt: skip
 def test_a_preference(row: dict) -> None:
@@ -209,6 +211,7 @@ def test_tokens_without_their_padding() -> None:
         ({"conversations": [{"from": "human", "value": "q"}, ANSWER]}, "message without from", "message 2"),
         ({"instruction": "", "input": None, "output": "a"}, "nothing asked", "needed is text"),
         ({"messages": [ASK, ANSWER], "enable_thinking": "no"}, "bad enable_thinking", "true or false"),
+        ({"messages": [ASK, ANSWER], "chat_template_kwargs": {"tools": []}}, "bad chat_template_kwargs", "sets tools"),
         ({"prompt": [ASK, ANSWER]}, "no question", "ends with assistant"),
         ({"input_ids": [1, 2], "labels": [1]}, "lengths differ", '"labels" has 1 entries, "input_ids" 2'),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "labels are other tokens", r"labels\[0\] is 2"),

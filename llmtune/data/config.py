@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 from llmtune.errors import DataError
 from llmtune.schema import Ge, Gt, decode, split_names
 
-_TEMPLATE_ARGUMENTS = frozenset({
+TEMPLATE_ARGUMENTS = frozenset({
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
     "continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 })  # fmt: skip
+"""What `apply_chat_template` takes; no variables of a template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class DataConfig:
         _require(limit is None or limit == -1 or limit >= 1, "max_samples", limit, "1 or more, or -1 or null for all")
         whole = self.val_size < 1 or float(self.val_size).is_integer()
         _require(whole, "val_size", self.val_size, "a share below 1 or a whole number of rows")
-        taken = sorted(_TEMPLATE_ARGUMENTS & set(self.template_kwargs))
+        taken = sorted(TEMPLATE_ARGUMENTS & set(self.template_kwargs))
         _require(not taken, "template_kwargs", ", ".join(taken), "variables of the template; llmtune sets these itself")
         both = self.eval_dataset is not None and self.val_size > 0
         _require(not both, "val_size", self.val_size, "0 where eval_dataset is given; choose one of the two")

@@ -125,9 +125,9 @@ class DataReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{source.name}: detected: {source.format} ({source.why}), {source.rows:,} rows"
-            if source.why != "as named"
-            else f"{source.name}: {source.format}, as named, {source.rows:,} rows"
+            f"{source.name}: {source.format}, {source.why}, {source.rows:,} rows"
+            if source.why.startswith("as named")
+            else f"{source.name}: detected: {source.format} ({source.why}), {source.rows:,} rows"
             for source in self.sources
         ]
         for source in self.sources:

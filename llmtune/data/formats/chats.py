@@ -11,6 +11,7 @@ from llmtune.data.formats.messages_in import (
     TagsConfig,
     asked_of,
     first_turn,
+    held_in,
     history_of,
     led,
     system_of,
@@ -92,9 +93,9 @@ class ShareGpt:
         return "conversation with human/assistant" if {"human", "assistant"} <= set(turn) else None
 
     def convert(self, row: Mapping[str, Any]) -> Conversation:
-        if "conversations" not in row and "conversation" not in row:
+        column = held_in(row, HELD[1:])
+        if column is None:
             raise BadRow("no conversations", f'sharegpt needs the column "conversations", found {", ".join(row)}')
-        column = "conversations" if "conversations" in row else "conversation"
         messages = led(row, self.reader.messages(_as_turns(row[column]), column))
         return Conversation(messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row))
 
@@ -129,9 +130,9 @@ class OpenAi:
         return f"{column} with {'/'.join(keys)}"
 
     def convert(self, row: Mapping[str, Any]) -> Conversation:
-        if not any(column in row for column in HELD):
+        column = held_in(row, HELD)
+        if column is None:
             raise BadRow("no messages", f'openai needs the column "messages", found {", ".join(row)}')
-        column = next(column for column in HELD if column in row)
         messages = led(row, self.reader.messages(row[column], column))
         return Conversation(messages=messages, tools=tools_of(row), template_kwargs=variables_of(row))
 

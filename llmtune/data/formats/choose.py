@@ -157,9 +157,12 @@ def detectable(plugins: Any) -> dict[str, DataFormat]:
 
 
 def _renamed_rows(found: Found, rows: Sequence[Any]) -> list[Any]:
-    """`rows` under the names that the recipe maps columns to."""
+    """`rows` under the names that the recipe maps columns to, without columns that hold nothing."""
     taken = {theirs: ours for ours, theirs in found.columns.items()}
-    return [{taken.get(c, c): v for c, v in row.items()} if isinstance(row, Mapping) else row for row in rows]
+    return [
+        {taken.get(c, c): v for c, v in row.items() if v is not None} if isinstance(row, Mapping) else row
+        for row in rows
+    ]
 
 
 def detect(rows: Sequence[Any], name: str, known: Mapping[str, DataFormat]) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from llmtune.data.config import TEMPLATE_ARGUMENTS
 from llmtune.data.messages import kind, parse_calls, parse_thinking, text_of, tool_calls
 from llmtune.data.spelled import as_names, misspelt
 from llmtune.errors import did_you_mean, listed
@@ -223,10 +224,19 @@ def variables_of(row: Mapping[str, Any]) -> dict[str, Any]:
     found = row.get("chat_template_kwargs") or {}
     if not isinstance(found, Mapping):
         raise BadRow("bad chat_template_kwargs", f'"chat_template_kwargs" is {kind(found)}, allowed is an object')
+    if taken := sorted(set(found) & TEMPLATE_ARGUMENTS):
+        what = f'"chat_template_kwargs" sets {listed(taken)}, allowed are variables of the template'
+        raise BadRow("bad chat_template_kwargs", what)
     thinking = row.get("enable_thinking")
     if not isinstance(thinking, bool | None):
         raise BadRow("bad enable_thinking", f'"enable_thinking" is {kind(thinking)}, allowed is true or false')
     return dict(found) | ({} if thinking is None else {"enable_thinking": thinking})
+
+
+def held_in(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
+    """The first of `columns` that holds something, else the first that is there."""
+    there = [column for column in columns if column in row]
+    return next((column for column in there if row[column] is not None), there[0] if there else None)
 
 
 def first_turn(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, Mapping[str, Any]]:

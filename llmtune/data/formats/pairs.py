@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmtune.data.formats.chats import VARIABLES, Completion, is_label
-from llmtune.data.formats.messages_in import TagsConfig, asked_of, history_of, led, system_of, variables_of
+from llmtune.data.formats.messages_in import TagsConfig, asked_of, held_in, history_of, led, system_of, variables_of
 from llmtune.data.messages import kind, normal_tools
 from llmtune.errors import listed
 from llmtune.examples import BadRow, Labelled, Message, Preference
@@ -41,7 +41,7 @@ class PreferencePairs:
 
     def convert(self, row: Mapping[str, Any]) -> Preference:
         before = before_of(row, self.parts)
-        if "chosen" not in row and any(column in row for column in _OTHER_SIDE):
+        if row.get("chosen") is None and any(row.get(column) is not None for column in _OTHER_SIDE):
             sides = self._beside(row, before)
         else:
             missing = next((side for side in ("chosen", "rejected") if side not in row), None)
@@ -132,8 +132,8 @@ class KtoRows:
         return f"{beside} and a label of {what}" if beside else None
 
     def convert(self, row: Mapping[str, Any]) -> Labelled:
-        column = "kto_tag" if "kto_tag" in row else "label"
-        if column not in row:
+        column = held_in(row, ("kto_tag", "label"))
+        if column is None:
             raise BadRow("no label", f'kto needs the column "label" or "kto_tag", found {", ".join(row)}')
         label = row[column]
         if not isinstance(label, bool):
