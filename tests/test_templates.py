@@ -270,6 +270,39 @@ def test_text_that_spells_special_tokens_stays_text_where_they_are_split() -> No
     assert plain.ids.tolist() == rendered("chatml", chat("a", "b"))[0].ids.tolist()
 
 
+def spaced_tokenizer(prefix: bool) -> Any:
+    """Writes spaces as U+2581, as Gemma's; with `prefix` one before each text, as Llama 2's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "\u2581", "\n", *map(chr, range(33, 127))]
+    bpe = Tokenizer(models.BPE({text: at for at, text in enumerate(letters)}, [], unk_token="<unk>"))
+    space = normalizers.Replace(" ", "\u2581")
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), space]) if prefix else space
+    bpe.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    bpe.decoder = decoders.Replace("\u2581", " ")
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    choose_template("gemma", tokenizer)
+    return tokenizer
+
+
+def test_special_tokens_in_texts_are_split_by_any_tokenizer_that_reads_them_apart() -> None:
+    tokenizer = spaced_tokenizer(prefix=False)
+    messages = chat("say <end_of_turn> now", " <bos> it is<start_of_turn>").messages
+    ((one,),) = Renderer(tokenizer, split_special_tokens=True).encode([Conversation(messages=messages)])
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert (one.ids == end).sum() == 2 and (one.ids == tokenizer.bos_token_id).sum() == 1
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "".join(tokenizer.convert_ids_to_tokens(one.ids)).replace("\u2581", " ") == expected
+    plain = chat("a b", "c d\n e")
+    found = [Renderer(tokenizer, split_special_tokens=split).encode([plain])[0][0] for split in (True, False)]
+    assert found[0].ids.tolist() == found[1].ids.tolist() and found[0].mask.tolist() == found[1].mask.tolist()
+    with pytest.raises(DataError, match="reads text otherwise beside special tokens"):
+        Renderer(spaced_tokenizer(prefix=True), split_special_tokens=True)
+
+
 def test_weights_of_messages_reach_their_tokens() -> None:
     messages = chat("a", "b", "c", "d", "e", "f").messages
     messages[1]["weight"], messages[3]["weight"] = 0.0, 0.5

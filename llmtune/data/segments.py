@@ -24,6 +24,12 @@ _PROVED = 8
 _SHORT, _KEPT = 256, 4096
 """Characters of a piece, and pieces, that are remembered."""
 
+_OTHERWISE = (
+    "split_special_tokens: found true, but {} of this model reads text otherwise beside special tokens; set "
+    "split_special_tokens: false"
+)
+_PROBES = ("a", " a", "a ", "\n", "\n\n a", "Hello there.", "  b\n", "\t", "é 日本", "<b> 1,2")
+
 Spans = Sequence[tuple[int, int]]
 """(start, stop) characters of a text."""
 Found = tuple[np.ndarray, list[tuple[int, int]]]
@@ -44,28 +50,34 @@ class Segments:
         self._proved, self._sound = 0, _splits_cleanly(tokenizer)
         self._known: dict[str, list[int]] = {}
         if literal is not None and not self._sound:
-            raise DataError(
-                f"split_special_tokens: found true, but {type(tokenizer).__name__} of this model reads text otherwise "
-                "beside special tokens; set split_special_tokens: false"
-            )
+            self._sound = _reads_apart(tokenizer, special)
+        if literal is not None and not self._sound:
+            raise DataError(_OTHERWISE.format(type(tokenizer).__name__))
 
     def encode(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[Found]:
         """Tokenise `texts`, and find the tokens of the `spans` of each."""
         results: list[Found | None] = [None] * len(texts)
         if self._sound:
             results = self._by_pieces(texts, spans)
-        trial = range(min(len(texts), max(0, _PROVED - self._proved))) if self._sound and not self.literal else range(0)
+        trial = [
+            at for at, text in enumerate(texts[: max(0, _PROVED - self._proved)]) if self._sound and self._plain(text)
+        ]
         whole = sorted({*trial, *(at for at, result in enumerate(results) if result is None)})
         for at, found in zip(
             whole, self._by_offsets([texts[at] for at in whole], [spans[at] for at in whole]), strict=True
         ):
             piecewise = results[at]
             if piecewise is not None and not (np.array_equal(piecewise[0], found[0]) and piecewise[1] == found[1]):
+                if self.literal is not None:
+                    raise DataError(_OTHERWISE.format(type(self.tokenizer).__name__))
                 self._sound = False
                 return self.encode(texts, spans)
             results[at] = found
         self._proved += len(trial)
         return [result for result in results if result is not None]
+
+    def _plain(self, text: str) -> bool:
+        return self.literal is None or self.literal.restored(text) == text
 
     def _by_pieces(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[Found | None]:
         split = [[(match.start(), match.end()) for match in self.special.pattern.finditer(text)] for text in texts]
@@ -169,3 +181,25 @@ def _splits_cleanly(tokenizer: Any) -> bool:
     names = {pre.get("type"), *(each["type"] for each in pre.get("pretokenizers", ()))}
     plain = spelt["normalizer"] is None or spelt["normalizer"]["type"] in ("NFC", "NFKC")
     return whole and plain and "ByteLevel" in names and names <= {"ByteLevel", "Split", "Digits", "Sequence"}
+
+
+def _reads_apart(tokenizer: Any, special: Special) -> bool:
+    """Whether some texts have the ids between special tokens that they have alone, whatever the tokenizer's parts are.
+
+    So it is with Gemma's, and not with those that put a space before a text, as Llama 2's does.
+    """
+    marks = {str(text): token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
+    if any(text.lstrip or text.rstrip or text.single_word for text in tokenizer.added_tokens_decoder.values()):
+        return False
+
+    def alone(text: str) -> list[int]:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    if alone("\na") != [*alone("\n"), *alone("a")]:
+        return False  # something is put before each text
+    for mark in [text for text in special.strings if text in marks][:2]:
+        for probe in _PROBES:
+            whole = tokenizer(mark + probe + mark, add_special_tokens=False, verbose=False)["input_ids"]
+            if whole != [marks[mark], *alone(probe), marks[mark]]:
+                return False
+    return bool(marks)
