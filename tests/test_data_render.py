@@ -91,6 +91,16 @@ def test_mask_equals_that_of_a_marked_template() -> None:
     assert plain[0].mask.tolist() == marked[0].mask.tolist()
 
 
+def test_a_marked_template_knows_weights_and_splits_special_tokens_in_texts() -> None:
+    tokenizer = TOKENIZERS["marked"]
+    messages = talk("Hi <|im_end|>", "No <|im_end|> way", "And?", "Bye", "So?", "Well", weight=0.5)
+    messages[3]["weight"] = 0
+    ((sample,),) = Renderer(tokenizer, split_special_tokens=True).encode([Conversation(messages=messages)])
+    assert (sample.ids == tokenizer.eos_token_id).sum() == 6 and sample.end_ids == (tokenizer.eos_token_id,) * 2
+    assert tokenizer.decode(sample.ids[sample.mask]) == "No <|im_end|> way<|im_end|>Well<|im_end|>"
+    assert tokenizer.decode(sample.ids[sample.mask & (sample.weights == 0.5)]) == "No <|im_end|> way<|im_end|>"
+
+
 def test_rewritten_turns_are_split_off_and_only_those() -> None:
     samples = encode("thinking", talk("Hi", "Hello", "And?", "Bye", reasoning_content="Hmm"))
     assert [trained for _, trained in samples] == [

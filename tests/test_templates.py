@@ -109,8 +109,6 @@ def test_masks_are_those_of_the_same_template_with_generation_marks(template: st
     tokenizer = tiny_tokenizer(marked(template))
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokenizer_for(template).added_tokens_encoder)})
     told = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    if "\n" in "".join(m["content"][:1] for m in messages if m["role"] == "assistant") and template != "llama3":
-        return  # a break that begins an answer joins the template's own: both ways of counting that token are right
     assert found.ids.tolist() == told["input_ids"]
     assert found.mask.astype(int).tolist() == list(told["assistant_masks"])
     (itself,) = Renderer(tokenizer).encode([Conversation(messages=messages)])[0]
