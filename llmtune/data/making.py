@@ -39,7 +39,7 @@ _ALWAYS_SKIPPED = 10
 """Bad rows that `on_bad_record: skip` leaves out however few rows there are."""
 _KEYS = (
     "default_system", "cutoff_len", "cutoff_policy", "max_samples", "train_on_prompt", "mask_history",
-    "split_special_tokens", "on_bad_record", "max_bad_records", "template_kwargs", "enable_thinking", 
+    "split_special_tokens", "on_bad_record", "max_bad_records", "template_kwargs", "enable_thinking",
 )  # fmt: skip
 """Keys that decide which tokens a row becomes."""
 
@@ -246,7 +246,6 @@ def one_kind(key: str, reports: Sequence[SourceReport]) -> str:
 
 def account(report: SourceReport, piece: Packed) -> None:
     """Count what became of some rows of a data set."""
-    """Add a piece to what is told of its data set."""
     report.rows += piece.read
     report.samples += len(piece.rows)
     for bad in piece.bad:
