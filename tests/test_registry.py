@@ -36,7 +36,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """Lays a package and its metadata on the path, as pip would; returns the module's name."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("LLMTUNE_BLOCK_PLUGINS", raising=False)
-    before = set(sys.modules)
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(("acme", "other"))}
 
     def make(
         distribution: str, code: str = "", names: tuple[str, ...] = ("strange",), *, version: str = "1.0",
@@ -53,9 +53,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         return module
 
     yield make
-    for name in set(sys.modules) - before:
-        if name.startswith(("acme", "other")):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith(("acme", "other"))]:
+        del sys.modules[name]
+    sys.modules.update(others)
 
 
 def refused(point: str, name: str) -> str:

@@ -91,6 +91,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for folder in (site, HERE / "broken", HERE / "stranger"):
             patch.syspath_prepend(str(folder))
         yield
+    for name in [name for name in sys.modules if name.startswith("acme")]:
+        del sys.modules[name]  # other tests have packages of these names
 
 
 @pytest.mark.parametrize(("point", "name"), list(BROKEN), ids=lambda value: value)
