@@ -41,7 +41,7 @@ def write_rows(source: Path, target: Path, rows: int) -> None:
 
 
 def tokenizer_of(model: str) -> Any:
-    from llmtune.source import ModelConfig, load_tokenizer, resolve_model
+    from llmtune.model.source import ModelConfig, load_tokenizer, resolve_model
 
     config = ModelConfig(model=model)
     return load_tokenizer(resolve_model(config, weights=False), config)

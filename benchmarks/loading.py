@@ -84,12 +84,12 @@ def load(keys: dict[str, Any]) -> dict[str, float]:
     """On each rank: load once; figures in bytes and seconds."""
     import torch.distributed as dist
 
-    from llmtune.building import build_objective
-    from llmtune.placement import local
-    from llmtune.planning import make_plan
-    from llmtune.ranks import join, ranks_from_environment
-    from llmtune.recipe import load_recipe
-    from llmtune.registry import Registry
+    from llmtune.distributed.placement import local
+    from llmtune.distributed.ranks import join, ranks_from_environment
+    from llmtune.planning.plan import make_plan
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
+    from llmtune.training.building import build_objective
 
     ranks, device = ranks_from_environment(), __import__("torch").device("cpu")
     plan = make_plan(load_recipe(keys), Registry(), ranks, device)
@@ -118,7 +118,7 @@ def read_plainly(folder: Path, quantise: bool = False) -> dict[str, float]:
     import torch.distributed as dist
     from bitsandbytes.functional import quantize_4bit
 
-    from llmtune.ranks import join, ranks_from_environment
+    from llmtune.distributed.ranks import join, ranks_from_environment
 
     ranks = ranks_from_environment()
     join(ranks, torch.device("cpu"))

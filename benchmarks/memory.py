@@ -105,9 +105,9 @@ def one_case(options: argparse.Namespace) -> None:
 
 def steps(plan: Any, ready: Any) -> None:
     """Build the run and take its steps; calls `ready` between the two."""
-    from llmtune.building import build_objective
-    from llmtune.loop import Training, train
-    from llmtune.optim import make_optimizer
+    from llmtune.training.building import build_objective
+    from llmtune.training.loop import Training, train
+    from llmtune.training.optim import make_optimizer
 
     class Quiet:
         def after_step(self, step: int, stats: Any) -> bool:

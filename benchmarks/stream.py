@@ -50,7 +50,7 @@ def write_rows(path: Path, size: int) -> int:
 
 
 def tokenizer_of(model: str) -> Any:
-    from llmtune.source import ModelConfig, load_tokenizer, resolve_model
+    from llmtune.model.source import ModelConfig, load_tokenizer, resolve_model
 
     config = ModelConfig(model=model)
     return load_tokenizer(resolve_model(config, weights=False), config)
@@ -61,8 +61,8 @@ def stream_llmtune(options: argparse.Namespace, tokenizer: Any, packed: bool) ->
     import torch
 
     from llmtune.data import DataConfig, prepare
-    from llmtune.ranks import Ranks
-    from llmtune.stream_feed import StreamFeed
+    from llmtune.data.stream_loader import StreamLoader
+    from llmtune.distributed.ranks import Ranks
 
     yield 0  # imports are done
     config = DataConfig(
@@ -71,7 +71,7 @@ def stream_llmtune(options: argparse.Namespace, tokenizer: Any, packed: bool) ->
     )  # fmt: skip
     made = prepare(config, tokenizer, seed=0)
     assert made.stream is not None
-    feed = StreamFeed.make(
+    feed = StreamLoader.make(
         made.stream, made.train, per_device=BATCH, micro_steps=1, ranks=Ranks(), flat=packed, pad_id=0
     )
     try:

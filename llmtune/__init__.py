@@ -10,25 +10,26 @@ __version__ = "0.1.0"
 _WHERE = {
     name: module
     for module, names in {
-        "llmtune.run": ("train", "plan", "build", "load", "Run"),
-        "llmtune.looking": ("check_data", "preview", "stats"),
-        "llmtune.hookspecs": ("hookimpl",),
-        "llmtune.records": (
-            "API_VERSION", "Plugin", "Situation", "Part", "LoadRule", "Change", "Edit", "Quant", "Peft", "Kernel",
-            "Reopens", "TensorReader", "Init", "Distribute", "Layout",
+        "llmtune.api": ("train", "plan", "build", "load", "Run"),
+        "llmtune.inference.inspect": ("check_data", "preview", "stats"),
+        "llmtune.contract.hookspecs": ("hookimpl",),
+        "llmtune.contract.records": (
+            "API_VERSION", "Plugin", "RunContext", "Part", "LoadRule", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
+            "Reopens", "TensorReader", "Init", "Distribute", "ParallelDims",
             "OptimizerFactory", "Repacks", "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
         ),
-        "llmtune.stages": ("StageLoss", "Batch", "StageContext", "Stage"),
-        "llmtune.examples": (
-            "BadRow", "Conversation", "DataFormat", "Example", "Labelled", "Message", "Preference", "Prompt", "Text",
-            "Tokens",
+        "llmtune.contract.stages": ("StageLoss", "Batch", "StageContext", "Stage"),
+        "llmtune.contract.examples": (
+            "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "Text", "Tokens",
+            "UnpairedPreference",
         ),
-        "llmtune.structure": ("transformer_layers", "linear_layers", "output_heads"),
-        "llmtune.errors": (
+        "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),
+        "llmtune.contract.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",
             "EditError", "DivergedError", "OutOfMemoryError",
         ),
-        "llmtune.schema": ("Ge", "Gt", "Le", "Lt", "split_names"),
+        "llmtune.contract.former_names": ("Situation", "Change", "Layout", "Labelled"),
+        "llmtune.contract.schema": ("Ge", "Gt", "Le", "Lt", "split_names"),
     }.items()
     for name in names
 }  # fmt: skip

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmtune.loop import StepStats, Training
-    from llmtune.planning import Plan
+    from llmtune.planning.plan import Plan
+    from llmtune.training.loop import StepStats, Training
 
 
 def plan_here(keys: dict[str, Any]) -> Plan:
     """The recipe's plan for this process, as one of the ranks that the environment names."""
     import torch
 
-    from llmtune.planning import make_plan
-    from llmtune.ranks import join, ranks_from_environment
-    from llmtune.recipe import load_recipe
-    from llmtune.registry import Registry
+    from llmtune.distributed.ranks import join, ranks_from_environment
+    from llmtune.planning.plan import make_plan
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
 
     ranks, device = ranks_from_environment(), torch.device("cpu")
     join(ranks, device)
@@ -25,9 +25,9 @@ def plan_here(keys: dict[str, Any]) -> Plan:
 
 def start(keys: dict[str, Any]) -> tuple[Plan, Training]:
     """A training run with its weights loaded, before its first step."""
-    from llmtune.building import build_objective
-    from llmtune.loop import LossScale, Training
-    from llmtune.optim import make_optimizer
+    from llmtune.training.building import build_objective
+    from llmtune.training.loop import LossScale, Training
+    from llmtune.training.optim import make_optimizer
 
     plan = plan_here(keys)
     objective = build_objective(plan)
@@ -47,7 +47,7 @@ def one_step(training: Training, step: int = 0) -> dict[str, Any]:
     """Forward and backward passes of all micro-batches of a step; gradients are left in place."""
     import torch
 
-    from llmtune.loop import forward_backward
+    from llmtune.training.loop import forward_backward
 
     training.objective.train()
     micros = training.feed.step(step, training.device)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from llmtune.data import DataConfig, prepare
-from llmtune.ranks import Ranks
-from llmtune.stream_feed import StreamFeed, merged
+from llmtune.data.stream_loader import StreamLoader, merged
+from llmtune.distributed.ranks import Ranks
 from llmtune.testing import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -41,9 +41,9 @@ def prepared(data: Any, **keys: Any) -> Any:
 
 
 @contextmanager
-def feed(made: Any, batch: int = 4, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> Iterator[StreamFeed]:
+def feed(made: Any, batch: int = 4, rank: int = 0, ranks: int = 1, micro_steps: int = 1) -> Iterator[StreamLoader]:
     """A feed of `batch` rows a step over `ranks` ranks."""
-    one = StreamFeed.make(
+    one = StreamLoader.make(
         made.stream, made.train, per_device=1, micro_steps=1, ranks=Ranks(rank, ranks), flat=False, pad_id=0
     )
     one = one.with_rows(batch, micro_steps)
@@ -53,7 +53,7 @@ def feed(made: Any, batch: int = 4, rank: int = 0, ranks: int = 1, micro_steps: 
         one.close()
 
 
-def origins(one: StreamFeed, step: int) -> list[str]:
+def origins(one: StreamLoader, step: int) -> list[str]:
     """`file:number` of each sample of a step, in the order of its batches."""
     batches = one.step(step, CPU)
     if one.error is not None:
@@ -61,7 +61,7 @@ def origins(one: StreamFeed, step: int) -> list[str]:
     return [Path(one.origin(sample)).name for batch in batches for sample in batch.sample_ids]
 
 
-def tokens(one: StreamFeed, step: int) -> list[list[int]]:
+def tokens(one: StreamLoader, step: int) -> list[list[int]]:
     """The trained tokens of a step's micro-batches, with what they stand in."""
     batches = one.step(step, CPU)
     if one.error is not None:

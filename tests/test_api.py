@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.errors import PlanError
+from llmtune.contract.errors import PlanError
 from tests.runs import LORA, recipe
 
 
@@ -60,7 +60,7 @@ def test_the_adapter_loads_in_peft_and_answers_alike(run: llmtune.Run, tiny_tied
 
 
 def test_a_checkpoint_opens_as_it_was(run: llmtune.Run) -> None:
-    from llmtune.reopen import open_model
+    from llmtune.inference.reopen import open_model
 
     early, tokenizer = open_model(run.output_dir / "checkpoints" / "step-00000006")
     late, _ = run.model()
@@ -149,8 +149,8 @@ def test_a_plan_reads_no_weights_and_says_what_will_happen(folder: Path, chats: 
 
 
 def test_packing_gives_each_sample_the_loss_it_has_alone(tiny_llama: str, chats: str, tmp_path: Path) -> None:
-    from llmtune.building import build_objective
     from llmtune.data import collate
+    from llmtune.training.building import build_objective
 
     for kernels in (None, "auto"):
         keys = recipe(tiny_llama, chats, tmp_path / "run", packing=True, kernel_config=kernels, peft_config=None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import llmtune
-from llmtune.errors import DataError, LlmtuneError, LoadError, PlanError, RecipeError
+from llmtune.contract.errors import DataError, LlmtuneError, LoadError, PlanError, RecipeError
 from tests.runs import recipe
 
 

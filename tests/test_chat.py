@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmtune.chat import ContextFull, Conversation, GenerateConfig, answer, chat_loop, stop_tokens
-from llmtune.errors import DataError
-from llmtune.schema import decode
+from llmtune.contract.errors import DataError
+from llmtune.contract.schema import decode
+from llmtune.inference.chat import ContextFull, Conversation, GenerateConfig, answer, chat_loop, stop_tokens
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 GREEDY = GenerateConfig(do_sample=False, max_new_tokens=8)

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.claim import FolderLock, require_shared
-from llmtune.errors import LlmtuneError, PlanError
-from llmtune.ranks import fail_together, pick_device
+from llmtune.contract.errors import LlmtuneError, PlanError
+from llmtune.distributed.ranks import fail_together, pick_device
+from llmtune.training.lock import FolderLock, require_shared
 from tests.runs import recipe
 from tests.spawn import in_ranks
 
-HOLD = "import sys, time; from pathlib import Path; from llmtune.claim import FolderLock\n"
+HOLD = "import sys, time; from pathlib import Path; from llmtune.training.lock import FolderLock\n"
 HOLD += "FolderLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"
 
 
@@ -116,7 +116,7 @@ def test_one_rank_without_its_file_ends_all_with_one_sentence(
 
 
 def test_a_rank_uses_the_device_of_its_place_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmtune.ranks import ranks_from_environment
+    from llmtune.distributed.ranks import ranks_from_environment
 
     for name, value in {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
@@ -158,7 +158,7 @@ def settings(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_machines_are_named_rightly(changes: dict[str, Any], sentence: str) -> None:
-    from llmtune.launch import Machines
+    from llmtune.distributed.launch import Machines
 
     with pytest.raises(LlmtuneError, match=sentence):
         Machines.parse(**settings(**changes))

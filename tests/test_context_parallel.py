@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 
 import llmtune
-from llmtune.context_parallel import attend_over_ranks, check_split, over_ranks, split_row
+from llmtune.contract.records import ParallelDims
+from llmtune.contract.stages import Batch
 from llmtune.data.batches import collate
-from llmtune.ranks import Ranks
-from llmtune.records import Layout
-from llmtune.stages import Batch
+from llmtune.distributed.context_parallel import attend_over_ranks, check_split, over_ranks, split_row
+from llmtune.distributed.ranks import Ranks
 from tests.by_hand import assert_same
 from tests.spawn import in_ranks
 from tests.test_parity import METHODS, numbers, recipe, train, train_each
@@ -165,7 +165,7 @@ def flat_batch(lengths: list[int], seed: int = 0) -> Batch:
 @pytest.mark.parametrize("lengths", [[2], [3, 1, 9], [40], [8, 8], [1, 1, 1, 13, 2]])
 def test_pieces_make_up_the_row(lengths: list[int], size: int) -> None:
     whole = flat_batch(lengths)
-    layout = Layout(context=size)
+    layout = ParallelDims(context=size)
     pieces = [split_row(whole, Ranks(rank=rank, size=size, layout=layout)) for rank in range(size)]
     length = sum(lengths)
     width = -(-length // size)
@@ -236,11 +236,11 @@ def test_attention_over_exchanged_pieces_is_attention_over_the_row(tmp_path: Pat
 
 
 def refuses_mixing(keys: dict[str, Any]) -> None:
-    from llmtune.building import build_objective
-    from llmtune.planning import make_plan
-    from llmtune.ranks import join, ranks_from_environment
-    from llmtune.recipe import load_recipe
-    from llmtune.registry import Registry
+    from llmtune.distributed.ranks import join, ranks_from_environment
+    from llmtune.planning.plan import make_plan
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
+    from llmtune.training.building import build_objective
 
     ranks, device = ranks_from_environment(), torch.device("cpu")
     plan = make_plan(load_recipe(keys, {}), Registry(), ranks, device)
@@ -310,7 +310,7 @@ def kept_for_backward(folder: str) -> dict[int, int]:
     found = {}
     for size in (1, 2, 4):
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=packed_attention.NAME)
-        ranks = Ranks(rank=dist.get_rank(), size=4, layout=Layout(shard=4 // size, context=size))
+        ranks = Ranks(rank=dist.get_rank(), size=4, layout=ParallelDims(shard=4 // size, context=size))
         if size > 1:
             attend_over_ranks(model, ranks.layout, torch.device("cpu"))
         found[size] = kept_by(model, split_row(flat_batch([200, 312]), ranks))
@@ -318,7 +318,7 @@ def kept_for_backward(folder: str) -> dict[int, int]:
 
 
 def kept_by(model: Any, batch: Batch) -> int:
-    from llmtune.objective import Context
+    from llmtune.training.objective import Context
 
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import llmtune
+from llmtune.contract.errors import PlanError
 from llmtune.cost.advice import replan
 from llmtune.cost.devices import GIB, describe
 from llmtune.cost.flops import count
 from llmtune.cost.memory import CATEGORIES, Memory
 from llmtune.cost.text import cost_text
-from llmtune.errors import PlanError
 from tests.tiny import tiny_config, tiny_model_folder, tiny_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 32}
@@ -63,9 +63,9 @@ def allocator_peak(plan: Any) -> int:
 
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from llmtune.building import build_objective
-    from llmtune.loop import Training, train
-    from llmtune.optim import make_optimizer
+    from llmtune.training.building import build_objective
+    from llmtune.training.loop import Training, train
+    from llmtune.training.optim import make_optimizer
 
     class Quiet:
         def after_step(self, step: int, stats: Any) -> bool:
@@ -223,7 +223,7 @@ def test_changes_are_added_up_where_none_is_enough(make: Make) -> None:
 def test_flops_are_those_that_torch_counts(make: Make, method: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from llmtune.building import build_objective
+    from llmtune.training.building import build_objective
 
     # Plain attention computes what a causal mask throws away, and torch counts it.
     plan = make(flash_attn="disabled", activation_checkpointing="none", **METHODS[method])
@@ -274,7 +274,7 @@ def test_a_folder_without_weights_can_be_planned_for_a_device_but_not_trained(ro
     tiny_tokenizer().save_pretrained(folder)
     recipe = {"model": str(folder), "dataset": rows, "cutoff_len": 64, "output_dir": str(tmp_path / "run")}
     plan = llmtune.plan(recipe, ranks=16, device="h100")
-    assert plan.situation.device == "cuda" and plan.precision.autocast and plan.ranks.size == 16
+    assert plan.context.device == "cuda" and plan.precision.autocast and plan.ranks.size == 16
     assert plan.cost.traced is not None, plan.cost.untraced
     assert plan.cost.step_seconds(1.0) > 0
     with pytest.raises(llmtune.LoadError, match="holds no weights"):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.context_parallel import split_row
+from llmtune.contract.records import ParallelDims
 from llmtune.data import collate
 from llmtune.data.batches import Document
-from llmtune.objective import Context
-from llmtune.ranks import Ranks
-from llmtune.records import Layout
+from llmtune.distributed.context_parallel import split_row
+from llmtune.distributed.ranks import Ranks
+from llmtune.training.objective import Context
 from tests.tiny import tiny_model
 
 
@@ -156,7 +156,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 def test_pieces_of_a_row_keep_weights_and_sequences(size: int) -> None:
     documents = weighted([6, 1, 20, 9])
     whole = collate(documents, flat=True, pad_id=0)
-    pieces = [split_row(whole, Ranks(rank=rank, size=size, layout=Layout(context=size))) for rank in range(size)]
+    pieces = [split_row(whole, Ranks(rank=rank, size=size, layout=ParallelDims(context=size))) for rank in range(size)]
     assert sum(piece.weight for piece in pieces) == whole.weight
     assert torch.equal(torch.cat([piece.target_sequence for piece in pieces]), whole.target_sequence)
     found = []
@@ -173,10 +173,10 @@ def test_pairs_and_labels_are_told_by_sequence(flat: bool) -> None:
     batch = collate([*SAMPLES, SAMPLES[0]], flat=flat, pad_id=0, sample_ids=[4, 2], width=2, counts_samples=True)
     assert batch.target_sequence.tolist() == [0, 0, 1, 2, 3, 3]
     assert (batch.sequences, batch.weight, batch.sample_ids) == (4, 2.0, (4, 2))
-    labelled = collate(SAMPLES, flat=flat, pad_id=0, wanted=[True, False, True], counts_samples=True)
-    assert labelled.wanted.tolist() == [True, False, True] and labelled.weight == 3.0
-    empty = collate([], flat=flat, pad_id=0, width=2, wanted=[], counts_samples=True)
-    assert (empty.sequences, empty.weight, empty.target_sequence.tolist(), empty.wanted) == (0, 0.0, [], None)
+    labelled = collate(SAMPLES, flat=flat, pad_id=0, desirable=[True, False, True], counts_samples=True)
+    assert labelled.desirable.tolist() == [True, False, True] and labelled.weight == 3.0
+    empty = collate([], flat=flat, pad_id=0, width=2, desirable=[], counts_samples=True)
+    assert (empty.sequences, empty.weight, empty.target_sequence.tolist(), empty.desirable) == (0, 0.0, [], None)
 
 
 def test_prompts_have_no_targets_and_weigh_one_each() -> None:

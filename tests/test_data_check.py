@@ -12,7 +12,7 @@ import pytest
 
 import llmtune
 from llmtune.cli import main
-from llmtune.errors import DataError, PluginError, RecipeError
+from llmtune.contract.errors import DataError, PluginError, RecipeError
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import llmtune
-from llmtune.errors import DataError
+from llmtune.contract.errors import DataError
 from tests.runs import recipe
 from tests.tiny import CHATML, tiny_tokenizer
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from llmtune.contract.stages import Batch
 from llmtune.data import TokenSamples
-from llmtune.feed import Feed, evaluation_batches
-from llmtune.ranks import Ranks
-from llmtune.stages import Batch
+from llmtune.data.batch_loader import BatchLoader, evaluation_batches
+from llmtune.distributed.ranks import Ranks
 
 CPU = torch.device("cpu")
 KINDS: dict[str, dict[str, Any]] = {
@@ -36,15 +36,15 @@ def text(count: int = 41, seed: int = 0, **more: Any) -> TokenSamples:
     return TokenSamples.from_lists(pairs, range(count), **more)
 
 
-def feed_of(samples: TokenSamples, ranks: int = 1, **keys: Any) -> Feed:
+def feed_of(samples: TokenSamples, ranks: int = 1, **keys: Any) -> BatchLoader:
     options: dict[str, Any] = {
         "packing": False, "cutoff_len": 32, "per_device": 2, "micro_steps": 3, "seed": 5, "shuffle": True,
         "flat": False, "pad_id": 0,
     }  # fmt: skip
-    return Feed.make(samples, ranks=Ranks(size=ranks), **{**options, **keys})
+    return BatchLoader.make(samples, ranks=Ranks(size=ranks), **{**options, **keys})
 
 
-def on_all_ranks(feed: Feed, step: int) -> Iterator[Batch]:
+def on_all_ranks(feed: BatchLoader, step: int) -> Iterator[Batch]:
     for rank in range(feed.ranks.size):
         micros = replace(feed, ranks=replace(feed.ranks, rank=rank)).step(step, CPU)
         assert len(micros) == feed.micro_steps, "every rank takes part in every micro-step"
@@ -154,7 +154,7 @@ def test_labels_follow_their_answers() -> None:
     for kind in ("padded", "packed"):
         for batch in on_all_ranks(feed_of(samples, ranks=2, **KINDS[kind]), 1):
             if batch.sequences:
-                assert batch.wanted.tolist() == [sample % 3 == 0 for sample in batch.sample_ids]
+                assert batch.desirable.tolist() == [sample % 3 == 0 for sample in batch.sample_ids]
 
 
 @pytest.mark.parametrize("chosen", [None, np.arange(3, 20)])

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from llmtune.contract.errors import DataError
+from llmtune.contract.examples import BadRow, Example
 from llmtune.data import Chosen, Formats, Found, read_row
-from llmtune.errors import DataError
-from llmtune.examples import BadRow, Example
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}
 TOOL = {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}}

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
+from llmtune.contract.errors import DataError, LlmtuneError
+from llmtune.contract.examples import BadRow, Text
 from llmtune.data import Formats, Found, read_row
 from llmtune.data.formats import check_kind
 from llmtune.data.formats.chats import ShareGpt
 from llmtune.data.formats.choose import facts_of
 from llmtune.data.formats.messages_in import TagsConfig
 from llmtune.data.spelled import misspelt
-from llmtune.errors import DataError, LlmtuneError
-from llmtune.examples import BadRow, Text
-from llmtune.parts import find_parts, formats_of
-from llmtune.recipe import load_recipe
-from llmtune.registry import Registry
+from llmtune.recipe.parts import find_parts, formats_of
+from llmtune.recipe.recipe import load_recipe
+from llmtune.recipe.registry import Registry
 
 PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SPOKEN = {"conversations": [{"who": "client", "what": "q"}, {"who": "bot", "what": "a"}]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmtune.builtin import data_config
+from llmtune.recipe.builtin import data_config
 from llmtune.testing import Law, laws
 
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from llmtune.contract.examples import BadRow
 from llmtune.data import Formats, Found, read_row
-from llmtune.examples import BadRow
 
 ASK, ANSWER, OTHER = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmtune.contract.errors import DataError
 from llmtune.data import DataConfig, TokenSamples
 from llmtune.data.mixing import counts, draw, mixed
-from llmtune.errors import DataError
 
 SIZES = [5, 30, 12]
 SHARES = (0.2, 0.5, 0.3)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtune.contract.errors import DataError
 from llmtune.data import Order, split
 from llmtune.data.order import GROUPED_STEPS, deal, padding_share
-from llmtune.errors import DataError
 
 
 def test_every_epoch_holds_every_unit_once_in_another_order() -> None:

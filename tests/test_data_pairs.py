@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from llmtune import Batch, StageContext, StageLoss
 from llmtune.data import TokenSamples
-from llmtune.feed import Feed
-from llmtune.fitting import misfits
-from llmtune.loop import Training, train
-from llmtune.placement import full
-from llmtune.ranks import Ranks
+from llmtune.data.batch_loader import BatchLoader
+from llmtune.distributed.placement import full
+from llmtune.distributed.ranks import Ranks
+from llmtune.planning.fitting import misfits
 from llmtune.testing import running
+from llmtune.training.loop import Training, train
 from tests.spawn import in_ranks
 
 STEPS, PAIRS = 3, 11
@@ -35,12 +35,12 @@ class Answers:
         zeros_S = losses_N.new_zeros(batch.sequences)
         sums_S = zeros_S.index_add(0, batch.target_sequence, -losses_N)
         counts_S = zeros_S.index_add(0, batch.target_sequence, torch.ones_like(losses_N))
-        total = loss_of(sums_S / counts_S.clamp(min=1), batch.wanted)
+        total = loss_of(sums_S / counts_S.clamp(min=1), batch.desirable)
         return StageLoss(total=total, metrics={"answers": torch.tensor(float(batch.sequences))})
 
 
 def loss_of(means_S: Tensor, wanted: Tensor | None) -> Tensor:
-    """Pairs: the logistic loss of their difference. Labelled: how far each is on the wrong side."""
+    """Pairs: the logistic loss of their difference. UnpairedPreference: how far each is on the wrong side."""
     if wanted is None:
         return -F.logsigmoid(2.0 * (means_S[0::2] - means_S[1::2])).sum()
     return torch.where(wanted, 1 - torch.sigmoid(means_S), 0.3 * torch.sigmoid(means_S)).sum()
@@ -68,8 +68,8 @@ class Losses:
         return False
 
 
-def feed_for(kind: str, packing: bool, ranks: Ranks, micro_steps: int) -> Feed:
-    return Feed.make(
+def feed_for(kind: str, packing: bool, ranks: Ranks, micro_steps: int) -> BatchLoader:
+    return BatchLoader.make(
         answers(kind), packing=packing, cutoff_len=64, per_device=4 // (ranks.size * micro_steps), seed=1, shuffle=True,
         micro_steps=micro_steps, ranks=ranks, flat=packing, pad_id=0, group_by_length=True,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def by_hand(folder: str, kind: str, feed: Feed) -> tuple[list[Any], dict[str, Tensor]]:
+def by_hand(folder: str, kind: str, feed: BatchLoader) -> tuple[list[Any], dict[str, Tensor]]:
     """Each answer alone through transformers' model, a mean over the step's samples."""
     from transformers import AutoModelForCausalLM
 

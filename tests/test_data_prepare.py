@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmtune.contract.errors import DataError
+from llmtune.contract.schema import decode, json_schema
 from llmtune.data import DataConfig, TokenSamples, prepare
-from llmtune.errors import DataError
-from llmtune.schema import decode, json_schema
 from tests.tiny import CHATML, CHATML_MARKED, tiny_tokenizer
 
 

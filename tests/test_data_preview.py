@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmtune
+from llmtune.contract.errors import DataError, RecipeError
 from llmtune.data.preview import Preview, make_pack_preview, make_preview
 from llmtune.data.spelling import Span, Spelling, visible
 from llmtune.data.tokens import TokenSamples
 from llmtune.data.units import concatenate, pack
-from llmtune.errors import DataError, RecipeError
 from tests.runs import recipe
 from tests.tiny import tiny_tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import llmtune
-from llmtune.errors import DataError
+from llmtune.contract.errors import DataError
 from tests.runs import recipe
 
 

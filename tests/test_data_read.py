@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from llmtune.contract.errors import DataError
 from llmtune.data import Row, Source, chunks, find
-from llmtune.errors import DataError
 
 ROWS = [{"instruction": f"say {number}", "output": "é" * number} for number in range(1, 4)]
 

@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from llmtune.contract.errors import DataError
 from llmtune.data import Row, Source, chunks, find
-from llmtune.errors import DataError
 
 LINES = "".join(json.dumps({"a": f"{number:x}" * 40, "n": number}) + "\n" for number in range(2000)).encode()
 

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
+from llmtune.contract.errors import DataError
 from llmtune.data import Row, Source, chunks, find
 from llmtune.data.reading import Position, content_key
-from llmtune.errors import DataError
 
 ROWS = [{"instruction": f"say {number}", "output": "é\n" * number} for number in range(1, 24)]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llmtune.contract.errors import DataError
 from llmtune.data import DataConfig, Found, Source, find, prepare
-from llmtune.errors import DataError
 from tests.tiny import tiny_tokenizer
 
 ROWS = [{"instruction": f"say {number}", "output": "so"} for number in range(30)]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtune.contract.examples import Conversation
 from llmtune.data import Renderer
 from llmtune.data.messages import BadRow
-from llmtune.examples import Conversation
 from tests.tiny import CHATML, CHATML_MARKED, tiny_tokenizer
 
 # Turns closed by a second end token only at the very end of a conversation, as Phi-3 does it.

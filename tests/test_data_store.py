@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmtune.contract.errors import DataError
 from llmtune.data.cache import Place, key_of
 from llmtune.data.piece import Bad, Packed, Piece, TokenRow
 from llmtune.data.report import Losses, SourceReport
 from llmtune.data.store import StoreWriter, open_store
 from llmtune.data.workers import in_order
-from llmtune.errors import DataError
 
 
 def piece(seed: int, samples: int = 5, width: int = 1, weighted: bool = False, labelled: bool = False) -> Packed:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import llmtune
+from llmtune.contract.errors import PlanError
 from llmtune.data import TokenSamples, collate
 from llmtune.data.order import deal
-from llmtune.errors import PlanError
-from llmtune.isolation import check_isolation, packing_obstacle
-from llmtune.planning import make_feed
+from llmtune.planning.plan import make_feed
 from llmtune.testing import running, tiny_chats, tiny_tokenizer
-from llmtune.watch import Keeper, StopRequest
+from llmtune.training.callbacks import StopRequest, TrainingCallbacks
+from llmtune.training.isolation import check_isolation, packing_obstacle
 from tests.by_hand import assert_same
 from tests.tiny import tiny_model
 
@@ -56,7 +56,7 @@ def test_dealing_rows_by_length_changes_nothing_that_is_learnt(
         assert sorted(deal(units, *arguments, **keys)) == sorted(units)
         return list(units)
 
-    monkeypatch.setattr("llmtune.feed.deal", drawn)
+    monkeypatch.setattr("llmtune.data.batch_loader.deal", drawn)
     plain = running.train({**keys, "output_dir": str(tmp_path / "plain")})
     assert_same(numbers(dealt), numbers(plain))
     for name, tensor in plain.tensors.items():
@@ -119,7 +119,7 @@ def test_each_data_set_is_evaluated(place: Path, tmp_path: Path) -> None:
     plan, objective = running.build(keys)
     samples = in_sets(plan.data.evaluation)
     plan.data = replace(plan.data, evaluation=samples)
-    keeper = Keeper(plan, objective, None, None, [], StopRequest())  # type: ignore[arg-type]
+    keeper = TrainingCallbacks(plan, objective, None, None, [], StopRequest())  # type: ignore[arg-type]
     told: list[Any] = []
     keeper.observers.append(told.append)
     keeper.evaluate(1)

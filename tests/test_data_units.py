@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtune.contract.errors import DataError
 from llmtune.data import TokenSamples, concatenate, pack
 from llmtune.data.units import make_units, whole
-from llmtune.errors import DataError
 
 
 def packs(lengths: Any, room: int) -> list[tuple[int, ...]]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import llmtune
-from llmtune import hookspecs
-from llmtune.recipe import load_recipe, renamed
+from llmtune.contract import hookspecs
+from llmtune.recipe.recipe import load_recipe, renamed
 from llmtune.testing import laws
 from llmtune.testing.contract import Subject
 
@@ -35,7 +35,7 @@ def test_every_hook_has_its_heading_with_its_arguments(name: str) -> None:
     assert f"### {name}({arguments})" in lines
 
 
-@pytest.mark.parametrize("record", ["Plugin", "Situation", "Change"])
+@pytest.mark.parametrize("record", ["Plugin", "RunContext", "ModelEdit"])
 def test_the_guide_names_every_field_of_the_records(record: str) -> None:
     guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     fields = getattr(llmtune, record).__dataclass_fields__

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from llmtune.edits import Ledger, named_tensors, set_trainable
-from llmtune.errors import EditError
-from llmtune.records import Change, Situation
-from llmtune.skeleton import build_skeleton
+from llmtune.contract.errors import EditError
+from llmtune.contract.records import ModelEdit, RunContext
+from llmtune.model.edits import Ledger, named_tensors, set_trainable
+from llmtune.model.skeleton import build_skeleton
 from tests.tiny import tiny_config
 
-SITUATION = Situation(
+SITUATION = RunContext(
     mode="train",
     device="cpu",
     ranks=1,
@@ -32,10 +32,10 @@ def skeleton() -> Any:
 
 
 class Edit:
-    def __init__(self, work: Callable[[Any], Change]) -> None:
+    def __init__(self, work: Callable[[Any], ModelEdit]) -> None:
         self.work = work
 
-    def apply(self, model: Any, situation: Situation) -> Change:
+    def apply(self, model: Any, context: RunContext) -> ModelEdit:
         return self.work(model)
 
 
@@ -61,21 +61,21 @@ class Rule:
         return None
 
 
-def pack_norm(model: Any, rules: tuple[Any, ...]) -> Change:
+def pack_norm(model: Any, rules: tuple[Any, ...]) -> ModelEdit:
     packed = nn.Module()
     packed.packed = nn.Parameter(torch.empty(32, device="meta"), requires_grad=False)
     model.model.norm = packed
-    return Change(rules=rules)
+    return ModelEdit(rules=rules)
 
 
 def test_a_wrapped_module_is_followed_by_identity() -> None:
     model = skeleton()
     ledger = Ledger(model)
 
-    def wrap(model: Any) -> Change:
+    def wrap(model: Any) -> ModelEdit:
         model.lm_head = Wrapped(model.lm_head)
         model.model.layers[0].mlp = Wrapped(model.model.layers[0].mlp)
-        return Change()
+        return ModelEdit()
 
     ledger.apply("wrap", Edit(wrap), SITUATION)
     assert ledger.direct["lm_head.weight"] == "lm_head.inner.weight"
@@ -88,9 +88,9 @@ def test_a_rule_is_followed_through_later_edits() -> None:
     ledger = Ledger(model)
     ledger.apply("pack", Edit(lambda model: pack_norm(model, (Rule(),))), SITUATION)
 
-    def wrap(model: Any) -> Change:
+    def wrap(model: Any) -> ModelEdit:
         model.model.norm = Wrapped(model.model.norm)
-        return Change()
+        return ModelEdit()
 
     ledger.apply("wrap", Edit(wrap), SITUATION)
     assert ledger.rules["model.norm.weight"].where == {"model.norm.packed": "model.norm.inner.packed"}
@@ -103,18 +103,18 @@ def test_losing_a_weight_is_an_error_naming_plugin_and_weight() -> None:
 
 
 def test_a_new_weight_without_a_source_is_an_error() -> None:
-    def add(model: Any) -> Change:
+    def add(model: Any) -> ModelEdit:
         model.extra = nn.Parameter(torch.empty(3, device="meta"))
-        return Change()
+        return ModelEdit()
 
     with pytest.raises(EditError, match="plugin adder added extra and said neither how to load nor how to initialise"):
         Ledger(skeleton()).apply("adder", Edit(add), SITUATION)
 
 
 def test_materialising_early_is_an_error() -> None:
-    def add(model: Any) -> Change:
+    def add(model: Any) -> ModelEdit:
         model.extra = nn.Parameter(torch.zeros(3))
-        return Change(fresh={"extra": nn.init.ones_})
+        return ModelEdit(fresh={"extra": nn.init.ones_})
 
     with pytest.raises(EditError, match="plugin adder materialised extra"):
         Ledger(skeleton()).apply("adder", Edit(add), SITUATION)
@@ -122,14 +122,14 @@ def test_materialising_early_is_an_error() -> None:
 
 def test_reporting_what_is_not_there_is_an_error() -> None:
     with pytest.raises(EditError, match="plugin liar reported ghost, which the model does not have"):
-        Ledger(skeleton()).apply("liar", Edit(lambda model: Change(fresh={"ghost": nn.init.ones_})), SITUATION)
+        Ledger(skeleton()).apply("liar", Edit(lambda model: ModelEdit(fresh={"ghost": nn.init.ones_})), SITUATION)
 
 
 def test_two_plugins_cannot_both_decide_what_trains() -> None:
     ledger = Ledger(skeleton())
-    ledger.apply("one", Edit(lambda model: Change(trainable=lambda name: True)), SITUATION)
+    ledger.apply("one", Edit(lambda model: ModelEdit(trainable=lambda name: True)), SITUATION)
     with pytest.raises(EditError, match="both one and two decide which parameters train"):
-        ledger.apply("two", Edit(lambda model: Change(trainable=lambda name: True)), SITUATION)
+        ledger.apply("two", Edit(lambda model: ModelEdit(trainable=lambda name: True)), SITUATION)
 
 
 def test_trainable_parameters_are_stored_in_their_own_type_and_keep_their_ties() -> None:
@@ -137,7 +137,7 @@ def test_trainable_parameters_are_stored_in_their_own_type_and_keep_their_ties()
 
     model = build_skeleton(AutoModelForCausalLM, tiny_config(tie_word_embeddings=True), torch.bfloat16, None)
     ledger = Ledger(model)
-    ledger.apply("head", Edit(lambda model: Change(trainable=lambda name: "embed" in name)), SITUATION)
+    ledger.apply("head", Edit(lambda model: ModelEdit(trainable=lambda name: "embed" in name)), SITUATION)
     assert set_trainable(model, ledger, torch.float32) == ["model.embed_tokens.weight"]
     tensors = named_tensors(model)
     assert tensors["lm_head.weight"] is tensors["model.embed_tokens.weight"]
@@ -148,6 +148,6 @@ def test_trainable_parameters_are_stored_in_their_own_type_and_keep_their_ties()
 
 def test_training_nothing_is_an_error() -> None:
     ledger = Ledger(skeleton())
-    ledger.apply("none", Edit(lambda model: Change(trainable=lambda name: False)), SITUATION)
+    ledger.apply("none", Edit(lambda model: ModelEdit(trainable=lambda name: False)), SITUATION)
     with pytest.raises(EditError, match="nothing would train"):
         set_trainable(ledger.model, ledger, torch.float32)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import llmtune
-from llmtune import loop
-from llmtune.launch import _first_failure
+from llmtune.distributed.launch import _first_failure
+from llmtune.training import loop
 
 
 def keys(model: str, chats: str, folder: Path) -> dict:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import llmtune
-from llmtune import expert_parallel
+from llmtune.distributed import expert_parallel
 from tests.spawn import in_ranks
 from tests.test_parity import METHODS, recipe
 from tests.test_resume import forget_after

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import llmtune
-from llmtune.errors import LlmtuneError, PlanError
+from llmtune.contract.errors import LlmtuneError, PlanError
 from tests.matrix.axes import Combo, pairwise
 from tests.matrix.families import FAMILIES, family_combos
 from tests.matrix.reference import References

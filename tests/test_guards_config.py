@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import llmtune
-from llmtune.errors import DataError, LlmtuneError, RecipeError
-from llmtune.recipe import decode_block, load_recipe
+from llmtune.contract.errors import DataError, LlmtuneError, RecipeError
+from llmtune.recipe.recipe import decode_block, load_recipe
 from tests.runs import recipe
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmtune
-from llmtune.errors import LoadError
+from llmtune.contract.errors import LoadError
 from tests.guards import plan_here
 from tests.runs import recipe
 from tests.spawn import in_ranks
@@ -28,9 +28,9 @@ EXPERTS = {
 
 def built(keys: dict[str, Any]) -> dict[str, torch.Tensor] | str:
     """Every parameter and buffer of the recipe's model, whole; or what was wrong with the weights."""
-    from llmtune.building import build_objective
-    from llmtune.edits import named_tensors
-    from llmtune.placement import full
+    from llmtune.distributed.placement import full
+    from llmtune.model.edits import named_tensors
+    from llmtune.training.building import build_objective
 
     plan = plan_here(keys)
     try:
@@ -93,7 +93,7 @@ def test_buffers_of_the_checkpoint_and_computed_ones_arrive(
     """Router biases are read, rotary frequencies computed; neither is memory nobody wrote to."""
     from transformers import AutoModelForCausalLM
 
-    from llmtune.edits import named_tensors
+    from llmtune.model.edits import named_tensors
 
     expected = named_tensors(AutoModelForCausalLM.from_pretrained(routed, dtype=torch.float32))
     assert any(name.endswith(BIAS) for name in expected) and any(name.endswith("inv_freq") for name in expected)
@@ -109,7 +109,7 @@ def test_buffers_of_the_checkpoint_and_computed_ones_arrive(
 def test_what_a_model_keeps_in_float32_stays_so(way: str, two: list[dict[str, Any]], routed: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from llmtune.edits import named_tensors
+    from llmtune.model.edits import named_tensors
 
     expected = named_tensors(AutoModelForCausalLM.from_pretrained(routed, dtype=torch.bfloat16))
     for found in two:

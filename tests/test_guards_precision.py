@@ -81,7 +81,7 @@ class Overflowing:
 
 def test_a_step_that_overflows_is_repeated_not_skipped(tiny_llama: str, chats: str, tmp_path: Path) -> None:
     """The rows are trained on, and the learning rate does not move on without them."""
-    from llmtune.loop import train
+    from llmtune.training.loop import train
 
     keys = recipe(tiny_llama, chats, tmp_path / "run", fp16=True, max_steps=3, lr_scheduler_config="cosine")
     found = []

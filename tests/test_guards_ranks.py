@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import llmtune
-from llmtune.errors import DivergedError
+from llmtune.contract.errors import DivergedError
 from tests.guards import Silent, start
 from tests.runs import recipe
 from tests.spawn import in_ranks
@@ -54,8 +54,8 @@ class Poisoned:
 
 def poisoned(keys: dict[str, Any]) -> tuple[str, bool, int]:
     """The error of a step whose loss is infinite on rank 1, whether weights stayed, and the optimiser's states."""
-    from llmtune.loop import train
-    from llmtune.placement import local
+    from llmtune.distributed.placement import local
+    from llmtune.training.loop import train
 
     plan, training = start(keys)
     if plan.ranks.rank == 1:
@@ -69,7 +69,7 @@ def poisoned(keys: dict[str, Any]) -> tuple[str, bool, int]:
 
 def saved_apart(keys: dict[str, Any], folder: Path) -> int:
     """Let each rank write the result into a folder of its own; how many files this rank wrote."""
-    from llmtune.save import write_result
+    from llmtune.training.save import write_result
 
     plan, _ = start(keys)
     mine = folder / f"rank{plan.ranks.rank}"

@@ -67,7 +67,7 @@ class Counting:
 
 
 def fetched(keys: dict[str, Any]) -> int:
-    from llmtune.building import build_objective
+    from llmtune.training.building import build_objective
 
     plan = plan_here(keys)
     (index,) = (index for index, part in enumerate(plan.parts.all) if part.point == "init_config")

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmtune
-from llmtune.edits import Ledger, named_tensors, set_trainable
-from llmtune.errors import LoadError
-from llmtune.loading import Loader
-from llmtune.parallel import Fsdp2, Fsdp2Config
-from llmtune.placement import full
-from llmtune.ranks import join, ranks_from_environment
-from llmtune.records import Situation
-from llmtune.skeleton import build_skeleton
-from llmtune.structure import transformer_layers
+from llmtune.contract.errors import LoadError
+from llmtune.contract.records import RunContext
+from llmtune.contract.structure import transformer_layers
+from llmtune.distributed.fsdp2 import Fsdp2, Fsdp2Config
+from llmtune.distributed.placement import full
+from llmtune.distributed.ranks import join, ranks_from_environment
+from llmtune.model.edits import Ledger, named_tensors, set_trainable
+from llmtune.model.loading import WeightLoader
+from llmtune.model.skeleton import build_skeleton
 from tests.runs import recipe
 from tests.spawn import in_ranks
 from tests.tiny import tiny_model_folder
@@ -41,7 +41,7 @@ def _load(folder: str, way: str, dtype: torch.dtype = torch.float32) -> Any:
     return _loader(folder, way, dtype).model
 
 
-def _loader(folder: str, way: str, dtype: torch.dtype = torch.float32) -> Loader:
+def _loader(folder: str, way: str, dtype: torch.dtype = torch.float32) -> WeightLoader:
     from llmtune_init import ways
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -53,13 +53,13 @@ def _loader(folder: str, way: str, dtype: torch.dtype = torch.float32) -> Loader
     if ranks.size > 1:
         from torch.distributed.device_mesh import init_device_mesh
 
-        situation = Situation(
+        context = RunContext(
             mode="train", device="cpu", ranks=ranks.size, compute_dtype=dtype, trainable_dtype=dtype, gather_dtype=dtype
         )
         layers = [layer for _, layer in transformer_layers(model)]
         mesh = init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("shard",))
-        Fsdp2(Fsdp2Config()).apply(model, layers, mesh, situation)
-    loader = Loader(
+        Fsdp2(Fsdp2Config()).apply(model, layers, mesh, context)
+    loader = WeightLoader(
         model=model, ledger=ledger, folder=Path(folder), init=getattr(ways, way)(), device=torch.device("cpu"), seed=0
     )
     loader.run()

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.console import Console, NotebookBar, PlainLines, RichBar, choose_view, duration
-from llmtune.errors import CheckpointError
-from llmtune.log import Loggers, MetricsFile, cell_width, loss_table, read_metrics, side_by_side, wrap
+from llmtune.contract.errors import CheckpointError
+from llmtune.training.console import Console, NotebookBar, PlainLines, RichBar, choose_view, duration
+from llmtune.training.log import Loggers, MetricsFile, cell_width, loss_table, read_metrics, side_by_side, wrap
 
 
 def write(folder: Path, steps: range, resume_step: int = 0, **metrics: float) -> None:
@@ -265,7 +265,8 @@ def test_wrap_loses_no_character_and_keeps_to_the_width(text: str, width: int) -
 
 
 def test_logging_imports_no_torch() -> None:
-    code = "import sys, llmtune.log; print([m for m in ('torch', 'rich', 'tqdm', 'matplotlib') if m in sys.modules])"
+    names = ("torch", "rich", "tqdm", "matplotlib")
+    code = f"import sys, llmtune.training.log; print([m for m in {names} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

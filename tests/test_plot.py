@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtune import PlanError, plot
+from llmtune import PlanError
+from llmtune.training import plot
 
 pytest.importorskip("matplotlib")
 
@@ -42,7 +43,7 @@ def test_nothing_logged_is_said() -> None:
 def test_without_global_state() -> None:
     code = (
         "import sys, matplotlib; before = matplotlib.get_backend(auto_select=False)\n"
-        "from llmtune.plot import plot_metrics; plot_metrics([{'step': 1, 'loss': 1.0}])\n"
+        "from llmtune.training.plot import plot_metrics; plot_metrics([{'step': 1, 'loss': 1.0}])\n"
         "print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)\n"
         "print(matplotlib.get_backend(auto_select=False) == before)"
     )

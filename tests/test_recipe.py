@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune import recipe_text
-from llmtune.errors import ErrorList, LlmtuneError, RecipeError
-from llmtune.hookspecs import EXTENSION_POINTS
-from llmtune.recipe import Recipe, decode_block, load_recipe, parse_overrides, renamed
-from llmtune.schema import Ge
+from llmtune.contract.errors import ErrorList, LlmtuneError, RecipeError
+from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.schema import Ge
+from llmtune.recipe import text as recipe_text
+from llmtune.recipe.recipe import Recipe, decode_block, load_recipe, parse_overrides, renamed
 
 GOOD = """\
 # a recipe
@@ -350,7 +350,7 @@ def test_any_text_is_a_recipe_or_a_sentence(text: str) -> None:
 
 
 def test_reading_a_recipe_loads_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from llmtune.recipe import load_recipe; load_recipe(sys.argv[1])\n"
+    code = "import sys; from llmtune.recipe.recipe import load_recipe; load_recipe(sys.argv[1])\n"
     code += "print([name for name in ('torch', 'transformers', 'numpy', 'pyarrow') if name in sys.modules])"
     path = write(tmp_path, GOOD)
     done = subprocess.run(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmtune.hookspecs import EXTENSION_POINTS
-from llmtune.reference import recipe_schema, write_reference
-from llmtune.registry import Registry, Source
+from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.recipe.reference import recipe_schema, write_reference
+from llmtune.recipe.registry import Registry, Source
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def first_party() -> Iterator[Registry]:
 
 
 def fits(schema: Mapping[str, Any], value: Any) -> bool:
-    """The part of JSON Schema that recipes use, read independently of llmtune.schema."""
+    """The part of JSON Schema that recipes use, read independently of llmtune.contract.schema."""
     kinds: dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
     kinds |= {"integer": int, "number": (int, float)}
     if "const" in schema and not (value == schema["const"] and type(value) is type(schema["const"])):
@@ -114,7 +114,7 @@ def test_a_point_without_plugins_takes_none_only() -> None:
 def test_the_reference_in_the_docs_is_current(first_party: Registry) -> None:
     path = ROOT / "docs" / "recipe.md"
     assert path.read_text(encoding="utf-8") == write_reference(first_party), (
-        "run: python -m llmtune.reference > docs/recipe.md"
+        "run: python -m llmtune.recipe.reference > docs/recipe.md"
     )
 
 

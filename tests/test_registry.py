@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from llmtune import __version__
-from llmtune.errors import ErrorList, PluginError
-from llmtune.hookspecs import EXTENSION_POINTS
-from llmtune.records import API_VERSION, StepDone
-from llmtune.registry import Registry, fingerprint, print_listing
+from llmtune.contract.errors import ErrorList, PluginError
+from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.records import API_VERSION, StepDone
+from llmtune.recipe.registry import Registry, fingerprint, print_listing
 
 ROOT = Path(__file__).parent.parent
 OFFER = """
@@ -89,7 +89,7 @@ def test_what_ships_with_the_core_is_a_plugin_of_llmtune(
     rows = [row for row in Registry().listing() if row.package == "llmtune"]
     assert rows and all(row.version == __version__ and row.state == "ok" for row in rows)
     (row, *_) = rows
-    assert Registry().find(row.point, row.name).module == "llmtune.builtin"
+    assert Registry().find(row.point, row.name).module == "llmtune.recipe.builtin"
     install("acme-clash", names=(row.name,), point=row.point)
     message = refused(row.point, row.name)
     assert f"llmtune {__version__}" in message and "acme-clash 1.0" in message
@@ -305,7 +305,7 @@ def test_a_package_built_and_installed_by_pip_is_found(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", site, source], check=True, capture_output=True)
     code = (
-        "import sys; from llmtune.registry import Registry; registry = Registry()\n"
+        "import sys; from llmtune.recipe.registry import Registry; registry = Registry()\n"
         "assert 'acme_ia3' not in sys.modules\n"
         "offer = registry.find('peft_config', 'acme_ia3'); rows = registry.listing()\n"
         "print(offer.distribution, offer.version, offer.plugin.config().r)\n"

@@ -13,9 +13,9 @@ import torch
 
 import llmtune
 from llmtune.cli import main
-from llmtune.errors import RecipeError
-from llmtune.recipe import load_recipe
-from llmtune.reopen import open_model, open_plan, recipe_of, saved_at
+from llmtune.contract.errors import RecipeError
+from llmtune.inference.reopen import open_model, open_plan, recipe_of, saved_at
+from llmtune.recipe.recipe import load_recipe
 from tests.runs import LORA, recipe
 
 JINJA = (
@@ -56,7 +56,7 @@ def run(base: Path, chats: str, tmp_path_factory: pytest.TempPathFactory) -> llm
 
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every prompt that is rendered from here on."""
-    from llmtune import chat
+    from llmtune.inference import chat
 
     seen: list[str] = []
     encode = chat.encode
@@ -185,7 +185,7 @@ def test_answers_come_from_the_record(run: llmtune.Run) -> None:
 def test_export_holds_one_model_at_a_time(run: llmtune.Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    from llmtune import export
+    from llmtune.inference import export
 
     held: list[int] = []
     before = {id(thing) for thing in gc.get_objects() if type(thing) is LlamaForCausalLM}

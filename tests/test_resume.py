@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import llmtune
-from llmtune import checkpoint
-from llmtune.errors import CheckpointError, LlmtuneError, PlanError
+from llmtune.contract.errors import CheckpointError, LlmtuneError, PlanError
+from llmtune.training import checkpoint
 from tests.runs import recipe
 from tests.spawn import in_ranks
 

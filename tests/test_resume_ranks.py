@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import llmtune
-from llmtune import checkpoint, placement
-from llmtune.errors import CheckpointError
-from llmtune.ranks import ranks_from_environment
+from llmtune.contract.errors import CheckpointError
+from llmtune.distributed import placement
+from llmtune.distributed.ranks import ranks_from_environment
+from llmtune.training import checkpoint
 from tests.runs import LORA, recipe
 from tests.spawn import in_ranks
 from tests.test_resume import forget_after, stop_after, trained

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from llmtune.schema import Ge, Gt, Le, Lt, convert, decode, describe, document, json_schema, split_names
+from llmtune.contract.schema import Ge, Gt, Le, Lt, convert, decode, describe, document, json_schema, split_names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.errors import ErrorList, LoadError, PlanError
-from llmtune.schema import decode, document, field_types
-from llmtune.source import (
+from llmtune.contract.errors import ErrorList, LoadError, PlanError
+from llmtune.contract.schema import decode, document, field_types
+from llmtune.model.source import (
     ModelConfig,
     allow_remote_code,
     attention_name,
@@ -23,7 +23,7 @@ from llmtune.source import (
     load_tokenizer,
     resolve_model,
 )
-from llmtune.weight_files import check_weight_files
+from llmtune.model.weight_files import check_weight_files
 
 # ---- local folders -------------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ def test_bad_rope_scaling(value, part):
 def test_rope_scaling_where_it_has_no_place():
     from transformers import AutoConfig
 
-    from llmtune.source import scale_rope
+    from llmtune.model.source import scale_rope
 
     with pytest.raises(PlanError, match="gpt2 models have no rotary positions"):
         scale_rope(AutoConfig.for_model("gpt2"), "linear")
@@ -274,6 +274,6 @@ def test_every_key_is_documented_and_the_token_is_not_shown():
 
 def test_importing_the_sources_loads_neither_torch_nor_transformers():
     heavy = {"torch", "transformers", "huggingface_hub"}
-    code = "import sys, llmtune.source, llmtune.chat; print(*sys.modules)"
+    code = "import sys, llmtune.model.source, llmtune.inference.chat; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "llmtune.source" in loaded and not heavy & set(loaded)
+    assert "llmtune.model.source" in loaded and not heavy & set(loaded)

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune import gguf, hub
-from llmtune.errors import LoadError
-from llmtune.source import (
+from llmtune.contract.errors import LoadError
+from llmtune.model import gguf, hub
+from llmtune.model.source import (
     ModelConfig,
     load_tokenizer,
     resolve_model,
 )
-from llmtune.weight_files import check_weight_files
+from llmtune.model.weight_files import check_weight_files
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llmtune.data import DataConfig, prepare
-from llmtune.feed import Feed
-from llmtune.ranks import Ranks
+from llmtune.data.batch_loader import BatchLoader
+from llmtune.distributed.ranks import Ranks
 from llmtune.testing import tiny_tokenizer
 from tests.streams import CPU, feed, rows, write
 
@@ -60,7 +60,7 @@ def test_the_same_batches(tmp_path: Path, kind: str, packing: bool) -> None:
     stream = prepare(replace(config, streaming=True), tiny_tokenizer(), seed=0, learns=KINDS)
     assert first.train.kind == stream.train.kind and first.train.width == stream.train.width
     batch = 1 if packing else 4  # one lane packs all rows of its cell, as the other run does
-    usual = Feed.make(
+    usual = BatchLoader.make(
         first.train, packing=packing, cutoff_len=96, per_device=batch // 2 or 1, micro_steps=min(2, batch),
         ranks=Ranks(), seed=0, shuffle=False, flat=False, pad_id=0,
     )  # fmt: skip

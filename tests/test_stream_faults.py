@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading import Found
 from llmtune.data.streaming.blocks import BlockReader
-from llmtune.data.streaming.crew import Crew
+from llmtune.data.streaming.crew import WorkerPool
 from llmtune.data.streaming.mixed import Mixed, Reader
-from llmtune.errors import DataError
 from tests.streams import CPU, feed, origins, prepared, rows, run, write
 
 BAD = {"instruction": "Say nothing."}
@@ -146,7 +146,7 @@ def _fail(item: Any) -> Any:
 
 
 def test_processes_do_the_work_and_their_ends_are_noticed() -> None:
-    crew = Crew(_fail, 2)
+    crew = WorkerPool(_fail, 2)
     # Who stops a run tells every process of it; data are needed until the run has ended.
     for pid in {crew.submit(number).result()[0] for number in range(6)}:
         os.kill(pid, signal.SIGTERM)
@@ -165,8 +165,8 @@ def test_no_process_outlives_the_one_it_works_for(tmp_path: Path) -> None:
     code = (
         "import os, sys, signal\n"
         "from tests.test_stream_faults import _fail\n"
-        "from llmtune.data.streaming.crew import Crew\n"
-        "crew = Crew(_fail, 3)\n"
+        "from llmtune.data.streaming.crew import WorkerPool\n"
+        "crew = WorkerPool(_fail, 3)\n"
         "print(*{crew.submit(n).result()[0] for n in range(30)}, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == 'kill' else None\n"
     )

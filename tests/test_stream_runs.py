@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import llmtune
-from llmtune import checkpoint
-from llmtune.errors import DataError, LlmtuneError
+from llmtune.contract.errors import DataError, LlmtuneError
+from llmtune.training import checkpoint
 from tests.runs import recipe
 from tests.spawn import in_ranks
 from tests.streams import rows, write

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmtune.contract.errors import DataError
+from llmtune.contract.examples import BadRow, Conversation
 from llmtune.data import DataConfig, Renderer, choose_template, prepare, template_names
 from llmtune.data.render import Encoded
 from llmtune.data.template import missing_tokens
 from llmtune.data.tool_format import read_tool_format, tool_format_names
-from llmtune.errors import DataError
-from llmtune.examples import BadRow, Conversation
 from tests.tiny import tiny_tokenizer
 
 STOCK = sorted((Path(__file__).parent / "stock").glob("*.jinja"))

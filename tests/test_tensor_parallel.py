@@ -153,12 +153,12 @@ def test_other_families_learn_what_one_rank_learns(chats: str, tmp_path: Path) -
 def first_gradients(keys: dict[str, Any]) -> dict[str, Any]:
     """Whole gradients of the first micro-batch, this rank's elements of every weight, and its copies of what the group
     shares."""
-    from llmtune.building import build_objective
-    from llmtune.placement import full, local
-    from llmtune.planning import make_plan
-    from llmtune.ranks import join, pick_device, ranks_from_environment
-    from llmtune.recipe import load_recipe
-    from llmtune.registry import Registry
+    from llmtune.distributed.placement import full, local
+    from llmtune.distributed.ranks import join, pick_device, ranks_from_environment
+    from llmtune.planning.plan import make_plan
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
+    from llmtune.training.building import build_objective
 
     plan = make_plan(load_recipe(keys, {}), Registry(), ranks_from_environment(), pick_device("cpu"))
     join(plan.ranks, plan.device)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmtune import train
-from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.contract.hookspecs import EXTENSION_POINTS
 from llmtune.testing import LawError, check_plugin, in_ranks, laws, tiny_chats, tiny_recipe
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ BROKEN = {
     ("peft_config", "trains_the_base"): ("trains_what_it_claims", "is an adapter and trains model.layers.1"),
     ("peft_config", "trains_what_it_does_not_use"): ("trains_what_it_claims", "idle are claimed and get no gradient"),
     ("peft_config", "moves_frozen_weights"): ("trains_what_it_claims", "changed in training without being claimed"),
-    ("peft_config", "starts_at_random"): ("loads_completely", "random numbers drawn outside `Change.fresh`"),
+    ("peft_config", "starts_at_random"): ("loads_completely", "random numbers drawn outside `ModelEdit.fresh`"),
     ("peft_config", "starts_by_rank"): ("same_on_ranks", "with 1 rank"),
     ("peft_config", "merges_nothing"): ("merges_into_a_plain_model", "does not answer like base plus adapter"),
     ("peft_config", "remembers_outside"): ("resumes_exactly", "differ after resuming"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.vocabulary import add_tokens
+from llmtune.model.vocabulary import add_tokens
 from tests.by_hand import adapt_by_hand, assert_same, base_by_hand, train_by_hand
 from tests.spawn import in_ranks
 from tests.test_parity import LORA, numbers, recipe

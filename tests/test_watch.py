@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmtune
-from llmtune.errors import CheckpointError, DivergedError, LoadError, PlanError
-from llmtune.watch import Keeper, StopRequest
+from llmtune.contract.errors import CheckpointError, DivergedError, LoadError, PlanError
+from llmtune.training.callbacks import StopRequest, TrainingCallbacks
 from tests.runs import LORA, recipe
 from tests.test_resume import assert_equal_runs, stop_after
 
 
-def keeper(**train: Any) -> Keeper:
+def keeper(**train: Any) -> TrainingCallbacks:
     settings = {"greater_is_better": False, "early_stopping_threshold": 0.0, **train}
     plan: Any = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(**settings)))
-    return Keeper(plan, None, None, None, [], StopRequest())  # type: ignore[arg-type]
+    return TrainingCallbacks(plan, None, None, None, [], StopRequest())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

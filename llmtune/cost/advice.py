@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.errors import LlmtuneError, raise_all
 from llmtune.cost.shape import Shape, largest
-from llmtune.errors import LlmtuneError, raise_all
-from llmtune.ranks import Ranks
+from llmtune.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
     from llmtune.cost.estimate import Cost
-    from llmtune.planning import Plan
+    from llmtune.planning.plan import Plan
 
 STRUCTURE = ("quant_config", "peft_config", "kernel_config")
 """Keys that change the model, which then has to be edited anew."""
@@ -22,7 +22,7 @@ WORTH = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class KeyChange:
     """Recipe keys to set, or another number of ranks."""
 
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -34,15 +34,17 @@ class Change:
         words = [f"{key}: {_shown(value)}" for key, value in self.keys.items()]
         return ", ".join([*words, *([f"--ranks {self.ranks}"] if self.ranks else [])])
 
-    def __or__(self, other: Change) -> Change:
-        return Change(keys={**self.keys, **other.keys}, ranks=other.ranks or self.ranks, same=self.same and other.same)
+    def __or__(self, other: KeyChange) -> KeyChange:
+        return KeyChange(
+            keys={**self.keys, **other.keys}, ranks=other.ranks or self.ranks, same=self.same and other.same
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
     """A change and what it gives."""
 
-    change: Change
+    change: KeyChange
     peak: int
     """Bytes on each rank."""
     fits: bool
@@ -88,7 +90,7 @@ def advise(cost: Cost) -> Advice:
 
 def _together(cost: Cost, single: list[Suggestion]) -> Suggestion | None:
     """Helpful changes joined in their order. The formulas, which are instant, say when a trace is worth its time."""
-    joined, peak = Change(), cost.quick.at_peak.total
+    joined, peak = KeyChange(), cost.quick.at_peak.total
     for found in single:
         wider = joined | found.change
         changed = _changed(cost, wider)
@@ -100,7 +102,7 @@ def _together(cost: Cost, single: list[Suggestion]) -> Suggestion | None:
     return None
 
 
-def _changed(cost: Cost, change: Change) -> Cost | None:
+def _changed(cost: Cost, change: KeyChange) -> Cost | None:
     try:
         plan = replan(cost.plan, change)
     except LlmtuneError:
@@ -108,14 +110,14 @@ def _changed(cost: Cost, change: Change) -> Cost | None:
     return replace(cost, plan=plan, shape=_shape(cost, plan), untraced="")
 
 
-def replan(plan: Plan, change: Change) -> Plan:
+def replan(plan: Plan, change: KeyChange) -> Plan:
     """The plan of the changed recipe, on the same data. Raises what an impossible recipe raises."""
-    from llmtune.hookspecs import EXTENSION_POINTS
-    from llmtune.mesh import arrange
-    from llmtune.parts import find_parts
-    from llmtune.planning import make_plan
-    from llmtune.recipe import load_recipe
-    from llmtune.registry import Registry
+    from llmtune.contract.hookspecs import EXTENSION_POINTS
+    from llmtune.distributed.mesh import arrange
+    from llmtune.planning.plan import make_plan
+    from llmtune.recipe.parts import find_parts
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
 
     recipe, registry = load_recipe(dict(plan.recipe.tree), dict(change.keys)), Registry()
     problems: list[LlmtuneError] = []
@@ -125,8 +127,8 @@ def replan(plan: Plan, change: Change) -> Plan:
     if set(STRUCTURE) & set(change.keys):
         made = make_plan(recipe, registry, ranks, plan.device, mode="build", target=plan.target)
         return replace(made, mode="train", parts=parts, data=plan.data, feed=plan.feed)
-    situation = replace(plan.situation, ranks=ranks.size, layout=ranks.layout)
-    return replace(plan, recipe=recipe, parts=parts, ranks=ranks, situation=situation)
+    context = replace(plan.context, ranks=ranks.size, layout=ranks.layout)
+    return replace(plan, recipe=recipe, parts=parts, ranks=ranks, context=context)
 
 
 def _shape(cost: Cost, plan: Plan) -> Shape:
@@ -140,7 +142,7 @@ def _shape(cost: Cost, plan: Plan) -> Shape:
     return replace(shape, length=length, targets=int(shape.targets * share), attended=shape.attended * share)
 
 
-def candidates(cost: Cost) -> Iterator[Change]:
+def candidates(cost: Cost) -> Iterator[KeyChange]:
     """In order: first what leaves the result as it is, then what trains something else."""
     plan, train = cost.plan, cost.plan.recipe.train
     part = plan.parts.one("dist_config")
@@ -149,63 +151,63 @@ def candidates(cost: Cost) -> Iterator[Change]:
     whole = getattr(part.config, "accumulate_sharded", None) is False and plan.ranks.size > 1
     sharded = {"dist_config": {**block, "accumulate_sharded": True}} if whole else {}
     for name in _offered("kernel_config") if "kernel_config" not in plan.recipe.blocks else ():
-        yield Change(keys={"kernel_config": name})
+        yield KeyChange(keys={"kernel_config": name})
     levels = ("none", "selective", "full")
     for level in levels[levels.index(train.checkpointing) + 1 :]:
-        yield Change(keys={"activation_checkpointing": level, "disable_gradient_checkpointing": False})
+        yield KeyChange(keys={"activation_checkpointing": level, "disable_gradient_checkpointing": False})
     rows, micros = train.per_device_train_batch_size, train.gradient_accumulation_steps
     for smaller in sorted({max(1, rows // 2), 1} - {rows}, reverse=True):
         if rows % smaller == 0:
             keys = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": micros * rows // smaller}
-            yield Change(keys={**keys, **sharded})
+            yield KeyChange(keys={**keys, **sharded})
     if micros > 1 and sharded:
-        yield Change(keys=sharded)
+        yield KeyChange(keys=sharded)
     if cost.device.kind == "cuda":
         yield from _more_ranks(cost)
     if getattr(part.config, "offload_params", None) is False:
-        yield Change(keys={"dist_config": {**block, "offload_params": True}})
+        yield KeyChange(keys={"dist_config": {**block, "offload_params": True}})
     yield from _other_training(cost)
 
 
-def _more_ranks(cost: Cost) -> Iterator[Change]:
+def _more_ranks(cost: Cost) -> Iterator[KeyChange]:
     """The smallest doubling that the formulas find enough; where none is, the one after which little is gained."""
     peak, ranks = cost.quick.at_peak.total, cost.plan.ranks.size
     best = None
     while ranks < MOST_RANKS:
         ranks *= 2
-        changed = _changed(cost, Change(ranks=ranks))
+        changed = _changed(cost, KeyChange(ranks=ranks))
         if changed is None or (best and changed.quick.at_peak.total > 0.9 * peak):
             break
-        best, peak = Change(ranks=ranks), changed.quick.at_peak.total
+        best, peak = KeyChange(ranks=ranks), changed.quick.at_peak.total
         if peak <= 0.95 * cost.device.usable:
             break
     if best:
         yield best
 
 
-def _other_training(cost: Cost) -> Iterator[Change]:
+def _other_training(cost: Cost) -> Iterator[KeyChange]:
     """Changes after which something else is trained, or more coarsely."""
     plan = cost.plan
     for name in _offered("optim_config"):
         if name != plan.parts.one("optim_config").plugin.name:
-            yield Change(keys={"optim_config": name}, same=False)
+            yield KeyChange(keys={"optim_config": name}, same=False)
     peft, quant = plan.parts.at("peft_config"), plan.parts.at("quant_config")
     for name in _offered("peft_config") if not peft else ():
-        yield Change(keys={"peft_config": name}, same=False)
+        yield KeyChange(keys={"peft_config": name}, same=False)
     for name in _offered("quant_config") if not quant else ():
         if peft:
-            yield Change(keys={"quant_config": name}, same=False)
+            yield KeyChange(keys={"quant_config": name}, same=False)
             continue
         for adapter in _offered("peft_config"):
-            yield Change(keys={"peft_config": adapter, "quant_config": name}, same=False)
+            yield KeyChange(keys={"peft_config": adapter, "quant_config": name}, same=False)
     for part in (2, 4):
         if (length := plan.recipe.data.cutoff_len // part) >= 256:
-            yield Change(keys={"cutoff_len": length}, same=False)
+            yield KeyChange(keys={"cutoff_len": length}, same=False)
 
 
 def _offered(point: str) -> list[str]:
     """Names of installed plugins that can be used."""
-    from llmtune.registry import Registry
+    from llmtune.recipe.registry import Registry
 
     found = [row for row in Registry().listing() if row.point == point and row.state == "ok"]
     return [row.name for row in found if all(met for _, met in row.requires)]

@@ -11,14 +11,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.structure import transformer_layers
 from llmtune.cost.memory import Estimate, Memory
 from llmtune.cost.shape import Shape
-from llmtune.structure import transformer_layers
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtune.planning import Plan
+    from llmtune.planning.plan import Plan
 
 LOSS_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits at once that a fused loss is taken to hold."""
@@ -58,8 +58,8 @@ class Ways:
         peft = plan.parts.at("peft_config")
         self.adapter = bool(peft) and peft[0].built.kind == "adapter"
         self.packed = plan.ledger.packed()
-        self.device = plan.situation.device
-        self.gather_bytes = plan.situation.gather_dtype.itemsize
+        self.device = plan.context.device
+        self.gather_bytes = plan.context.gather_dtype.itemsize
         self.compute_bytes = plan.precision.compute.itemsize
 
     def local(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -336,7 +336,7 @@ def logits_bytes(plan: Plan, shape: Shape) -> int:
     fused = any("linear_cross_entropy" in change.ops for _, change in plan.ledger.changes)
     numbers = shape.targets * config.vocab_size // plan.ranks.layout.tensor
     if fused:
-        chunks = max(1, math.ceil(4 * numbers / LOSS_CHUNK[plan.situation.device]))
+        chunks = max(1, math.ceil(4 * numbers / LOSS_CHUNK[plan.context.device]))
         numbers //= chunks
         hidden = shape.targets * config.hidden_size * c * 2
         return numbers * (4 + c + (c if c < 4 else 0)) + hidden + 4 * head_trained(plan)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmtune.errors import PlanError
+from llmtune.contract.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def chosen_device(key: str, described: str | None, anywhere: bool) -> tuple[torc
     """torch's device to plan for, and the description where it is one: of another machine, or (`anywhere`) this one."""
     import torch
 
-    from llmtune.ranks import pick_device
+    from llmtune.distributed.ranks import pick_device
 
     if described is not None:
         target = describe(described)

@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.errors import PlanError
 from llmtune.cost.devices import Device, this_device
 from llmtune.cost.memory import Estimate
 from llmtune.cost.shape import Shape, largest
-from llmtune.errors import PlanError
 
 if TYPE_CHECKING:
     from llmtune.cost.advice import Advice
     from llmtune.cost.flops import Flops
-    from llmtune.planning import Plan
+    from llmtune.planning.plan import Plan
 
 
 @dataclass(kw_only=True)

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.structure import transformer_layers
 from llmtune.cost.shape import Shape
-from llmtune.structure import transformer_layers
 
 if TYPE_CHECKING:
-    from llmtune.planning import Plan
+    from llmtune.planning.plan import Plan
 
 HARDWARE_USE = 0.5
 """Share of the peak that a well-fed device reaches, recomputation counted: PaLM reports 57.8 % (with 46.2 % MFU), Llama

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from llmtune.planning import Plan
-    from llmtune.stages import Batch
+    from llmtune.contract.stages import Batch
+    from llmtune.planning.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def largest(plan: Plan) -> Shape:
     """The micro-batch with the longest rows together: what memory must suffice for, whatever the order."""
     import numpy as np
 
-    from llmtune.feed import row_lengths
+    from llmtune.data.batch_loader import row_lengths
 
     assert plan.feed is not None
     feed, train = plan.feed, plan.recipe.train
@@ -73,7 +73,7 @@ def fake_batch(shape: Shape, make: Any) -> Batch:
     """A micro-batch of this shape, its tensors made by `make(*size, dtype)`. A flat one is a single document."""
     import torch
 
-    from llmtune.stages import Batch
+    from llmtune.contract.stages import Batch
 
     def whole(*size: int) -> torch.Tensor:
         return make(*size, dtype=torch.int64)

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtune.contract.structure import transformer_layers
 from llmtune.cost.closed import closed_form, logits_bytes
 from llmtune.cost.memory import Estimate, Memory
 from llmtune.cost.shape import Shape, fake_batch
 from llmtune.cost.tracker import Segment, Tracker, by_category
-from llmtune.structure import transformer_layers
 
 if TYPE_CHECKING:
-    from llmtune.planning import Plan
+    from llmtune.planning.plan import Plan
 
 KEPT = 4
 """Layers of a run that are computed: the first and the last have neighbours of another kind, and the last but one
@@ -63,8 +63,8 @@ def trace(plan: Plan, shape: Shape) -> Estimate:
 
     model, runs = cut(deepcopy(plan.model))
     recipe = replace(plan.recipe, train=replace(plan.recipe.train, torch_compile=False))
-    situation = replace(plan.situation, device="cpu")
-    spread_plan = replace(plan, recipe=recipe, model=model, device=torch.device("cpu"), situation=situation)
+    context = replace(plan.context, device="cpu")
+    spread_plan = replace(plan, recipe=recipe, model=model, device=torch.device("cpu"), context=context)
     with fake_group(plan):
         objective = built(spread_plan)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -124,8 +124,8 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
 
 def step(plan: Plan, objective: nn.Module, shape: Shape, runs: list[Run]) -> Timeline:
     """Take one optimiser step. The optimiser's state is there beforehand, as it is from the second step on."""
-    from llmtune.loop import Training, clip, forward_backward, global_norm
-    from llmtune.placement import materialise
+    from llmtune.distributed.placement import materialise
+    from llmtune.training.loop import Training, clip, forward_backward, global_norm
 
     train = plan.recipe.train
     materialise(plan.model, plan.device)
@@ -162,7 +162,7 @@ def step(plan: Plan, objective: nn.Module, shape: Shape, runs: list[Run]) -> Tim
 
 def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
     """The recipe's optimiser with its state made by a first step, or None where it cannot work on fake tensors."""
-    from llmtune.optim import make_optimizer
+    from llmtune.training.optim import make_optimizer
 
     try:
         optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, plan.recipe.train.learning_rate)
@@ -175,8 +175,8 @@ def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
 
 def built(plan: Plan) -> nn.Module:
     """The plan's objective, spread over the ranks, on the meta device still."""
-    from llmtune.building import spread
-    from llmtune.objective import Context, Objective
+    from llmtune.training.building import spread
+    from llmtune.training.objective import Context, Objective
 
     ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
     autocast = plan.precision.compute if plan.precision.autocast else None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llmtune.stages import Batch
+from llmtune.contract.stages import Batch
 
 IGNORED = -100
 """Label of a token that does not count."""
@@ -34,7 +34,7 @@ def collate(
     pad_id: int,
     sample_ids: Sequence[int] = (),
     width: int = 1,
-    wanted: Sequence[bool] | None = None,
+    desirable: Sequence[bool] | None = None,
     counts_samples: bool = False,
 ) -> Batch:
     """Lay documents out as one batch on the CPU.
@@ -44,7 +44,7 @@ def collate(
 
     Args:
         width: documents of a sample.
-        wanted: whether each document is an answer to learn or to avoid (KTO).
+        desirable: whether each document is an answer to learn or to avoid (KTO).
         counts_samples: the batch weighs as much as it has samples, not as much as its tokens that count.
     """
     rows = [each if isinstance(each, Document) else Document(*each) for each in documents]
@@ -54,7 +54,7 @@ def collate(
     batch = _flat(rows, labels) if flat else _padded(rows, labels, pad_id)
     batch.sample_ids = tuple(sample_ids) if sequences else ()
     batch.sequences = sequences
-    batch.wanted = torch.tensor(wanted, dtype=torch.bool) if wanted is not None and sequences else None
+    batch.desirable = torch.tensor(desirable, dtype=torch.bool) if desirable is not None and sequences else None
     counted = [label != IGNORED for label in labels]
     batch.target_sequence = torch.from_numpy(np.repeat(np.arange(len(rows)), [int(each.sum()) for each in counted]))
     batch.weight_groups = _weight_groups(rows, counted)

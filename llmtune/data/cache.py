@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.contract.errors import DataError
 from llmtune.data.store import StoreWriter, Tokenised, open_store, read_about
-from llmtune.errors import DataError
 
 _FAILED = "failed.json"
 _SPEAK_AFTER_S = 10.0

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmtune.contract.errors import DataError
+from llmtune.contract.examples import BadRow, Example
 from llmtune.data.config import Source
 from llmtune.data.formats import Chosen, Formats, read_row
 from llmtune.data.piece import Bad
 from llmtune.data.reading import Chunk, Found, Row, chunks, find
 from llmtune.data.workers import in_order
-from llmtune.errors import DataError
-from llmtune.examples import BadRow, Example
 
 LOOKED_AT = 100
 """Rows that the format is detected from."""
@@ -47,7 +47,7 @@ class Seen:
     beginnings: Counter[str] = field(default_factory=Counter)
     """Rows by the roles of their first messages."""
     answers: Counter[str] = field(default_factory=Counter)
-    """Labelled rows by label."""
+    """UnpairedPreference rows by label."""
     characters: int = 0
     longest: int = 0
     notes: Counter[str] = field(default_factory=Counter)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from llmtune.errors import DataError
-from llmtune.schema import Ge, Gt, decode, split_names
+from llmtune.contract.errors import DataError
+from llmtune.contract.schema import Ge, Gt, decode, split_names
 
 TEMPLATE_ARGUMENTS = frozenset({
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llmtune.examples import BadRow, Conversation
+from llmtune.contract.examples import BadRow, Conversation
 
 _FIRST = 0xE100
 _STAND_IN = re.compile("\ue001(.)\ue002")

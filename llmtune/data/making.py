@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.contract.errors import DataError, listed
 from llmtune.data.cache import Place, key_of
 from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import Chosen, Formats, check_kind
@@ -24,7 +25,6 @@ from llmtune.data.tokenise import Tokeniser
 from llmtune.data.tokens import TokenSamples
 from llmtune.data.tool_format import read_tool_format
 from llmtune.data.workers import in_order, progress
-from llmtune.errors import DataError, listed
 from llmtune.folders import cache_root
 
 VERSION = 2

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.errors import listed
-from llmtune.examples import BadRow
+from llmtune.contract.errors import listed
+from llmtune.contract.examples import BadRow
 
 _KINDS = {
     type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmtune.errors import DataError
+from llmtune.contract.errors import DataError
 
 if TYPE_CHECKING:
     from llmtune.data.config import DataConfig

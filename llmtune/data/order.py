@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmtune.errors import DataError
+from llmtune.contract.errors import DataError
 
 GROUPED_STEPS = 50
 """Steps whose units are drawn together and then sorted by length; fewer where an epoch has less than four times that,

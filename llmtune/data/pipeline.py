@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.contract.errors import DataError, listed
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Formats
 from llmtune.data.making import Making
@@ -18,7 +19,6 @@ from llmtune.data.report import DataReport, PartReport
 from llmtune.data.streaming.stream import Stream, open_stream
 from llmtune.data.template import choose_template, missing_tokens
 from llmtune.data.tokens import TokenSamples
-from llmtune.errors import DataError, listed
 
 LEARNS = ("conversation", "text", "tokens")
 """Kinds of rows that a stage learns from if it does not say."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtune.contract.errors import DataError, listed
 from llmtune.data.spelling import Span, Spelling, visible
-from llmtune.errors import DataError, listed
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -186,7 +186,7 @@ def _sequences(samples: TokenSamples, index: int, spelling: Spelling) -> list[Sh
 
 def _piece(samples: TokenSamples, piece: Piece, spelling: Spelling, first: bool) -> list[ShownSequence]:
     """What of a sample is in a row of concatenated ones; nothing stands before the row's first token."""
-    from llmtune.feed import joined
+    from llmtune.data.batch_loader import joined
 
     document = joined(samples, [piece])
     mask = np.array(document.mask)

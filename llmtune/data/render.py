@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmtune.contract.errors import DataError
+from llmtune.contract.examples import BadRow, Conversation, Message
 from llmtune.data.literal import Literal
 from llmtune.data.segments import Segments
 from llmtune.data.shapes import Shapes
 from llmtune.data.tool_format import with_tools_as_text
 from llmtune.data.turns import Script, Special, Turn, check_texts, common, without_thinking
-from llmtune.errors import DataError
-from llmtune.examples import BadRow, Conversation, Message
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

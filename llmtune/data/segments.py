@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.contract.errors import DataError
 from llmtune.data.literal import Literal
 from llmtune.data.turns import Special
-from llmtune.errors import DataError
 
 _PROVED = 8
 """Texts that are tokenised both ways before pieces are trusted."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from llmtune.contract.examples import Conversation, Message
 from llmtune.data.turns import Script, Special, Turn, thinking_of
-from llmtune.examples import Conversation, Message
 
 _PROVED = 4
 """Conversations that are looked at both ways before the quick one is trusted with a kind of turn."""

@@ -156,7 +156,7 @@ class DataStats:
 
         Raises PlanError without matplotlib.
         """
-        from llmtune.plot import plot_lengths
+        from llmtune.training.plot import plot_lengths
 
         return plot_lengths(self.lengths, self.cutoff_len, path)
 

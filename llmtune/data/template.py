@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import DataError, did_you_mean, listed
+from llmtune.contract.errors import DataError, did_you_mean, listed
 
 _TOKEN = re.compile(r"<[|\uff5c][\w\u2581-]+[|\uff5c]>|<(?:start|end)_of_turn>|<reserved_\d+>|\[gMASK\]|<sop>")
 """How models spell the tokens that divide turns."""

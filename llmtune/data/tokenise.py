@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtune.contract.examples import (
+    BadRow,
+    Conversation,
+    Example,
+    Message,
+    Preference,
+    Prompt,
+    Text,
+    Tokens,
+    UnpairedPreference,
+)
 from llmtune.data.formats import Chosen, read_row
 from llmtune.data.piece import Bad, Piece, TokenRow
 from llmtune.data.reading import Row
 from llmtune.data.render import Encoded, Renderer
 from llmtune.data.report import SHOWN
 from llmtune.data.template import require_template
-from llmtune.examples import BadRow, Conversation, Example, Labelled, Message, Preference, Prompt, Text, Tokens
 
 if TYPE_CHECKING:
     from llmtune.data.config import DataConfig
 
-CHATS = (Conversation, Preference, Labelled, Prompt)
+CHATS = (Conversation, Preference, UnpairedPreference, Prompt)
 """What a chat template renders."""
 
 
@@ -117,7 +127,7 @@ class Tokeniser:
             kept = True
             piece.width = len(sample)
             piece.sequences += [TokenRow(each.ids, each.mask, each.weights) for each in sample]
-            piece.labels += [example.label] if isinstance(example, Labelled) else []
+            piece.labels += [example.label] if isinstance(example, UnpairedPreference) else []
             piece.rows.append(len(piece.numbers))
         if kept:
             piece.numbers.append(row.number)
@@ -159,7 +169,7 @@ def _conversations(example: Example) -> list[Conversation]:
             )
             for answer in (example.chosen, example.rejected)
         ]
-    assert isinstance(example, Labelled)
+    assert isinstance(example, UnpairedPreference)
     messages = [*_history(example.messages[:-1]), example.messages[-1]]
     return [Conversation(messages=messages, tools=example.tools, template_kwargs=example.template_kwargs)]
 

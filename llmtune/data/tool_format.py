@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import DataError, did_you_mean, listed
-from llmtune.examples import BadRow, Conversation, Message
+from llmtune.contract.errors import DataError, did_you_mean, listed
+from llmtune.contract.examples import BadRow, Conversation, Message
 
 
 def tool_format_names() -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.examples import BadRow, Conversation, Message
+from llmtune.contract.examples import BadRow, Conversation, Message
 
 _STAND_IN = "\ue000answer\ue000"  # private-use characters, which no text of a data set should hold
 _APART = ("reasoning_content", "thinking")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from llmtune.errors import DataError
+from llmtune.contract.errors import DataError
 
 if TYPE_CHECKING:
     from llmtune.data.tokens import TokenSamples

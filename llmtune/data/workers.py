@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from llmtune.errors import DataError
+from llmtune.contract.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

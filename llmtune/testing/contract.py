@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.errors import LlmtuneError, listed
-from llmtune.hookspecs import EXTENSION_POINTS
+from llmtune.contract.errors import LlmtuneError, listed
+from llmtune.contract.hookspecs import EXTENSION_POINTS
 from llmtune.testing.running import REFERENCES, tiny_recipe
 
 Check = Callable[..., None]

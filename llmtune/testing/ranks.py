@@ -13,7 +13,7 @@ from typing import Any
 
 GRACE_S = 10.0
 """How long ranks may go on after another has failed."""
-PRELOADED = ["torch.distributed.fsdp", "transformers.modeling_utils", "peft", "llmtune.training", __name__]
+PRELOADED = ["torch.distributed.fsdp", "transformers.modeling_utils", "peft", "llmtune.training.run", __name__]
 """Imported once, by a process that ranks are forked from: 5 s of a core for each rank that need not do it itself."""
 
 

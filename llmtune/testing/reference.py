@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune import __version__
-from llmtune.hookspecs import hookimpl
-from llmtune.packages import Source
-from llmtune.records import Plugin
+from llmtune.contract.hookspecs import hookimpl
+from llmtune.contract.records import Plugin
+from llmtune.recipe.packages import Source
 
 REFERENCE = Source(module=__name__, distribution="llmtune.testing", version=__version__, names=("reference",))
 """Where the registry of the laws finds them."""

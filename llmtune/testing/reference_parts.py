@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.records import Change, Situation, TensorReader
-from llmtune.stages import Batch, StageContext, StageLoss
+from llmtune.contract.records import ModelEdit, RunContext, TensorReader
+from llmtune.contract.stages import Batch, StageContext, StageLoss
 
 
 class ReadAll:
@@ -27,16 +27,16 @@ class Vectors:
 
     kind = "weights"
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Parameters with one dimension that are not frozen by whoever made them, such as a quantiser's scales."""
         chosen = {
             name
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if parameter.dim() == 1 and parameter.requires_grad and parameter.dtype.is_floating_point
         }
-        return Change(trainable=chosen.__contains__, report=[f"{len(chosen)} vectors train"])
+        return ModelEdit(trainable=chosen.__contains__, report=[f"{len(chosen)} vectors train"])
 
-    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, situation: Situation) -> None:
+    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
         """Nothing: the whole model is saved."""
 
     def merge(self, model: nn.Module) -> None:

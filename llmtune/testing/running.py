@@ -13,14 +13,14 @@ from llmtune.testing.tiny import tiny_chats, tiny_model_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.objective import Objective
-    from llmtune.planning import Mode, Plan
-    from llmtune.registry import Registry
+    from llmtune.planning.plan import Mode, Plan
+    from llmtune.recipe.registry import Registry
+    from llmtune.training.objective import Objective
 
 
 def read_keys(config: type, keys: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """A plugin's config from the keys of a recipe's block: (config, []), or (None, what is wrong with the keys)."""
-    from llmtune.schema import decode
+    from llmtune.contract.schema import decode
 
     made, problems = decode(config, keys)
     return made, [f"{problem.key}: {problem.message}" for problem in problems]
@@ -68,8 +68,8 @@ class Trained(NamedTuple):
 
 def registry() -> Registry:
     """Every installed plugin and the references."""
-    from llmtune.packages import installed
-    from llmtune.registry import Registry
+    from llmtune.recipe.packages import installed
+    from llmtune.recipe.registry import Registry
     from llmtune.testing.reference import REFERENCE
 
     return Registry([*installed(), REFERENCE])
@@ -77,9 +77,9 @@ def registry() -> Registry:
 
 def plan(keys: Mapping[str, Any], mode: Mode = "train") -> Plan:
     """The plan of a recipe, for the ranks that the environment names."""
-    from llmtune.planning import make_plan
-    from llmtune.ranks import pick_device, ranks_from_environment
-    from llmtune.recipe import load_recipe
+    from llmtune.distributed.ranks import pick_device, ranks_from_environment
+    from llmtune.planning.plan import make_plan
+    from llmtune.recipe.recipe import load_recipe
 
     recipe, ranks = load_recipe(keys), ranks_from_environment()
     return make_plan(recipe, registry(), ranks, pick_device(recipe.train.device, ranks.local_rank), mode)
@@ -87,8 +87,8 @@ def plan(keys: Mapping[str, Any], mode: Mode = "train") -> Plan:
 
 def build(keys: Mapping[str, Any], mode: Mode = "train") -> tuple[Plan, Objective]:
     """The plan of a recipe, and its model with weights inside its stage."""
-    from llmtune.building import build_objective
-    from llmtune.ranks import join
+    from llmtune.distributed.ranks import join
+    from llmtune.training.building import build_objective
 
     made = plan(keys, mode)
     join(made.ranks, made.device)
@@ -102,10 +102,10 @@ def train(keys: Mapping[str, Any]) -> Trained:
 
 def train_and_keep(keys: Mapping[str, Any]) -> tuple[Trained, Plan]:
     """The same, with the plan whose model was trained."""
-    from llmtune.log import read_metrics
-    from llmtune.recipe import load_recipe
-    from llmtune.save import trained_tensors
-    from llmtune.training import train_here
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.training.log import read_metrics
+    from llmtune.training.run import train_here
+    from llmtune.training.save import trained_tensors
 
     with contextlib.redirect_stdout(io.StringIO()):
         outcome = train_here(load_recipe(keys), registry(), show=lambda *_: None)
@@ -116,8 +116,8 @@ def train_and_keep(keys: Mapping[str, Any]) -> tuple[Trained, Plan]:
 
 def whole_state(keys: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor of a recipe's model once its weights are loaded, whole. Collective."""
-    from llmtune.edits import named_tensors
-    from llmtune.placement import full
+    from llmtune.distributed.placement import full
+    from llmtune.model.edits import named_tensors
 
     made, _ = build(keys)
     return {name: full(tensor) for name, tensor in named_tensors(made.model).items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import llmtune
-from llmtune.reopen import open_model
+from llmtune.inference.reopen import open_model
 from tests.by_hand import quantisation
 from tests.matrix.axes import Combo
 from tests.matrix.reference import PROBE_IDS

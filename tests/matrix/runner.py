@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import llmtune
-from llmtune.errors import LlmtuneError
+from llmtune.contract.errors import LlmtuneError
 from tests.matrix.axes import Combo, refusals
 from tests.matrix.families import FAMILIES
 from tests.matrix.reference import References, reloaded_logits

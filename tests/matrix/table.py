@@ -124,8 +124,8 @@ deviations: {worst}.
 - The classifier is refused because the sft stage learns next tokens. Language models that transformers does not know
   as such (T5) are refused by their name.
 - Where the structure does not tell whether packed documents are kept apart, the loaded model itself is asked before the
-  first step (`llmtune/isolation.py`). Falcon, GPT-OSS and, without the kernel `packed_attention`, OPT are refused
-  there.
+  first step (`llmtune/training/isolation.py`). Falcon, GPT-OSS and, without the kernel `packed_attention`, OPT are
+  refused there.
 - `target_modules: all` leaves out what PEFT cannot adapt as linear layers: stacks of experts (`target_parameters` names
   them), and dense layers and shared experts of Qwen3-MoE and DeepSeek-V3, whose names PEFT takes to mean the experts.
 - PEFT refuses adapters on `out_proj` of Mamba layers; name other layers in `target_modules`."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmtune.contract.examples import BadRow, Conversation, Message
 from llmtune.data.formats.messages_in import (
     Reader,
     TagsConfig,
@@ -18,7 +19,6 @@ from llmtune.data.formats.messages_in import (
     variables_of,
 )
 from llmtune.data.messages import kind, normal_tools
-from llmtune.examples import BadRow, Conversation, Message
 
 VARIABLES = ("enable_thinking", "chat_template_kwargs")
 HELD = ("messages", "conversations", "conversation")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from llmtune.contract.errors import DataError, did_you_mean, listed
+from llmtune.contract.examples import BadRow, DataFormat
+from llmtune.contract.records import Plugin
+from llmtune.contract.schema import decode
 from llmtune.data.formats.row import Chosen, read_row
 from llmtune.data.reading import Found
 from llmtune.data.spelled import as_names, is_like, misspelt
-from llmtune.errors import DataError, did_you_mean, listed
-from llmtune.examples import BadRow, DataFormat
-from llmtune.records import Plugin
-from llmtune.schema import decode
 
 NOUNS = {
     "conversation": "conversations", "preference": "preferences", "labelled": "labelled answers", "prompt": "prompts",
@@ -43,7 +43,7 @@ class Formats:
     @staticmethod
     def builtin() -> Formats:
         """What ships with llmtune, detecting."""
-        from llmtune.builtin import data_config
+        from llmtune.recipe.builtin import data_config
 
         plugins = {plugin.name: plugin for plugin in data_config()}
 

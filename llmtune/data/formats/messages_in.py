@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from llmtune.contract.errors import did_you_mean, listed
+from llmtune.contract.examples import BadRow, Message
 from llmtune.data.config import TEMPLATE_ARGUMENTS
 from llmtune.data.messages import kind, parse_calls, parse_thinking, text_of, tool_calls
 from llmtune.data.spelled import as_names, misspelt
-from llmtune.errors import did_you_mean, listed
-from llmtune.examples import BadRow, Message
 
 FROM_VALUE = ("from", "value")
 ROLE_CONTENT = ("role", "content")

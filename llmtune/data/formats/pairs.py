@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmtune.contract.errors import listed
+from llmtune.contract.examples import BadRow, Message, Preference, UnpairedPreference
 from llmtune.data.formats.chats import VARIABLES, Completion, is_label
 from llmtune.data.formats.messages_in import TagsConfig, asked_of, held_in, history_of, led, system_of, variables_of
 from llmtune.data.messages import kind, normal_tools
-from llmtune.errors import listed
-from llmtune.examples import BadRow, Labelled, Message, Preference
 
 _BEFORE = ("prompt", "messages", "conversations", "instruction", "input", "history", "system", "tools", *VARIABLES)
 
@@ -131,7 +131,7 @@ class KtoRows:
         what = "true or false" if isinstance(row["label"], bool) else "yes or no"
         return f"{beside} and a label of {what}" if beside else None
 
-    def convert(self, row: Mapping[str, Any]) -> Labelled:
+    def convert(self, row: Mapping[str, Any]) -> UnpairedPreference:
         column = held_in(row, ("kto_tag", "label"))
         if column is None:
             raise BadRow("no label", f'kto needs the column "label" or "kto_tag", found {", ".join(row)}')
@@ -147,6 +147,6 @@ class KtoRows:
                 break
         if not messages or messages[-1]["role"] != "assistant":
             raise BadRow("no answer", "the conversation ends with no answer by the assistant to be labelled")
-        return Labelled(
+        return UnpairedPreference(
             messages=messages, label=label, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row)
         )

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmtune.contract.examples import BadRow, Prompt, Text, Tokens
 from llmtune.data.formats.chats import PAIRED, VARIABLES, Completion
 from llmtune.data.formats.messages_in import TagsConfig, led, variables_of
 from llmtune.data.messages import kind, normal_tools
-from llmtune.examples import BadRow, Prompt, Text, Tokens
 
 
 class PromptOnly:

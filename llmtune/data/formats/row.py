@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmtune.contract.errors import DataError, listed
+from llmtune.contract.examples import BadRow, Conversation, DataFormat, Example, Preference, Prompt, UnpairedPreference
 from llmtune.data.messages import check_conversation, kind
 from llmtune.data.spelled import as_names, misspelt
-from llmtune.errors import DataError, listed
-from llmtune.examples import BadRow, Conversation, DataFormat, Example, Labelled, Preference, Prompt
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -73,7 +73,7 @@ def check_example(example: Example) -> None:
     if isinstance(example, Preference):
         for side in (example.chosen, example.rejected):
             check_conversation([*example.prompt, *side])
-    elif isinstance(example, Conversation | Labelled):
+    elif isinstance(example, Conversation | UnpairedPreference):
         check_conversation(example.messages)
     elif isinstance(example, Prompt):
         check_conversation(example.messages, answered=False)

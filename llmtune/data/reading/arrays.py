@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading.rows import Row, excerpt, half_pair, not_utf8, too_much
-from llmtune.errors import DataError
 
 _BLOCK_BYTES = 2**20
 _NEAR_END = 64

@@ -8,10 +8,10 @@ import os
 import time
 from pathlib import Path
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading.files import kind_of
 from llmtune.data.reading.found import Found
 from llmtune.data.reading.hub import hub_content
-from llmtune.errors import DataError
 from llmtune.folders import cache_root
 
 _BLOCK_BYTES = 2**22

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading.rows import Parsed, Position, Row
 from llmtune.data.reading.tables import without_nulls
-from llmtune.errors import DataError
 
 if TYPE_CHECKING:
     from llmtune.data.reading.found import Found

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading.rows import Position, Row, excerpt, half_pair, not_utf8, too_much
-from llmtune.errors import DataError
 
 LONGEST_LINE_BYTES = 256 * 2**20
 """A longer line is an error: more likely a file without line ends than one sample."""

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from llmtune.contract.errors import DataError, did_you_mean, listed
 from llmtune.data.reading.files import COMPRESSED, KINDS, kind_of
-from llmtune.errors import DataError, did_you_mean, listed
 
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that lie beside data and describe them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading.arrays import array_rows
 from llmtune.data.reading.files import COMPRESSED, check_encoding, kind_of, opened
 from llmtune.data.reading.found import Found
@@ -12,7 +13,6 @@ from llmtune.data.reading.hub import hub_chunks
 from llmtune.data.reading.lines import line_chunks
 from llmtune.data.reading.rows import Chunk, Parsed, Position, Row
 from llmtune.data.reading.tables import arrow_chunks, csv_chunks, parquet_chunks
-from llmtune.errors import DataError
 
 CHUNK_ROWS = 1000
 

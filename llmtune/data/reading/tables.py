@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading.files import COMPRESSED, opened
 from llmtune.data.reading.rows import Parsed, Position, Row, excerpt
-from llmtune.errors import DataError
 
 
 @dataclass(frozen=True)

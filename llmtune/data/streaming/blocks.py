@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.contract.errors import DataError
 from llmtune.data.streaming.mixed import Mixed, Spot
 from llmtune.data.streaming.picked import Picked, pick
-from llmtune.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from multiprocessing.util import Finalize
 from queue import SimpleQueue
 from typing import Any
 
-from llmtune.errors import DataError
+from llmtune.contract.errors import DataError
 
 _MOST = 8
 _LAST_WORDS_S = 5.0
@@ -25,7 +25,7 @@ def processors() -> int:
     return max(1, min(_MOST, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-class Crew:
+class WorkerPool:
     """`work` done by `count` processes, which are forked at once; in a thread where the system cannot fork.
 
     Start it before a process group is joined: a fork holds its sockets open, so that others would not notice when this

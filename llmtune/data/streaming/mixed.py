@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.contract.errors import DataError
 from llmtune.data.reading import Chunk, Found, Position, chunks
 from llmtune.data.streaming.picked import usable
-from llmtune.errors import DataError
 
 CHUNK_ROWS = 256
 _DRAWS = 1 << 12

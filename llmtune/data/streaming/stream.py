@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.errors import DataError
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Chosen, check_kind
 from llmtune.data.making import LOOKED_AT, Making, account, check_bad_rows, one_kind, unique
@@ -21,7 +22,6 @@ from llmtune.data.streaming.cells import CellMaker, Done, Part, joined
 from llmtune.data.streaming.mixed import Mixed, Reader, Spot
 from llmtune.data.streaming.picked import pick
 from llmtune.data.tokens import TokenSamples
-from llmtune.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from llmtune.contract.errors import DataError
 from llmtune.data.streaming.blocks import Beginning, Block, BlockReader
 from llmtune.data.streaming.cells import Cell, Part, Unit
-from llmtune.data.streaming.crew import Crew
-from llmtune.errors import DataError
+from llmtune.data.streaming.crew import WorkerPool
 
 EMPTY_ROWS = 1 << 14
 """Rows of a lane in a row that may give no sample; more are an error, so that no run looks for data for ever."""
@@ -51,7 +51,7 @@ class Supply:
     """
 
     def __init__(
-        self, reader: BlockReader, crew: Crew, lanes: Sequence[int], cell_rows: int, ahead: int,
+        self, reader: BlockReader, crew: WorkerPool, lanes: Sequence[int], cell_rows: int, ahead: int,
         on_cell: Callable[[Cell], None], grouped: bool = False,
     ) -> None:  # fmt: skip
         """`grouped`: in each step all lanes give a short unit, or all a long one, as far as their cells have them."""

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import DataError
-from llmtune.examples import KINDS, BadRow
+from llmtune.contract.errors import DataError
+from llmtune.contract.examples import KINDS, BadRow
 from llmtune.testing.contract import Broken, Check, Subject
 
 SPOILT: tuple[Any, ...] = (None, 3, 0.5, True, "", " ", [], {}, [None], [3], [{}], {"a": 1})

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.edits import persistent_names
-from llmtune.errors import PlanError
-from llmtune.records import Layout
+from llmtune.contract.errors import PlanError
+from llmtune.contract.records import ParallelDims
+from llmtune.model.edits import persistent_names
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
@@ -31,7 +31,7 @@ def arranges_all_ranks(subject: Subject, folder: Path) -> None:
             layout = built.layout(ranks)
         except PlanError:
             continue
-        if not isinstance(layout, Layout) or layout.ranks != ranks or built.layout(ranks) != layout:
+        if not isinstance(layout, ParallelDims) or layout.ranks != ranks or built.layout(ranks) != layout:
             raise Broken(f"layout({ranks}) is {layout!r}", "Arrange all ranks, by their number alone")
         possible.append(ranks)
     if not possible:
@@ -48,9 +48,9 @@ def spreads_structure_only(subject: Subject, folder: Path) -> None:
 
 def _spread(keys: dict[str, Any]) -> str:
     """Run on each rank: what is wrong after spreading, or nothing."""
-    from llmtune.building import spread
-    from llmtune.edits import named_tensors
-    from llmtune.objective import Objective
+    from llmtune.model.edits import named_tensors
+    from llmtune.training.building import spread
+    from llmtune.training.objective import Objective
 
     plan = running.plan(keys)
     before = {name: tuple(tensor.shape) for name, tensor in named_tensors(plan.model).items()}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtune.edits import named_tensors, persistent_names
-from llmtune.placement import seeded_step
+from llmtune.distributed.placement import seeded_step
+from llmtune.model.edits import named_tensors, persistent_names
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Subject, names
 from llmtune.testing.ranks import in_ranks
@@ -23,13 +23,13 @@ def mode_of(subject: Subject) -> running.Mode:
 
 
 def accounts_for_every_tensor(subject: Subject, folder: Path) -> None:
-    """`Change` tells the truth: nothing left the model without a load rule, nothing came without an origin, nothing was
-    made before the weights; the plan can say what was done; a second model is edited alike.
+    """`ModelEdit` tells the truth: nothing left the model without a load rule, nothing came without an origin, nothing
+    was made before the weights; the plan can say what was done; a second model is edited alike.
     """
     first, second = (running.plan(subject.keys(folder), mode_of(subject)) for _ in range(2))
     change = change_of(subject, first)
     if not change.report:
-        raise Broken("`Change.report` is empty", "Say in a line what was edited, for `llmtune plan`")
+        raise Broken("`ModelEdit.report` is empty", "Say in a line what was edited, for `llmtune plan`")
     shapes = [{n: (tuple(t.shape), t.dtype) for n, t in named_tensors(p.model).items()} for p in (first, second)]
     if odd := {name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)}:
         raise Broken(f"edited twice, two models differ in {names(list(odd))}", "Keep no state between models")
@@ -57,8 +57,8 @@ def loads_completely(subject: Subject, folder: Path) -> None:
             raise Broken(f"{name} is not finite after loading", "Give it a value in a rule, `fresh` or `settle`")
     if odd := [name for name, tensor in states[0].items() if not same_bytes(tensor, states[1][name])]:
         raise Broken(
-            f"{names(odd)} depend on random numbers drawn outside `Change.fresh`",
-            "Fill new tensors in `Change.fresh`, where torch's CPU generator is seeded by the recipe and the name",
+            f"{names(odd)} depend on random numbers drawn outside `ModelEdit.fresh`",
+            "Fill new tensors in `ModelEdit.fresh`, where torch's CPU generator is seeded by the recipe and the name",
         )
 
 

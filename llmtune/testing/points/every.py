@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.errors import PluginError
-from llmtune.schema import convert, describe, document, field_types, json_schema
+from llmtune.contract.errors import PluginError
+from llmtune.contract.schema import convert, describe, document, field_types, json_schema
 from llmtune.testing.contract import Broken, Check, Subject, names
 
 if TYPE_CHECKING:
-    from llmtune.registry import Offer
+    from llmtune.recipe.registry import Offer
 
 HEAVY = (
     "torch", "transformers", "numpy", "safetensors", "datasets", "pyarrow", "pandas", "matplotlib", "peft",
@@ -30,7 +30,7 @@ def laws(subject: Subject) -> list[Check]:
 
 def is_discovered(subject: Subject, folder: Path) -> None:
     """A recipe finds the plugin through an entry point of its own name, with its hook keeping to the specification."""
-    from llmtune.packages import CORE, installed
+    from llmtune.recipe.packages import CORE, installed
 
     offer = _offer(subject)
     entries = {name for source in installed() if source.module == offer.module for name in source.names}
@@ -95,7 +95,7 @@ def reads_its_keys(subject: Subject, folder: Path) -> None:
         except ValueError:
             raise Broken(
                 f"the default of {field.name} is {default!r}, allowed is {describe(kind)}",
-                "Change the default or the type",
+                "ModelEdit the default or the type",
             ) from None
         except TypeError as error:
             raise Broken(f"{field.name}: {error}", "Use a type that recipes know") from None

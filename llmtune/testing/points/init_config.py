@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtune.reader import FolderReader
+from llmtune.model.tensor_reader import FolderReader
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points.edits import same_bytes

@@ -61,7 +61,7 @@ def _compare(subject: Subject, folder: Path, changes: dict[str, Any]) -> None:
 
 def keeps_documents_apart(subject: Subject, folder: Path) -> None:
     """A document's hidden states do not depend on the document before it, where rows are laid end to end."""
-    from llmtune.isolation import check_isolation
+    from llmtune.training.isolation import check_isolation
 
     plan, objective = running.build(subject.keys(folder, packing=True))
     check_isolation(objective, plan.device, packing=True)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune import checkpoint
-from llmtune.optim import make_optimizer
-from llmtune.ranks import Ranks
+from llmtune.distributed.ranks import Ranks
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
 from llmtune.testing.points.edits import same_bytes
+from llmtune.training import checkpoint
+from llmtune.training.optim import make_optimizer
 
 RATE = 0.02
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from llmtune.edits import named_tensors
-from llmtune.records import Peft
+from llmtune.contract.records import Peft
+from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
@@ -30,13 +30,13 @@ def laws(subject: Subject) -> list[Check]:
 
 
 def trains_what_it_claims(subject: Subject, folder: Path) -> None:
-    """What `Change.trainable` claims gets gradients and changes; everything else gets none and keeps its bytes; an
+    """What `ModelEdit.trainable` claims gets gradients and changes; everything else gets none and keeps its bytes; an
     adapter trains nothing of the original model.
     """
     plan, objective = running.build(subject.keys(folder))
     change = edits.change_of(subject, plan)
     if change.trainable is None:
-        raise Broken("`Change.trainable` is None, so all parameters train", "Say which train, by name")
+        raise Broken("`ModelEdit.trainable` is None, so all parameters train", "Say which train, by name")
     claimed = {name for name, _ in plan.model.named_parameters() if change.trainable(name)}
     built: Any = plan.parts.one(subject.point).built
     if getattr(built, "kind", None) not in ("adapter", "weights"):
@@ -44,7 +44,7 @@ def trains_what_it_claims(subject: Subject, folder: Path) -> None:
     if built.kind == "adapter" and (base := claimed & set(plan.ledger.direct.values())):
         raise Broken(
             f"it is an adapter and trains {names(list(base))} of the base, which `save` will not hold for others",
-            'Leave the base out of `Change.trainable`, or set kind = "weights"',
+            'Leave the base out of `ModelEdit.trainable`, or set kind = "weights"',
         )
     before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model).items()}
     wrong, silent = _step(plan, objective, claimed)
@@ -53,7 +53,7 @@ def trains_what_it_claims(subject: Subject, folder: Path) -> None:
     if silent:
         raise Broken(
             f"{names(silent)} are claimed and get no gradient in four steps",
-            "Use them in the forward pass, or leave them out of `Change.trainable`",
+            "Use them in the forward pass, or leave them out of `ModelEdit.trainable`",
         )
     after = named_tensors(plan.model)
     own = {id(after[name]) for name in claimed}  # a tied weight has several names, one of which is claimed
@@ -96,7 +96,7 @@ def resumes_exactly(subject: Subject, folder: Path) -> None:
 
 def reopens_as_trained(subject: Subject, folder: Path) -> None:
     """A finished run opens again and answers as the model did when training ended; training changed its answers."""
-    from llmtune.reopen import open_model
+    from llmtune.inference.reopen import open_model
 
     _, plan = running.train_and_keep(subject.keys(folder))
     trained = logits(plan.model, probe(plan))
@@ -104,7 +104,7 @@ def reopens_as_trained(subject: Subject, folder: Path) -> None:
     if (far := distance(logits(model, probe(plan)), trained)) > subject.tolerance:
         raise Broken(
             f"the reopened model's logits differ by {far:.1e} of their size",
-            "Have the same structure and names when `situation.mode` is infer, and set up the rest in `settle`",
+            "Have the same structure and names when `context.mode` is infer, and set up the rest in `settle`",
         )
     base, _ = running.build(subject.plain_keys(folder), "infer")
     if distance(trained, logits(base.model, probe(plan))) == 0:
@@ -127,7 +127,7 @@ def merges_into_a_plain_model(subject: Subject, folder: Path) -> None:
     """`llmtune export` writes a model that transformers reads without the plugin, with the trained model's answers."""
     from transformers import AutoModelForCausalLM
 
-    from llmtune.export import export
+    from llmtune.inference.export import export
 
     _, plan = running.train_and_keep(subject.keys(folder))
     built: Any = plan.parts.one(subject.point).built

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtune.records import LoadRule
+from llmtune.contract.records import LoadRule
 from llmtune.testing.contract import Broken
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtune.edits import named_tensors
-from llmtune.errors import PlanError
-from llmtune.records import LoadRule
+from llmtune.contract.errors import PlanError
+from llmtune.contract.records import LoadRule
+from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
@@ -45,7 +45,7 @@ def refuses_training(subject: Subject, folder: Path) -> None:
         return
     raise Broken(
         "a recipe that trains on it is accepted",
-        'Object in `check` where `situation.mode` is "train", or drop mode="infer"',
+        'Object in `check` where `context.mode` is "train", or drop mode="infer"',
     )
 
 

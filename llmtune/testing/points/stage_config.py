@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtune.edits import named_tensors
-from llmtune.stages import Batch, StageLoss
+from llmtune.contract.stages import Batch, StageLoss
+from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
@@ -137,7 +137,7 @@ def learns(subject: Subject, folder: Path) -> None:
 
 def _batch(plan: Any, rows: list[int], flat: bool = False) -> Batch:
     feed = replace(plan.feed, flat=flat or plan.feed.flat)
-    from llmtune.feed import to_device
+    from llmtune.data.batch_loader import to_device
 
     return to_device(feed.batch(rows), plan.device)
 

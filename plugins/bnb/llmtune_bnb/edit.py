@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmtune import Change, EditError, LoadRule, Situation, linear_layers
+from llmtune import EditError, LoadRule, ModelEdit, RunContext, linear_layers
 
 from .eight import Int8Rule, Linear8bit
 from .four import FourBitRule, FourBits, Linear4bit
@@ -24,15 +24,15 @@ class Bnb:
     def __init__(self, config: BnbConfig) -> None:
         self.config = config
 
-    def check(self, situation: Situation, model: nn.Module) -> Iterator[str]:
+    def check(self, context: RunContext, model: nn.Module) -> Iterator[str]:
         """8-bit bases cannot be trained on."""
-        if self.config.quantization_bit == 8 and situation.mode == "train":
+        if self.config.quantization_bit == 8 and context.mode == "train":
             yield (
                 "quantization_bit is 8, which is for inference only: its products round the activations to 8 bits, so "
                 "that gradients are not those of the model. Train with quantization_bit: 4, or without quant_config"
             )
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Swap the layers. Raises EditError if the model has no linear layer to quantise."""
         found = list(quantisable(linear_layers(model)))
         if not found:
@@ -45,7 +45,7 @@ class Bnb:
         rules: list[LoadRule] = []
         stored = 0
         for name, layer in found:
-            new, rule = make(name, layer, situation)
+            new, rule = make(name, layer, context)
             new.bias = layer.bias
             new.train(layer.training)
             model.set_submodule(name, new)
@@ -57,28 +57,28 @@ class Bnb:
             f"{len(found)} linear layers -> {self._kind()}: {weights / 1e6:.1f}M weights, "
             f"{before / 1e6:.1f} -> {stored / 1e6:.1f} MB"
         )
-        return Change(rules=rules, report=[line, *_stacks(model)])
+        return ModelEdit(rules=rules, report=[line, *_stacks(model)])
 
     def _kind(self) -> str:
         if self.config.quantization_bit == 8:
             return "int8"
         return self.config.quantization_type + (" (double quantisation)" if self.config.double_quantization else "")
 
-    def _four(self, name: str, layer: Any, situation: Situation) -> tuple[Linear4bit, LoadRule]:
+    def _four(self, name: str, layer: Any, context: RunContext) -> tuple[Linear4bit, LoadRule]:
         bits = FourBits(
             kind=self.config.quantization_type,
             double=self.config.double_quantization,
-            dtype=situation.compute_dtype,
-            storage=situation.gather_dtype,
+            dtype=context.compute_dtype,
+            storage=context.gather_dtype,
         )
         product = self.config.compute_dtype
-        compute = situation.compute_dtype if product == "auto" else getattr(torch, product)
+        compute = context.compute_dtype if product == "auto" else getattr(torch, product)
         shape, transposed = out_in(layer)
         return Linear4bit(shape, layer.bias is not None, bits, compute), FourBitRule(name, shape, bits, transposed)
 
-    def _eight(self, name: str, layer: Any, situation: Situation) -> tuple[Linear8bit, LoadRule]:
+    def _eight(self, name: str, layer: Any, context: RunContext) -> tuple[Linear8bit, LoadRule]:
         shape, transposed = out_in(layer)
-        return Linear8bit(shape, layer.bias is not None), Int8Rule(name, situation.compute_dtype, transposed)
+        return Linear8bit(shape, layer.bias is not None), Int8Rule(name, context.compute_dtype, transposed)
 
 
 def _stacks(model: nn.Module) -> list[str]:

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune import Situation
+from llmtune import RunContext
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4]])
 
 
-def situation(**changes: Any) -> Situation:
+def context(**changes: Any) -> RunContext:
     values = {
         "mode": "train", "device": "cpu", "ranks": 1, "compute_dtype": torch.float32,
         "trainable_dtype": torch.float32, "gather_dtype": torch.float32,
     }  # fmt: skip
-    return Situation(**(values | changes))
+    return RunContext(**(values | changes))
 
 
 def config(family: str = "llama", **changes: Any) -> Any:
@@ -36,7 +36,7 @@ def original(settings: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     return AutoModelForCausalLM.from_config(settings, dtype=dtype)
 
 
-def quantised(source: nn.Module, edit: Any, where: Situation) -> tuple[nn.Module, Any]:
+def quantised(source: nn.Module, edit: Any, where: RunContext) -> tuple[nn.Module, Any]:
     """The source's structure on meta, edited, then filled from the source's weights by the change's rules."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source.config, dtype=where.compute_dtype)
@@ -65,4 +65,4 @@ def restore_codes(model: nn.Module) -> None:
 
 @pytest.fixture
 def tools() -> dict[str, Callable[..., Any]]:
-    return {"situation": situation, "config": config, "original": original, "quantised": quantised, "ids": IDS}
+    return {"context": context, "config": config, "original": original, "quantised": quantised, "ids": IDS}

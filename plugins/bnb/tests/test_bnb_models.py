@@ -37,7 +37,7 @@ def test_4bit_logits_equal_from_pretrained(
     for module in theirs.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    where = tools["situation"](compute_dtype=dtype, gather_dtype=dtype)
+    where = tools["context"](compute_dtype=dtype, gather_dtype=dtype)
     edit = build(BnbConfig(quantization_type=kind, double_quantization=double))
     ours, _ = tools["quantised"](source, edit, where)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_4bit_logits_equal_from_pretrained(
 
 def test_evaluation_between_steps_changes_nothing(tools: Any) -> None:
     def losses(evaluate: bool) -> list[float]:
-        model, _ = tools["quantised"](tools["original"](tools["config"]()), build(BnbConfig()), tools["situation"]())
+        model, _ = tools["quantised"](tools["original"](tools["config"]()), build(BnbConfig()), tools["context"]())
         torch.manual_seed(1)
         model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), model)
         wrapped = model.model.layers[0].self_attn.q_proj
@@ -75,7 +75,7 @@ def test_evaluation_between_steps_changes_nothing(tools: Any) -> None:
 
 
 def test_gradients_through_a_4bit_layer_are_those_of_its_dequantised_weight(tools: Any) -> None:
-    model, _ = tools["quantised"](tools["original"](tools["config"]()), build(BnbConfig()), tools["situation"]())
+    model, _ = tools["quantised"](tools["original"](tools["config"]()), build(BnbConfig()), tools["context"]())
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(3, 64, requires_grad=True)
     layer(x).square().sum().backward()
@@ -85,7 +85,7 @@ def test_gradients_through_a_4bit_layer_are_those_of_its_dequantised_weight(tool
 
 
 def test_heads_embeddings_and_norms_stay(tools: Any) -> None:
-    model, change = tools["quantised"](tools["original"](tools["config"]()), build(BnbConfig()), tools["situation"]())
+    model, change = tools["quantised"](tools["original"](tools["config"]()), build(BnbConfig()), tools["context"]())
     assert type(model.lm_head) is torch.nn.Linear
     assert len(change.rules) == 14
     assert change.report[0].startswith("14 linear layers -> nf4 (double quantisation): ")
@@ -99,7 +99,7 @@ def test_the_plan_says_that_experts_are_not_quantised(tools: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     experts = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "experts" in name)
-    change = build(BnbConfig()).apply(model, tools["situation"]())
+    change = build(BnbConfig()).apply(model, tools["context"]())
     count = 2 * settings.num_hidden_layers
     assert change.report[1] == f"{count} stacks of experts stay in full precision: {experts / 1e6:.1f} MB"
 
@@ -107,7 +107,7 @@ def test_the_plan_says_that_experts_are_not_quantised(tools: Any) -> None:
 def test_nothing_is_materialised_by_the_edit(tools: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tools["config"]())
-    build(BnbConfig()).apply(model, tools["situation"]())
+    build(BnbConfig()).apply(model, tools["context"]())
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
@@ -115,7 +115,7 @@ def test_8bit_equals_bitsandbytes_own_layer(tools: Any) -> None:
     import bitsandbytes as bnb
 
     source = tools["original"](tools["config"]())
-    model, _ = tools["quantised"](source, build(BnbConfig(quantization_bit=8)), tools["situation"](mode="infer"))
+    model, _ = tools["quantised"](source, build(BnbConfig(quantization_bit=8)), tools["context"](mode="infer"))
     theirs = bnb.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False, threshold=6.0)
     theirs.weight = bnb.nn.Int8Params(source.model.layers[0].mlp.up_proj.weight.detach(), requires_grad=False)
     theirs = theirs.to("cpu").eval()
@@ -131,10 +131,10 @@ def test_8bit_equals_bitsandbytes_own_layer(tools: Any) -> None:
 
 def test_8bit_is_refused_for_training_and_allowed_for_inference(tools: Any) -> None:
     edit = build(BnbConfig(quantization_bit=8))
-    (sentence,) = edit.check(tools["situation"](), None)
+    (sentence,) = edit.check(tools["context"](), None)
     assert "inference only" in sentence and "quantization_bit: 4" in sentence
-    assert list(edit.check(tools["situation"](mode="infer"), None)) == []
-    assert list(build(BnbConfig()).check(tools["situation"](), None)) == []
+    assert list(edit.check(tools["context"](mode="infer"), None)) == []
+    assert list(build(BnbConfig()).check(tools["context"](), None)) == []
 
 
 def test_auto_means_bitsandbytes_with_4_bits_unless_told() -> None:
@@ -148,4 +148,4 @@ def test_a_model_without_linear_layers_is_an_error(tools: Any) -> None:
     model = torch.nn.Sequential()
     model.lm_head = torch.nn.Linear(4, 4, device="meta")
     with pytest.raises(EditError, match="no linear layer besides its output head"):
-        build(BnbConfig()).apply(model, tools["situation"]())
+        build(BnbConfig()).apply(model, tools["context"]())

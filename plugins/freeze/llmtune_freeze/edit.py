@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from llmtune import Change, PlanError, Situation, split_names, transformer_layers
+from llmtune import ModelEdit, PlanError, RunContext, split_names, transformer_layers
 
 if TYPE_CHECKING:
     from . import FreezeConfig
@@ -23,7 +23,7 @@ class Freeze:
     def __init__(self, config: FreezeConfig) -> None:
         self.config = config
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Pick names. Raises PlanError where a number or name of the recipe does not fit the model."""
         layers = text_layers(model)
         chosen = self._choose_layers(model, layers)
@@ -31,11 +31,11 @@ class Freeze:
         trained = self._inside(inside) | self._outside(model, layers)
         names, ties = with_ties(model, trained)
         cast = "float32" if self.config.cast_trainable_params_to_fp32 else "compute"
-        return Change(
+        return ModelEdit(
             trainable=names.__contains__, store_trainable=cast, report=self._report(model, chosen, trained, ties)
         )
 
-    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, situation: Situation) -> None:
+    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
         """Nothing beside the whole model, which the core writes."""
 
     def merge(self, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from llmtune_freeze import FreezeConfig, build, peft_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from llmtune import Change, PlanError, Situation
+from llmtune import ModelEdit, PlanError, RunContext
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -22,8 +22,8 @@ def model(family: str = "llama", **changes: Any) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | changes)))
 
 
-def apply(target: torch.nn.Module, **keys: Any) -> Change:
-    where = Situation(
+def apply(target: torch.nn.Module, **keys: Any) -> ModelEdit:
+    where = RunContext(
         mode="train", device="cpu", ranks=1, compute_dtype=torch.bfloat16, trainable_dtype=torch.float32,
         gather_dtype=torch.bfloat16,
     )  # fmt: skip

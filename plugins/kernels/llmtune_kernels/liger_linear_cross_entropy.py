@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 from llmtune_kernels.linear_cross_entropy import is_plain, linear_cross_entropy
 from llmtune_kernels.spec import KernelSpec
 
@@ -32,7 +32,7 @@ def liger_linear_cross_entropy(
     return loss.float()
 
 
-def _suits(model: Any, situation: Situation) -> str | None:
+def _suits(model: Any, context: RunContext) -> str | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     config = model.config.get_text_config()
     if type(head) is not nn.Linear:
@@ -47,9 +47,9 @@ def _suits(model: Any, situation: Situation) -> str | None:
     return None
 
 
-def _apply(model: Any, situation: Situation) -> Change:
+def _apply(model: Any, context: RunContext) -> ModelEdit:
     line = "liger_linear_cross_entropy: used for the loss"
-    return Change(ops={"linear_cross_entropy": liger_linear_cross_entropy}, report=[line])
+    return ModelEdit(ops={"linear_cross_entropy": liger_linear_cross_entropy}, report=[line])
 
 
 SPEC = KernelSpec(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 from llmtune_kernels.spec import KernelSpec, modules_of, swap_forward, transformers_class, where
 
 
@@ -74,14 +74,14 @@ def _forward(rms_norm: RmsNorm, variant: Variant) -> Callable[[Any, Tensor], Ten
     return forward
 
 
-def _suits(model: nn.Module, situation: Situation) -> str | None:
+def _suits(model: nn.Module, context: RunContext) -> str | None:
     return None if modules_of(model, VARIANTS) else "none of its norms is known to compute what Liger's does"
 
 
-def _apply(model: nn.Module, situation: Situation) -> Change:
+def _apply(model: nn.Module, context: RunContext) -> ModelEdit:
     from liger_kernel.transformers.functional import liger_rms_norm  # pyrefly: ignore[missing-import]
 
-    return Change(report=[f"liger_rms_norm: used in {where(replace_norms(model, liger_rms_norm))}"])
+    return ModelEdit(report=[f"liger_rms_norm: used in {where(replace_norms(model, liger_rms_norm))}"])
 
 
 SPEC = KernelSpec(

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 from llmtune_kernels.spec import KernelSpec, modules_of, swap_forward, where
 
 CLASSES = dict.fromkeys(("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"))
@@ -77,7 +77,7 @@ def _window(attention: Any) -> dict[str, int | None]:
     return {"sliding_window": attention.sliding_window}
 
 
-def _suits(model: Any, situation: Situation) -> str | None:
+def _suits(model: Any, context: RunContext) -> str | None:
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if not modules_of(model, CLASSES):
@@ -87,10 +87,10 @@ def _suits(model: Any, situation: Situation) -> str | None:
     return None
 
 
-def _apply(model: nn.Module, situation: Situation) -> Change:
+def _apply(model: nn.Module, context: RunContext) -> ModelEdit:
     from liger_kernel.transformers.functional import liger_rope  # pyrefly: ignore[missing-import]
 
-    return Change(report=[f"liger_rope: used in {where(replace_attention(model, liger_rope))}"])
+    return ModelEdit(report=[f"liger_rope: used in {where(replace_attention(model, liger_rope))}"])
 
 
 SPEC = KernelSpec(

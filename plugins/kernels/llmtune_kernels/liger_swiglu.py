@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 from llmtune_kernels.spec import KernelSpec, modules_of, swap_forward, where
 
 CLASSES = dict.fromkeys(("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "Olmo2MLP"))
@@ -38,14 +38,14 @@ def _mlps(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, mlp) for name, mlp in modules_of(model, CLASSES) if mlp.config.hidden_act in ("silu", "swish")]
 
 
-def _suits(model: nn.Module, situation: Situation) -> str | None:
+def _suits(model: nn.Module, context: RunContext) -> str | None:
     return None if _mlps(model) else "none of its MLPs is a known gated one with SiLU"
 
 
-def _apply(model: nn.Module, situation: Situation) -> Change:
+def _apply(model: nn.Module, context: RunContext) -> ModelEdit:
     from liger_kernel.transformers.functional import liger_swiglu  # pyrefly: ignore[missing-import]
 
-    return Change(report=[f"liger_swiglu: used in {where(replace_mlps(model, liger_swiglu))}"])
+    return ModelEdit(report=[f"liger_swiglu: used in {where(replace_mlps(model, liger_swiglu))}"])
 
 
 SPEC = KernelSpec(

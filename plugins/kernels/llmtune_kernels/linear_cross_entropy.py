@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 from llmtune_kernels.spec import KernelSpec
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -197,15 +197,15 @@ def _chunks(hidden_ND: Tensor, vocabulary: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _suits(model: Any, situation: Situation) -> str | None:
+def _suits(model: Any, context: RunContext) -> str | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return "it has no output head over a vocabulary" if head is None else None
 
 
-def _apply(model: Any, situation: Situation) -> Change:
-    size = CHUNK_BYTES[situation.device] // 2**20
+def _apply(model: Any, context: RunContext) -> ModelEdit:
+    size = CHUNK_BYTES[context.device] // 2**20
     line = f"linear_cross_entropy: used for the loss, {size} MiB of logits at a time"
-    return Change(ops={"linear_cross_entropy": linear_cross_entropy}, report=[line])
+    return ModelEdit(ops={"linear_cross_entropy": linear_cross_entropy}, report=[line])
 
 
 SPEC = KernelSpec(

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 from llmtune_kernels.spec import KernelSpec
 
 NAME = "llmtune_packed"
@@ -200,7 +200,7 @@ def _real_mask(mask: Tensor | None) -> Tensor | None:
     return mask.llmtune_build()
 
 
-def _suits(model: Any, situation: Situation) -> str | None:
+def _suits(model: Any, context: RunContext) -> str | None:
     config = model.config
     text = config.get_text_config()
     chosen = getattr(config, "_attn_implementation", None)
@@ -225,12 +225,12 @@ def _suits(model: Any, situation: Situation) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _apply(model: Any, situation: Situation) -> Change:
+def _apply(model: Any, context: RunContext) -> ModelEdit:
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
-    varlen = _varlen() if situation.device == "cuda" else None
+    varlen = _varlen() if context.device == "cuda" else None
     how = f"{varlen[0]} for 16-bit types" if varlen else "each document by itself"
-    return Change(
+    return ModelEdit(
         attention=NAME,
         report=[f"packed_attention: used in {model.config.get_text_config().num_hidden_layers} layers, {how}"],
     )

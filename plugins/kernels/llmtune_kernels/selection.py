@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from llmtune import Change, PlanError, Situation
+from llmtune import ModelEdit, PlanError, RunContext
 from llmtune_kernels import KERNELS
 from llmtune_kernels.spec import KernelSpec
 
@@ -22,7 +22,7 @@ class Kernels:
         self.asked_for = asked_for
         """Ids, or None for all that suit."""
 
-    def check(self, situation: Situation, model: nn.Module) -> Iterator[str]:
+    def check(self, context: RunContext, model: nn.Module) -> Iterator[str]:
         """A sentence for each kernel the recipe names that cannot be put in."""
         if self.asked_for is None:
             return
@@ -32,30 +32,30 @@ class Kernels:
                 yield f'{KEY}: "{chosen[spec.op]}" and "{spec.id}" both replace {spec.op}; keep one of them'
                 continue
             chosen[spec.op] = spec.id
-            if obstacle := spec.obstacle(model, situation):
+            if obstacle := spec.obstacle(model, context):
                 reason, fix = obstacle
                 yield f'{KEY}: "{spec.id}" cannot be used: {reason}; {fix}, or write include_kernels: auto'
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Put the kernels in. Raises PlanError if one that the recipe names cannot run here."""
-        if problems := list(self.check(situation, model)):
+        if problems := list(self.check(context, model)):
             raise PlanError("\n".join(problems))
         ops: dict[str, Callable[..., Any]] = {}
         attention, report, done = None, [], {}
         for spec in map(load, KERNELS if self.asked_for is None else self.asked_for):
-            if obstacle := spec.obstacle(model, situation):
+            if obstacle := spec.obstacle(model, context):
                 report.append(f"{spec.id}: not used, {obstacle[0]}")
             elif spec.op in done:
                 report.append(f"{spec.id}: not used, {done[spec.op]} replaces {spec.op}")
-            elif spec.train_only and situation.mode == "infer":
+            elif spec.train_only and context.mode == "infer":
                 report.append(f"{spec.id}: changes nothing in inference")
             else:
-                change = spec.apply(model, situation)
+                change = spec.apply(model, context)
                 ops |= change.ops
                 attention = change.attention or attention
                 report += change.report
                 done[spec.op] = spec.id
-        return Change(ops=ops, attention=attention, report=report or ["no kernels: include_kernels is off"])
+        return ModelEdit(ops=ops, attention=attention, report=report or ["no kernels: include_kernels is off"])
 
 
 def load(name: str) -> KernelSpec:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,11 @@ class KernelSpec:
     models: str
     """For which models, in words."""
     devices: frozenset[str]
-    suits: Callable[[nn.Module, Situation], str | None]
+    suits: Callable[[nn.Module, RunContext], str | None]
     """Why this model cannot have it, as the end of "it does not suit this model: ...", or None. Called only where
     device and package are there."""
-    apply: Callable[[nn.Module, Situation], Change]
-    """Put it in. `Change.report` holds one line that says where."""
+    apply: Callable[[nn.Module, RunContext], ModelEdit]
+    """Put it in. `ModelEdit.report` holds one line that says where."""
     package: str | None = None
     """Module that must be installed."""
     extra: str | None = None
@@ -36,14 +36,14 @@ class KernelSpec:
     train_only: bool = False
     """It changes nothing in inference."""
 
-    def obstacle(self, model: nn.Module, situation: Situation) -> tuple[str, str] | None:
+    def obstacle(self, model: nn.Module, context: RunContext) -> tuple[str, str] | None:
         """(why it cannot run here, what to do), or None."""
-        if situation.device not in self.devices:
+        if context.device not in self.devices:
             needs = " or ".join(sorted(self.devices))
-            return f"it runs on {needs}, and this run is on {situation.device}", "remove it or run on another device"
+            return f"it runs on {needs}, and this run is on {context.device}", "remove it or run on another device"
         if self.package and find_spec(self.package) is None:
             return f"it needs {self.package}, which is not installed", f"run: pip install '{self.extra}'"
-        if reason := self.suits(model, situation):
+        if reason := self.suits(model, context):
             return f"it does not suit this model: {reason}", "remove it"
         return None
 

@@ -9,7 +9,7 @@ import torch
 from llmtune_kernels import KERNELS, AutoKernelsConfig, selection
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune import PlanError, Situation
+from llmtune import PlanError, RunContext
 
 SIZES = {
     "vocab_size": 64,
@@ -28,9 +28,9 @@ def model(family: str = "llama", **changes: Any) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | changes)))
 
 
-def situation(device: str = "cpu", mode: str = "train") -> Situation:
+def context(device: str = "cpu", mode: str = "train") -> RunContext:
     kinds = dict.fromkeys(("compute_dtype", "trainable_dtype", "gather_dtype"), torch.float32)
-    return Situation(mode=mode, device=device, ranks=1, **kinds)
+    return RunContext(mode=mode, device=device, ranks=1, **kinds)
 
 
 def build(include: Any = "auto") -> Any:
@@ -41,7 +41,7 @@ def build(include: Any = "auto") -> Any:
 
 @pytest.mark.parametrize("include", ["auto", True])
 def test_auto_takes_all_that_suit(include: Any) -> None:
-    change = build(include).apply(model(), situation())
+    change = build(include).apply(model(), context())
     assert set(change.ops) == {"linear_cross_entropy"} and change.attention == "llmtune_packed"
     lines = dict(line.split(": ", 1) for line in change.report)
     assert set(lines) == set(KERNELS)
@@ -56,13 +56,13 @@ def test_no_key_means_auto() -> None:
 
 @pytest.mark.parametrize("include", [None, False, ""])
 def test_none(include: Any) -> None:
-    change = build(include).apply(model(), situation())
+    change = build(include).apply(model(), context())
     assert not change.ops and change.attention is None
     assert change.report == ["no kernels: include_kernels is off"]
 
 
 def test_a_list_takes_only_these() -> None:
-    change = build(" packed_attention , packed_attention").apply(model(), situation())
+    change = build(" packed_attention , packed_attention").apply(model(), context())
     assert not change.ops and change.attention == "llmtune_packed"
     assert len(change.report) == 1
 
@@ -76,25 +76,25 @@ def test_an_id_of_another_device_is_an_error() -> None:
     with pytest.raises(
         PlanError, match=r'"liger_rope" cannot be used: it runs on cuda, and this run is on cpu; remove'
     ):
-        build("liger_rope").apply(model(), situation())
+        build("liger_rope").apply(model(), context())
 
 
 def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtune_kernels.spec.find_spec", lambda name: None)
-    sentences = list(build("liger_swiglu,liger_rope").check(situation("cuda"), model()))
+    sentences = list(build("liger_swiglu,liger_rope").check(context("cuda"), model()))
     assert len(sentences) == 2
     assert "needs liger_kernel, which is not installed; run: pip install 'llmtune-kernels[liger]'" in sentences[0]
 
 
 def test_two_ids_for_one_operation_are_an_error() -> None:
-    (*_, sentence) = build("linear_cross_entropy,liger_linear_cross_entropy").check(situation(), model())
+    (*_, sentence) = build("linear_cross_entropy,liger_linear_cross_entropy").check(context(), model())
     assert "both replace linear_cross_entropy; keep one" in sentence
 
 
 def test_auto_takes_one_id_for_an_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtune_kernels.spec.find_spec", lambda name: True)
     monkeypatch.setattr(selection, "KERNELS", ("liger_linear_cross_entropy", "linear_cross_entropy"))
-    change = build().apply(model(), situation("cuda"))
+    change = build().apply(model(), context("cuda"))
     assert change.ops["linear_cross_entropy"].__name__ == "liger_linear_cross_entropy"
     assert (
         change.report[1] == "linear_cross_entropy: not used, liger_linear_cross_entropy replaces linear_cross_entropy"
@@ -102,7 +102,7 @@ def test_auto_takes_one_id_for_an_operation(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_inference_is_told_that_nothing_changes() -> None:
-    change = build("linear_cross_entropy,packed_attention").apply(model(), situation(mode="infer"))
+    change = build("linear_cross_entropy,packed_attention").apply(model(), context(mode="infer"))
     assert not change.ops and change.attention is None
     assert change.report[0] == "linear_cross_entropy: changes nothing in inference"
 
@@ -118,16 +118,16 @@ def test_inference_is_told_that_nothing_changes() -> None:
 )
 def test_packed_attention_refuses(family: str, changes: dict[str, Any], reason: str) -> None:
     refused = model(family, **changes)
-    (sentence,) = build("packed_attention").check(situation(), refused)
+    (sentence,) = build("packed_attention").check(context(), refused)
     assert reason in sentence
-    assert build().apply(refused, situation()).attention is None
+    assert build().apply(refused, context()).attention is None
 
 
 def test_nothing_is_imported_that_is_not_considered(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     real = selection.load
     monkeypatch.setattr(selection, "load", lambda name: loaded.append(name) or real(name))
-    build("linear_cross_entropy").apply(model(), situation())
+    build("linear_cross_entropy").apply(model(), context())
     assert set(loaded) == {"linear_cross_entropy"}
     assert importlib.util.find_spec("liger_kernel") is None or "liger_kernel" not in __import__("sys").modules
 

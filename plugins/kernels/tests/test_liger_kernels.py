@@ -15,7 +15,7 @@ from llmtune_kernels.spec import transformers_class
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from llmtune import Situation
+from llmtune import RunContext
 
 SIZES = {
     "vocab_size": 64,
@@ -182,7 +182,7 @@ def test_fused_loss_refuses_models_that_change_their_logits() -> None:
     assert suits(model("granite", logits_scaling=8.0), None) == "it scales its logits"
 
 
-ON_CUDA = Situation(
+ON_CUDA = RunContext(
     mode="train", device="cuda", ranks=1,
     compute_dtype=torch.float32, trainable_dtype=torch.float32, gather_dtype=torch.float32,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmtune import Change, PlanError, Situation, split_names
+from llmtune import ModelEdit, PlanError, RunContext, split_names
 
 from . import files
 from .merge import fold, set_magnitudes
@@ -57,32 +57,32 @@ class Lora:
         self.saved_config: LoraConfig | None = None
         """What `adapter_config.json` will say, without the run's own entries."""
 
-    def check(self, situation: Situation, model: nn.Module) -> list[str]:
+    def check(self, context: RunContext, model: nn.Module) -> list[str]:
         """Which numbers of adapters a run can take."""
         given = split_names(self.config.adapter_name_or_path)
-        if situation.mode == "train" and len(given) > 1:
+        if context.mode == "train" and len(given) > 1:
             return [
                 f"adapter_name_or_path names {len(given)} adapters; training continues exactly one. Merge the others "
                 "into the base first (llmtune export), or name one"
             ]
-        if self.config.target_parameters and (situation.layout.tensor > 1 or situation.layout.expert > 1):
+        if self.config.target_parameters and (context.layout.tensor > 1 or context.layout.expert > 1):
             return [
                 "target_parameters needs whole stacks of experts on every rank, which tp_size and ep_size split; "
                 "remove those, or target_parameters"
             ]
         return []
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Insert the adapters. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
         given = split_names(self.config.adapter_name_or_path)
-        return self._existing(model, given, situation) if given else self._new(model)
+        return self._existing(model, given, context) if given else self._new(model)
 
-    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, situation: Situation) -> None:
+    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
         """Write the adapter as PEFT does."""
         config = copy.deepcopy(self.saved_config)
         assert config is not None, "save comes after apply"
-        config.base_model_name_or_path = situation.model_name
-        config.revision = situation.revision
+        config.base_model_name_or_path = context.model_name
+        config.revision = context.revision
         config.inference_mode = True
         files.write(tensors, config, folder)
 
@@ -101,7 +101,7 @@ class Lora:
             fold(model, self.adapters)
             self.adapters.clear()
 
-    def _new(self, model: nn.Module) -> Change:
+    def _new(self, model: nn.Module) -> ModelEdit:
         recipe = self.config
         saved = saved_modules(model, recipe.modules_to_save)
         saved += [head for head in classification_heads(model) if head not in saved]
@@ -135,26 +135,26 @@ class Lora:
             for name, found in parts.items()
             if found.part == "modules_to_save"
         }
-        settle = [partial(set_magnitudes, adapter="default")] if recipe.use_dora else []
+        after_load = [partial(set_magnitudes, adapter="default")] if recipe.use_dora else []
         report = [_summary(config, layers, parameters), *_left_out(left_out, stacks), *_saved_lines(model, saved)]
-        return Change(
+        return ModelEdit(
             fresh=fresh,
             copies=copies,
-            settle=settle,
+            after_load=after_load,
             trainable=_is_adapter,
             report=report,
-            follow=_follow(model),
+            tp_follow=_follow(model),
         )
 
-    def _existing(self, model: nn.Module, places: tuple[str, ...], situation: Situation) -> Change:
+    def _existing(self, model: nn.Module, places: tuple[str, ...], context: RunContext) -> ModelEdit:
         folders = [files.adapter_folder(place) for place in places]
         configs = [files.read_config(folder) for folder in folders]
-        self._check_several(configs, situation)
+        self._check_several(configs, context)
         found: dict[str, tuple[Path, str]] = {}
         report = []
         for number, (folder, config) in enumerate(zip(folders, configs, strict=True)):
             name = "default" if number == 0 else f"adapter_{number + 1}"
-            if situation.mode == "train":
+            if context.mode == "train":
                 files.check_agreement(self.config, config, folder)
                 if self.config.lora_dropout != type(self.config).lora_dropout:
                     config.lora_dropout = self.config.lora_dropout
@@ -170,15 +170,17 @@ class Lora:
             if base:
                 report.append(f"{folder} also holds base weights, which are not read: {files.describe(base)}")
         several = len(places) > 1
-        if several and "quantized_base" in situation.words:
+        if several and "quantized_base" in context.capabilities:
             self._use_side_by_side(model)
-        settle = [self.merge] if several and "quantized_base" not in situation.words else []
-        return Change(files=found, settle=settle, trainable=_is_adapter, report=report, follow=_follow(model))
+        after_load = [self.merge] if several and "quantized_base" not in context.capabilities else []
+        return ModelEdit(
+            files=found, after_load=after_load, trainable=_is_adapter, report=report, tp_follow=_follow(model)
+        )
 
-    def _check_several(self, configs: list[LoraConfig], situation: Situation) -> None:
+    def _check_several(self, configs: list[LoraConfig], context: RunContext) -> None:
         if len(configs) < 2:
             return
-        if "quantized_base" in situation.words and any(c.use_dora or c.modules_to_save for c in configs):
+        if "quantized_base" in context.capabilities and any(c.use_dora or c.modules_to_save for c in configs):
             raise PlanError(
                 "peft_config.adapter_name_or_path: several adapters cannot be merged into a quantised base, and those "
                 "with use_dora or modules_to_save cannot be used side by side; name one, or remove quant_config"

@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune import Change, Situation
+from llmtune import ModelEdit, RunContext
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4]])
 
 
-def situation(**changes: Any) -> Situation:
+def context(**changes: Any) -> RunContext:
     values = {
         "mode": "train", "device": "cpu", "ranks": 1, "compute_dtype": torch.float32,
         "trainable_dtype": torch.float32, "gather_dtype": torch.float32, "model_name": "some/base", "revision": "main",
     }  # fmt: skip
-    return Situation(**(values | changes))
+    return RunContext(**(values | changes))
 
 
 def config(family: str = "llama", **changes: Any) -> Any:
@@ -44,7 +44,7 @@ def skeleton(source: nn.Module) -> nn.Module:
     return model
 
 
-def fill(model: nn.Module, source: nn.Module, change: Change) -> None:
+def fill(model: nn.Module, source: nn.Module, change: ModelEdit) -> None:
     """Base weights by name, then what the change reports, then its last steps."""
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     ties = {alias: name for name, alias in zip_ties(model)}
@@ -65,7 +65,7 @@ def fill(model: nn.Module, source: nn.Module, change: Change) -> None:
             tensors[name].copy_(load_file(path)[key])
         for name, of in change.copies.items():
             tensors[name].copy_(tensors[of])
-    for step in change.settle:
+    for step in change.after_load:
         step(model)
     if change.trainable is not None:
         for name, parameter in model.named_parameters():
@@ -83,9 +83,9 @@ def zip_ties(model: nn.Module) -> list[tuple[str, str]]:
     return ties
 
 
-def adapted(source: nn.Module, edit: Any, where: Situation | None = None) -> tuple[nn.Module, Change]:
+def adapted(source: nn.Module, edit: Any, where: RunContext | None = None) -> tuple[nn.Module, ModelEdit]:
     model = skeleton(source)
-    change = edit.apply(model, where or situation())
+    change = edit.apply(model, where or context())
     fill(model, source, change)
     return model, change
 
@@ -103,6 +103,6 @@ def disturb(model: nn.Module, seed: int = 7) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def tools() -> dict[str, Callable[..., Any]]:
     return {
-        "situation": situation, "config": config, "original": original, "skeleton": skeleton, "adapted": adapted,
+        "context": context, "config": config, "original": original, "skeleton": skeleton, "adapted": adapted,
         "disturb": disturb, "ids": IDS,
     }  # fmt: skip

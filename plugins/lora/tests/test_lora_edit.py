@@ -104,7 +104,7 @@ def test_a_classification_head_is_trained_with_the_adapter(tools: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(tools["config"](num_labels=3))
     edit = build(LoraRecipe())
-    change = edit.apply(model, tools["situation"]())
+    change = edit.apply(model, tools["context"]())
     assert change.copies == {"score.modules_to_save.default.weight": "score.original_module.weight"}
     assert edit.saved_config.task_type == "SEQ_CLS"
 
@@ -127,11 +127,11 @@ def test_a_classification_head_is_trained_with_the_adapter(tools: Any) -> None:
 def test_what_does_not_fit_is_an_error_with_the_fix(tools: Any, keys: dict[str, Any], sentence: str) -> None:
     model = tools["skeleton"](tools["original"](tools["config"]()))
     with pytest.raises(PlanError, match=sentence):
-        build(LoraRecipe(**keys)).apply(model, tools["situation"]())
+        build(LoraRecipe(**keys)).apply(model, tools["context"]())
 
 
 def test_training_continues_one_adapter_only(tools: Any) -> None:
     edit = build(LoraRecipe(adapter_name_or_path="a, b"))
-    (sentence,) = edit.check(tools["situation"](), None)
+    (sentence,) = edit.check(tools["context"](), None)
     assert "names 2 adapters; training continues exactly one" in sentence
-    assert edit.check(tools["situation"](mode="infer"), None) == []
+    assert edit.check(tools["context"](mode="infer"), None) == []

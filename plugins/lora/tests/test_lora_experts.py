@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from llmtune import Layout, PlanError
+from llmtune import ParallelDims, PlanError
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 STACKS = "experts.gate_up_proj, experts.down_proj"
@@ -34,7 +34,7 @@ def test_each_expert_has_an_adapter_and_peft_reads_the_file(tools: Any, tmp_path
         trained = tools["disturb"](model)
         assert trained["model.layers.0.mlp.experts.base_layer.lora_A.default.weight"].shape[0] == 4 * 2
         logits = model(tools["ids"]).logits
-    edit.save(model, trained, tmp_path, tools["situation"]())
+    edit.save(model, trained, tmp_path, tools["context"]())
     theirs = PeftModel.from_pretrained(mixture(tools), str(tmp_path)).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(tools["ids"]).logits, logits)
@@ -60,7 +60,7 @@ def test_names_that_peft_takes_to_mean_the_experts_get_no_adapter_elsewhere(tool
     assert not any("mlp" in name for name, _ in model.named_modules() if "lora" in name)
     assert any(line.startswith("3 layers get no adapter, as PEFT takes their names") for line in change.report)
     with pytest.raises(PlanError, match='PEFT takes "gate_proj" in Qwen3MoeForCausalLM to mean its stacks of experts'):
-        build(LoraRecipe(target_modules="gate_proj")).apply(tools["skeleton"](source), tools["situation"]())
+        build(LoraRecipe(target_modules="gate_proj")).apply(tools["skeleton"](source), tools["context"]())
 
 
 def test_a_router_with_code_of_its_own_is_no_linear_layer(tools: Any) -> None:
@@ -84,6 +84,6 @@ def test_what_adapters_on_stacks_cannot_do(keys: dict[str, Any], sentence: str) 
 def test_unknown_stacks_and_split_ones_are_refused(tools: Any) -> None:
     unknown = build(LoraRecipe(lora_dropout=0.0, target_parameters="experts.gate_proj"))
     with pytest.raises(PlanError, match='found "experts.gate_proj", which names nothing'):
-        unknown.apply(tools["skeleton"](mixture(tools)), tools["situation"]())
-    (sentence,) = build(RECIPE).check(tools["situation"](ranks=2, layout=Layout(tensor=2)), mixture(tools))
+        unknown.apply(tools["skeleton"](mixture(tools)), tools["context"]())
+    (sentence,) = build(RECIPE).check(tools["context"](ranks=2, layout=ParallelDims(tensor=2)), mixture(tools))
     assert "which tp_size and ep_size split" in sentence

@@ -39,7 +39,7 @@ def trained(tools: Any, tie: bool = False, seed: int = 7, **keys: Any) -> tuple[
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
 def test_peft_reads_what_is_saved(tools: Any, tmp_path: Path, recipe: str) -> None:
     source, edit, model, tensors = trained(tools, **RECIPES[recipe])
-    edit.save(model, tensors, tmp_path, tools["situation"]())
+    edit.save(model, tensors, tmp_path, tools["context"]())
     expected = model(tools["ids"]).logits
     assert not torch.allclose(expected, source(tools["ids"]).logits, atol=1e-3)
     theirs = PeftModel.from_pretrained(source, tmp_path).eval()
@@ -51,7 +51,7 @@ def test_peft_reads_what_is_saved(tools: Any, tmp_path: Path, recipe: str) -> No
 
 def test_config_file_says_what_peft_says(tools: Any, tmp_path: Path) -> None:
     _, edit, model, tensors = trained(tools, r=4, lora_alpha=8)
-    edit.save(model, tensors, tmp_path, tools["situation"]())
+    edit.save(model, tensors, tmp_path, tools["context"]())
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert said["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert said["base_model_name_or_path"] == "some/base" and said["revision"] == "main"
@@ -61,7 +61,7 @@ def test_config_file_says_what_peft_says(tools: Any, tmp_path: Path) -> None:
 
 def test_target_names_are_not_shortened_where_that_would_name_more(tools: Any, tmp_path: Path) -> None:
     _, edit, model, tensors = trained(tools, target_modules="model.layers.1.mlp.up_proj, q_proj")
-    edit.save(model, tensors, tmp_path, tools["situation"]())
+    edit.save(model, tensors, tmp_path, tools["context"]())
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert "model.layers.1.mlp.up_proj" in said["target_modules"] and len(said["target_modules"]) == 3
 
@@ -69,13 +69,13 @@ def test_target_names_are_not_shortened_where_that_would_name_more(tools: Any, t
 @pytest.mark.parametrize("recipe", ["lora", "dora", "tied head", "adapted embedding"])
 def test_a_saved_adapter_is_continued(tools: Any, tmp_path: Path, recipe: str) -> None:
     source, edit, model, tensors = trained(tools, **RECIPES[recipe])
-    edit.save(model, tensors, tmp_path, tools["situation"]())
+    edit.save(model, tensors, tmp_path, tools["context"]())
     again = build(LoraRecipe(adapter_name_or_path=str(tmp_path)))
     continued, change = tools["adapted"](source, again)
     assert torch.equal(continued(tools["ids"]).logits, model(tools["ids"]).logits)
     now = {name: parameter for name, parameter in continued.named_parameters() if parameter.requires_grad}
     assert now.keys() == tensors.keys() and set(change.files) == now.keys()
-    again.save(continued, now, tmp_path / "again", tools["situation"]())
+    again.save(continued, now, tmp_path / "again", tools["context"]())
     old, new = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
     assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
 
@@ -112,9 +112,9 @@ def test_several_adapters_are_merged_in_order(tools: Any, tmp_path: Path, dora: 
     source = None
     for number in (1, 2):
         source, edit, model, tensors = trained(tools, seed=number, use_dora=dora, target_modules="q_proj, down_proj")
-        edit.save(model, tensors, tmp_path / str(number), tools["situation"]())
+        edit.save(model, tensors, tmp_path / str(number), tools["context"]())
     both = build(LoraRecipe(adapter_name_or_path=(str(tmp_path / "1"), str(tmp_path / "2"))))
-    merged, _ = tools["adapted"](source, both, tools["situation"](mode="infer"))
+    merged, _ = tools["adapted"](source, both, tools["context"](mode="infer"))
     for number in (1, 2):  # PEFT, one after the other
         source = PeftModel.from_pretrained(source, tmp_path / str(number)).merge_and_unload()
     torch.testing.assert_close(merged(tools["ids"]).logits, source(tools["ids"]).logits, rtol=1e-5, atol=1e-6)
@@ -136,7 +136,7 @@ def test_a_file_that_does_not_fit_is_an_error_that_lists_keys(
     tools: Any, tmp_path: Path, change: Any, sentence: str
 ) -> None:
     source, edit, model, tensors = trained(tools)
-    edit.save(model, tensors, tmp_path, tools["situation"]())
+    edit.save(model, tensors, tmp_path, tools["context"]())
     state = dict(sorted(load_file(tmp_path / "adapter_model.safetensors").items()))
     change(state)
     save_file(state, tmp_path / "adapter_model.safetensors")
@@ -156,10 +156,10 @@ def test_a_recipe_that_contradicts_the_continued_adapter(
     tools: Any, tmp_path: Path, keys: dict[str, Any], sentence: str
 ) -> None:
     source, edit, model, tensors = trained(tools, target_modules="q_proj")
-    edit.save(model, tensors, tmp_path, tools["situation"]())
+    edit.save(model, tensors, tmp_path, tools["context"]())
     with pytest.raises(PlanError, match=sentence):
         build(LoraRecipe(adapter_name_or_path=str(tmp_path), **keys)).apply(
-            tools["skeleton"](source), tools["situation"]()
+            tools["skeleton"](source), tools["context"]()
         )
     agreeing = build(LoraRecipe(adapter_name_or_path=str(tmp_path), target_modules="q_proj", lora_dropout=0.2))
     continued, _ = tools["adapted"](source, agreeing)
@@ -169,10 +169,10 @@ def test_a_recipe_that_contradicts_the_continued_adapter(
 def test_places_without_an_adapter(tools: Any, tmp_path: Path) -> None:
     model = tools["skeleton"](tools["original"](tools["config"]()))
     with pytest.raises(PlanError, match=r"holds no adapter_config\.json"):
-        build(LoraRecipe(adapter_name_or_path=str(tmp_path))).apply(model, tools["situation"]())
+        build(LoraRecipe(adapter_name_or_path=str(tmp_path))).apply(model, tools["context"]())
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(PlanError, match=r"has no adapter_model\.safetensors"):
-        build(LoraRecipe(adapter_name_or_path=str(tmp_path))).apply(model, tools["situation"]())
+        build(LoraRecipe(adapter_name_or_path=str(tmp_path))).apply(model, tools["context"]())
 
 
 class Packed(torch.nn.Linear):
@@ -185,22 +185,22 @@ class Packed(torch.nn.Linear):
 def test_on_a_quantised_base_several_stay_side_by_side(tools: Any, tmp_path: Path) -> None:
     for number in (1, 2):
         source, edit, model, tensors = trained(tools, seed=number, target_modules="q_proj")
-        edit.save(model, tensors, tmp_path / str(number), tools["situation"]())
-    where = tools["situation"](mode="infer", words=frozenset({"quantized_base"}))
+        edit.save(model, tensors, tmp_path / str(number), tools["context"]())
+    where = tools["context"](mode="infer", capabilities=frozenset({"quantized_base"}))
     edit = build(LoraRecipe(adapter_name_or_path=f"{tmp_path / '1'}, {tmp_path / '2'}"))
     model, change = tools["adapted"](source, edit, where)
     for number in (1, 2):
         source = PeftModel.from_pretrained(source, tmp_path / str(number)).merge_and_unload()
     torch.testing.assert_close(model(tools["ids"]).logits, source(tools["ids"]).logits, rtol=1e-5, atol=1e-6)
-    assert not change.settle
+    assert not change.after_load
 
 
 def test_a_quantised_layer_is_neither_copied_nor_merged_into(tools: Any) -> None:
     model = tools["skeleton"](tools["original"](tools["config"]()))
     model.model.layers[0].mlp.up_proj = Packed(32, 48, bias=False, device="meta")
     with pytest.raises(PlanError, match="stored quantised and cannot be trained in full"):
-        build(LoraRecipe(modules_to_save="up_proj")).apply(model, tools["situation"]())
+        build(LoraRecipe(modules_to_save="up_proj")).apply(model, tools["context"]())
     edit = build(LoraRecipe(target_modules="up_proj"))
-    edit.apply(model, tools["situation"]())
+    edit.apply(model, tools["context"]())
     with pytest.raises(PlanError, match="merged into an unquantised base"):
         edit.merge(model)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune import Batch, Plugin, Situation, StageContext, StageLoss, hookimpl
+from llmtune import Batch, Plugin, RunContext, StageContext, StageLoss, hookimpl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class NextToken:
 
     name: str
 
-    def check(self, situation: Situation, model: Any) -> Iterator[str]:
+    def check(self, context: RunContext, model: Any) -> Iterator[str]:
         """A language model has a head over its vocabulary; a classifier has not."""
         head = model.get_output_embeddings()
         if head is None or getattr(head, "out_features", None) != model.config.get_text_config().vocab_size:

@@ -14,7 +14,7 @@ from acme_tuning.int8_rows import Int8Linear, Int8Rows, RowsRule, quantise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtune import Change, Part, Situation
+from llmtune import ModelEdit, Part, RunContext
 
 
 class _Rows(Int8Rows):
@@ -23,8 +23,8 @@ class _Rows(Int8Rows):
     def __init__(self) -> None:
         super().__init__(Int8RowsConfig())
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        change = super().apply(model, situation)
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        change = super().apply(model, context)
         return replace(change, rules=[self.rule(rule.layer, rule.dtype) for rule in change.rules])
 
 
@@ -33,8 +33,8 @@ class SaysNoWord(_Rows):
 
 
 class ForgetsARule(_Rows):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        change = super().apply(model, situation)
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        change = super().apply(model, context)
         return replace(change, rules=change.rules[1:])
 
 
@@ -87,8 +87,8 @@ class _Louder(Int8Linear):
 
 
 class ComputesOtherwise(_Rows):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        change = super().apply(model, situation)
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        change = super().apply(model, context)
         for module in model.modules():
             if isinstance(module, Int8Linear):
                 module.__class__ = _Louder
@@ -101,13 +101,13 @@ class _Gains(Ia3):
 
 
 class TrainsTheBase(_Gains):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        return replace(super().apply(model, situation), trainable=lambda name: "layers.1" in name)
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        return replace(super().apply(model, context), trainable=lambda name: "layers.1" in name)
 
 
 class TrainsWhatItDoesNotUse(_Gains):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        change = super().apply(model, situation)
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        change = super().apply(model, context)
         model.idle = nn.Parameter(torch.empty(3, device="meta"))
         return replace(
             change, fresh={**change.fresh, "idle": nn.init.zeros_}, trainable=lambda n: n == "idle" or ".gain" in n
@@ -122,8 +122,8 @@ class _Drifting(Rescaled):
 
 
 class MovesFrozenWeights(_Gains):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        change = super().apply(model, situation)
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        change = super().apply(model, context)
         for module in model.modules():
             if isinstance(module, Rescaled):
                 module.__class__ = _Drifting
@@ -131,13 +131,13 @@ class MovesFrozenWeights(_Gains):
 
 
 class StartsAtRandom(_Gains):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        def settle(model: nn.Module) -> None:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        def after_load(model: nn.Module) -> None:
             for name, parameter in model.named_parameters():
                 if name.endswith(".gain"):
                     parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
 
-        return replace(super().apply(model, situation), settle=[settle])
+        return replace(super().apply(model, context), after_load=[after_load])
 
 
 class StartsByRank(_Gains):
@@ -161,8 +161,8 @@ class _Counting(Rescaled):
 
 
 class RemembersOutside(_Gains):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        change = super().apply(model, situation)
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        change = super().apply(model, context)
         for module in model.modules():
             if isinstance(module, Rescaled):
                 module.__class__ = _Counting
@@ -170,9 +170,9 @@ class RemembersOutside(_Gains):
 
 
 class OpensOtherwise(_Gains):
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        change = super().apply(model, situation)
-        if situation.mode == "infer":
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        change = super().apply(model, context)
+        if context.mode == "infer":
             for module in model.modules():
                 if isinstance(module, Rescaled):
                     module.register_forward_hook(lambda module, inputs, output: output * 0.9)
@@ -192,23 +192,23 @@ class _Scaled(torch.autograd.Function):
 class WrongGradient:
     """A loss whose value is right and whose gradient is not."""
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         def op(hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, transform: Any) -> Tensor:
             return F.cross_entropy(head(_Scaled.apply(hidden_ND)).float(), targets_N, reduction="sum")
 
-        return Change(ops={"linear_cross_entropy": op}, report=["one loss"])
+        return ModelEdit(ops={"linear_cross_entropy": op}, report=["one loss"])
 
 
 class WrongAnswer:
-    def apply(self, model: Any, situation: Situation) -> Change:
+    def apply(self, model: Any, context: RunContext) -> ModelEdit:
         norm = model.model.norm
         norm.__class__ = type("Fast", (type(norm),), {"forward": lambda self, x: x * self.weight})
-        return Change(report=["one norm"])
+        return ModelEdit(report=["one norm"])
 
 
 class DoesNothing:
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
-        return Change(report=["not used"])
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        return ModelEdit(report=["not used"])
 
 
 def _all_see_all(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
@@ -220,8 +220,8 @@ def _all_see_all(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, m
 class MixesDocuments:
     """Attention over the whole row, whatever the documents in it."""
 
-    def apply(self, model: nn.Module, situation: Situation) -> Change:
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         from transformers import AttentionInterface
 
         AttentionInterface.register("acme_all_see_all", _all_see_all)
-        return Change(attention="acme_all_see_all", report=["attention"])
+        return ModelEdit(attention="acme_all_see_all", report=["attention"])

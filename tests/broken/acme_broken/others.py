@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune import Batch, Layout, Situation, StageContext, StageLoss, TensorReader
+from llmtune import Batch, ParallelDims, RunContext, StageContext, StageLoss, TensorReader
 
 
 class _Stage:
@@ -52,8 +52,8 @@ class LosesRanks:
     in_host_memory = False
     alone = True
 
-    def layout(self, ranks: int) -> Layout:
-        return Layout(shard=max(1, ranks - 1))
+    def layout(self, ranks: int) -> ParallelDims:
+        return ParallelDims(shard=max(1, ranks - 1))
 
 
 class SumsGradients:
@@ -61,8 +61,8 @@ class SumsGradients:
 
     in_host_memory = False
 
-    def layout(self, ranks: int) -> Layout:
-        return Layout(shard=ranks)
+    def layout(self, ranks: int) -> ParallelDims:
+        return ParallelDims(shard=ranks)
 
     def before_backward(self, root: nn.Module, last: bool) -> None:
         for parameter in root.parameters():
@@ -72,7 +72,7 @@ class SumsGradients:
     def _sum(self, parameter: Tensor) -> None:
         torch.distributed.all_reduce(parameter.grad)
 
-    def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, situation: Situation) -> None:
+    def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, context: RunContext) -> None:
         """Everything stays whole."""
 
 

@@ -1,0 +1,208 @@
+"""The Python API: `train`, `plan`, `build`, `load`, and the `Run` they give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.errors import CheckpointError, PlanError
+from llmtune.training import run_folder as rundir
+
+if TYPE_CHECKING:
+    from llmtune.planning.plan import Plan
+    from llmtune.recipe.recipe import Recipe
+
+
+class Run:
+    """A run on disk: its metrics, its model, what can be made of it."""
+
+    def __init__(self, folder: str | Path, *, answers: list[tuple[str, str, str]] | None = None) -> None:
+        self.output_dir = Path(folder)
+        self._answers = answers
+        self._conversation: Any = None
+        self._generation: dict[str, Any] = {}
+        self._model: tuple[Any, Any] | None = None
+
+    @property
+    def status(self) -> str:
+        """`done`, `interrupted`, `running` or `failed`."""
+        return str(rundir.read_record(self.output_dir).get("status", "unknown"))
+
+    @property
+    def answers(self) -> list[tuple[str, str, str]]:
+        """(question, answer before, answer after) of the recipe's `sample_prompts`."""
+        if self._answers is None:
+            recorded = rundir.read_record(self.output_dir).get("answers") or []
+            self._answers = [(question, before, after) for question, before, after in recorded]
+        return self._answers
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict per line: step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second, eval_loss."""
+        from llmtune.training.log import read_metrics
+
+        return read_metrics(self.output_dir)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Curves of loss, learning rate, gradient norm and speed; a matplotlib Figure, saved if `path` is given."""
+        from llmtune.training.plot import plot_metrics
+
+        return plot_metrics(self.metrics, Path(path) if path else None)
+
+    def model(self) -> tuple[Any, Any]:
+        """The trained model (adapter in place) and its tokenizer, loaded once, on the best device here."""
+        if self._model is None:
+            from llmtune.inference.reopen import open_model
+
+            self._model = open_model(self.output_dir)
+        return self._model
+
+    def chat(self, text: str, **generation: Any) -> str:
+        """Answer `text`, continuing the conversation.
+
+        Keywords are generation parameters (`temperature=0.2`), from this answer on. Raises RecipeError for a wrong one.
+        """
+        if self._conversation is None or generation:
+            from llmtune.inference.chat import conversation_for, generate_config
+            from llmtune.inference.reopen import recipe_of
+
+            recipe, given = recipe_of(self.output_dir), {**self._generation, **generation}
+            config = generate_config(recipe, given)
+            if self._conversation is None:
+                self._conversation = conversation_for(recipe, *self.model(), config)
+            self._conversation.config, self._generation = config, given
+        return self._conversation.ask(text)
+
+    def export(self, export_dir: str | Path, **keys: Any) -> Path:
+        """Merge the adapter into its base and write a plain model; keys as `llmtune export` takes them."""
+        from llmtune.inference.export import export
+
+        return export(self.output_dir, export_dir=str(export_dir), **keys)
+
+    def __repr__(self) -> str:
+        losses = [row["loss"] for row in self.metrics if row.get("loss") is not None]
+        curve = f", loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
+        return f"Run({str(self.output_dir)!r}, {self.status}{curve})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from llmtune.training.log import loss_table
+
+        answers = "".join(
+            f"<tr><td>{escape(question)}</td><td>{escape(before)}</td><td>{escape(after)}</td></tr>"
+            for question, before, after in self.answers
+        )
+        table = f"<table><tr><th>question</th><th>before</th><th>after</th></tr>{answers}</table>" if answers else ""
+        return f"<b>{escape(repr(self))}</b>{table}<pre>{escape(loss_table(self.metrics))}</pre>"
+
+
+def _recipe_and_registry(recipe: Any, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
+
+    return load_recipe(recipe, overrides), Registry()
+
+
+def train(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, **overrides: Any) -> Run:
+    """Train as the recipe says (a file or a mapping; keywords override keys) and return the run.
+
+    `nproc` starts that many ranks on this machine; by default one per GPU. Raises subclasses of `LlmtuneError`.
+    """
+    from llmtune.distributed.launch import under_launcher
+
+    loaded, registry = _recipe_and_registry(recipe, overrides)
+    ranks = nproc or default_ranks(loaded.train.device)
+    if ranks > 1 and not under_launcher():
+        return _train_in_processes(loaded, ranks)
+    from llmtune.planning.show import outcome_text
+    from llmtune.training.run import train_here
+
+    outcome = train_here(loaded, registry)
+    if outcome.plan.ranks.first:
+        print("\n" + outcome_text(outcome))
+    return Run(outcome.plan.output_dir, answers=outcome.answers)
+
+
+def default_ranks(device: str) -> int:
+    """One rank per visible GPU, one on a CPU."""
+    if device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _train_in_processes(recipe: Any, ranks: int) -> Run:
+    import tempfile
+
+    from llmtune.distributed.launch import EXIT_INTERRUPTED, LaunchError, launch, write_temporary_recipe
+
+    folder = Path(recipe.train.output_dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = write_temporary_recipe({**recipe.tree, "output_dir": str(folder)}, Path(scratch))
+        code = launch(["train", str(path)], ranks)
+    if code not in (0, EXIT_INTERRUPTED):
+        raise LaunchError(f"a rank of the run failed with exit code {code}; its message is above")
+    return Run(folder)
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    nproc: int | None = None,
+    ranks: int | None = None,
+    device: str | None = None,
+    **overrides: Any,
+) -> Plan:
+    """Resolve everything without reading weights or touching a device; print the result to see it.
+
+    `nproc` plans for so many ranks of this machine. `ranks` and `device` (`h100`, `24GB`) describe a machine that need
+    not be this one; the plan's `cost` says what a step takes there. `auto`, `cpu` and `cuda` are the recipe's key.
+    """
+    from llmtune.cost.devices import DEVICE_KEY
+
+    if device in DEVICE_KEY:
+        overrides, device = {**overrides, "device": device}, None
+    loaded, _ = _recipe_and_registry(recipe, overrides)
+    return plan_for(loaded, nproc=nproc, ranks=ranks, described=device)
+
+
+def plan_for(recipe: Recipe, *, nproc: int | None, ranks: int | None, described: str | None) -> Plan:
+    """The plan of a recipe for this machine, or for `ranks` of a described device."""
+    from llmtune.cost.devices import chosen_device
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.planning.plan import make_plan
+    from llmtune.recipe.registry import Registry
+
+    device, target = chosen_device(recipe.train.device, described, ranks is not None)
+    size = ranks or nproc or (1 if described else default_ranks(recipe.train.device))
+    made = make_plan(recipe, Registry(), Ranks(size=size), device, target=target)
+    rundir.preview(made)
+    return made
+
+
+def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:
+    """The composed model, with weights, and its tokenizer: for notebooks and own loops. One process."""
+    from llmtune.distributed.ranks import Ranks, pick_device
+    from llmtune.planning.plan import make_plan
+    from llmtune.training.building import build_objective
+
+    loaded, registry = _recipe_and_registry(recipe, overrides)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise PlanError("llmtune.build makes a model in one process; under torchrun use llmtune.train")
+    # One process: there is nothing to arrange.
+    loaded = replace(loaded, blocks={point: found for point, found in loaded.blocks.items() if point != "dist_config"})
+    needs_data = loaded.data.dataset is not None
+    made = make_plan(loaded, registry, Ranks(), pick_device(loaded.train.device), "train" if needs_data else "build")
+    return build_objective(made).model, made.tokenizer
+
+
+def load(run_dir: str | Path) -> Run:
+    """Reopen a run. Raises CheckpointError if the folder holds none."""
+    if not (Path(run_dir) / "run.json").exists():
+        raise CheckpointError(f"{run_dir}: holds no run of llmtune (no run.json)")
+    return Run(run_dir)

@@ -1,0 +1,234 @@
+"""The command line. Only this module parses arguments and decides exit codes; torch loads inside commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmtune import __version__
+from llmtune.cli import data as data_cli
+from llmtune.contract.errors import LlmtuneError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    top = parser()
+    # argparse alone would refuse key=value words that follow an option.
+    options, rest = top.parse_known_args(arguments)
+    if strange := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
+        top.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    try:
+        return options.command(options) or 0
+    except LlmtuneError as error:
+        _record_for_launcher(error)
+        _say(error)
+        return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader (`| head`) has gone; nothing more can be said to it.
+            sys.stderr.close()
+            return 0
+        _record_for_launcher(error)
+        print(f"llmtune: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("llmtune: interrupted", file=sys.stderr)
+        return 130
+
+
+def _say(error: LlmtuneError) -> None:
+    """The sentence, once on each machine if all ranks stop for it."""
+    import os
+
+    if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"llmtune: {error.where}{error}", file=sys.stderr, flush=True)
+    if error.everywhere:
+        from llmtune.distributed.ranks import leave
+
+        leave()
+
+
+def _record_for_launcher(error: BaseException) -> None:
+    """Leave the error where torch's elastic launcher looks for it."""
+    import os
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="llmtune", description="Fine-tune language models from a short recipe.")
+    top.add_argument("--version", action="version", version=f"llmtune {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], int | None], text: str, more: str = "") -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=f"{text}. {more}".strip())
+        made.set_defaults(command=run)
+        return made
+
+    train = command(
+        "train", _train, "Train as a recipe says", "An interrupted run continues when the same command is run again."
+    )
+    _recipe_arguments(train)
+    train.add_argument("--nproc", type=_count, metavar="N", help="ranks on this machine (default: one per GPU)")
+    train.add_argument("--nnodes", default="1", metavar="N", help="machines of the run, or LEAST:MOST of them")
+    train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is one of them")
+    train.add_argument("--rdzv-id", metavar="NAME", help="tells runs apart that meet at the same HOST:PORT")
+    train.add_argument(
+        "--max-restarts", type=_count, default=0, metavar="N", help="start failed ranks again, so often at most"
+    )
+    plan = command(
+        "plan",
+        _plan,
+        "Show what a recipe would do and what it costs, without reading weights",
+        "Finds every error that a run would hit later. That a run does not fit its device is said, with what would "
+        "help, and is no error: the exit code is 0.",
+    )
+    _recipe_arguments(plan)
+    plan.add_argument("--nproc", type=_count, metavar="N", help="plan for this many ranks of this machine")
+    plan.add_argument("--ranks", type=_count, metavar="N", help="plan for this many ranks, on any machines")
+    plan.add_argument("--device", metavar="NAME", help="of this kind: h100, a100, rtx4090, ... or a memory, 24GB")
+    plan.add_argument("--json", action="store_true", help="the cost, for machines")
+    chat = command("chat", _chat, "Talk to a run, a checkpoint or a model")
+    chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder or a hub id")
+    chat.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="generation parameters (temperature=0.2) or recipe keys"
+    )
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    export = command("export", _export, "Merge an adapter into its base and write a plain model")
+    export.add_argument("run", metavar="RUN", help="a run's folder or one of its checkpoints")
+    export.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id",
+    )
+    data_cli.add_commands(commands)
+    plugins = command("plugins", _plugins, "List extension points and what is installed for them")
+    plugins.add_argument("--json", action="store_true", help="for machines")
+    command("schema", _schema, "Print the JSON Schema of recipes, with the installed plugins' blocks")
+    return top
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, allowed is a whole number >= 1")
+    return int(text)
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override keys: learning_rate=1e-4 peft_config.r=32"
+    )
+
+
+def quiet_libraries() -> None:
+    """transformers' bars for loading and writing files say nothing that our own lines do not."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # PEFT imports bitsandbytes, which on a CPU reports each kernel package that is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _train(options: Any) -> int:
+    from llmtune.api import default_ranks
+    from llmtune.distributed.launch import EXIT_INTERRUPTED, Machines, launch, under_launcher
+    from llmtune.distributed.ranks import leave, tell_the_others
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
+    from llmtune.recipe.train_config import TrainConfig
+
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+    except (LlmtuneError, OSError) as error:
+        tell_the_others(error, TrainConfig.ddp_timeout)
+        raise
+    if not under_launcher():
+        machines = Machines.parse(options.nnodes, options.rdzv_endpoint, options.rdzv_id, options.max_restarts)
+        ranks = options.nproc or default_ranks(recipe.train.device)
+        if ranks > 1 or machines != Machines():
+            return launch(["train", options.recipe, *options.overrides], ranks, machines)
+    from llmtune.planning.show import outcome_text
+    from llmtune.training.run import train_here
+
+    quiet_libraries()
+    outcome = train_here(recipe, Registry())
+    if outcome.plan.ranks.first:
+        print("\n" + outcome_text(outcome))
+    leave()
+    return EXIT_INTERRUPTED if outcome.status == "interrupted" else 0
+
+
+def _plan(options: Any) -> None:
+    import json
+
+    from llmtune.api import plan_for
+    from llmtune.cost.text import detail_text, quick_text
+    from llmtune.recipe.recipe import load_recipe
+
+    quiet_libraries()
+    recipe = load_recipe(options.recipe, options.overrides)
+    found = plan_for(recipe, nproc=options.nproc, ranks=options.ranks, described=options.device)
+    if options.json:
+        print(json.dumps(found.cost.as_dict(), indent=1))
+        return
+    print(f"{found}\n\n{quick_text(found.cost)}", flush=True)
+    print(detail_text(found.cost))
+
+
+def _chat(options: Any) -> None:
+    from dataclasses import fields
+
+    from llmtune.inference.chat import GenerateConfig, chat_loop, conversation_for, generate_config
+    from llmtune.inference.reopen import open_model, recipe_of
+    from llmtune.recipe.recipe import parse_overrides
+
+    quiet_libraries()
+    given = parse_overrides(options.overrides)
+    names = {field.name for field in fields(GenerateConfig)}
+    others = {key: value for key, value in given.items() if key not in names}
+    recipe = recipe_of(options.model, **others)
+    config = generate_config(recipe, {key: value for key, value in given.items() if key in names})
+    conversation = conversation_for(recipe, *open_model(options.model, **others), config)
+    if options.prompt is None:
+        chat_loop(conversation)
+        return
+    for piece in conversation.stream(options.prompt):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _export(options: Any) -> None:
+    from llmtune.inference.export import export
+    from llmtune.recipe.recipe import parse_overrides
+
+    quiet_libraries()
+    target = export(options.run, **parse_overrides(options.overrides))
+    print(f"Wrote {target}. Try: llmtune chat {target}")
+
+
+def _plugins(options: Any) -> None:
+    from llmtune.recipe.registry import Registry, print_listing
+
+    print_listing(Registry().listing(), as_json=options.json)
+
+
+def _schema(options: Any) -> None:
+    import json
+
+    from llmtune.recipe.reference import recipe_schema
+    from llmtune.recipe.registry import Registry
+
+    print(json.dumps(recipe_schema(Registry()), indent=2))

@@ -1,0 +1,172 @@
+"""`llmtune data check`, `preview` and `stats`. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.errors import DataError, PlanError, RecipeError
+
+if TYPE_CHECKING:
+    from llmtune.data.check import DataCheck
+    from llmtune.data.config import Source
+    from llmtune.data.formats import Formats
+
+_RECIPES = (".yaml", ".yml")
+_DATA = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".txt", ".gz", ".zst")
+
+
+def add_commands(commands: Any) -> None:
+    """Add `data` and its commands to the parser of `llmtune`."""
+    text = "Look at data: what is wrong with it, what trains, how long it is"
+    data = commands.add_parser("data", help=text, description=f"{text}. No GPU is needed.")
+    inner = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    check = _command(inner, "check", _check, "Read every row and list those that cannot be used", (
+        "Needs no model. The exit code is 3 if a row cannot be used."
+    ))  # fmt: skip
+    check.add_argument(
+        "source", metavar="SOURCE", help="a file, folder, glob, hub:owner/name, name in dataset_info.json, or recipe"
+    )
+    check.add_argument("--format", metavar="NAME", help="of the rows (default: detected)")
+    check.add_argument("--dataset-dir", metavar="FOLDER", help="where dataset_info.json is")
+    check.add_argument("--limit", type=_count, metavar="N", help="read the first N rows only")
+    check.add_argument("--all", action="store_true", help="list all bad rows, not only the first 20")
+    check.add_argument("--quarantine", metavar="FILE", help="write the bad rows and their reasons as JSON Lines")
+    check.add_argument("--json", action="store_true", help="for machines")
+
+    preview = _command(inner, "preview", _preview, "Show samples as they train, the trained tokens in colour", (
+        "Where there is no colour, they stand in [[...]]."
+    ))  # fmt: skip
+    _recipe_arguments(preview)
+    preview.add_argument("-n", type=_count, default=3, metavar="N", help="so many samples (default: 3)")
+    preview.add_argument(
+        "--rows", type=_rows, default=(), metavar="5,17", help="samples of these rows; or chats.jsonl:5"
+    )
+    preview.add_argument("--packs", action="store_true", help="show packed rows, sample by sample")
+    preview.add_argument("--html", metavar="FILE", help="write a page instead")
+
+    stats = _command(inner, "stats", _stats, "Show lengths, fill, padding, and what cutoffs would cost")
+    _recipe_arguments(stats)
+    stats.add_argument("--plot", metavar="FILE", help="draw the lengths (png, svg, pdf)")
+    stats.add_argument("--json", action="store_true", help="for machines")
+
+
+def _command(commands: Any, name: str, run: Any, text: str, more: str = "") -> argparse.ArgumentParser:
+    made = commands.add_parser(name, help=text, description=f"{text}. {more}".strip())
+    made.set_defaults(command=run)
+    return made
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys: cutoff_len=4096")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, allowed is a whole number >= 1")
+    return int(text)
+
+
+def _rows(text: str) -> tuple[str, ...]:
+    return tuple(row.strip() for row in text.split(",") if row.strip())
+
+
+def _check(options: Any) -> int:
+    from contextlib import ExitStack
+    from dataclasses import replace
+
+    from llmtune.data.check import Bad, check, quarantine_line
+
+    entries, base_dir, folder, formats = _sources(options)
+    results: list[DataCheck] = []
+    with ExitStack() as stack:
+        file = stack.enter_context(Path(options.quarantine).open("w", encoding="utf-8")) if options.quarantine else None
+
+        def put_aside(bad: Bad) -> None:
+            if file is not None:
+                file.write(quarantine_line(bad) + "\n")
+
+        for entry in entries:
+            found = check(
+                replace(entry, format=options.format) if options.format else entry,
+                base_dir,
+                dataset_dir=folder,
+                limit=options.limit,
+                keep=None if options.all else 20,
+                formats=formats,
+                on_bad=put_aside,
+            )
+            results.append(found)
+            if not options.json:
+                print(found, flush=True)
+    if options.json:
+        shown = [each.as_dict() for each in results]
+        print(json.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
+    elif options.quarantine:
+        bad = sum(each.reasons.total() for each in results)
+        print(f"Wrote {bad:,} bad rows to {options.quarantine}")
+    return 0 if all(results) else DataError.exit_code
+
+
+def _sources(options: Any) -> tuple[Sequence[Source], Path, str | None, Formats]:
+    """The data sets to check, where relative paths count from, where names are looked up, and known formats."""
+    from llmtune.data.config import Source, sources
+    from llmtune.inference.inspect import known_formats
+
+    if not options.source.endswith(_RECIPES):
+        return [Source(path=options.source)], Path.cwd(), options.dataset_dir, known_formats()
+    from llmtune.recipe.recipe import load_recipe
+
+    recipe = load_recipe(options.source, [])
+    found = [*sources(recipe.data.dataset), *sources(recipe.data.eval_dataset, "eval_dataset")]
+    if not found:
+        raise DataError(f"{options.source}: names no dataset; name one, or check a file")
+    return found, recipe.base_dir, options.dataset_dir or recipe.data.dataset_dir, known_formats(recipe)
+
+
+def _preview(options: Any) -> None:
+    recipe = _recipe(options)
+    from llmtune.inference.inspect import preview_of
+
+    shown = preview_of(recipe, options.n, options.rows, options.packs)
+    if options.html is None:
+        shown.show()
+        return
+    Path(options.html).write_text(shown.html(), encoding="utf-8")
+    print(f"Wrote {options.html}")
+
+
+def _stats(options: Any) -> None:
+    if options.plot:
+        from llmtune.training.plot import plotting_problem
+
+        if reason := plotting_problem():
+            raise PlanError(f"plot: {reason}")
+    recipe = _recipe(options)
+    from llmtune.inference.inspect import stats_of
+
+    found = stats_of(recipe)
+    print(json.dumps(found.as_dict(), indent=1) if options.json else found)
+    if options.plot:
+        found.plot(options.plot)
+        if not options.json:
+            print(f"\nWrote {options.plot}")
+
+
+def _recipe(options: Any) -> Any:
+    from llmtune.cli.commands import quiet_libraries
+    from llmtune.recipe.recipe import load_recipe
+
+    if options.recipe.endswith(_DATA):
+        raise RecipeError(
+            f"{options.recipe}: is data, and a recipe is needed, which names a model; try `llmtune data check "
+            f"{options.recipe}`, or a recipe and dataset={options.recipe}"
+        )
+    recipe = load_recipe(options.recipe, options.overrides)
+    quiet_libraries()
+    return recipe

@@ -1,0 +1,1 @@
+"""All that a plugin may import: records, protocols, hooks, errors, and dataclasses read as schemas."""

@@ -1,0 +1,114 @@
+"""The contract of data formats: what a row of a data set becomes. Plain values; nothing here knows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+"""OpenAI's shape: `role` (system, user, assistant, tool) and `content` (text). Optional: `reasoning_content` (text),
+`tool_calls` (list of `{type: function, function: {name, arguments}}`, arguments an object), `name`, `tool_call_id`,
+and on assistant messages `weight` (a number >= 0: what each of its tokens counts in the loss; 1 where absent)."""
+
+
+class BadRow(Exception):
+    """A row that cannot be used: a short reason to count by, and what was found in this one."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Messages whose assistant turns are learnt."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """OpenAI's shape: `{type: function, function: {name, description, parameters}}`."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, of this row alone (`enable_thinking`); they win over the recipe's."""
+    kind: ClassVar[str] = "conversation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """Two answers to one prompt, the first of which is better."""
+
+    prompt: list[Message]
+    """What both have in common; ends with a user or tool message."""
+    chosen: list[Message]
+    """What follows the prompt: messages that begin and end with the assistant's."""
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "preference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedPreference:
+    """A conversation whose last answer is wanted, or not (KTO)."""
+
+    messages: list[Message]
+    """The last one is the assistant's, and the only one learnt."""
+    label: bool
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "labelled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A question without an answer, for stages that let the model answer."""
+
+    messages: list[Message]
+    """Ends with a user or tool message."""
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other columns, such as a reference answer that a reward is computed from."""
+    kind: ClassVar[str] = "prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Plain text, of which every token is learnt and the end too."""
+
+    text: str
+    kind: ClassVar[str] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A row that comes tokenised."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int] | None = None
+    """As long as `input_ids`; -100 where a token is not learnt, else the token itself. None learns all."""
+    kind: ClassVar[str] = "tokens"
+
+
+Example: TypeAlias = Conversation | Preference | UnpairedPreference | Prompt | Text | Tokens
+"""What a row becomes."""
+
+KINDS = ("conversation", "preference", "labelled", "prompt", "text", "tokens")
+
+
+class DataFormat(Protocol):
+    """One shape of rows: what `build` of a `data_config` plugin returns. Used in several processes at once."""
+
+    kind: str
+    """Which of `KINDS` its rows become."""
+    columns: Sequence[str]
+    """Every column it reads, for `did you mean`."""
+    required: Sequence[str]
+    """The columns no row can lack."""
+
+    def recognise(self, row: Mapping[str, Any]) -> str | None:
+        """What makes a row look like this format, in words (`instruction and output`); None if it does not."""
+        ...
+
+    def convert(self, row: Mapping[str, Any]) -> Example:
+        """The row, its columns already renamed as the recipe says, as an example. Raises BadRow if it does not fit."""
+        ...

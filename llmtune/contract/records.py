@@ -1,0 +1,344 @@
+"""The contract between llmtune and its plugins: typed records and protocols, nothing that acts.
+
+Plugins import these names from `llmtune`. Nothing here imports torch at run time, so that a plugin's
+entry module stays light; tensors appear in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+API_VERSION = 1
+"""Version of this contract. A plugin made for another major version is not used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """One thing a recipe can name. A hook returns a list of these."""
+
+    name: str
+    """What the recipe writes; also the name of the entry point that leads here."""
+    config: type
+    """A dataclass: its fields are the recipe keys, its docstrings their documentation."""
+    build: Callable[[Any], Any]
+    """Called with the validated config once the recipe is valid. Heavy imports belong in here."""
+    summary: str = ""
+    """One line for `llmtune plugins`."""
+    needs: frozenset[str] = frozenset()
+    """Capability words that another part of the recipe must give."""
+    gives: frozenset[str] = frozenset()
+    """Capability words that this plugin adds to a recipe."""
+    refuses: frozenset[str] = frozenset()
+    """Capability words that make this plugin impossible."""
+    requires: tuple[str, ...] = ()
+    """Python requirements checked when a recipe names the plugin, such as `bitsandbytes>=0.48`."""
+    api: int = API_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelDims:
+    """How the ranks of a run are arranged. Rank numbers run fastest over `tensor`, slowest over `replicate`."""
+
+    replicate: int = 1
+    """Groups of ranks that hold the same shards (HSDP)."""
+    shard: int = 1
+    """Ranks with batches of their own that parameters are sharded over."""
+    context: int = 1
+    """Ranks that share a batch, each with a piece of every row; parameters are sharded over them too."""
+    tensor: int = 1
+    """Ranks that share a batch and split its matrix products."""
+    expert: int = 1
+    """Ranks that hold different experts; a grouping of the ranks above, not a further dimension."""
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.replicate * self.shard * self.context * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a plugin may know of the run it takes part in. Plain values, the same on every rank."""
+
+    mode: Literal["train", "infer"]
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    """Number of processes the model is spread over."""
+    layout: ParallelDims = ParallelDims()
+    """How they are arranged."""
+    compute_dtype: torch.dtype
+    """Type of the activations, and of frozen weights in memory."""
+    trainable_dtype: torch.dtype
+    """Type in which trainable parameters are stored and updated."""
+    gather_dtype: torch.dtype
+    """Type in which parameters travel between ranks. Packed storage of this type is never cast."""
+    capabilities: frozenset[str] = frozenset()
+    """Capability words that all plugins of the recipe give together."""
+    autocast: bool = False
+    """Whether the forward pass runs under `torch.autocast(compute_dtype)`."""
+    model_name: str | None = None
+    """The recipe's `model`, for files that name their base."""
+    revision: str | None = None
+
+    @property
+    def words(self) -> frozenset[str]:
+        """The former name of `capabilities`, which plugins made for version 1 of the contract read."""
+        return self.capabilities
+
+
+class Part(Protocol):
+    """One rank's view of a tensor that is being loaded; see `LoadRule.convert_part`."""
+
+    shape: tuple[int, ...]
+    """Full shape of the source tensor."""
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of the flattened source."""
+        ...
+
+    def rows(self, target: str) -> tuple[int, int]:
+        """Rows `[start, stop)` of the target that this rank keeps."""
+        ...
+
+    def concatenate(self, piece: Tensor) -> Tensor:
+        """Join the 1-D pieces of all ranks, in rank order. Every rank must call it."""
+        ...
+
+
+class LoadRule(Protocol):
+    """How one tensor of the original model becomes other tensors, and back.
+
+    `source` and `targets` are names in the model: `source` as the edit found it, `targets` as it left it.
+    Renames by later edits are followed by the core.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+
+    def convert(self, source: Tensor) -> Mapping[str, Tensor]:
+        """Whole source tensor to whole targets."""
+        ...
+
+    def restore(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """Whole targets back to the source, for export and merge."""
+        ...
+
+    def convert_part(self, part: Part) -> Mapping[str, Tensor] | None:
+        """This rank's rows only, or None where the rule needs the whole tensor."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEdit:
+    """What an edit did to the model. The core checks each claim before a weight is read."""
+
+    rules: Sequence[LoadRule] = ()
+    """For each original tensor that left the model: how to load it elsewhere."""
+    fresh: Mapping[str, Callable[[Tensor], object]] = field(default_factory=dict)
+    """New tensors that no checkpoint holds, by name: fills the full tensor in place. The core seeds
+    torch's generator from the recipe's seed and the name, so the values do not depend on the ranks."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """New tensors that start equal to another one: new name to existing name, after this edit."""
+    files: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    """New tensors that a safetensors file holds: name to (file, key in it)."""
+    buffers: frozenset[str] = frozenset()
+    """New tensors that the edit already filled with real values, on any device but meta."""
+    after_load: Sequence[Callable[[nn.Module], None]] = ()
+    """Called in order once all weights are in place, for values that depend on them."""
+    trainable: Callable[[str], bool] | None = None
+    """Which parameters train, by name. Exactly one edit may decide; without one all train."""
+    store_trainable: Literal["float32", "compute"] | None = None
+    """Overrides the type in which trainable parameters are stored; None follows the recipe."""
+    ops: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Replacements for operations the core calls by name, such as `linear_cross_entropy`."""
+    tp_follow: Mapping[str, Literal["inputs", "outputs"]] = field(default_factory=dict)
+    """New linear modules inside a layer of the model, by name, that take the layer's own inputs or give its own
+    outputs: where tensor parallelism splits the layer, they are split with it."""
+    attention: str | None = None
+    """Name of an attention function registered with transformers' `AttentionInterface`."""
+    report: Sequence[str] = ()
+    """Lines for `llmtune plan`: how many layers, which names."""
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """What `build` of a quant, peft or kernel plugin returns."""
+
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        """Edit the structure. Everything is on the meta device; nothing may be materialised."""
+        ...
+
+
+class Quant(Edit, Protocol):
+    """Stores frozen base weights in another form. All it has to say is in `ModelEdit.rules`."""
+
+
+class Peft(Edit, Protocol):
+    """Decides which parameters train, and knows the files in which others read the result."""
+
+    kind: str
+    """`adapter`: only the trained tensors are saved. `weights`: the whole model is saved."""
+
+    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
+        """Write the trained tensors (full, on CPU, by model name) in the format others read."""
+        ...
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the trained tensors into the base in place, leaving plain modules (one device only)."""
+        ...
+
+
+@runtime_checkable
+class Reopens(Protocol):
+    """Optional on a built peft object whose recipe names files that may be gone when its result is used."""
+
+    def reopened(self, saved: Path) -> Mapping[str, Any] | None:
+        """The parameters of a block that makes the same structure from `saved`, a folder that `save` wrote.
+
+        None where the recipe's own parameters do that.
+        """
+        ...
+
+
+class Kernel(Edit, Protocol):
+    """Replaces operations or modules by faster ones that compute the same."""
+
+
+class TensorReader(Protocol):
+    """Reads tensors of a checkpoint folder; handed to an init plugin."""
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def read(self, key: str) -> Tensor: ...
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor: ...
+
+
+class Init(Protocol):
+    """How checkpoint tensors arrive on a rank. An attribute `only_first = True` says that no rank but the first needs
+    the weight files; it tells the others which tensors there are."""
+
+    whole: bool
+    """True if this rank has to see whole tensors, False if it can fetch rows."""
+
+    def fetch(self, reader: TensorReader, key: str, rows: tuple[int, int] | None) -> Tensor:
+        """Tensor `key`, or its rows `[start, stop)`.
+
+        With `whole`, all ranks call it for the same keys in the same order, so it may use collectives of
+        `torch.distributed`; without, each rank calls it for what it keeps.
+        """
+        ...
+
+
+class Distribute(Protocol):
+    """Spreads a model over the ranks of a mesh, before weights are loaded."""
+
+    in_host_memory: bool
+    """Whether shards stay in host memory. Then they are loaded there, and a single rank needs `apply`, too."""
+
+    def layout(self, ranks: int) -> ParallelDims:
+        """How to arrange so many ranks. Raises PlanError where that is impossible."""
+        ...
+
+    def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, context: RunContext) -> None:
+        """Spread `root`, on the meta device, over a DeviceMesh with the dimensions `replicate`, `shard`, `tensor`:
+        `shard` always, its size being `layout.shard * layout.context`; the others where they are not 1."""
+        ...
+
+    def before_backward(self, root: nn.Module, last: bool) -> None:
+        """Called before each micro-batch's forward pass; gradients have to be reduced after the `last` of a step."""
+        ...
+
+
+class OptimizerFactory(Protocol):
+    """Makes the optimiser for named parameter groups."""
+
+    def create(
+        self, decay: Sequence[tuple[str, nn.Parameter]], no_decay: Sequence[tuple[str, nn.Parameter]], lr: float
+    ) -> torch.optim.Optimizer: ...
+
+
+@runtime_checkable
+class Repacks(Protocol):
+    """Optional on an optimiser whose state of a parameter is in a form of its own, such as 8-bit blocks.
+
+    With it a run continues on another number of ranks; without it, only where every rank holds the same piece of each
+    parameter as before. The plain numbers in the state (a step counter) are the core's to keep.
+    """
+
+    def unpack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """State of one rank's piece of a parameter as plain tensors of that piece's shape."""
+        ...
+
+    def pack(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `unpack` gave, for the piece of `parameter` that this rank holds, as this optimiser keeps it.
+
+        Whole numbers of blocks that were packed before come out as they were.
+        """
+        ...
+
+
+class Schedule(Protocol):
+    """Learning rate as a pure function of progress; warm-up is the core's."""
+
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """Multiplier of the learning rate for the 0-based optimiser step, `step >= warmup_steps`."""
+        ...
+
+
+class Logger(Protocol):
+    """Receives metrics on rank 0. An error in it is reported once and never stops a run."""
+
+    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of what `observe` receives."""
+
+    step: int
+    kind: ClassVar[str] = "event"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """After an optimiser step that logs."""
+
+    metrics: Mapping[str, float]
+    kind: ClassVar[str] = "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """After an evaluation."""
+
+    metrics: Mapping[str, float]
+    kind: ClassVar[str] = "evaluated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    """After a checkpoint was published."""
+
+    folder: Path
+    kind: ClassVar[str] = "saved"
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """Optional on any built plugin object: plan-time objections, one sentence each."""
+
+    def check(self, context: RunContext, model: nn.Module) -> Iterable[str]: ...

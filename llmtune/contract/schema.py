@@ -1,0 +1,291 @@
+"""Dataclasses as the schema of recipes: strict decoding, JSON Schema, documentation.
+
+A small reader of our own, because the messages are the interface (key, found, allowed, fix, all at once) and
+because it must import in a millisecond. It knows the types that recipes use: bool, int, float, str, Path,
+Literal, unions, tuples and lists, string-keyed dicts, and the bounds of `annotated_types`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from llmtune.contract.errors import did_you_mean, listed
+
+__all__ = ["Ge", "Gt", "Le", "Lt", "Problem", "decode", "document", "field_types", "json_schema", "split_names"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: the dotted key and a sentence without the place."""
+
+    key: str
+    message: str
+
+
+def split_names(names: str | typing.Iterable[str] | None) -> tuple[str, ...]:
+    """`"a, b"`, `["a", "b"]` and None all mean a tuple of names."""
+    if names is None:
+        return ()
+    if isinstance(names, str):
+        names = names.split(",")
+    return tuple(name.strip() for name in names if name.strip())
+
+
+@functools.cache
+def field_types(config: type) -> dict[str, Any]:
+    """Field names with resolved annotations."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
+@functools.cache
+def document(config: type) -> dict[str, str]:
+    """The docstring under each field, inherited fields included; empty where the source cannot be read."""
+    texts: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        except (OSError, TypeError, SyntaxError):
+            continue
+        assert isinstance(body, ast.ClassDef)
+        for line, following in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(line.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            ):
+                texts[line.target.id] = " ".join(inspect.cleandoc(following.value.value).split())
+    return texts
+
+
+def decode(config: type, tree: Mapping[str, Any], at: str = "") -> tuple[Any, list[Problem]]:
+    """Make `config` from a plain mapping. Returns the object, or None with every problem found."""
+    known = field_types(config)
+    prefix = f"{at}." if at else ""
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in known:
+            problems.append(
+                Problem(
+                    f"{prefix}{key}", f"no such key.{did_you_mean(str(key), known)} Known: {listed(sorted(known), 40)}"
+                )
+            )
+            continue
+        try:
+            values[key] = convert(known[key], value)
+        except ValueError as error:
+            problems.append(Problem(f"{prefix}{key}", str(error)))
+    required = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    problems += [
+        Problem(f"{prefix}{name}", f"required, but not given. It is {describe(known[name])}")
+        for name in required
+        if name not in tree
+    ]
+    if problems:
+        return None, problems
+    try:
+        return config(**values), []
+    except ValueError as error:  # a check in __post_init__
+        return None, [Problem(at, str(error))]
+
+
+def convert(annotation: Any, value: Any) -> Any:
+    """`value` as `annotation` asks for it; ValueError with found and allowed otherwise."""
+    fits, result = _fit(annotation, value)
+    if not fits:
+        raise ValueError(f"found {_show(value)}, allowed is {describe(annotation)}{_hint(annotation, value)}")
+    return result
+
+
+def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return True, value
+    if origin is typing.Annotated:
+        fits, result = _fit(args[0], value)
+        return fits and all(_within(bound, result) for bound in args[1:]), result
+    if origin in (Union, types.UnionType):
+        # An exact match goes first: a bool must not become the int of `int | bool`, nor null a string.
+        for option in sorted(args, key=lambda option: not _exact(option, value)):
+            fits, result = _fit(option, value)
+            if fits:
+                return True, result
+        return False, None
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in args), value
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            return False, None
+        item = args[0] if args else Any
+        pairs = (
+            [_fit(kind, element) for kind, element in zip(args, value, strict=True)]
+            if origin is tuple and len(args) == len(value) and Ellipsis not in args
+            else [_fit(item, element) for element in value]
+        )
+        if origin is tuple and Ellipsis not in args and len(args) != len(value):
+            return False, None
+        return all(fits for fits, _ in pairs), origin(result for _, result in pairs)
+    if origin is dict or annotation is dict:
+        return isinstance(value, Mapping), dict(value) if isinstance(value, Mapping) else None
+    if annotation is type(None) or annotation is None:
+        return value is None, None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool), float(value) if _number(value) else None
+    if annotation is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole, value
+    if annotation is Path:
+        return isinstance(value, (str, Path)), Path(value) if isinstance(value, (str, Path)) else None
+    if isinstance(annotation, type):
+        return isinstance(value, annotation) and not (annotation is not bool and isinstance(value, bool)), value
+    raise TypeError(f"llmtune's recipes do not know the type {annotation!r}")
+
+
+def _exact(option: Any, value: Any) -> bool:
+    return option is type(value) or (option is type(None) and value is None)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _within(bound: Any, value: Any) -> bool:
+    match bound:
+        case Ge(ge):
+            return value >= ge
+        case Gt(gt):
+            return value > gt
+        case Le(le):
+            return value <= le
+        case Lt(lt):
+            return value < lt
+    return True
+
+
+def describe(annotation: Any) -> str:
+    """The allowed values in words: `one of "nf4", "fp4"`, `a whole number >= 1`."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    names = {
+        bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
+        dict: "a mapping", Path: "a path", Any: "anything",
+    }  # fmt: skip
+    if annotation in names:
+        return names[annotation]
+    if origin is typing.Annotated:
+        signs = {Ge: ">= {}", Gt: "> {}", Le: "<= {}", Lt: "< {}"}
+        bounds = [signs[type(b)].format(dataclasses.astuple(b)[0]) for b in args[1:] if type(b) in signs]
+        return " ".join([describe(args[0]), " and ".join(bounds)]).strip()
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in args)
+    if origin is Literal:
+        shown = ", ".join(_show(choice) for choice in args)
+        return shown if len(args) == 1 else f"one of {shown}"
+    if origin in (tuple, list):
+        items = [describe(item) for item in args if item is not Ellipsis]
+        if len(items) > 1:
+            return f"a list of {len(items)}: {', '.join(items)}"
+        return f"a list of {items[0]}" if items else "a list"
+    if origin is dict:
+        return "a mapping"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _show(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f'"{value}"' if len(value) <= 80 else f'"{value[:77]}..."'
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _hint(annotation: Any, value: Any) -> str:
+    options = set(_flatten(annotation))
+    choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    if isinstance(value, str) and choices:
+        return f".{did_you_mean(value, [c for c in choices if isinstance(c, str)])}".rstrip(".")
+    if str in options and isinstance(value, (bool, int, float)):
+        return "; put it in quotes if it is meant as text (YAML reads no, on and 1.10 as something else)"
+    if isinstance(value, str) and options & {int, float}:
+        return "; write it without quotes"
+    return ""
+
+
+def _flatten(annotation: Any) -> typing.Iterator[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        for option in get_args(annotation):
+            yield from _flatten(option)
+    elif get_origin(annotation) is typing.Annotated:
+        yield from _flatten(get_args(annotation)[0])
+    else:
+        yield annotation
+
+
+def json_schema(config: type) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of one dataclass, closed against unknown keys."""
+    properties = {}
+    for field in dataclasses.fields(config):
+        part = _schema_of(field_types(config)[field.name])
+        if text := document(config).get(field.name):
+            part["description"] = text
+        if field.default is not dataclasses.MISSING:
+            part["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            made = field.default_factory()
+            part["default"] = list(made) if isinstance(made, tuple) else made
+        properties[field.name] = part
+    required = [
+        f.name
+        for f in dataclasses.fields(config)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    schema: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    return schema | ({"required": required} if required else {})
+
+
+def _schema_of(annotation: Any) -> dict[str, Any]:
+    origin, args = get_origin(annotation), get_args(annotation)
+    simple = {
+        bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null",
+        dict: "object",
+    }  # fmt: skip
+    if annotation is Any:
+        return {}
+    if annotation in simple:
+        return {"type": simple[annotation]}
+    if origin is typing.Annotated:
+        words = {Ge: "minimum", Gt: "exclusiveMinimum", Le: "maximum", Lt: "exclusiveMaximum"}
+        bounds = {words[type(b)]: dataclasses.astuple(b)[0] for b in args[1:] if type(b) in words}
+        return _schema_of(args[0]) | bounds
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema_of(option) for option in args]}
+    if origin is Literal:
+        return {"enum": list(args)}
+    if origin in (tuple, list):
+        return {"type": "array"} | ({"items": _schema_of(args[0])} if args else {})
+    if origin is dict:
+        return {"type": "object"}
+    return {}

@@ -1,0 +1,112 @@
+"""The contract of stages: a batch, what is learnt from it, and what a stage may call. Tensors in annotations only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoss:
+    """A sum over the micro-batch, not a mean: the loop divides by the weight of the whole step."""
+
+    total: Tensor
+    """Scalar with a graph: the summed loss of this micro-batch."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached sums, reported as `sum / weight`."""
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch of token rows, on this rank's device.
+
+    Two layouts. Padded: `input_ids` (B, T) with `attention_mask` (B, T). Flat: `input_ids` (1, T), documents laid
+    end to end, `position_ids` restarting at 0 and `document_starts` (documents + 1,) giving their bounds.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    """Same shape as `input_ids`; `labels[t]` is the token *at* t, -100 where it does not count."""
+    weight: float
+    """This micro-batch's share of the denominator: the summed weights of its targets (their number, where each counts
+    1); where samples are preferences, labelled, or prompts, the number of samples."""
+    predict_at: Tensor
+    """(N,) positions in the flattened (B*T) rows whose *next* token counts; found on the CPU, so that no
+    device has to be waited for."""
+    targets: Tensor
+    """(N,) the tokens those positions have to predict."""
+    weight_groups: tuple[tuple[float, Tensor], ...] = ()
+    """Where targets do not all count 1: each distinct weight, and which of the N targets have it."""
+    target_sequence: Tensor | None = None
+    """(N,) the number of the sequence that a target stands in. Preferences are sequences chosen 0, rejected 0, chosen
+    1, ...; a sequence is a row of the padded layout, a document of the flat one."""
+    sequences: int = 0
+    """How many sequences there are; 0 in the batch of a rank that has no rows."""
+    desirable: Tensor | None = None
+    """(sequences,) bool, whether an answer is one to give or to avoid, where rows are labelled so."""
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    document_starts: Tensor | None = None
+    """int32, on the device of `input_ids`."""
+    longest_document: int = 0
+    row_tokens: int = 0
+    """Tokens of the whole row where this is one rank's piece of it (context parallelism); 0 for whole rows."""
+    sample_ids: tuple[int, ...] = ()
+    """Numbers of the samples among those trained on, for error messages."""
+
+    @property
+    def wanted(self) -> Tensor | None:
+        """The former name of `desirable`, which stages made for version 1 of the contract read."""
+        return self.desirable
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments for a transformers model, document bounds included where there are any."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        if self.position_ids is not None:
+            inputs["position_ids"] = self.position_ids
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask
+        if self.document_starts is not None:
+            inputs |= {
+                "cu_seq_lens_q": self.document_starts,
+                "cu_seq_lens_k": self.document_starts,
+                "max_length_q": self.longest_document,
+                "max_length_k": self.longest_document,
+            }
+        if self.row_tokens:  # a ready mask, which nothing reads, keeps the model from making one for the piece alone
+            inputs |= {"attention_mask": self.input_ids.new_ones(1, 1, 1, 1), "context_row_tokens": self.row_tokens}
+        return inputs
+
+
+class StageContext(Protocol):
+    """What a stage may call besides the model."""
+
+    ops: Mapping[str, Callable[..., Any]]
+    """`linear_cross_entropy(hidden_ND, head, targets_N, transform) -> summed float32 loss`, and what plugins add.
+    `head` is the output head (a module), `transform` what `logit_transform` returned."""
+
+    def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Last hidden states (B, T, D), without building logits; of this rank's tokens only where rows are split."""
+        ...
+
+    def next_token_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of the batch's targets, times their weights, summed: a float32 scalar."""
+        ...
+
+    def head(self, model: nn.Module) -> nn.Module:
+        """The output head."""
+        ...
+
+    def logit_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """What the model does to its logits after the head (soft-capping, scaling), or None."""
+        ...
+
+
+class Stage(Protocol):
+    """What is learnt from a batch. Runs inside the root module's forward, so it may call any part of the model."""
+
+    def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss: ...

@@ -1,0 +1,184 @@
+"""Which rows make up an optimiser step, and their batches on this rank. A pure function of the step number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from llmtune.data.batches import Document, collate
+from llmtune.data.order import Order, deal, padding_share, split
+from llmtune.data.units import Piece, Units, make_units
+from llmtune.distributed.context_parallel import split_row
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.contract.stages import Batch
+    from llmtune.data.tokens import TokenSamples
+    from llmtune.distributed.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLoader:
+    """Batches of a training run. `units` are what the order shuffles: samples, packs of samples, or rows."""
+
+    samples: TokenSamples
+    units: Units
+    order: Order
+    ranks: Ranks
+    micro_steps: int
+    flat: bool
+    pad_id: int
+    error: ClassVar[None] = None
+    """All data were read before the run; nothing of them can fail now."""
+
+    @classmethod
+    def make(
+        cls, samples: TokenSamples, *, packing: bool, cutoff_len: int, per_device: int, micro_steps: int, ranks: Ranks,
+        seed: int, shuffle: bool, flat: bool, pad_id: int, neat: bool = True, group_by_length: bool = False,
+    ) -> BatchLoader:  # fmt: skip
+        units = make_units(samples, packing=packing, neat=neat, cutoff_len=cutoff_len, seed=seed, shuffle=shuffle)
+        flat = flat or units.kind == "pack"
+        lengths = row_lengths(samples, units)
+        # Whatever the layout: a kernel that needs no padding must not change which rows meet in a step.
+        grouped = group_by_length and units.kind == "sample"
+        batch = per_device * micro_steps * ranks.batch_ranks
+        order = Order(len(units), batch, seed, shuffle, lengths if grouped else None)
+        return cls(
+            samples=samples, units=units, order=order, ranks=ranks, micro_steps=micro_steps, flat=flat, pad_id=pad_id
+        )
+
+    def with_rows(self, rows: int, micro_steps: int) -> BatchLoader:
+        """The same with `rows` units a step, in `micro_steps` micro-batches on each rank."""
+        return replace(self, order=self.order.with_batch(rows), micro_steps=micro_steps)
+
+    def step(self, step: int, device: torch.device) -> list[Batch]:
+        """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""
+        pieces = self.micro_steps * self.ranks.batch_ranks
+        units = deal(self.order.step_units(step), self._lengths, padded=not self.flat, pieces=pieces)
+        mine = split(units, self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
+        return [to_device(self.batch(units), device) for units in mine]
+
+    def batch(self, units: Sequence[int]) -> Batch:
+        """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split."""
+        pieces = [self.units.pieces(unit) for unit in units]
+        if self.units.kind == "row":
+            documents = [joined(self.samples, unit) for unit in pieces]
+            numbers = dict.fromkeys(piece.sample for unit in pieces for piece in unit)
+            return split_row(
+                collate(documents, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(numbers)), self.ranks
+            )
+        chosen = [piece.sample for unit in pieces for piece in unit]
+        return sample_batch(self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks)
+
+    def tokens(self, step: int) -> int:
+        """Tokens (without padding) in the whole optimiser step, all ranks."""
+        return int(self.units.tokens[self.order.step_units(step)].sum())
+
+    def share_of_tokens(self, step: int) -> float:
+        """What this rank adds to the step's tokens, where a tensor group counts once."""
+        return self.tokens(step) * self.ranks.layout.tensor / self.ranks.size
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are done after `step` steps."""
+        return round(step / self.order.steps_per_epoch, 4)
+
+    def origin(self, sample: int) -> str:
+        """Where a sample of a batch comes from."""
+        return self.samples.origin(sample)
+
+    @property
+    def padding(self) -> float:
+        """Share of padding in an epoch's micro-batches."""
+        if self.flat:
+            return 0.0
+        return padding_share(self._lengths, self.order, self.micro_steps * self.ranks.batch_ranks)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return row_lengths(self.samples, self.units) if not self.flat else self.units.tokens
+
+
+def row_lengths(samples: TokenSamples, units: Units) -> np.ndarray:
+    """(units,) tokens of the padded row, or of the longer of two, that a unit needs."""
+    if units.kind != "sample" or samples.width == 1:
+        return units.tokens
+    return (samples.stops - samples.starts).reshape(-1, samples.width).max(1)
+
+
+def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pad_id: int, ranks: Ranks) -> Batch:
+    """Whole samples as one batch; this rank's piece of it where rows are split."""
+    ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
+    parts = [part for sample in chosen for part in samples.sequences(sample)]
+    batch = collate(
+        [Document(ids[part], mask[part], None if weights is None else weights[part]) for part in parts],
+        flat=flat,
+        pad_id=pad_id,
+        sample_ids=chosen,
+        width=samples.width,
+        desirable=None if labels is None else [bool(labels[sample]) for sample in chosen for _ in range(samples.width)],
+        counts_samples=samples.kind in ("preference", "labelled", "prompt"),
+    )
+    return split_row(batch, ranks)
+
+
+def joined(samples: TokenSamples, pieces: Sequence[Piece]) -> Document:
+    """Consecutive tokens of several samples as one document.
+
+    Where all of a sample trains, as of plain text, so does its first token: something stands before it here.
+    """
+    ids, masks, weights = [], [], []
+    for number, first, stop in pieces:
+        (whole,) = samples.sequences(number)
+        part = slice(whole.start + first, whole.start + stop if stop is not None else whole.stop)
+        mask = np.array(samples.mask[part])
+        mask[:1] |= not first and int(samples.trained[number]) == whole.stop - whole.start - 1
+        ids.append(samples.ids[part])
+        masks.append(mask)
+        if samples.weights is not None:
+            weight = np.array(samples.weights[part])
+            if not first and len(weight) > 1:
+                weight[0] = weight[1]
+            weights.append(weight)
+    return Document(np.concatenate(ids), np.concatenate(masks), np.concatenate(weights) if weights else None)
+
+
+def evaluation_batches(
+    samples: TokenSamples,
+    *,
+    per_device: int,
+    ranks: Ranks,
+    flat: bool,
+    pad_id: int,
+    device: torch.device,
+    chosen: np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """Every one of the `chosen` samples (all, if None) once, over all ranks, each seen alone; each rank gets the same
+    number of batches, the last ones maybe empty. Longest first, so that little is padded."""
+    order = np.arange(len(samples)) if chosen is None else chosen
+    order = order[np.argsort(-samples.lengths[order], kind="stable")].tolist()
+    for start in range(0, len(order), per_device * ranks.batch_ranks):
+        first = start + ranks.batch_rank * per_device
+        part = order[first : first + per_device]
+        yield to_device(sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks), device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    import torch
+
+    if device.type == "cpu":
+        return batch
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    changes: dict[str, Any] = {
+        name: moved(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+    }
+    changes["weight_groups"] = tuple((weight, moved(spots)) for weight, spots in batch.weight_groups)
+    return replace(batch, **changes)

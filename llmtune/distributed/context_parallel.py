@@ -1,0 +1,250 @@
+"""Context parallelism: neighbouring ranks share the rows of a batch, each computing one piece of every row.
+
+All of a transformer but attention treats tokens one by one, so a rank computes its piece alone. Around attention two
+all-to-alls exchange pieces of the row with all heads for the whole row with some of the heads and back (DeepSpeed-
+Ulysses, Jacobs et al. 2023, https://arxiv.org/abs/2309.14509). The attention function in between sees what it would
+see on one rank, document bounds and windows included, so nothing about it has to be written twice.
+
+torch's own ring attention (`torch.distributed.tensor.experimental.context_parallel`) knows neither document bounds nor
+windows, and has no CPU.
+
+Shapes: R ranks of a group, T tokens of a row, P = T / R of a piece, H query or key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtune.contract.errors import PlanError
+
+if TYPE_CHECKING:
+    from llmtune.contract.records import ParallelDims
+    from llmtune.contract.stages import Batch
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.planning.plan import Plan
+    from llmtune.training.objective import Objective
+
+Attention = Callable[..., tuple[Tensor, Any]]
+
+
+def split_row(batch: Batch, ranks: Ranks) -> Batch:
+    """This rank's piece of a flat batch, or the batch itself where rows are not split.
+
+    Positions and document bounds stay those of the whole row. A row that R does not divide gets a last document of
+    padding, up to R - 1 tokens that no other document sees and no loss counts.
+    """
+    size, rank = ranks.layout.context, ranks.context_rank
+    if size == 1:
+        return batch
+    assert batch.position_ids is not None and batch.document_starts is not None, "only flat rows can be split"
+    length = batch.input_ids.shape[1]
+    fill = -length % size
+    piece = (length + fill) // size
+    start, stop = rank * piece, (rank + 1) * piece
+    # The position of a target may lie at the end of one piece and its token at the start of the next.
+    mine = (batch.predict_at >= start) & (batch.predict_at < stop)
+    last = batch.document_starts.new_tensor([length + fill] if fill else [])
+    targets = batch.targets[mine]
+    assert batch.target_sequence is not None
+    groups = _groups(batch, mine)
+    return replace(
+        batch,
+        input_ids=_filled(batch.input_ids, torch.zeros(fill))[:, start:stop],
+        labels=_filled(batch.labels, torch.full((fill,), -100))[:, start:stop],
+        position_ids=_filled(batch.position_ids, torch.arange(fill))[:, start:stop],
+        document_starts=torch.cat([batch.document_starts, last]),
+        longest_document=max(batch.longest_document, fill),
+        predict_at=batch.predict_at[mine] - start,
+        targets=targets,
+        target_sequence=batch.target_sequence[mine],
+        weight_groups=groups,
+        weight=sum(weight * len(spots) for weight, spots in groups) if batch.weight_groups else float(len(targets)),
+        row_tokens=length + fill,
+    )
+
+
+def _groups(batch: Batch, mine: Tensor) -> tuple[tuple[float, Tensor], ...]:
+    """The weight groups of a piece: `mine` (N,) says which of the batch's targets are in it."""
+    number = mine.cumsum(0) - 1
+    kept = ((weight, number[spots[mine[spots]]]) for weight, spots in batch.weight_groups)
+    return tuple((weight, spots) for weight, spots in kept if len(spots))
+
+
+def _filled(row_1T: Tensor, end: Tensor) -> Tensor:
+    return torch.cat([row_1T, end.to(row_1T)[None]], 1)
+
+
+def why_not_split(plan: Plan) -> Iterator[str]:
+    """Objections to splitting the rows of a planned run, one sentence each; none where rows are not split."""
+    size, tensor = plan.ranks.layout.context, plan.ranks.layout.tensor
+    if size == 1:
+        return
+    changes = [change for _, change in plan.ledger.changes]
+    if not any(change.attention == plan.attention for change in changes):
+        lines = [line for change in changes for line in change.report if "attention: not used" in line]
+        found = f"{plan.attention} ({lines[0]})" if lines else plan.attention
+        fix = "set cp_size: 1" if lines else "set kernel_config: auto and flash_attn: auto, or cp_size: 1"
+        yield (
+            f"cp_size is {size}, which needs an attention kernel that keeps documents apart by their bounds, found "
+            f"{found}; {fix}"
+        )
+    heads = getattr(plan.model.config.get_text_config(), "num_attention_heads", 0)
+    if heads % (tensor * size):
+        groups = f"cp_size {size}" + (f" x tp_size {tensor}" if tensor > 1 else "")
+        yield f"{groups} does not divide the {heads} attention heads of {type(plan.model).__name__}; choose a divisor"
+    if kind := _stretched_by_length(plan.model):
+        yield (
+            f"cp_size is {size}, but {type(plan.model).__name__} stretches rotary positions by the length of its input "
+            f"(rope type {kind}), which a piece of a row does not show; set rope_scaling: yarn or linear, or cp_size: 1"
+        )
+
+
+def _stretched_by_length(model: Any) -> str | None:
+    """The kind of rotary positions whose frequencies depend on the largest position that a forward pass sees."""
+    found = (getattr(module, "rope_type", None) for module in model.modules())
+    kinds = {kind for types in found for kind in (types.values() if isinstance(types, dict) else [types])}
+    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)
+
+
+def attend_over_ranks(model: Any, layout: ParallelDims, device: torch.device) -> None:
+    """Let the model's attention exchange pieces of rows between the ranks of a group. Collective."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    sizes = (layout.replicate * layout.shard, layout.context, layout.tensor)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("batch", "context", "tensor"))
+    inner = model.config._attn_implementation
+    name = f"llmtune_context_{inner}"
+    AttentionInterface.register(name, over_ranks(ALL_ATTENTION_FUNCTIONS[inner], mesh["context"].get_group()))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    model.set_attn_implementation(name)
+
+
+def over_ranks(inner: Attention, group: dist.ProcessGroup) -> Attention:
+    """`inner`, which attends over whole rows, for ranks that hold pieces of them.
+
+    Called for a row that is not split (generation, checks), it is `inner`.
+    """
+    size = group.size()
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+    ) -> tuple[Tensor, Any]:
+        if not arguments.pop("context_row_tokens", 0):
+            return inner(module, query, key, value, attention_mask, **arguments)
+        arguments["sliding_window"] = _window(module, arguments)
+        rows = _to_rows(_same_heads(query, key, value, size), group, size)
+        output_1THD, weights = inner(module, *rows, None, **arguments)
+        return _to_pieces(output_1THD, group, size), weights
+
+    return attention
+
+
+def _window(module: Any, arguments: dict[str, Any]) -> int | None:
+    """The layer's window. Some models (Qwen2-MoE) put it into the mask alone, and a piece has no mask."""
+    window, config = arguments.get("sliding_window"), getattr(module, "config", None)
+    types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if window is None and types and index is not None and types[index] == "sliding_attention":
+        return getattr(config, "sliding_window", None)
+    return window
+
+
+def _same_heads(query: Tensor, key: Tensor, value: Tensor, size: int) -> list[Tensor]:
+    """Key-value heads repeated as often as it takes to give every rank the same number of them."""
+    if query.shape[1] % size:
+        raise PlanError(f"cp_size: {size} ranks cannot share a layer's {query.shape[1]} attention heads equally")
+    heads = key.shape[1]
+    repeats = math.lcm(heads, size) // heads
+    found = [query, key, value]
+    if repeats > 1:
+        found[1:] = [tensor.repeat_interleave(repeats, 1) for tensor in (key, value)]
+    if torch.is_autocast_enabled(query.device.type):  # attention would cast them anyway: half the bytes to send
+        dtype = torch.get_autocast_dtype(query.device.type)
+        found = [tensor.to(dtype) for tensor in found]
+    return found
+
+
+def _to_rows(pieces_1HPD: Sequence[Tensor], group: dist.ProcessGroup, size: int) -> list[Tensor]:
+    """(1, H, P, D) each to (1, H / R, T, D), in one exchange."""
+    sent_RX = torch.cat([piece[0].reshape(size, -1) for piece in pieces_1HPD], 1)
+    got_RX = Exchange.apply(sent_RX, group)
+    rows = []
+    for piece, part_RX in zip(pieces_1HPD, got_RX.split([p.numel() // size for p in pieces_1HPD], 1), strict=True):
+        _, heads, length, width = piece.shape
+        part_RHPD = part_RX.view(size, heads // size, length, width)
+        rows.append(part_RHPD.transpose(0, 1).reshape(1, heads // size, size * length, width))
+    return rows
+
+
+def _to_pieces(row_1THD: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+    """(1, T, H / R, D) to (1, P, H, D)."""
+    _, tokens, heads, width = row_1THD.shape
+    got = Exchange.apply(row_1THD.reshape(size, -1), group)
+    return got.view(size, tokens // size, heads, width).transpose(0, 1).reshape(1, tokens // size, size * heads, width)
+
+
+class Exchange(torch.autograd.Function):
+    """Row r of (R, X) goes to rank r, which gets the rows that are meant for it in the order of their senders.
+
+    It is its own transpose, so gradients travel back by the same exchange.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sent_RX: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        sent_RX = sent_RX.contiguous()
+        got_RX = torch.empty_like(sent_RX)
+        dist.all_to_all_single(got_RX, sent_RX, group=group)
+        return got_RX
+
+    @staticmethod
+    def backward(ctx: Any, gradient_RX: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return Exchange.apply(gradient_RX, ctx.group), None
+
+
+def check_split(objective: Objective, ranks: Ranks, device: torch.device) -> None:
+    """Raise PlanError, on all ranks, if pieces of a row give other hidden states than the row. Collective.
+
+    Recurrent layers, convolutions and attention that does not go through transformers' AttentionInterface mix tokens
+    where no exchange takes place; the loss curve does not show it.
+    """
+    from llmtune.data.batch_loader import to_device
+    from llmtune.data.batches import collate
+
+    model: Any = objective.model
+    size = ranks.layout.context
+    tokens = torch.randint(
+        0, model.config.get_text_config().vocab_size, (8 * size,), generator=torch.Generator().manual_seed(0)
+    ).numpy()
+    bounds = (0, 3 * size + 1, 5 * size, 8 * size)  # documents reach across the cuts between pieces
+    documents = [tokens[start:stop] for start, stop in itertools.pairwise(bounds)]
+    whole = collate([(ids, ids >= 0) for ids in documents], flat=True, pad_id=0)
+    training = objective.training
+    objective.eval()
+    with torch.no_grad():
+        states = [_states(objective, to_device(batch, device)) for batch in (whole, split_row(whole, ranks))]
+    objective.train(training)
+    expected, found = states[0][8 * ranks.context_rank :][:8], states[1]
+    error = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    rounding = 1e-3 if model.dtype == torch.float32 and objective.autocast is None else 5e-2
+    if not error.item() <= rounding:
+        raise PlanError(
+            f"dist_config: cp_size is {size}, but {type(model).__name__} mixes tokens outside of attention (hidden "
+            f"states change by {error.item():.0e} of their size when a row is split); set cp_size: 1"
+        )
+
+
+def _states(objective: Objective, batch: Batch) -> Tensor:
+    model: Any = objective.model
+    return objective(lambda: model.base_model(**batch.model_inputs()).last_hidden_state)[0].float()

@@ -1,0 +1,154 @@
+"""Start the ranks of one machine, alone or as one of several, through torch's elastic launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmtune.contract.errors import LlmtuneError, RecipeError
+
+EXIT_INTERRUPTED = 75
+"""Saved and stopped on request; a scheduler may run the same command again (EX_TEMPFAIL)."""
+
+
+def under_launcher() -> bool:
+    """Whether this process is already one of several ranks (torchrun, or `launch` below)."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """Where the ranks of a run are started, as `torchrun` says it."""
+
+    least: int = 1
+    most: int = 1
+    endpoint: str | None = None
+    """`HOST:PORT` where the machines meet; the one that has HOST keeps the meeting place."""
+    run_id: str = "llmtune"
+    """Tells runs that meet at the same endpoint apart."""
+    restarts: int = 0
+    """How often a machine starts its ranks again after one of them has failed."""
+
+    @classmethod
+    def parse(cls, nnodes: str, endpoint: str | None, run_id: str | None, restarts: int) -> Machines:
+        """From the command line. Raises RecipeError for what cannot be."""
+        least, _, most = nnodes.partition(":")
+        if not (least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)):
+            raise RecipeError(f'--nnodes: found "{nnodes}", allowed is a number of machines, or LEAST:MOST as in 2:4')
+        host, _, port = (endpoint or "").rpartition(":")
+        if int(most or least) > 1 and not (host and port.isdigit()):
+            raise RecipeError(
+                f'--rdzv-endpoint: found "{endpoint or ""}", several machines need HOST:PORT, the same on all of them '
+                "and HOST being one of them, such as 10.0.0.1:29400"
+            )
+        if run_id and not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise RecipeError(f'--rdzv-id: found "{run_id}", allowed are letters, digits, dots, "-" and "_"')
+        made = cls(least=int(least), most=int(most or least), endpoint=endpoint, restarts=restarts)
+        return replace(made, run_id=run_id) if run_id else made
+
+
+def launch(arguments: Sequence[str], ranks: int, machines: Machines = Machines()) -> int:
+    """Run `python -m llmtune <arguments>` in `ranks` processes here and wait. Returns the first to fail's exit code."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="llmtune-") as logs:
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        command = [sys.executable, "-m", "llmtune", *arguments]
+        try:
+            elastic_launch(_launch_config(ranks, machines, logs), command[0])(*command[1:])
+        except ChildFailedError as failure:
+            return _first_failure(failure)
+        except SignalException:
+            # The launcher has passed the signal on and waited for the ranks to save.
+            return EXIT_INTERRUPTED
+        except RendezvousError as error:
+            raise LaunchError(
+                f"--rdzv-endpoint: the machines did not meet at {machines.endpoint} ({error}); start the same command "
+                "on every machine, and look whether they reach that address"
+            ) from error
+    return 0
+
+
+def _launch_config(ranks: int, machines: Machines, logs: str) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    more: dict[str, Any] = {"rdzv_endpoint": "localhost:0", "run_id": f"llmtune-{os.getpid()}"}
+    if machines.endpoint:
+        host = machines.endpoint.rpartition(":")[0]
+        here = own_address(host)
+        # Names of machines often lead to 127.0.1.1 or nowhere; the address that reaches the meeting place is right.
+        if interface := interface_of(here):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        more = {"rdzv_endpoint": machines.endpoint, "run_id": machines.run_id, "local_addr": here}
+        more["rdzv_configs"] = {"is_host": here == socket.gethostbyname(host) or here.startswith("127.")}
+    if machines.most > 1 or machines.restarts:
+        # A store of its own for every start: ranks that were started again would meet the addresses of dead ones.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    return LaunchConfig(
+        min_nodes=machines.least, max_nodes=machines.most, nproc_per_node=ranks, rdzv_backend="c10d",
+        max_restarts=machines.restarts, monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.NONE, tee=Std.NONE), **more,
+    )  # fmt: skip
+
+
+def own_address(host: str) -> str:
+    """This machine's IPv4 address on the way to `host`. Raises LaunchError if there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing; the system picks the route
+        except OSError as error:
+            raise LaunchError(f"--rdzv-endpoint: {host} cannot be reached from here ({error})") from error
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address; None where the system does not say."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    siocgifaddr = 0x8915
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # an interface without an address
+                if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), siocgifaddr, request)[20:24]) == address:
+                    return name
+    return None
+
+
+def _first_failure(failure: object) -> int:
+    rank, first = failure.get_first_failure()  # type: ignore[attr-defined]
+    if first.exitcode < 0:
+        print(
+            f"llmtune: rank {rank} was killed by signal {-first.exitcode}"
+            + ("; most likely host memory ran out" if first.exitcode == -9 else ""),
+            file=sys.stderr,
+        )
+        return 1
+    return int(first.exitcode)
+
+
+def write_temporary_recipe(recipe: dict[str, object], folder: Path) -> Path:
+    """A recipe given as a mapping, as a file that other processes can read."""
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+class LaunchError(LlmtuneError):
+    """A rank of a run failed; its own message is above."""

@@ -1,0 +1,205 @@
+"""Tensor parallelism: a group of ranks computes one batch, each with its share of every layer's matrix products.
+
+transformers says for each model which linear layers are split by their outputs ("colwise") and which by their inputs
+("rowwise"); torch's DTensor says what that means for a weight and for the sums between ranks (Shoeybi et al. 2019,
+https://arxiv.org/abs/1909.08053). Embeddings, norms and the output head are held whole by each rank of the group, so
+that stages and kernels may use them as they like; FSDP2 shards them like everything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.structure import transformer_layers
+from llmtune.distributed.expert_parallel import expert_modules
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from llmtune.contract.records import ParallelDims
+    from llmtune.model.edits import Ledger
+
+BY_OUTPUTS = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
+"""Styles that give each rank rows of the weight, so some of the outputs; whether all ranks then need all of them."""
+BY_INPUTS = {"rowwise": False, "rowwise_split_input": True, "rowwise_rep": True}
+"""Styles that give each rank columns of the weight; whether the layer has to pick its inputs itself."""
+SHARED = "replicated_with_grad_allreduce"
+"""Norms of single heads: the same weight on all ranks, each of which sees its own heads."""
+WHOLE = "replicate"
+"""Held and computed alike by all ranks."""
+
+
+def styles(model: Any) -> dict[str, str]:
+    """What transformers' plan says of modules and bare parameters inside the transformer layers, by original name."""
+    plan = dict(getattr(model, "tp_plan", None) or {})
+    prefixes = tuple(f"{name}." for name, _ in transformer_layers(model))
+    names = [name for name, _ in model.named_modules()]
+    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found = {name: plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) for name in names if name.startswith(prefixes)}
+    return {name: style for name, style in found.items() if style is not None and style != WHOLE}
+
+
+def objections(model: Any, ledger: Ledger, layout: ParallelDims) -> Iterator[str]:
+    """Why this model, as it was edited, cannot be split over `layout.tensor` ranks; one sentence each."""
+    size = layout.tensor
+    if size == 1:
+        return
+    chosen = styles(model)
+    if not chosen:
+        yield f"tp_size is {size}, but transformers has no tensor parallel plan for {type(model).__name__}; use 1"
+        return
+    experts = tuple(f"{name}." for name in expert_modules(model))
+    for name, style in chosen.items():
+        if f"{name}.".startswith(experts):
+            if layout.expert == 1:
+                yield (
+                    f"tp_size is {size}, but {name} holds experts, which are spread whole; "
+                    f"set ep_size to {size} or a multiple too"
+                )
+                return
+        elif style == SHARED:
+            if ledger.direct.get(f"{name}.weight") != f"{name}.weight":
+                yield f"tp_size is {size}, but {name}, which sees single heads, was replaced by an edit; use 1"
+                return
+        elif style not in BY_OUTPUTS | BY_INPUTS:
+            yield f'tp_size is {size}, but {name} would have to be split as "{style}", which llmtune does not do; use 1'
+            return
+        elif sentence := _objection(model, ledger, name, style, size):
+            yield f"tp_size is {size}, but {sentence}"
+            return
+
+
+def _objection(model: Any, ledger: Ledger, name: str, style: str, size: int) -> str | None:
+    if packed := next((rule for original, rule in ledger.rules.items() if original.startswith(f"{name}.")), None):
+        return f"{name} is stored by {packed.plugin} in a form that cannot be split; use 1, or remove quant_config"
+    base = base_layer(model, ledger, name)
+    if not _is_linear(base):
+        return f"{name} is a {type(base).__name__}, and only torch's linear layers are split; use 1"
+    width = base.out_features if style in BY_OUTPUTS else base.in_features
+    head = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", None)
+    head = head if isinstance(head, int) and style in ("colwise", "rowwise") else 1
+    if width // head % size:
+        kind = "heads" if head > 1 else "features"
+        return f"{name} has {width // head} {kind} to share out; use a divisor of {width // head}"
+    known = set(ledger.direct.values()) | {f"{part}.{leaf}" for part in ledger.tp_follow for leaf in ("weight", "bias")}
+    inside = [other for other, _ in model.named_parameters() if other.startswith(f"{name}.") and other not in known]
+    if inside:
+        return f"the edit that made {inside[0]} does not say how it is split; use 1, or another peft_config"
+    return None
+
+
+def _is_linear(module: Any) -> bool:
+    from torch import nn
+
+    return type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+
+
+def base_layer(model: Any, ledger: Ledger, name: str) -> Any:
+    """The module that holds the weight of the original layer `name` now: itself, or what an adapter wraps."""
+    now = ledger.direct.get(f"{name}.weight", f"{name}.weight")
+    return model.get_submodule(now.rpartition(".")[0])
+
+
+def split(model: Any, ledger: Ledger, mesh: Any) -> None:
+    """Give each rank of `mesh` (one dimension) its share of every layer; everything is on the meta device."""
+    experts = tuple(f"{name}." for name in expert_modules(model))
+    for name, style in styles(model).items():
+        if f"{name}.".startswith(experts):
+            continue
+        if style == SHARED:
+            share(model.get_submodule(name), mesh)
+            continue
+        split_linear(base_layer(model, ledger, name), style, mesh)
+        for part, side in ledger.tp_follow.items():
+            if part.startswith(f"{name}.") and side == ("outputs" if style in BY_OUTPUTS else "inputs"):
+                split_linear(model.get_submodule(part), style, mesh)
+
+
+def split_linear(layer: nn.Linear, style: str, mesh: Any) -> None:
+    """Shard a linear layer's weight, and sum over ranks where its product is a part of the whole."""
+    from torch.distributed.tensor import Shard
+    from torch.nn import functional as F
+
+    by_outputs = style in BY_OUTPUTS
+    _place(layer, "weight", mesh, Shard(0 if by_outputs else 1))
+    if by_outputs and layer.bias is not None:
+        _place(layer, "bias", mesh, Shard(0))
+
+    def outputs(input: Tensor) -> Tensor:
+        y = F.linear(with_summed_gradient(input, mesh), _local(layer.weight), _local(layer.bias))
+        return gathered(y, mesh) if BY_OUTPUTS[style] else y
+
+    def inputs(input: Tensor) -> Tensor:
+        y = summed(F.linear(own_part(input, mesh) if BY_INPUTS[style] else input, _local(layer.weight)), mesh)
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+    layer.forward = outputs if by_outputs else inputs
+
+
+def share(module: nn.Module, mesh: Any) -> None:
+    """Sum the gradients of a module's own parameters over ranks that each use them on other activations."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        return
+    for name in list(module._parameters):
+        _place(module, name, mesh, Replicate())
+    inner: Callable[..., Any] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        held: dict[str, Any] = dict(module._parameters)
+        module._parameters.update(
+            {name: p.to_local(grad_placements=[Partial()]) for name, p in held.items() if p is not None}
+        )
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            module._parameters.update(held)
+
+    module.forward = forward
+
+
+def _place(module: nn.Module, name: str, mesh: Any, placement: Any) -> None:
+    from torch import nn
+    from torch.distributed.tensor import distribute_tensor
+
+    parameter = module._parameters[name]
+    if parameter is not None:
+        # src_data_rank=None: nothing is sent; values come with the checkpoint.
+        placed = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        module._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+
+
+def _local(parameter: Any) -> Any:
+    return None if parameter is None else parameter.to_local()
+
+
+def with_summed_gradient(x: Tensor, mesh: Any) -> Tensor:
+    """`x`, the same on all ranks, for a product of which each rank computes a part: gradients add up."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+def summed(part: Tensor, mesh: Any) -> Tensor:
+    """The sum of all ranks' parts, on all ranks."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(part, mesh, [Partial()], run_check=False).full_tensor()
+
+
+def gathered(part: Tensor, mesh: Any) -> Tensor:
+    """All ranks' features side by side, on all ranks."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(part, mesh, [Shard(part.dim() - 1)], run_check=False).full_tensor()
+
+
+def own_part(x: Tensor, mesh: Any) -> Tensor:
+    """This rank's features of `x`, which is the same on all ranks."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[Shard(x.dim() - 1)]).to_local()

@@ -1,0 +1,1 @@
+"""What was trained: reopen it, chat with it, export it."""

@@ -1,0 +1,226 @@
+"""A recipe's data as training would have them, made by the tokenizer alone: `preview`, `stats` and `check_data`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.errors import DataError, LlmtuneError, RecipeError, raise_all
+from llmtune.contract.examples import KINDS
+
+if TYPE_CHECKING:
+    from llmtune.contract.records import Plugin
+    from llmtune.data import DataReport, Prepared
+    from llmtune.data.check import DataCheck
+    from llmtune.data.formats import Formats
+    from llmtune.data.preview import Preview
+    from llmtune.data.stats import DataStats, Rows
+    from llmtune.data.tokens import TokenSamples
+    from llmtune.recipe.recipe import Recipe
+
+STREAMED_ROWS = 1000
+"""Rows of each data set that are looked at where training would stream them."""
+_WHOLE = 2**31 - 1
+"""A `cutoff_len` that cuts nothing."""
+
+
+def check_data(
+    source: str | Path | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    dataset_dir: str | Path | None = None,
+    limit: int | None = None,
+    keep: int | None = 20,
+    workers: int | None = None,
+) -> DataCheck:
+    """Read and convert every row of a data set, without a model.
+
+    `source` is spelt like an entry of `dataset`. The first `limit` rows are read, the first `keep` bad ones are kept;
+    None: all. Raises DataError where a file cannot be read or no format fits.
+    """
+    from llmtune.data.check import check
+    from llmtune.data.config import sources
+
+    (found,) = sources((dict(source) if isinstance(source, Mapping) else str(source),))
+    if format is not None:
+        found = replace(found, format=format)
+    return check(
+        found, Path.cwd(), dataset_dir=dataset_dir, limit=limit, keep=keep, formats=known_formats(), workers=workers
+    )
+
+
+def preview(
+    recipe: str | Path | Mapping[str, Any],
+    n: int = 3,
+    rows: Sequence[int | str] = (),
+    packs: bool = False,
+    **overrides: Any,
+) -> Preview:
+    """Samples as the recipe trains on them: the first `n`, or those that come from `rows` (`5`, `chats.jsonl:5`).
+
+    With `packs`, the first `n` packed rows. Print it, or let a notebook show it.
+    """
+    from llmtune.recipe.recipe import load_recipe
+
+    return preview_of(load_recipe(recipe, overrides), n, rows, packs)
+
+
+def stats(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> DataStats:
+    """Lengths, fill, padding and the cost of cutoffs of a recipe's data. Print it, plot it, or take its numbers."""
+    from llmtune.recipe.recipe import load_recipe
+
+    return stats_of(load_recipe(recipe, overrides))
+
+
+def preview_of(recipe: Recipe, n: int = 3, rows: Sequence[int | str] = (), packs: bool = False) -> Preview:
+    """What `preview` gives, of a recipe that is read already."""
+    from llmtune.data.preview import make_pack_preview, make_preview
+    from llmtune.data.units import make_units
+
+    data, train = recipe.data, recipe.train
+    if packs and not data.packing:
+        raise RecipeError("packing: found false, but packed rows are to be shown; set packing=true")
+    recipe, notes = _unstreamed(recipe)
+    prepared, tokenizer = prepare_data(recipe)
+    if packs:
+        units = make_units(
+            prepared.train, packing=True, neat=data.neat_packing, cutoff_len=data.cutoff_len, seed=train.seed,
+            shuffle=not data.disable_shuffling,
+        )  # fmt: skip
+        return make_pack_preview(prepared.train, units, tokenizer, count=n)
+    parts = [("training", prepared.train)]
+    if prepared.evaluation is not None:
+        parts.append(("evaluation", prepared.evaluation))
+    return make_preview(parts, tokenizer, count=n, rows=rows, notes=[*notes, *prepared.report.notes])
+
+
+def stats_of(recipe: Recipe) -> DataStats:
+    """What `stats` gives, of a recipe that is read already."""
+    from llmtune.data.stats import make_stats
+
+    recipe, notes = _unstreamed(recipe)
+    data = recipe.data
+    try:
+        prepared = prepare_data(recipe)[0]
+    except DataError as error:  # as of a cutoff_len that leaves nothing to learn: the lengths tell a better one
+        if data.dataset is None:
+            raise
+        notes.append(f"this recipe would not train. {error}")
+        return make_stats(_uncut(recipe, None), None, None, cutoff_len=data.cutoff_len, notes=notes)
+    if data.dataset is None:
+        whole = prepared.train
+        notes.append("tokenized_path: these lengths are those of the samples kept there, which may have been cut")
+    else:
+        whole = _uncut(recipe, prepared)
+    packed, padded = _fill(recipe, prepared)
+    return make_stats(
+        whole, prepared.train, prepared.evaluation, cutoff_len=data.cutoff_len, packed=packed, padded=padded,
+        notes=[*notes, *_losses(prepared.report, data.cutoff_policy)],
+    )  # fmt: skip
+
+
+def _uncut(recipe: Recipe, prepared: Prepared | None) -> TokenSamples:
+    """All samples in their full lengths; those that were prepared where nothing of them was cut."""
+    import numpy as np
+
+    changes: dict[str, Any] = {"val_size": 0}
+    lost = prepared.report.losses if prepared else None
+    # A long text goes on in the next sample, of the same row.
+    parts = [part for part in (prepared.train, prepared.evaluation) if part is not None] if prepared else []
+    several = any(len(np.unique(part.rows)) < len(part) for part in parts)
+    refused = any(each.bad["too long"] for each in prepared.report.sources) if prepared else False
+    if lost is None or lost.truncated or lost.too_long or several or refused:
+        changes |= {"cutoff_len": _WHOLE, "cutoff_policy": "truncate", "tokenized_path": None}
+    return prepare_data(replace(recipe, data=replace(recipe.data, **changes)))[0].train
+
+
+def _losses(report: DataReport, policy: str) -> Iterator[str]:
+    lost = report.losses
+    if policy == "truncate" and any(each.kind == "text" for each in report.sources):
+        yield "plain text beyond a cutoff is not lost: it goes on in the next sample"
+    if lost.no_target:
+        yield f"{lost.no_target:,} samples are left out, as none of their tokens trains"
+    if lost.truncated or lost.too_long:
+        yield (
+            f"cutoff_len {report.cutoff_len:,} with cutoff_policy {policy}: {lost.truncated:,} samples cut, "
+            f"{lost.too_long:,} left out, {lost.tokens_cut:,} tokens lost"
+        )
+    for each in report.sources:
+        if each.bad:
+            yield f"{each.name}: {each.bad.total():,} of {each.rows:,} rows cannot be used and are left out"
+
+
+def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
+    """Samples and tokenizer as a run of `recipe` has them, without its model."""
+    from llmtune.model.source import allow_remote_code, load_tokenizer, resolve_model
+    from llmtune.planning.plan import prepare_for
+    from llmtune.recipe.parts import clashes, find_parts
+    from llmtune.recipe.registry import Registry
+
+    problems: list[LlmtuneError] = []
+    registry = Registry()
+    parts = find_parts(recipe, registry, problems, ("stage_config", "data_config"))
+    unmet = {str(clash) for clash in clashes(parts.all)}  # what these two need of parts that data do not
+    raise_all([problem for problem in problems if str(problem) not in unmet])
+    allow_remote_code(recipe.model, recipe.is_local)
+    tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
+    return prepare_for(recipe, parts, registry, tokenizer, KINDS), tokenizer  # what no stage here learns from, too
+
+
+def known_formats(recipe: Recipe | None = None) -> Formats:
+    """The formats of this installation; the one that `recipe` names is the default."""
+    from llmtune.data.formats.choose import Formats, detectable
+    from llmtune.recipe.builtin import data_config
+    from llmtune.recipe.parts import find_parts, formats_of
+    from llmtune.recipe.registry import Registry
+
+    registry = Registry()
+    if recipe is not None:
+        problems: list[LlmtuneError] = []
+        parts = find_parts(recipe, registry, problems, ("data_config",))
+        raise_all(problems)
+        return formats_of(parts, registry)
+
+    def find(name: str) -> tuple[Plugin, str]:
+        offer = registry.find("data_config", name)
+        return offer.plugin, f"{offer.distribution} {offer.version}"
+
+    return Formats(known=detectable(data_config()), find=find)
+
+
+def _unstreamed(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Data that would be streamed are looked at by their first rows."""
+    data = recipe.data
+    if not data.streaming:
+        return recipe, []
+    limit = min(STREAMED_ROWS, data.row_limit or STREAMED_ROWS)
+    told = f"streaming: the first {limit:,} rows of each data set were looked at"
+    return replace(recipe, data=replace(data, streaming=False, max_samples=limit)), [told]
+
+
+def _fill(recipe: Recipe, prepared: Prepared) -> tuple[Rows | None, Rows]:
+    """How an epoch fills packed rows, and padded ones, on one rank."""
+    from llmtune.data.batch_loader import row_lengths
+    from llmtune.data.mixing import mixed
+    from llmtune.data.order import Order, padding_share
+    from llmtune.data.stats import Rows
+    from llmtune.data.units import make_units, whole
+
+    data, train = recipe.data, recipe.train
+    samples = mixed(prepared.train, data, train.seed)
+    packed = None
+    if samples.kind != "prompt":
+        units = make_units(
+            samples, packing=True, neat=data.neat_packing, cutoff_len=data.cutoff_len, seed=train.seed, shuffle=True
+        )
+        packed = Rows(rows=len(units), fill=units.fill)
+    units = whole(samples.lengths)
+    lengths = row_lengths(samples, units)
+    micros = train.gradient_accumulation_steps
+    batch = train.per_device_train_batch_size * micros
+    grouped = lengths if data.group_by_length else None
+    order = Order(len(units), batch, train.seed, not data.disable_shuffling, grouped)
+    fill = 1 - padding_share(lengths, order, micros)
+    return packed, Rows(rows=len(units), fill=fill, micro_batch=train.per_device_train_batch_size)

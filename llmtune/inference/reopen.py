@@ -1,0 +1,167 @@
+"""Load what was trained: from a run, from one of its checkpoints, or a plain model by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmtune.contract.errors import CheckpointError
+from llmtune.contract.records import Reopens
+from llmtune.distributed.placement import put
+from llmtune.distributed.ranks import Ranks, pick_device
+from llmtune.model.precision import torch_dtype
+from llmtune.planning.plan import Plan, make_plan
+from llmtune.recipe.parts import find_parts
+from llmtune.recipe.recipe import load_recipe
+from llmtune.recipe.registry import Registry
+from llmtune.training import checkpoint
+from llmtune.training import run_folder as rundir
+from llmtune.training.building import build_objective
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.recipe.recipe import Recipe
+
+
+class Saved(NamedTuple):
+    """Where a trained model lies."""
+
+    run: Path
+    checkpoint: Path | None = None
+    """One of the run's checkpoints; None is what the run ended with, or its newest checkpoint."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a finished run that saved a whole model rather than an adapter."""
+        saved = (self.run / "model" / "config.json").exists() and not (self.run / "trained.safetensors").exists()
+        return self.checkpoint is None and saved
+
+
+def saved_at(path: str | Path) -> Saved | None:
+    """The run that `path` is, is a checkpoint of, or is the adapter of; None for anything else."""
+    folder = Path(path).resolve()
+    if _is_run(folder):
+        return Saved(folder)
+    if folder.parent.name == "checkpoints" and _is_run(folder.parent.parent):
+        return Saved(folder.parent.parent, folder)
+    if folder.name == "model" and _is_run(folder.parent) and (folder.parent / "trained.safetensors").exists():
+        return Saved(folder.parent)
+    return None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").exists()
+
+
+def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
+    """The resolved recipe of a run (or of a checkpoint's run), or a minimal one for a plain model.
+
+    The template that the run saved goes before the file that the recipe names, which may have changed since.
+    """
+    saved = saved_at(path)
+    if saved is None:
+        return load_recipe({"model": str(path)}, overrides)
+    recipe = load_recipe(saved.run / "resolved.yaml", overrides)
+    template = saved.run / "model" / "chat_template.jinja"
+    if recipe.data.template is not None and "template" not in overrides and template.exists():
+        return replace(recipe, data=replace(recipe.data, template=str(template)))
+    return recipe
+
+
+def open_plan(path: str | Path, /, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any) -> Plan:
+    """A plan whose model has the structure it was trained with; weights come with `fill`."""
+    recipe, registry, saved = recipe_of(path, **overrides), Registry(), saved_at(path)
+    place = pick_device(device)
+    if saved is not None and saved.whole:
+        recipe = whole_model(recipe, saved.run / "model", overrides)
+    elif saved is not None:
+        recipe = with_saved_adapter(recipe, registry, saved)
+    mode = "infer" if saved is None or saved.whole else "reopen"
+    made = make_plan(recipe, registry, Ranks(), place, mode, dtype or _usual_dtype(recipe))
+    made.model.requires_grad_(False)
+    return made
+
+
+def _usual_dtype(recipe: Recipe) -> torch.dtype:
+    from llmtune.model.source import load_model_config, resolve_model
+
+    return torch_dtype(
+        recipe.train.infer_dtype, load_model_config(resolve_model(recipe.model, weights=False), recipe.model)
+    )
+
+
+def whole_model(recipe: Recipe, folder: Path, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe of the saved model itself: nothing is adapted any more, and quantised only if the caller asks."""
+    dropped = (
+        {"peft_config"} if any(key.startswith("quant_config") for key in overrides) else {"peft_config", "quant_config"}
+    )
+    blocks = {point: blocks for point, blocks in recipe.blocks.items() if point not in dropped}
+    return replace(recipe, model=replace(recipe.model, model=str(folder), revision=None), blocks=blocks)
+
+
+def with_saved_adapter(recipe: Recipe, registry: Registry, saved: Saved) -> Recipe:
+    """The recipe with the run's own adapter in place of the one it went on from, where the plugin knows how."""
+    parts = find_parts(recipe, registry, [], ("peft_config",))  # what is wrong, `make_plan` finds again
+    for part in parts.at("peft_config"):
+        if not isinstance(part.built, Reopens) or (folder := adapter_folder(saved)) is None:
+            continue
+        if (parameters := part.built.reopened(folder)) is not None:
+            blocks = {**recipe.blocks, part.point: [(part.plugin.name, dict(parameters))]}
+            recipe = replace(recipe, blocks=blocks)
+    return recipe
+
+
+def adapter_folder(saved: Saved) -> Path | None:
+    """Where the run wrote its adapter in the format others read."""
+    if saved.checkpoint is not None:
+        return saved.checkpoint / "adapter"
+    if (saved.run / "model").exists():
+        return saved.run / "model"
+    found = checkpoint.newest(saved.run / "checkpoints")
+    return found[0] / "adapter" if found else None
+
+
+def open_model(
+    path: str | Path, /, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any
+) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a run, a checkpoint, a model folder or a hub id."""
+    plan = open_plan(path, dtype=dtype, device=device, **overrides)
+    fill(plan, path)
+    return plan.model, plan.tokenizer
+
+
+def fill(plan: Plan, path: str | Path) -> None:
+    """Load base weights, then what was trained on top of them."""
+    objective = build_objective(plan)
+    if plan.mode == "reopen" and (saved := saved_at(path)) is not None:
+        restore_trained(plan, saved_tensors(saved))
+    objective.eval()
+
+
+def saved_tensors(saved: Saved) -> Mapping[str, Any]:
+    """The trained tensors of a checkpoint, checked against its manifest, or of a run: the finished, else its newest."""
+    from safetensors.torch import load_file
+
+    run, folder = saved
+    if folder is None and (run / "trained.safetensors").exists():
+        return load_file(run / "trained.safetensors")
+    if folder is None:
+        found = checkpoint.newest(run / "checkpoints")
+        if found is None:
+            status = rundir.read_record(run).get("status")
+            raise CheckpointError(f"{run}: the run has saved nothing yet (status {status})")
+        folder = found[0]
+    checkpoint.verify(folder)
+    return checkpoint.read_trained(folder)
+
+
+def restore_trained(plan: Plan, tensors: Mapping[str, Any]) -> None:
+    """Put trained tensors in place. Raises CheckpointError unless they are exactly those the recipe trains."""
+    here = dict(plan.model.named_parameters())
+    if odd := sorted(set(tensors) ^ set(plan.trainable)):
+        raise CheckpointError(f"the saved tensors are not those the recipe trains: {odd[:6]}")
+    for name, tensor in tensors.items():
+        put(here[name], tensor)

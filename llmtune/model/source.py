@@ -1,0 +1,315 @@
+"""Where a model comes from: a local folder, a GGUF file, a Python package or the Hugging Face hub.
+
+Each source is one function `(config, weights) -> ModelFiles | None`, None meaning "not mine"; `SOURCES` is their order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmtune.contract.errors import LoadError, PlanError, listed
+from llmtune.folders import cache_root
+from llmtune.model import gguf, hub
+from llmtune.model.vocabulary import add_tokens
+from llmtune.model.weight_files import check_weight_files, holds_no_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
+_BARE_ROPE_FACTOR = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is read."""
+
+    model: str
+    """A local folder, a `.gguf` file, a hub id (`owner/name`), or `package:NAME==VERSION` for a Python package
+    that ships a GGUF file."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null is the default branch."""
+    cache_dir: Path | str | None = None
+    """Where downloads and converted models are kept; null is the hub's own cache for downloads, and
+    `$LLMTUNE_CACHE` or `~/.cache/llmtune` for converted models."""
+    token: str | None = field(default=None, repr=False)
+    """Access token of the hub for private and gated models; null uses the one of `hf auth login`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Takes effect only where the recipe is a local file."""
+    model_class: Literal["llm", "cls", "other"] = "llm"
+    """`llm` predicts the next token, `cls` classifies sequences, `other` is the bare model."""
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "fa4"] = "auto"
+    """Attention: `disabled` is plain matrix products, `sdpa` torch's fused function, `fa2` to `fa4` the versions of
+    flash-attn; `auto` leaves the choice to transformers and the kernels."""
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | dict[str, Any] | None = None
+    """Stretch rotary positions beyond the trained context. A name doubles it (factor 2.0); a mapping such as
+    `{rope_type: yarn, factor: 4.0}` chooses, further keys being transformers' `rope_parameters`."""
+    new_special_tokens: str | tuple[str, ...] | None = None
+    """Special tokens to add to the tokenizer, as a list or a comma string. Each is read as one id, and its rows in the
+    embedding and the output head start as the mean of the trained rows."""
+    resize_vocab: bool = False
+    """Let embedding and output head grow, to a multiple of 64 rows, where the tokenizer has more tokens than they have
+    rows. Not needed where spare rows are enough."""
+
+    def __post_init__(self) -> None:
+        scaling = self.rope_scaling
+        if not isinstance(scaling, dict):
+            return
+        if scaling.get("rope_type") not in _ROPE_TYPES:
+            raise ValueError(
+                f"rope_scaling.rope_type: found {scaling.get('rope_type')!r}, allowed is one of {listed(_ROPE_TYPES)}"
+            )
+        factor = scaling.get("factor")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
+            raise ValueError(f"rope_scaling.factor: found {factor!r}, allowed is a number >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A folder with config.json and tokenizer files; with safetensors where weights were asked for."""
+
+    folder: Path
+    name: str
+    """The recipe's `model`; a mirror keeps the name of what it stands in for."""
+    origin: Literal["folder", "hub", "gguf", "package"]
+    revision: str | None = None
+    """Commit on the hub, if the files come from there."""
+    note: str = ""
+    """One sentence to show the user, if there is something to know."""
+
+
+def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False, check: bool = True) -> ModelFiles:
+    """Find the model's files, fetching and converting what is not here yet.
+
+    With `weights` false only small files are fetched from the hub; a GGUF is converted whole, once. Weight files that
+    are here are checked by their headers, unless another rank does that (`check`). `described`: a folder may do without
+    any, for a plan that is never trained.
+    Raises LoadError: no such model, no network, no safetensors, damaged files.
+    """
+    files = next(found for source in SOURCES if (found := source(config, weights)) is not None)
+    _check_config_file(files.folder)
+    if described and files.origin == "folder" and holds_no_weights(files.folder):
+        return replace(files, note="The folder holds no weights: it can be planned, not trained.")
+    if check and (weights or files.origin != "hub"):
+        check_weight_files(files.folder)
+    return files
+
+
+def from_package(config: ModelConfig, weights: bool) -> ModelFiles | None:
+    """`package:NAME==VERSION`."""
+    if not config.model.startswith("package:"):
+        return None
+    package = gguf.parse_package(config.model.removeprefix("package:"))
+    folder = gguf.package_folder(package, converted_cache(config))
+    note = f"{config.model}: the weights are {package.rounding}." if package.rounding else ""
+    return ModelFiles(folder=folder, name=config.model, origin="package", note=note)
+
+
+def from_gguf(config: ModelConfig, weights: bool) -> ModelFiles | None:
+    """A `.gguf` file on this machine."""
+    if not config.model.endswith(".gguf"):
+        return None
+    file = Path(config.model).expanduser()
+    if not file.is_file():
+        raise LoadError(f"model: there is no file {file}; give the path of a GGUF file on this machine")
+    return ModelFiles(folder=gguf.gguf_folder(file, converted_cache(config)), name=config.model, origin="gguf")
+
+
+def from_folder(config: ModelConfig, weights: bool) -> ModelFiles | None:
+    """A folder on this machine, or a text that can only be meant as one."""
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        if config.revision is not None:
+            raise LoadError(
+                f'revision: found "{config.revision}", but model is the local folder {folder}, which has no revisions; '
+                "remove revision"
+            )
+        return ModelFiles(folder=folder.resolve(), name=config.model, origin="folder")
+    if folder.is_file():
+        raise LoadError(
+            f"model: {folder} is a file; allowed are a folder with config.json and safetensors, or a .gguf file"
+        )
+    if config.model.startswith((".", "/", "~", os.sep)) or config.model.count("/") > 1 or "\\" in config.model:
+        raise LoadError(f"model: there is no folder {folder}; give an existing folder, or a hub id such as owner/name")
+    return None
+
+
+def from_hub(config: ModelConfig, weights: bool) -> ModelFiles | None:
+    """A hub id; where the hub cannot be reached, the mirror of it that is a Python package."""
+    mirror = gguf.MIRRORS.get(config.model) if config.revision in (None, "main") else None
+    try:
+        folder, commit, note = hub.fetch(
+            config.model,
+            revision=config.revision,
+            cache_dir=config.cache_dir,
+            token=config.token,
+            weights=weights,
+            code=config.trust_remote_code,
+            patience_s=4.0 if mirror else 10.0,
+        )
+    except hub.HubUnreachable as error:
+        if mirror is None:
+            raise
+        return _from_mirror(config, mirror, error)
+    return ModelFiles(folder=folder, name=config.model, origin="hub", revision=commit, note=note)
+
+
+def _from_mirror(config: ModelConfig, mirror: str, error: LoadError) -> ModelFiles:
+    package = gguf.KNOWN_PACKAGES[mirror]
+    try:
+        files = from_package(replace(config, model=f"package:{mirror}"), True)
+    except LoadError as second:
+        raise LoadError(f"{error}. Its mirror failed, too: {second}") from second
+    assert files is not None
+    note = (
+        f"{config.model} could not be fetched from the hub, so it comes from the Python package {package.project} "
+        f"{package.version}, whose weights are {package.rounding}."
+    )
+    return replace(files, name=config.model, note=note)
+
+
+SOURCES: tuple[Callable[[ModelConfig, bool], ModelFiles | None], ...] = (from_package, from_gguf, from_folder, from_hub)
+"""Asked in this order. The last one answers for every text."""
+
+
+def converted_cache(config: ModelConfig) -> Path:
+    """Where converted models are kept."""
+    return Path(config.cache_dir or cache_root()).expanduser()
+
+
+def _check_config_file(folder: Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f"; to use the GGUF file in it, write model: {ggufs[0]}" if ggufs else ""
+        raise LoadError(f"model: {folder} has no config.json, so it is no model folder{hint}")
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoadError(f"{file} is no JSON ({error}); fetch it again") from error
+    if not isinstance(tree, dict):
+        raise LoadError(f"{file} holds no mapping; fetch it again")
+
+
+def allow_remote_code(config: ModelConfig, recipe_is_local: bool) -> bool:
+    """Whether code from the model's repository may run. PlanError if a recipe from elsewhere asks for it."""
+    if config.trust_remote_code and not recipe_is_local:
+        raise PlanError(
+            "trust_remote_code: found true in a recipe that is no local file; a model's code runs only at the word of "
+            "a recipe on this machine. Save the recipe here, read it, and run that file"
+        )
+    return config.trust_remote_code
+
+
+def load_model_config(files: ModelFiles, config: ModelConfig) -> PretrainedConfig:
+    """transformers' configuration of the model, with `rope_scaling` applied. Reads no weights."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(
+            files.folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise LoadError(f"{files.folder / 'config.json'}: {_first_line(error, config)}") from error
+    if config.rope_scaling is not None:
+        scale_rope(found, config.rope_scaling)
+    return found
+
+
+def _first_line(error: Exception, config: ModelConfig) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if "trust_remote_code" in text and not config.trust_remote_code:
+        return (
+            "the model needs Python code from its repository; read that code, and if you trust it set "
+            "trust_remote_code: true"
+        )
+    return text.strip().split("\n")[0]
+
+
+def scale_rope(model_config: Any, scaling: str | dict[str, Any]) -> None:
+    """Write `scaling` into `model_config.rope_parameters` in place. PlanError where the model has no place for it."""
+    wanted = {"rope_type": scaling, "factor": _BARE_ROPE_FACTOR} if isinstance(scaling, str) else dict(scaling)
+    present = getattr(model_config, "rope_parameters", None)
+    length = getattr(model_config, "max_position_embeddings", None)
+    if not present or not length:
+        raise PlanError(f"rope_scaling: {model_config.model_type} models have no rotary positions; remove rope_scaling")
+    if all(isinstance(value, dict) or value is None for value in present.values()):
+        raise PlanError(
+            f"rope_scaling: {model_config.model_type} has rotary positions of its own for each kind of layer "
+            f"({', '.join(present)}), which llmtune does not scale; remove rope_scaling"
+        )
+    if present.get("rope_type", "default") != "default":
+        raise PlanError(
+            f'rope_scaling: found "{wanted["rope_type"]}", but the model\'s positions are already scaled '
+            f"({present['rope_type']}, factor {present.get('factor')}); remove rope_scaling"
+        )
+    if wanted["rope_type"] in ("yarn", "llama3"):
+        wanted.setdefault("original_max_position_embeddings", length)
+    if wanted["rope_type"] == "llama3":  # the values of Llama 3.1
+        wanted = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | wanted
+    model_config.rope_parameters = {**present, **wanted}
+    if wanted["rope_type"] != "dynamic":  # which stretches at run time, measured against the trained length
+        model_config.max_position_embeddings = int(length * wanted["factor"])
+
+
+def load_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the recipe's new tokens. LoadError if the folder has none, PlanError if it takes no
+    new tokens."""
+    tokenizer = read_tokenizer(files, config)
+    add_tokens(tokenizer, config.new_special_tokens)
+    return tokenizer
+
+
+def read_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. LoadError if the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            files.folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+        raise LoadError(f"{files.folder} has no usable tokenizer: {_first_line(error, config)}") from error
+    return tokenizer
+
+
+def auto_class(config: ModelConfig, model_config: PretrainedConfig) -> Any:
+    """The class of transformers whose `from_config` makes this kind of model. PlanError where it has none.
+
+    A model that reads images too, and that transformers does not count among the causal ones, is made as a whole; text
+    trains its text part.
+    """
+    import transformers
+
+    names = {
+        "llm": ["AutoModelForCausalLM", "AutoModelForImageTextToText"],
+        "cls": ["AutoModelForSequenceClassification"],
+        "other": ["AutoModel"],
+    }
+    kinds = [getattr(transformers, name) for name in names[config.model_class]]
+    if hasattr(model_config, "auto_map"):  # the model brings its own code
+        return kinds[0]
+    for kind in kinds:
+        if type(model_config) in kind._model_mapping:
+            return kind
+    raise PlanError(
+        f"model: transformers has no {names[config.model_class][0]} for {model_config.model_type} models; use a model "
+        "of another architecture, or another model_class"
+    )
+
+
+def attention_name(config: ModelConfig) -> str | None:
+    """transformers' name for `flash_attn`; None where the choice is left open."""
+    return {
+        "auto": None,
+        "disabled": "eager",
+        "sdpa": "sdpa",
+        "fa2": "flash_attention_2",
+        "fa3": "flash_attention_3",
+        "fa4": "flash_attention_4",
+    }[config.flash_attn]

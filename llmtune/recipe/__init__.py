@@ -1,0 +1,1 @@
+"""YAML becomes typed keys and found plugins."""

@@ -1,0 +1,63 @@
+"""What is installed for each extension point, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llmtune.contract import hookspecs
+from llmtune.contract.errors import listed
+from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.records import API_VERSION, Plugin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """One line of `llmtune plugins`."""
+
+    point: str
+    """Empty where the module could not be asked."""
+    name: str
+    package: str
+    version: str
+    state: str
+    """`ok`, `broken`, `blocked`, `incompatible` or `duplicate`."""
+    reason: str = ""
+    summary: str = ""
+    requires: tuple[tuple[str, bool], ...] = ()
+    """Python requirements and whether they are met."""
+    plugin: Plugin | None = field(default=None, repr=False)
+
+
+def question(point: str) -> str:
+    """What an extension point decides, as its hook specification says."""
+    return re.split(r"(?<=\.)\s", (getattr(hookspecs, point).__doc__ or "").strip())[0]
+
+
+def print_listing(listing: Sequence[Listed], as_json: bool = False) -> None:
+    """Print what is installed, by extension point; with `as_json` for machines."""
+    if as_json:
+        rows = [{name: value for name, value in vars(row).items() if name != "plugin"} for row in listing]
+        for row in rows:
+            row["requires"] = [{"requirement": text, "met": met} for text, met in row["requires"]]
+        questions = [{"name": point, "question": question(point)} for point in EXTENSION_POINTS]
+        print(json.dumps({"api": API_VERSION, "extension_points": questions, "plugins": rows}, indent=1))
+        return
+    for point in (*EXTENSION_POINTS, "observe", ""):
+        rows = [row for row in listing if row.point == point]
+        if not rows and point not in EXTENSION_POINTS:
+            continue
+        title = f"{point}: {question(point)}" if point else "Not usable:"
+        print(f"\n{title}" if point != EXTENSION_POINTS[0] else title)
+        for row in rows or [None]:
+            print("  " + (_line(row) if row else "(nothing installed)"))
+
+
+def _line(row: Listed) -> str:
+    text = f"{row.name:<18} {row.package + ' ' + row.version:<26} {row.summary}"
+    if row.state != "ok":
+        text += f" [{row.state}: {row.reason}]"
+    missing = [requirement for requirement, met in row.requires if not met]
+    return (text + (f"  [needs {listed(missing)}]" if missing else "")).rstrip()

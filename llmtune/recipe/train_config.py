@@ -1,0 +1,144 @@
+"""The training keys of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from llmtune.contract.schema import Ge, Gt, Lt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run proceeds: steps, precision, evaluation, what is kept, and what is written at the end."""
+
+    output_dir: str | None = None
+    """Folder of the run. null is `runs/NAME`, NAME being the recipe's file without its ending, or its model."""
+    overwrite_output_dir: bool = False
+    """Delete the run that is in `output_dir` and start over."""
+    resume_from_checkpoint: str | bool | None = "auto"
+    """`auto` or true continues an interrupted run in `output_dir`; a path continues from that checkpoint; false or
+    null refuses to go on with what is there."""
+
+    per_device_train_batch_size: Annotated[int, Ge(1)] = 1
+    """Rows of one micro-batch on one rank; with packing, rows of `cutoff_len` tokens."""
+    gradient_accumulation_steps: Annotated[int, Ge(1)] = 1
+    """Micro-batches of one optimiser step on one rank."""
+    learning_rate: Annotated[float, Gt(0)] = 5e-5
+    """Highest learning rate, reached after warm-up."""
+    num_train_epochs: Annotated[float, Gt(0)] = 3.0
+    """Passes over the training data; need not be whole."""
+    max_steps: Annotated[int, Ge(1)] | None = None
+    """Optimiser steps of the run; where given, `num_train_epochs` does not count."""
+    max_grad_norm: Annotated[float, Ge(0)] | None = 1.0
+    """Gradients are scaled down to this global norm; 0 or null leaves them as they are."""
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Optimiser steps over which the learning rate rises from 0."""
+    warmup_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """The same as a share of all steps; give one of the two."""
+    seed: Annotated[int, Ge(0)] = 42
+    """Decides the order of samples, fresh weights and dropout."""
+
+    bf16: bool | None = None
+    """Compute in bfloat16 with float32 trainable weights. All three precision keys left out: bfloat16 on GPUs that
+    have it, else float32."""
+    fp16: bool | None = None
+    """Compute in float16 with loss scaling and float32 trainable weights, for GPUs without bfloat16."""
+    pure_bf16: bool = False
+    """Keep trainable weights and optimiser state in bfloat16, too: half the memory, small updates get lost."""
+    activation_checkpointing: Literal["full", "selective", "none"] | None = None
+    """What a layer computes again in the backward pass instead of keeping it: `full` keeps its input alone, `selective`
+    also attention results and every other matrix product, `none` computes nothing again (about a third faster than
+    full, far more memory). null is full."""
+    disable_gradient_checkpointing: bool = False
+    """true is another way to write `activation_checkpointing: none`."""
+    torch_compile: bool = False
+    """Compile each transformer layer with `torch.compile`. The first steps take minutes, later ones less."""
+    use_reentrant_gc: bool = False
+    """Reentrant gradient checkpointing is not offered; the key is here so that a recipe may say false."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is the GPU where there is one."""
+    ddp_timeout: Annotated[int, Ge(1)] = 1800
+    """Seconds after which a rank gives up waiting for the others."""
+
+    logging_steps: Annotated[int, Ge(1)] = 10
+    """Optimiser steps between two lines of metrics."""
+    plot_loss: bool = False
+    """Draw the loss curve into `output_dir` at the end."""
+    sample_prompts: tuple[str, ...] = ()
+    """Questions answered before and after training, shown side by side."""
+
+    eval_strategy: Literal["no", "steps", "epoch", False] = "no"
+    """When to evaluate. YAML reads a bare no as false, which means the same here."""
+    eval_steps: Annotated[int, Ge(1)] | None = None
+    """Optimiser steps between evaluations with `eval_strategy: steps`; null is `logging_steps`."""
+    per_device_eval_batch_size: Annotated[int, Ge(1)] = 1
+    """Rows of one evaluation batch on one rank."""
+    load_best_model_at_end: bool = False
+    """Save the weights of the best evaluation instead of the last ones."""
+    metric_for_best_model: str = "eval_loss"
+    """The evaluation's metric that `load_best_model_at_end` and early stopping compare."""
+    greater_is_better: bool = False
+    """Whether a higher value of that metric is better."""
+    early_stopping_patience: Annotated[int, Ge(1)] | None = None
+    """Stop after this many evaluations in a row without improvement; null never stops."""
+    early_stopping_threshold: Annotated[float, Ge(0)] = 0.0
+    """By how much the metric must improve to count."""
+
+    save_steps: Annotated[int, Ge(1)] | None = 500
+    """Optimiser steps between checkpoints; null: none but on request (SIGTERM). With a number, the last step
+    is saved too."""
+    save_total_limit: Annotated[int, Ge(1)] | None = None
+    """Keep this many checkpoints, the newest and the best; null keeps all."""
+
+    export_dir: str | None = None
+    """Where `llmtune export` writes the merged model."""
+    export_size: Annotated[int, Ge(1)] = 5
+    """Largest exported file in GB."""
+    infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Type of exported weights, and of a model opened for chatting; `auto` is the type the model came in."""
+    export_legacy_format: bool = False
+    """Export as PyTorch pickles instead of safetensors, for readers that know nothing else."""
+    export_hub_model_id: str | None = None
+    """Hub repository (`owner/name`) that the export is uploaded to."""
+
+    def __post_init__(self) -> None:
+        if self.eval_strategy is False:
+            object.__setattr__(self, "eval_strategy", "no")
+        if self.resume_from_checkpoint is True:
+            object.__setattr__(self, "resume_from_checkpoint", "auto")
+        if self.max_grad_norm is None:
+            object.__setattr__(self, "max_grad_norm", 0.0)
+        if problems := list(self._contradictions()):
+            raise ValueError("\n".join(problems))
+
+    @property
+    def checkpointing(self) -> Literal["full", "selective", "none"]:
+        """`activation_checkpointing` with its default filled in."""
+        return "none" if self.disable_gradient_checkpointing else self.activation_checkpointing or "full"
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.warmup_steps and self.warmup_ratio:
+            yield f"warmup_ratio: found {self.warmup_ratio} beside warmup_steps {self.warmup_steps}; give one"
+        precisions = [name for name in ("bf16", "fp16", "pure_bf16") if getattr(self, name)]
+        if len(precisions) > 1:
+            yield f"{precisions[1]}: found true beside {precisions[0]}; only one of bf16, fp16, pure_bf16 can be true"
+        if self.disable_gradient_checkpointing and self.activation_checkpointing in ("full", "selective"):
+            found = f"{self.activation_checkpointing} beside disable_gradient_checkpointing true"
+            yield f"activation_checkpointing: found {found}; remove one of the two"
+        if self.torch_compile and self.activation_checkpointing == "selective":
+            yield "torch_compile: found true beside activation_checkpointing selective; set that to full or none"
+        if self.use_reentrant_gc:
+            yield "use_reentrant_gc: found true, allowed is false; the non-reentrant kind gives the same gradients"
+        if self.resume_from_checkpoint and self.overwrite_output_dir and self.resume_from_checkpoint != "auto":
+            yield "resume_from_checkpoint: found a checkpoint beside overwrite_output_dir; remove one of the two"
+        if self.eval_strategy != "steps" and self.eval_steps is not None:
+            found = f'{self.eval_steps} with eval_strategy "{self.eval_strategy}"'
+            yield f"eval_steps: found {found}; set eval_strategy: steps"
+        if self.eval_strategy == "no":
+            for name in ("load_best_model_at_end", "early_stopping_patience"):
+                if getattr(self, name):
+                    yield f"{name}: needs evaluations to compare; set eval_strategy to steps or epoch"
+        if not self.metric_for_best_model.startswith("eval_"):
+            yield f'metric_for_best_model: found "{self.metric_for_best_model}", evaluation metrics begin with eval_'

@@ -1,0 +1,232 @@
+"""What a run reports: metrics.jsonl, the console, loggers of plugins, and tables for the end of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from llmtune.contract.errors import CheckpointError
+from llmtune.training.console import Console
+
+if TYPE_CHECKING:
+    from llmtune.contract.records import Logger
+
+FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends one JSON object per line to `metrics.jsonl` in `folder`, handed to the system at each `write`.
+
+    Opening drops lines after `resume_step` (all of them for 0), so that a continued run has each step once, and a last
+    line that a kill left unfinished.
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        partial = path.with_suffix(".partial")
+        kept = [row for row in read_metrics(folder) if row["step"] <= resume_step]
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(_line(row) for row in kept)
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(_line({"step": step, **metrics}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    # JSON knows no NaN or infinity. As text ("nan", "inf", "-inf") they are neither lost nor mistaken for numbers.
+    plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in `folder`, oldest first; none where the file does not exist yet.
+
+    Numbers that are not finite come back as floats. An unfinished last line is left out: a run may be writing it.
+    Raises CheckpointError for any other line that is not a JSON object with a step.
+    """
+    path = Path(folder) / FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": row["step"]} | {key: _number(value) for key, value in row.items()})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise CheckpointError(
+                f"{path}:{number}: not a JSON object with a step ({error}); delete this line"
+            ) from error
+    return rows
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+class Loggers:
+    """Everything that receives metrics on rank 0: the file, the console, plugins' loggers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plugins: Sequence[Logger] = (),
+        *,
+        total_steps: int,
+        resume_step: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.folder = folder
+        self.resume_step = resume_step
+        self.console: Console | None = Console(total_steps, resume_step, stream=stream)
+        self.plugins = list(plugins)
+        self.file: MetricsFile | None = None
+
+    def start(self, recipe: Mapping[str, Any]) -> None:
+        """Open metrics.jsonl and start every logger. `recipe` is the resolved one."""
+        self.file = MetricsFile(self.folder, self.resume_step)
+        self._each_plugin(lambda plugin: plugin.start(self.folder, dict(recipe)))
+        self._to_console(lambda console: console.start())
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report the metrics of `step` everywhere. Only metrics.jsonl may fail the run (OSError: the disk is full)."""
+        assert self.file is not None, "log before start"
+        self.file.write(step, metrics)
+        self._each_plugin(lambda plugin: plugin.log(step, dict(metrics)))
+        self._to_console(lambda console: console.log(step, metrics))
+
+    def finish(self) -> None:
+        """Close all of them."""
+        self._to_console(lambda console: console.finish())
+        self._each_plugin(lambda plugin: plugin.finish())
+        if self.file is not None:
+            self.file.close()
+
+    def _each_plugin(self, call: Callable[[Logger], None]) -> None:
+        for plugin in list(self.plugins):
+            try:
+                call(plugin)
+            except Exception as error:
+                self.plugins.remove(plugin)
+                _complain(f"logger {type(plugin).__name__}", error)
+
+    def _to_console(self, call: Callable[[Console], None]) -> None:
+        if self.console is None:
+            return
+        try:
+            call(self.console)
+        except Exception as error:  # such as a closed pipe: `llmtune train ... | head`
+            self.console = None
+            _complain("progress display", error)
+
+
+def _complain(what: str, error: Exception) -> None:
+    print(
+        f"llmtune: {what} failed and is off for the rest of the run: {type(error).__name__}: {error}", file=sys.stderr
+    )
+
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "step": ("step", "d"),
+    "epoch": ("epoch", ".2f"),
+    "loss": ("loss", ".4f"),
+    "eval_loss": ("eval loss", ".4f"),
+    "learning_rate": ("learning rate", ".2e"),
+    "grad_norm": ("grad norm", ".3g"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+}
+"""Metric to (heading, format) of the loss table."""
+
+
+def loss_table(metrics: Sequence[Mapping[str, Any]], most: int = 10) -> str:
+    """At most `most` steps of a run as an aligned table: the first, the last, evenly spaced ones, evaluations."""
+    rows = _by_step(metrics)
+    if not rows:
+        return "No metrics were logged."
+    evaluated = [index for index, row in enumerate(rows) if "eval_loss" in row]
+    chosen = set(_spread(evaluated, most // 2))
+    chosen |= set(_spread(range(len(rows)), most - len(chosen)))
+    shown = [rows[index] for index in sorted(chosen)]
+    columns = []
+    for key, (heading, form) in COLUMNS.items():
+        cells = [format(row[key], form) if row.get(key) is not None else "" for row in shown]
+        if any(cells):
+            columns.append(_right([heading, *cells]))
+    return "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+
+
+def _by_step(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per step: training and evaluation metrics of a step together."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in metrics:
+        rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _spread(items: Sequence[int], most: int) -> list[int]:
+    """At most `most` of `items`, evenly spaced, the last always and the first if there is room for two."""
+    if len(items) <= most:
+        return list(items)
+    if most < 2:
+        return list(items)[-1:] if most else []
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _right(cells: Sequence[str]) -> list[str]:
+    width = max(len(cell) for cell in cells)
+    return [cell.rjust(width) for cell in cells]
+
+
+def side_by_side(question: str, before: str, after: str, width: int = 100) -> str:
+    """A question and its answers before and after training, in two columns that together take `width` cells."""
+    column = max(12, (width - 3) // 2)
+    left, right = (["", *wrap(text.strip() or "(nothing)", column)] for text in (before, after))
+    left[0], right[0] = "Before training", "After training"
+    left, right = ([cells[0], "-" * column, *cells[1:]] for cells in (left, right))
+    height = max(len(left), len(right))
+    rows = zip(left + [""] * (height - len(left)), right + [""] * (height - len(right)), strict=True)
+    lines = [f"{old}{' ' * (column - cell_width(old))} | {new}".rstrip() for old, new in rows]
+    return "\n".join([*wrap(f"Question: {question.strip()}", width), "", *lines])
+
+
+def cell_width(text: str) -> int:
+    """Terminal cells that `text` takes: two for wide East Asian characters and emoji, none for combining marks."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` cells, broken at spaces where there are any; line breaks of `text` stay."""
+    lines = []
+    for paragraph in text.expandtabs(4).splitlines():
+        line, wrapped = "", False
+        # Control characters would move the cursor; other kinds of space count as plain ones.
+        shown = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in paragraph)
+        for word in re.findall(r"\s+|\S+", shown):
+            if cell_width(line) + cell_width(word) > width and line.strip():
+                lines.append(line.rstrip())
+                line, wrapped = "", True
+            if wrapped and not line and word.isspace():
+                continue
+            for character in word:  # a word longer than a line is cut
+                if cell_width(line) + cell_width(character) > width:
+                    lines.append(line.rstrip())
+                    line, wrapped = "", True
+                line += character
+        lines.append(line.rstrip())
+    return lines

@@ -1,0 +1,248 @@
+"""The training loop. Its arithmetic reads top to bottom in `train`; nothing may sit between the steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from llmtune.contract.errors import DivergedError, listed
+from llmtune.distributed.placement import local, seeded_step
+from llmtune.distributed.ranks import Ranks, fail_together, total
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from llmtune.contract.records import Distribute, Schedule
+    from llmtune.contract.stages import Batch
+    from llmtune.data.batch_loader import BatchLoader
+    from llmtune.data.stream_loader import StreamLoader
+
+TOKENS = ""
+"""Name of the count of tokens among a step's sums, which no metric of a stage can have."""
+
+
+class Watcher(Protocol):
+    """What the loop tells the outside between steps: log, evaluate, save. It may stop the run, nothing else."""
+
+    def after_step(self, step: int, stats: StepStats) -> bool:
+        """Called after each optimiser step (1-based number). True stops the run."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Plain numbers of one optimiser step, the same on every rank."""
+
+    loss: float
+    """Mean over the step's weight, for sft nats per supervised token."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    tokens: int
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Training:
+    """All that a step needs."""
+
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    distribute: Distribute
+    feed: BatchLoader | StreamLoader
+    ranks: Ranks
+    device: torch.device
+    total_steps: int
+    warmup_steps: int
+    max_grad_norm: float
+    seed: int
+    scaler: LossScale | None = None
+    first_step: int = 0
+    at: int = 0
+    """The step that is being done, from 1."""
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that train; found once, not on every step."""
+        return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+
+
+def train(run: Training, watcher: Watcher) -> int:
+    """Run optimiser steps `first_step .. total_steps`; returns the number of the last one done.
+
+    The loss is a sum over the micro-batches of all ranks, divided by the weight of the whole step before the first
+    backward pass, so the gradient does not depend on how a step is split. Raises DivergedError, on all ranks and before
+    the update, for a loss or gradient that is not finite.
+    """
+    run.objective.train()
+    step = run.first_step
+    while step < run.total_steps:
+        started, run.at = time.perf_counter(), step + 1
+        rate = set_learning_rate(run, step)
+        micros = run.feed.step(step, run.device)
+        weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
+        weight /= run.ranks.layout.tensor  # a tensor group computes one result; it counts once
+        sums = forward_backward(run, micros, weight, step)
+        norm = global_norm(run.parameters)
+        sums[TOKENS] = torch.tensor(run.feed.share_of_tokens(step), device=run.device, dtype=torch.float64)
+        loss, grad_norm, metrics = read_back(run, sums, norm)
+        tokens = metrics.pop(TOKENS)
+        if math.isnan(tokens):  # some rank's data failed while others computed
+            fail_together(run.feed.error)
+        if run.scaler is not None and run.scaler.overflowed(grad_norm):
+            run.optimizer.zero_grad(set_to_none=True)
+            continue
+        require_finite(run, loss, grad_norm, step, micros)
+        clip(run, norm, grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        step += 1
+        stats = StepStats(loss, grad_norm, rate, round(tokens), time.perf_counter() - started, metrics)
+        if watcher.after_step(step, stats):
+            break
+        run.objective.train()
+    return step
+
+
+def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, step: int) -> dict[str, Tensor]:
+    """All micro-batches of a step. Returns detached sums over this rank's share, divided by `weight`."""
+    sums: dict[str, Tensor] = {}
+    # FSDP2 averages gradients over the ranks of its mesh; times their number, the mean is the sum we want.
+    factor = run.ranks.size // run.ranks.layout.tensor * (run.scaler.scale if run.scaler else 1.0)
+    divisor = torch.where(weight > 0, weight, 1.0).float()
+    for number, micro in enumerate(micros):
+        run.distribute.before_backward(run.objective, number == len(micros) - 1)
+        # Dropout is a function of (seed, step, micro-batch, rank): nothing to save, nothing that evaluation disturbs.
+        seeded_step(run.seed, step, number, run.ranks.stream)
+        result = run.objective(micro)
+        loss = result.total / divisor
+        (loss * factor).backward()
+        for name, value in {"loss": loss.detach(), **{k: v / divisor for k, v in result.metrics.items()}}.items():
+            sums[name] = sums[name] + value if name in sums else value.detach()
+    return sums
+
+
+def set_learning_rate(run: Training, step: int) -> float:
+    """Linear warm-up from 0, then the schedule, as transformers defines them; returns the rate of the first group."""
+    if step < run.warmup_steps:
+        factor = step / max(1, run.warmup_steps)
+    else:
+        factor = run.schedule.factor(step, run.total_steps, run.warmup_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(run.optimizer.param_groups[0]["lr"])
+
+
+def global_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients over all ranks and shards, each number counted once; a scalar on the device."""
+    from torch.distributed.tensor import DTensor
+
+    # Gradients that are spread alike are summed together: torch cannot mix meshes in one operation.
+    alike: dict[Any, list[Tensor]] = {}
+    for grad in (p.grad for p in parameters if p.grad is not None):
+        spread = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        alike.setdefault(spread, []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(grads) for grads in alike.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+
+
+def read_back(run: Training, sums: Mapping[str, Tensor], norm: Tensor) -> tuple[float, float, dict[str, float]]:
+    """The step's one wait for the device: it is what lets a bad update be stopped before it happens."""
+    names = list(sums)
+    packed = total(torch.stack([sums[name].double() for name in names])) / run.ranks.layout.tensor
+    *values, grad_norm = torch.cat([packed, norm.double().reshape(1).to(packed.device)]).tolist()
+    numbers = dict(zip(names, values, strict=True))
+    scale = run.scaler.scale if run.scaler else 1.0
+    return numbers.pop("loss"), grad_norm / scale, numbers
+
+
+def require_finite(run: Training, loss: float, grad_norm: float, step: int, micros: Sequence[Batch]) -> None:
+    """Stop a run that would otherwise write NaN into its weights."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    rows = listed([run.feed.origin(sample) for micro in micros for sample in micro.sample_ids], 16)
+    raise DivergedError(
+        f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the update, "
+        f"so the weights and the last checkpoint are good. Rows on this rank: {rows}. "
+        "Lower learning_rate, or look at these rows"
+    )
+
+
+def clip(run: Training, norm: Tensor, grad_norm: float) -> None:
+    """Scale gradients to `max_grad_norm` (0: never), and undo loss scaling."""
+    scale = run.scaler.scale if run.scaler else 1.0
+    limit = run.max_grad_norm
+    factor = min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
+    if factor * scale == 1.0 and scale == 1.0:
+        return
+    torch._foreach_mul_([local(p.grad) for p in run.parameters if p.grad is not None], factor / scale)
+
+
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740)."""
+
+    def __init__(self, scale: float = 2.0**15, grow_after: int = 500) -> None:
+        self.scale = scale
+        self.grow_after = grow_after
+        self.good_steps = 0
+
+    def overflowed(self, grad_norm: float) -> bool:
+        """Whether this step must be repeated with the smaller scale now set."""
+        if math.isfinite(grad_norm):
+            self.good_steps += 1
+            if self.good_steps % self.grow_after == 0:
+                self.scale *= 2.0
+            return False
+        self.good_steps = 0
+        self.scale /= 2.0
+        if self.scale < 1.0:
+            raise DivergedError(
+                "float16 gradients overflow even without loss scaling; use bf16 or a lower learning_rate"
+            )
+        return True
+
+    def state(self) -> dict[str, Any]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.scale, self.good_steps = state["scale"], state["good_steps"]
+
+
+@torch.no_grad()
+def evaluate(
+    objective: nn.Module, parts: Mapping[str, Callable[[], Iterable[Batch]]], device: torch.device
+) -> dict[str, float]:
+    """Mean loss (and the stage's metrics) per unit of weight over all ranks' batches: `eval_loss` of all parts, and
+    `eval_<name>_loss` of each where there are several."""
+    objective.eval()
+    metrics: dict[str, float] = {}
+    whole: dict[str, float] = {}
+    for part, batches in parts.items():
+        sums: dict[str, Tensor] = {}
+        weight = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches():
+            result = objective(batch)
+            weight += batch.weight
+            for name, value in {"loss": result.total, **result.metrics}.items():
+                sums[name] = sums.get(name, 0) + value.double()
+        found = total(torch.stack([*sums.values(), weight])).tolist()
+        numbers = dict(zip([*sums, ""], found, strict=True))
+        whole = {name: whole.get(name, 0.0) + value for name, value in numbers.items()}
+        if len(parts) > 1:
+            metrics |= _means(numbers, f"eval_{part}_")
+    objective.train()
+    return _means(whole, "eval_") | metrics
+
+
+def _means(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Sums over the weight, which goes by the empty name."""
+    return {prefix + name: value / (sums[""] or 1.0) for name, value in sums.items() if name}

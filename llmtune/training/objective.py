@@ -1,0 +1,133 @@
+"""The root module of a run: the model and what is learnt from it, in one forward.
+
+FSDP2 gathers the root's own weights (embeddings, final norm, head) around the root's forward. With the stage inside it,
+a stage may call the model, its backbone or its head as it likes, without building full logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llmtune.contract.stages import StageContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmtune.contract.stages import Batch, Stage
+
+
+class Objective(nn.Module):
+    """`forward(batch)` is the stage's summed loss on the model.
+
+    `forward(function)` calls the function instead: whatever uses the model while it is sharded (generation, checks) has
+    to run in here, where FSDP2 has gathered the root's weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, stage: Stage | None, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.stage = stage
+        self.context = Context(ops)
+        self.autocast = autocast
+
+    def forward(self, batch: Batch | Callable[[], Any]) -> Any:
+        device = next(self.model.parameters()).device.type
+        # Without autocast's cache of cast weights: it would hold them all through the forward pass, and what a
+        # checkpointed layer computes again would not be what it computed first.
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            if callable(batch):
+                return batch()
+            assert self.stage is not None, "a model opened for use only has no stage"
+            return self.stage.loss(self.model, batch, self.context)
+
+
+class Context(StageContext):
+    """`StageContext` for a transformers model."""
+
+    def __init__(self, ops: Mapping[str, Callable[..., Any]], head_explains_logits: bool | None = None) -> None:
+        self.ops: Mapping[str, Callable[..., Any]] = {"linear_cross_entropy": linear_cross_entropy, **ops}
+        self._head_explains_logits = head_explains_logits
+
+    def hidden_states(self, model: Any, batch: Batch) -> Tensor:
+        """Last hidden states (B, T, D), without building logits."""
+        return model.base_model(**batch.model_inputs()).last_hidden_state
+
+    def head(self, model: Any) -> nn.Module:
+        """The output head."""
+        return model.get_output_embeddings()
+
+    def logit_transform(self, model: Any) -> Callable[[Tensor], Tensor] | None:
+        """What comes after the head: soft-capping (Gemma 2, RecurrentGemma), scaling up (Cohere) or down (Granite)."""
+        config = model.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        if cap:
+            return lambda logits: torch.tanh(logits / cap) * cap
+        if factor != 1:
+            return lambda logits: logits * factor
+        return None
+
+    def next_token_loss(self, model: Any, batch: Batch) -> Tensor:
+        """Cross-entropy of the batch's targets under the model, times their weights, summed: a float32 scalar."""
+        if self._head_explains_logits is None:
+            self._head_explains_logits = self._probe(model, batch)
+        if self._head_explains_logits:
+            hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
+            fused, head, transform = self.ops["linear_cross_entropy"], self.head(model), self.logit_transform(model)
+            return weighted_sum(batch, hidden_ND, lambda some_ND, targets: fused(some_ND, head, targets, transform))
+        logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
+        return weighted_sum(
+            batch, logits_NV, lambda some_NV, targets: F.cross_entropy(some_NV.float(), targets, reduction="sum")
+        )
+
+    def _probe(self, model: Any, batch: Batch) -> bool:
+        """Whether head and transform on the backbone's output give this model's logits. Asked once a run, on 4 tokens:
+        a model that does more to its logits than we know must not be trained on other ones."""
+        if self.head(model) is None or not hasattr(model, "base_model"):
+            return False
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                inputs = {"input_ids": batch.input_ids[:1, :4], "use_cache": False}
+                logits = model(**inputs).logits
+                expected = logits.float()
+                found = self.head(model)(model.base_model(**inputs).last_hidden_state)
+                transform = self.logit_transform(model)
+                found = (transform(found) if transform else found).float()
+        except (AttributeError, TypeError):
+            return False
+        finally:
+            model.train(training)
+        # A cap at 30 moves logits of 0.5 by 5e-5 of themselves: float32 tells, narrower types tell it of larger ones.
+        rtol, atol = (1e-5, 1e-6) if logits.dtype == torch.float32 else (1e-2, 1e-3)
+        return expected.shape == found.shape and torch.allclose(expected, found, rtol=rtol, atol=atol)
+
+
+def weighted_sum(batch: Batch, values_NX: Tensor, summed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Sum over targets, each times its weight. Targets of one weight go together, so that an operation that knows no
+    weights can be used: a message has one weight, so there are two or three."""
+    if not batch.weight_groups:
+        return summed(values_NX, batch.targets)
+    losses = [
+        weight * summed(values_NX.index_select(0, spots), batch.targets.index_select(0, spots))
+        for weight, spots in batch.weight_groups
+    ]
+    return torch.stack(losses).sum()
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, transform: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """The plain operation: logits for all N positions at once, then summed cross-entropy in float32."""
+    logits_NV = head(hidden_ND)
+    if transform is not None:
+        logits_NV = transform(logits_NV)
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")

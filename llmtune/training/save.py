@@ -1,0 +1,89 @@
+"""What users take away: PEFT adapters, safetensors with index, tokenizer and chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.distributed.placement import full
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmtune.planning.plan import Plan
+
+
+def is_adapter(plan: Plan) -> bool:
+    """Whether the trained tensors are a small addition to a base that is kept elsewhere."""
+    return any(part.built.kind == "adapter" for part in plan.parts.at("peft_config"))
+
+
+def trained_tensors(plan: Plan) -> dict[str, Tensor]:
+    """Every trained tensor whole, on the CPU of rank 0 (empty elsewhere). Collective."""
+    chosen = {}
+    for name, parameter in plan.model.named_parameters():
+        if parameter.requires_grad:
+            tensor = full(parameter)
+            if plan.ranks.first:
+                chosen[name] = tensor
+    return chosen
+
+
+def original_tensors(plan: Plan) -> dict[str, Tensor]:
+    """The whole model under its original names, on the CPU of rank 0, with load rules undone. Collective."""
+    from llmtune.model.edits import named_tensors
+
+    tensors = named_tensors(plan.model)
+    found = {}
+    for name, now in plan.ledger.direct.items():
+        tensor, trains = full(tensors[now]), tensors[now].requires_grad
+        if plan.ranks.first:
+            # What does not train is in the type it is used in, which may be float32 for a few (router biases).
+            found[name] = tensor.to(plan.precision.compute) if trains else tensor
+    for name, placed in plan.ledger.rules.items():
+        parts = {target: full(tensors[now]) for target, now in placed.where.items()}
+        if plan.ranks.first:
+            found[name] = placed.rule.restore(parts)
+    return found
+
+
+def write_adapter(plan: Plan, folder: Path) -> dict[str, Tensor]:
+    """The adapter in the format others read. Collective; returns the trained tensors (rank 0)."""
+    tensors = trained_tensors(plan)
+    if plan.ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (part,) = plan.parts.at("peft_config")
+        part.built.save(plan.model, tensors, folder, plan.context)
+    return tensors
+
+
+def write_result(plan: Plan, folder: Path) -> None:
+    """`model/` of a finished run, and `trained.safetensors` beside it for an adapter. Collective."""
+    model: Any = plan.model
+    if is_adapter(plan):
+        tensors = write_adapter(plan, folder)
+        if plan.ranks.first:
+            from safetensors.torch import save_file
+
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, folder.parent / "trained.safetensors"
+            )
+    else:
+        state = original_tensors(plan)
+        if plan.ranks.first:
+            model.save_pretrained(folder, state_dict=untied(model, state))
+            # transformers writes down the type of the weights in memory, which is float32 in mixed precision.
+            model.config.dtype = plan.precision.compute
+            model.config.save_pretrained(folder)
+    if plan.ranks.first:
+        save_tokenizer(plan, folder)
+
+
+def untied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second names of tied weights, as checkpoints are written."""
+    return {name: tensor for name, tensor in state.items() if name not in (model.all_tied_weights_keys or {})}
+
+
+def save_tokenizer(plan: Plan, folder: Path) -> None:
+    """Tokenizer with the chat template the run was trained with."""
+    plan.tokenizer.save_pretrained(folder)
