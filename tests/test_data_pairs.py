@@ -40,7 +40,7 @@ class Answers:
 
 
 def loss_of(means_S: Tensor, wanted: Tensor | None) -> Tensor:
-    """Pairs: the logistic loss of their difference. UnpairedPreference: how far each is on the wrong side."""
+    """Pairs: the logistic loss of their difference. Labelled answers: how far each is on the wrong side."""
     if wanted is None:
         return -F.logsigmoid(2.0 * (means_S[0::2] - means_S[1::2])).sum()
     return torch.where(wanted, 1 - torch.sigmoid(means_S), 0.3 * torch.sigmoid(means_S)).sum()

@@ -47,7 +47,7 @@ class Seen:
     beginnings: Counter[str] = field(default_factory=Counter)
     """Rows by the roles of their first messages."""
     answers: Counter[str] = field(default_factory=Counter)
-    """UnpairedPreference rows by label."""
+    """Rows of each label, counted."""
     characters: int = 0
     longest: int = 0
     notes: Counter[str] = field(default_factory=Counter)

@@ -73,7 +73,7 @@ def parse(text: str, origin: str, *, as_json: bool = False) -> Text:
         return _parse_json(text, origin)
     reader = _Reader(origin)
     try:
-        node = yaml.compose(text, WeightLoader=_Loader)
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin

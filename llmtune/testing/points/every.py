@@ -95,7 +95,7 @@ def reads_its_keys(subject: Subject, folder: Path) -> None:
         except ValueError:
             raise Broken(
                 f"the default of {field.name} is {default!r}, allowed is {describe(kind)}",
-                "ModelEdit the default or the type",
+                "Change the default or the type",
             ) from None
         except TypeError as error:
             raise Broken(f"{field.name}: {error}", "Use a type that recipes know") from None
