@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import llmtune
 from llmtune.contract.records import ParallelDims
 from llmtune.contract.stages import Batch
-from llmtune.data.batches import collate
-from llmtune.distributed.context_parallel import attend_over_ranks, check_split, over_ranks, split_row
+from llmtune.data.batches import collate, split_row
+from llmtune.distributed.context_parallel import attend_over_ranks, check_split, over_ranks
 from llmtune.distributed.ranks import Ranks
 from tests.by_hand import assert_same
 from tests.spawn import in_ranks

@@ -8,8 +8,7 @@ import torch
 
 from llmtune.contract.records import ParallelDims
 from llmtune.data import collate
-from llmtune.data.batches import Document
-from llmtune.distributed.context_parallel import split_row
+from llmtune.data.batches import Document, split_row
 from llmtune.distributed.ranks import Ranks
 from llmtune.training.objective import Context
 from tests.tiny import tiny_model

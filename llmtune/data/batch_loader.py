@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from llmtune.data.batches import Document, collate
+from llmtune.data.batches import Document, collate, split_row, to_device
 from llmtune.data.order import Order, deal, padding_share, split
 from llmtune.data.units import Piece, Units, make_units
-from llmtune.distributed.context_parallel import split_row
 
 if TYPE_CHECKING:
     import torch
@@ -165,20 +164,3 @@ def evaluation_batches(
         first = start + ranks.batch_rank * per_device
         part = order[first : first + per_device]
         yield to_device(sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks), device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    import torch
-
-    if device.type == "cpu":
-        return batch
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    changes: dict[str, Any] = {
-        name: moved(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
-    }
-    changes["weight_groups"] = tuple((weight, moved(spots)) for weight, spots in batch.weight_groups)
-    return replace(batch, **changes)

@@ -5,12 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from llmtune.contract.stages import Batch
+
+if TYPE_CHECKING:
+    from llmtune.distributed.ranks import Ranks
 
 IGNORED = -100
 """Label of a token that does not count."""
@@ -126,3 +130,65 @@ def _batch(ids_BT: np.ndarray, labels_BT: np.ndarray, **layout: object) -> Batch
         targets=torch.from_numpy(labels_BT.reshape(-1)[counted_N]),
         **layout,  # type: ignore[arg-type]
     )
+
+
+def split_row(batch: Batch, ranks: Ranks) -> Batch:
+    """This rank's piece of a flat batch, or the batch itself where rows are not split.
+
+    Positions and document bounds stay those of the whole row. A row that R does not divide gets a last document of
+    padding, up to R - 1 tokens that no other document sees and no loss counts.
+    """
+    size, rank = ranks.layout.context, ranks.context_rank
+    if size == 1:
+        return batch
+    assert batch.position_ids is not None and batch.document_starts is not None, "only flat rows can be split"
+    length = batch.input_ids.shape[1]
+    fill = -length % size
+    piece = (length + fill) // size
+    start, stop = rank * piece, (rank + 1) * piece
+    # The position of a target may lie at the end of one piece and its token at the start of the next.
+    mine = (batch.predict_at >= start) & (batch.predict_at < stop)
+    last = batch.document_starts.new_tensor([length + fill] if fill else [])
+    targets = batch.targets[mine]
+    assert batch.target_sequence is not None
+    groups = _groups(batch, mine)
+    return replace(
+        batch,
+        input_ids=_filled(batch.input_ids, torch.zeros(fill))[:, start:stop],
+        labels=_filled(batch.labels, torch.full((fill,), -100))[:, start:stop],
+        position_ids=_filled(batch.position_ids, torch.arange(fill))[:, start:stop],
+        document_starts=torch.cat([batch.document_starts, last]),
+        longest_document=max(batch.longest_document, fill),
+        predict_at=batch.predict_at[mine] - start,
+        targets=targets,
+        target_sequence=batch.target_sequence[mine],
+        weight_groups=groups,
+        weight=sum(weight * len(spots) for weight, spots in groups) if batch.weight_groups else float(len(targets)),
+        row_tokens=length + fill,
+    )
+
+
+def _groups(batch: Batch, mine: torch.Tensor) -> tuple[tuple[float, torch.Tensor], ...]:
+    """The weight groups of a piece: `mine` (N,) says which of the batch's targets are in it."""
+    number = mine.cumsum(0) - 1
+    kept = ((weight, number[spots[mine[spots]]]) for weight, spots in batch.weight_groups)
+    return tuple((weight, spots) for weight, spots in kept if len(spots))
+
+
+def _filled(row_1T: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    return torch.cat([row_1T, end.to(row_1T)[None]], 1)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    changes: dict[str, Any] = {
+        name: moved(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+    }
+    changes["weight_groups"] = tuple((weight, moved(spots)) for weight, spots in batch.weight_groups)
+    return replace(batch, **changes)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.data.batch_loader import joined, to_device
-from llmtune.data.batches import Document, collate
+from llmtune.data.batch_loader import joined
+from llmtune.data.batches import Document, collate, split_row, to_device
 from llmtune.data.making import check_bad_rows
 from llmtune.data.order import deal, split
 from llmtune.data.report import Losses, SourceReport
@@ -25,7 +25,6 @@ from llmtune.data.streaming.cells import Cell, Unit
 from llmtune.data.streaming.crew import WorkerPool, processors
 from llmtune.data.streaming.supply import Supply
 from llmtune.data.units import Units, make_units
-from llmtune.distributed.context_parallel import split_row
 from llmtune.distributed.ranks import from_all
 
 if TYPE_CHECKING:

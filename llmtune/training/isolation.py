@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from llmtune.contract.errors import PlanError
-from llmtune.data.batch_loader import to_device
-from llmtune.data.batches import collate
+from llmtune.data.batches import collate, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -137,7 +137,7 @@ def learns(subject: Subject, folder: Path) -> None:
 
 def _batch(plan: Any, rows: list[int], flat: bool = False) -> Batch:
     feed = replace(plan.feed, flat=flat or plan.feed.flat)
-    from llmtune.data.batch_loader import to_device
+    from llmtune.data.batches import to_device
 
     return to_device(feed.batch(rows), plan.device)
 
