@@ -13,22 +13,24 @@ _WHERE = {
         "llmtune.api": ("train", "plan", "build", "load", "Run"),
         "llmtune.inference.inspect": ("check_data", "preview", "stats"),
         "llmtune.contract.hookspecs": ("hookimpl",),
+        "llmtune.contract.load_rules": ("TensorPart", "LoadRule", "TensorReader"),
         "llmtune.contract.records": (
-            "API_VERSION", "Plugin", "RunContext", "Part", "LoadRule", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
-            "Reopens", "TensorReader", "Init", "Distribute", "ParallelDims",
-            "OptimizerFactory", "Repacks", "Schedule", "Logger", "Event", "StepDone", "Evaluated", "Saved", "Checks",
+            "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
+            "Adapter", "Merges", "TrainsWhole", "Reopens", "Init", "ReadsOnFirst", "Distribute",
+            "HoldsGathered", "ParallelDims", "OptimizerFactory", "Repacks", "Schedule", "Logger", "Event", "StepDone",
+            "Evaluated", "Saved", "Checks",
         ),
-        "llmtune.contract.stages": ("StageLoss", "Batch", "StageContext", "Stage"),
+        "llmtune.contract.stages": ("StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts"),
         "llmtune.contract.examples": (
-            "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "Text", "Tokens",
-            "UnpairedPreference",
+            "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
+            "Text", "Tokens", "UnpairedPreference",
         ),
         "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),
         "llmtune.contract.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",
             "EditError", "DivergedError", "OutOfMemoryError",
         ),
-        "llmtune.contract.former_names": ("Situation", "Change", "Layout", "Labelled"),
+        "llmtune.contract.former_names": ("Situation", "Change", "Layout", "Labelled", "Part"),
         "llmtune.contract.schema": ("Ge", "Gt", "Le", "Lt", "split_names"),
     }.items()
     for name in names

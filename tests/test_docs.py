@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import llmtune
-from llmtune.contract import hookspecs
+from llmtune.contract.extension_points import EXTENSION_POINTS
+from llmtune.contract.hookspecs import HOOKS
 from llmtune.recipe.recipe import load_recipe, renamed
 from llmtune.testing import laws
 from llmtune.testing.contract import Subject
@@ -28,9 +29,9 @@ def test_the_two_commands_stand_in_the_readme_as_ci_reads_them() -> None:
     assert "pip install -e '.[test]' ./plugins/* && pytest" in README.splitlines()
 
 
-@pytest.mark.parametrize("name", [*hookspecs.EXTENSION_POINTS, "observe"])
+@pytest.mark.parametrize("name", [*EXTENSION_POINTS, "observe"])
 def test_every_hook_has_its_heading_with_its_arguments(name: str) -> None:
-    arguments = ", ".join(inspect.signature(getattr(hookspecs, name)).parameters)
+    arguments = ", ".join(inspect.signature(getattr(HOOKS, name)).parameters)
     lines = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8").splitlines()
     assert f"### {name}({arguments})" in lines
 
@@ -130,7 +131,7 @@ def test_the_guides_test_file_passes_for_the_plugin_in_the_readme(readme_plugin:
     assert f"{len(laws('peft_config', 'ia3'))} passed" in done.stdout
 
 
-@pytest.mark.parametrize("point", hookspecs.EXTENSION_POINTS)
+@pytest.mark.parametrize("point", EXTENSION_POINTS)
 def test_the_guide_lists_every_law_with_its_sentence(point: str) -> None:
     guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     asked = laws(point, "x", reader=print) + (laws(point, "x", mode="infer") if point == "quant_config" else [])

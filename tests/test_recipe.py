@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.contract.errors import ErrorList, LlmtuneError, RecipeError
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.schema import Ge
 from llmtune.recipe import text as recipe_text
 from llmtune.recipe.recipe import Recipe, decode_block, load_recipe, parse_overrides, renamed

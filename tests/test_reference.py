@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.recipe.reference import recipe_schema, write_reference
 from llmtune.recipe.registry import Registry, Source
 

@@ -11,7 +11,7 @@ import pytest
 
 from llmtune import __version__
 from llmtune.contract.errors import ErrorList, PluginError
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.records import API_VERSION, StepDone
 from llmtune.recipe.registry import Registry, fingerprint, print_listing
 

@@ -19,6 +19,8 @@ CONTRACT = {
     "llmtune.contract.stages",
     "llmtune.contract.examples",
     "llmtune.contract.hookspecs",
+    "llmtune.contract.load_rules",
+    "llmtune.contract.extension_points",
     "llmtune.contract.errors",
     "llmtune.contract.schema",
     "llmtune.contract.structure",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmtune import train
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.testing import LawError, check_plugin, in_ranks, laws, tiny_chats, tiny_recipe
 
 HERE = Path(__file__).parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 Message: TypeAlias = dict[str, Any]
 """OpenAI's shape: `role` (system, user, assistant, tool) and `content` (text). Optional: `reasoning_content` (text),
@@ -112,3 +112,11 @@ class DataFormat(Protocol):
     def convert(self, row: Mapping[str, Any]) -> Example:
         """The row, its columns already renamed as the recipe says, as an example. Raises BadRow if it does not fit."""
         ...
+
+
+@runtime_checkable
+class SaysWhatItNeeds(Protocol):
+    """Optional on a format that more than one set of columns fits."""
+
+    needs: str
+    """What its rows need in words, for messages (`messages of role and content`)."""

@@ -6,20 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune.contract.examples import UnpairedPreference as Labelled
+from llmtune.contract.load_rules import TensorPart as Part
 from llmtune.contract.records import ModelEdit, RunContext
 from llmtune.contract.records import ParallelDims as Layout
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Change", "Labelled", "Layout", "Situation"]
+__all__ = ["Change", "Labelled", "Layout", "Part", "Situation"]
 
 
 class Situation(RunContext):
     """The former `RunContext`, whose `capabilities` were called `words`."""
 
     def __init__(self, *, words: frozenset[str] = frozenset(), **facts: Any) -> None:
-        super().__init__(**{"capabilities": words, **facts})
+        facts.setdefault("capabilities", words)
+        super().__init__(**facts)
 
 
 class Change(ModelEdit):
@@ -32,4 +34,6 @@ class Change(ModelEdit):
         follow: Mapping[str, Literal["inputs", "outputs"]] | None = None,
         **claims: Any,
     ) -> None:
-        super().__init__(**{"after_load": settle, "tp_follow": follow or {}, **claims})
+        claims.setdefault("after_load", settle)
+        claims.setdefault("tp_follow", follow or {})
+        super().__init__(**claims)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
+from llmtune.contract.load_rules import LoadRule, TensorReader
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -86,53 +88,15 @@ class RunContext:
     model_name: str | None = None
     """The recipe's `model`, for files that name their base."""
     revision: str | None = None
+    cache_dir: Path | str | None = None
+    """The recipe's `cache_dir`, for plugins that fetch files of their own; None is the libraries' own place."""
+    token: str | None = field(default=None, repr=False)
+    """The recipe's `token` for private files on the hub."""
 
     @property
     def words(self) -> frozenset[str]:
         """The former name of `capabilities`, which plugins made for version 1 of the contract read."""
         return self.capabilities
-
-
-class Part(Protocol):
-    """One rank's view of a tensor that is being loaded; see `LoadRule.convert_part`."""
-
-    shape: tuple[int, ...]
-    """Full shape of the source tensor."""
-
-    def elements(self, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened source."""
-        ...
-
-    def rows(self, target: str) -> tuple[int, int]:
-        """Rows `[start, stop)` of the target that this rank keeps."""
-        ...
-
-    def concatenate(self, piece: Tensor) -> Tensor:
-        """Join the 1-D pieces of all ranks, in rank order. Every rank must call it."""
-        ...
-
-
-class LoadRule(Protocol):
-    """How one tensor of the original model becomes other tensors, and back.
-
-    `source` and `targets` are names in the model: `source` as the edit found it, `targets` as it left it.
-    Renames by later edits are followed by the core.
-    """
-
-    source: str
-    targets: tuple[str, ...]
-
-    def convert(self, source: Tensor) -> Mapping[str, Tensor]:
-        """Whole source tensor to whole targets."""
-        ...
-
-    def restore(self, targets: Mapping[str, Tensor]) -> Tensor:
-        """Whole targets back to the source, for export and merge."""
-        ...
-
-    def convert_part(self, part: Part) -> Mapping[str, Tensor] | None:
-        """This rank's rows only, or None where the rule needs the whole tensor."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,23 +140,47 @@ class Edit(Protocol):
         ...
 
 
+@runtime_checkable
 class Quant(Edit, Protocol):
     """Stores frozen base weights in another form. All it has to say is in `ModelEdit.rules`."""
 
 
+@runtime_checkable
 class Peft(Edit, Protocol):
-    """Decides which parameters train, and knows the files in which others read the result."""
+    """Decides which parameters train."""
 
-    kind: str
-    """`adapter`: only the trained tensors are saved. `weights`: the whole model is saved."""
+    kind: Literal["adapter", "weights"]
+    """`adapter`: only the trained tensors are saved, so that it has to be an `Adapter`. `weights`: the whole model is
+    saved, by the core."""
+
+
+@runtime_checkable
+class Merges(Protocol):
+    """Optional on a built peft object of the kind `weights` that leaves modules of its own in the model."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the trained tensors into the base in place, leaving plain modules (one device only)."""
+        ...
+
+
+@runtime_checkable
+class Adapter(Peft, Merges, Protocol):
+    """A peft object of the kind `adapter`: it knows the files in which others read the result.
+
+    It may train tensors of the base, too, if `save` writes them and `merge` leaves them where they belong.
+    """
 
     def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
         """Write the trained tensors (full, on CPU, by model name) in the format others read."""
         ...
 
-    def merge(self, model: nn.Module) -> None:
-        """Fold the trained tensors into the base in place, leaving plain modules (one device only)."""
-        ...
+
+@runtime_checkable
+class TrainsWhole(Protocol):
+    """Optional on a built peft object whose recipe can name modules to train in full, new rows of tokens included."""
+
+    whole_modules_key: str
+    """The key of its block that takes their names, such as `modules_to_save`."""
 
 
 @runtime_checkable
@@ -207,25 +195,13 @@ class Reopens(Protocol):
         ...
 
 
+@runtime_checkable
 class Kernel(Edit, Protocol):
     """Replaces operations or modules by faster ones that compute the same."""
 
 
-class TensorReader(Protocol):
-    """Reads tensors of a checkpoint folder; handed to an init plugin."""
-
-    def shape(self, key: str) -> tuple[int, ...]: ...
-
-    def dtype(self, key: str) -> torch.dtype: ...
-
-    def read(self, key: str) -> Tensor: ...
-
-    def rows(self, key: str, start: int, stop: int) -> Tensor: ...
-
-
 class Init(Protocol):
-    """How checkpoint tensors arrive on a rank. An attribute `only_first = True` says that no rank but the first needs
-    the weight files; it tells the others which tensors there are."""
+    """How checkpoint tensors arrive on a rank."""
 
     whole: bool
     """True if this rank has to see whole tensors, False if it can fetch rows."""
@@ -237,6 +213,14 @@ class Init(Protocol):
         `torch.distributed`; without, each rank calls it for what it keeps.
         """
         ...
+
+
+@runtime_checkable
+class ReadsOnFirst(Protocol):
+    """Optional on a built init object."""
+
+    only_first: bool
+    """Whether no rank but the first needs the weight files. The core tells the others which tensors there are."""
 
 
 class Distribute(Protocol):
@@ -256,6 +240,21 @@ class Distribute(Protocol):
 
     def before_backward(self, root: nn.Module, last: bool) -> None:
         """Called before each micro-batch's forward pass; gradients have to be reduced after the `last` of a step."""
+        ...
+
+
+@runtime_checkable
+class HoldsGathered(Protocol):
+    """Optional on a `Distribute`: what it holds whole, and how it can hold less, for the estimate of memory."""
+
+    keeps_weights: bool
+    """Whether a layer's gathered weights stay from its forward pass to its backward pass."""
+    keeps_gradients: bool
+    """Whether gradients are whole, not shards, between the micro-batches of a step."""
+
+    def savings(self) -> Mapping[Literal["gradients", "host"], Mapping[str, Any]]:
+        """The keys of its block that save memory and are not set yet: `gradients` keeps shards between micro-batches,
+        `host` moves shards to host memory."""
         ...
 
 
@@ -298,11 +297,17 @@ class Schedule(Protocol):
 class Logger(Protocol):
     """Receives metrics on rank 0. An error in it is reported once and never stops a run."""
 
-    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None: ...
+    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        """Called once before the first step with the run's folder and the resolved recipe, secrets left out."""
+        ...
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers by name after an optimiser step, counted from 1."""
+        ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Called at the end of the run, also where it failed before `start`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -110,3 +110,29 @@ class Stage(Protocol):
     """What is learnt from a batch. Runs inside the root module's forward, so it may call any part of the model."""
 
     def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss: ...
+
+
+@runtime_checkable
+class LearnsFrom(Protocol):
+    """Optional on a stage that learns from other examples than conversations, texts and tokens."""
+
+    learns: Sequence[str]
+    """The kinds of examples that it learns from, out of `llmtune.contract.examples.KINDS`."""
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """Optional on a stage: the unit of the denominator that the summed loss of a step is divided by."""
+
+    counts: Literal["tokens", "samples"]
+    """`tokens`: the targets' weights. `samples`: the rows, a pair being one. Stages that do not say count samples of
+    preferences, labelled answers and prompts, and tokens of all else."""
+
+
+LEARNS = ("conversation", "text", "tokens")
+"""The kinds of examples that a stage learns from which does not say."""
+
+
+def learns_of(stage: Stage) -> Sequence[str]:
+    """The kinds of examples that `stage` learns from."""
+    return stage.learns if isinstance(stage, LearnsFrom) else LEARNS

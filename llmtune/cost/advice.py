@@ -112,7 +112,7 @@ def _changed(cost: Cost, change: KeyChange) -> Cost | None:
 
 def replan(plan: Plan, change: KeyChange) -> Plan:
     """The plan of the changed recipe, on the same data. Raises what an impossible recipe raises."""
-    from llmtune.contract.hookspecs import EXTENSION_POINTS
+    from llmtune.contract.extension_points import EXTENSION_POINTS
     from llmtune.distributed.mesh import arrange
     from llmtune.planning.plan import make_plan
     from llmtune.recipe.parts import find_parts

@@ -120,7 +120,7 @@ def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pa
         sample_ids=chosen,
         width=samples.width,
         desirable=None if labels is None else [bool(labels[sample]) for sample in chosen for _ in range(samples.width)],
-        counts_samples=samples.kind in ("preference", "labelled", "prompt"),
+        counts_samples=samples.counts_samples,
     )
     return split_row(batch, ranks)
 

@@ -4,14 +4,15 @@ set."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llmtune.contract.errors import DataError, listed
+from llmtune.contract.stages import LEARNS
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Formats
 from llmtune.data.making import Making
@@ -19,9 +20,6 @@ from llmtune.data.report import DataReport, PartReport
 from llmtune.data.streaming.stream import Stream, open_stream
 from llmtune.data.template import choose_template, missing_tokens
 from llmtune.data.tokens import TokenSamples
-
-LEARNS = ("conversation", "text", "tokens")
-"""Kinds of rows that a stage learns from if it does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,11 @@ class Prepared:
     report: DataReport
     stream: Stream | None = None
     """Where the data are streamed: all of them, of which `train` has only the first rows."""
+
+    def counting(self, unit: Literal["tokens", "samples"]) -> Prepared:
+        """The same data, whose batches weigh as many tokens or samples as they have."""
+        held = self.evaluation and replace(self.evaluation, counts=unit)
+        return replace(self, train=replace(self.train, counts=unit), evaluation=held)
 
     @cached_property
     def digest(self) -> str:

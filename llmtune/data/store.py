@@ -139,9 +139,9 @@ def open_store(folder: Path) -> Tokenised:
     about = read_about(folder)
     if about is None:
         raise ValueError(f"{folder} holds no {ABOUT}")
-    arrays = {name: _mapped(folder / f"{name}.bin", name, count) for name, count in about["arrays"].items()}
     empty = {name: np.zeros(0, TYPES[name]) for name in TYPES if name not in ("weights", "labels")}
-    arrays = empty | arrays
+    mapped = {name: _mapped(folder / f"{name}.bin", name, count) for name, count in about["arrays"].items()}
+    arrays: dict[str, Any] = empty | mapped
     files, numbers, origins = arrays.pop("files"), arrays.pop("numbers"), about["origins"]
     samples = TokenSamples(
         **arrays,

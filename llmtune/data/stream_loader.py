@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
 
-_COUNTS_SAMPLES = ("preference", "labelled", "prompt")
-
 
 @dataclass(frozen=True)
 class StreamOrder:
@@ -204,7 +202,7 @@ class StreamLoader:
         labelled = self.samples.labels is not None
         batch = collate(
             documents, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(rows), width=self.samples.width,
-            desirable=desirable if labelled else None, counts_samples=self.samples.kind in _COUNTS_SAMPLES,
+            desirable=desirable if labelled else None, counts_samples=self.samples.counts_samples,
         )  # fmt: skip
         return split_row(batch, self.ranks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,6 +36,9 @@ class TokenSamples:
     width: int = 1
     kind: str = "conversation"
     """`conversation` (also of text and tokens), `preference`, `labelled` or `prompt`."""
+    counts: Literal["tokens", "samples"] | None = None
+    """What the denominator of a step's loss counts, as the stage says; None: samples where they are no conversations.
+    """
     place: Callable[[int], str] | None = field(default=None, repr=False)
     """Where a row stands: `path:line` or `path:row N`."""
     digest: str = ""
@@ -68,6 +71,11 @@ class TokenSamples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether a batch weighs as much as it has samples, not as much as its targets."""
+        return self.kind != "conversation" if self.counts is None else self.counts == "samples"
 
     @property
     def lengths(self) -> np.ndarray:

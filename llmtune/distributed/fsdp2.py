@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmtune.contract.records import ParallelDims, RunContext
 from llmtune.contract.schema import Ge
@@ -49,6 +49,17 @@ class Fsdp2:
     def __init__(self, config: Fsdp2Config) -> None:
         self.config = config
         self.in_host_memory = config.offload_params
+        self.keeps_weights = config.reshard_after_forward is False
+        self.keeps_gradients = not config.accumulate_sharded
+
+    def savings(self) -> dict[Literal["gradients", "host"], dict[str, Any]]:
+        """Keys that save memory and are not set."""
+        saving: dict[Literal["gradients", "host"], dict[str, Any]] = {}
+        if self.keeps_gradients:
+            saving["gradients"] = {"accumulate_sharded": True}
+        if not self.in_host_memory:
+            saving["host"] = {"offload_params": True}
+        return saving
 
     def layout(self, ranks: int) -> ParallelDims:
         """Copies and groups as the keys say, and the rest of the ranks shards within each."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import PlanError
+from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
 from llmtune.model.precision import torch_dtype
@@ -47,7 +48,8 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     ids = probe_ids(plan.tokenizer)
     trained = logits(plan.model, ids)
     for part in plan.parts.at("peft_config"):
-        part.built.merge(plan.model)
+        if isinstance(part.built, Merges):
+            part.built.merge(plan.model)
     compare(logits(plan.model, ids), trained, base)
     write(plan, target, dtype, recipe.train)
     return target

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmtune.contract.errors import EditError, listed
-from llmtune.contract.records import Edit, LoadRule, ModelEdit, RunContext
+from llmtune.contract.load_rules import LoadRule
+from llmtune.contract.records import Edit, ModelEdit, RunContext
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import EditError, LoadError, listed
+from llmtune.contract.records import ReadsOnFirst
 from llmtune.distributed.placement import local_box, local_rows, materialise, put, seeded, shard_group
 from llmtune.distributed.ranks import first_does
 from llmtune.model.edits import Ledger, PlacedRule, named_tensors, persistent_names
@@ -300,7 +301,7 @@ class WeightLoader:
 
 def only_first_reads(init: Init) -> bool:
     """Whether the first rank alone opens weight files."""
-    return getattr(init, "only_first", False)
+    return isinstance(init, ReadsOnFirst) and init.only_first
 
 
 def _piece_of(tensor: Tensor) -> Tensor:

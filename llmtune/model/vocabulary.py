@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import PlanError, listed
+from llmtune.contract.records import TrainsWhole
 from llmtune.contract.schema import split_names
 from llmtune.distributed.placement import local, local_box
 
@@ -173,12 +174,7 @@ def objection(plan: Plan) -> PlanError | None:
         return None
     modules = ",".join(dict.fromkeys(module.rpartition(".")[2] for module in frozen))
     parts = plan.parts.at("peft_config")
-    keys = [
-        f"{part.point}.{key}"
-        for part in parts
-        for key in ("modules_to_save", "freeze_extra_modules")
-        if hasattr(part.plugin.config, key)
-    ]
+    keys = [f"{part.point}.{part.built.whole_modules_key}" for part in parts if isinstance(part.built, TrainsWhole)]
     fix = f"add {modules} to {keys[0]}" if keys else "choose a peft_config that trains them, or none"
     names = ", ".join(part.plugin.name for part in parts)
     return PlanError(

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune.contract.errors import LlmtuneError, PlanError, listed, raise_all
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS
 from llmtune.contract.records import Checks, RunContext
+from llmtune.contract.stages import Counts, learns_of
 from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template, prepare
 from llmtune.data.batch_loader import BatchLoader
 from llmtune.data.mixing import counts, mixed
-from llmtune.data.pipeline import LEARNS
 from llmtune.data.stream_loader import StreamLoader
 from llmtune.distributed import expert_parallel, tensor_parallel
 from llmtune.distributed.context_parallel import why_not_split
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
 
-STRUCTURE_POINTS = ("init_config", "quant_config", "peft_config", "kernel_config", "stage_config", "dist_config")
+STRUCTURE_POINTS = tuple(name for name, point in POINTS.items() if point.shapes_model)
 """The extension points that make the model, without those that only training needs."""
 
 Mode = Literal["train", "build", "reopen", "infer"]
@@ -197,6 +197,7 @@ def make_plan(
         ranks=ranks.size, layout=ranks.layout, compute_dtype=precision.compute,
         trainable_dtype=precision.trainable, gather_dtype=precision.compute, capabilities=parts.capabilities,
         autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,
+        cache_dir=recipe.model.cache_dir, token=recipe.model.token,
     )  # fmt: skip
     ledger, vocabulary = make_model(recipe, config, precision, vocabulary)
     plan = Plan(
@@ -241,12 +242,12 @@ def prepare_for(
     recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any, learns: Sequence[str] | None = None
 ) -> Prepared:
     """The recipe's data as tokens, if they are of the kinds `learns`; None: of those that its stage learns from."""
-    stages = parts.at("stage_config")
-    learns = learns or (getattr(stages[0].built, "learns", LEARNS) if stages else LEARNS)
-    return prepare(
+    stage = parts.one("stage_config")
+    made = prepare(
         recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir, formats=formats_of(parts, registry),
-        learns=learns, stage=stages[0].plugin.name if stages else "the stage",
+        learns=learns or learns_of(stage.built), stage=stage.plugin.name,
     )  # fmt: skip
+    return made.counting(stage.built.counts) if isinstance(stage.built, Counts) else made
 
 
 def edit(plan: Plan, problems: list[LlmtuneError]) -> None:

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmtune.contract.extension_points import POINTS
+
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
     from llmtune.training.run import Outcome
@@ -49,7 +51,7 @@ def counted(number: int, thing: str) -> str:
 
 def _edit_lines(plan: Plan) -> list[str]:
     reports = {id(part): [] for part in plan.parts.all}
-    edits = [part for part in plan.parts.all if part.point in ("quant_config", "peft_config", "kernel_config")]
+    edits = [part for part in plan.parts.all if POINTS[part.point].edits]
     for part, (_, change) in zip(edits, plan.ledger.changes, strict=False):
         reports[id(part)] = _grouped(change.report)
     lines = []

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmtune.contract import hookspecs
 from llmtune.contract.errors import listed
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS
+from llmtune.contract.hookspecs import observe
 from llmtune.contract.records import API_VERSION, Plugin
 
 
@@ -32,8 +31,8 @@ class Listed:
 
 
 def question(point: str) -> str:
-    """What an extension point decides, as its hook specification says."""
-    return re.split(r"(?<=\.)\s", (getattr(hookspecs, point).__doc__ or "").strip())[0]
+    """What an extension point decides, or what `observe` is for."""
+    return POINTS[point].question if point in POINTS else str(observe.__doc__)
 
 
 def print_listing(listing: Sequence[Listed], as_json: bool = False) -> None:

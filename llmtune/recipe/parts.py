@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, listed
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Plugin
@@ -72,20 +71,13 @@ def collect(problems: list[LlmtuneError]) -> Iterator[None]:
         problems.append(error)
 
 
-def default_blocks() -> Mapping[str, str]:
-    """Plugin names for the extension points a recipe leaves out."""
-    import yaml
-
-    return yaml.safe_load(resources.files("llmtune").joinpath("recipe", "defaults.yaml").read_text(encoding="utf-8"))
-
-
 def find_parts(
     recipe: Recipe, registry: Registry, problems: list[LlmtuneError], points: Sequence[str] = EXTENSION_POINTS
 ) -> Parts:
     """Resolve, decode and build every plugin the recipe names. What fails is added to `problems`."""
     from llmtune.recipe.recipe import decode_block
 
-    defaults = default_blocks()
+    defaults = default_plugins()
     found: list[Part] = []
     for point in points:
         blocks = recipe.blocks.get(point) or ([(defaults[point], {})] if point in defaults else [])

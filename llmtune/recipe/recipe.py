@@ -18,12 +18,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.contract.errors import RecipeError, did_you_mean, listed, raise_all
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.schema import decode, field_types
 from llmtune.data.config import DataConfig
 from llmtune.model.source import ModelConfig
 from llmtune.recipe import text as recipe_text
-from llmtune.recipe.parts import default_blocks
 from llmtune.recipe.secrets import SECRETS, blank, blank_text, escaped
 from llmtune.recipe.text import KeyPath, Text, not_finite, show, split
 from llmtune.recipe.train_config import TrainConfig
@@ -344,7 +343,7 @@ def _blocks(point: str, value: Any, places: Places, problems: list[RecipeError])
                 places.error(at, f"found {entry!r}, allowed is a plugin's name or {{name: ..., parameters}}")
             )
             continue
-        name = entry.get("name", default_blocks().get(point))
+        name = entry.get("name", default_plugins().get(point))
         if not isinstance(name, str) or not name:
             found = "no name" if "name" not in entry else f"the name {entry['name']!r}"
             problems.append(
@@ -379,7 +378,7 @@ def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str,
         for config in configs
         for item in dataclasses.fields(config)
     }
-    defaults = {point: [(name, {})] for point, name in default_blocks().items()}
+    defaults = {point: [(name, {})] for point, name in default_plugins().items()}
     for point in EXTENSION_POINTS:
         several = [{"name": name, **escaped(more)} for name, more in blocks.get(point) or defaults.get(point, [])]
         made[point] = several if len(several) > 1 else several[0] if several else None

@@ -9,10 +9,9 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.schema import describe, document, field_types, json_schema
 from llmtune.recipe.listing import question
-from llmtune.recipe.parts import default_blocks
 from llmtune.recipe.recipe import CONFIGS, SEVERAL, renamed
 from llmtune.recipe.text import plain
 
@@ -32,11 +31,11 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
         properties |= schema["properties"]
         required += schema.get("required", [])
     for point, plugins in _by_point(registry).items():
-        one = _choice(plugins, default_blocks().get(point))
+        one = _choice(plugins, default_plugins().get(point))
         forms = [one, {"type": "array", "items": one}] if point in SEVERAL else [one]
         properties[point] = {"description": question(point), "anyOf": [*forms, {"enum": [None, False]}]}
-        if point in default_blocks():
-            properties[point]["default"] = default_blocks()[point]
+        if point in default_plugins():
+            properties[point]["default"] = default_plugins()[point]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "llmtune recipe",
@@ -79,7 +78,7 @@ def write_reference(registry: Registry) -> str:
         parts += [f"## {title}", (config.__doc__ or "").strip(), _table(config)]
     parts += ["## Extension points", _POINTS]
     for point, plugins in _by_point(registry).items():
-        default = default_blocks().get(point)
+        default = default_plugins().get(point)
         absent = f"Left out: `{default}`." if default else "Left out, null or false: none."
         several = " Takes one block or a list of them." if point in SEVERAL else ""
         parts += [f"### {point}", f"{question(point)} {absent}{several}"]

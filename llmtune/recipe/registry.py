@@ -13,9 +13,9 @@ from typing import Any
 import pluggy
 
 from llmtune import __version__
-from llmtune.contract import hookspecs
 from llmtune.contract.errors import PluginError, did_you_mean, listed, raise_all
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS
+from llmtune.contract.hookspecs import HOOKS
 from llmtune.contract.records import API_VERSION, Event, Plugin
 from llmtune.contract.schema import split_names
 from llmtune.recipe.listing import Listed, print_listing, question
@@ -192,7 +192,7 @@ class _Module:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.manager = pluggy.PluginManager(GROUP)
-        self.manager.add_hookspecs(hookspecs)
+        self.manager.add_hookspecs(HOOKS)
         try:
             if source is CORE:
                 loaded = import_module(source.module)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtune.contract.errors import LlmtuneError, listed
-from llmtune.contract.hookspecs import EXTENSION_POINTS
+from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.testing.running import REFERENCES, tiny_recipe
 
 Check = Callable[..., None]

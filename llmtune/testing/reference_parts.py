@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.contract.records import ModelEdit, RunContext, TensorReader
+from llmtune.contract.load_rules import TensorReader
+from llmtune.contract.records import ModelEdit, RunContext
 from llmtune.contract.stages import Batch, StageContext, StageLoss
 
 

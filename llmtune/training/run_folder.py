@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import CheckpointError, PlanError, listed
+from llmtune.contract.extension_points import POINTS
 from llmtune.recipe.secrets import SECRETS
 from llmtune.training.lock import LOCK, launcher
 
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 COSMETIC = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
     "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset", "eval_on_each_dataset", "plot_loss",
-    "logger_config",
     "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
-    "export_legacy_format", "infer_dtype", "init_config", "disable_gradient_checkpointing", "activation_checkpointing",
-    "use_reentrant_gc", "torch_compile", "dist_config", "ddp_timeout", "preprocessing_num_workers",
+    "export_legacy_format", "infer_dtype", "disable_gradient_checkpointing", "activation_checkpointing",
+    "use_reentrant_gc", "torch_compile", "ddp_timeout", "preprocessing_num_workers",
     "preprocessing_batch_size", "overwrite_cache", "tokenized_path", "data_shared_file_system",
+    *(name for name, point in POINTS.items() if not point.changes_training),
 }  # fmt: skip
 SPLIT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 """May differ as long as a step has the same rows; left as they were, they are fitted to the number of ranks."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from llmtune.contract.errors import DataError, did_you_mean, listed
-from llmtune.contract.examples import BadRow, DataFormat
+from llmtune.contract.examples import BadRow, DataFormat, Example, SaysWhatItNeeds
 from llmtune.contract.records import Plugin
 from llmtune.contract.schema import decode
 from llmtune.data.formats.row import Chosen, read_row
@@ -21,7 +21,17 @@ NOUNS = {
 
 
 class Auto:
-    """`data_config: auto`: each data set has the format that recognises its first rows."""
+    """`data_config: auto`: each data set has the format that recognises its first rows. It is no format itself."""
+
+    kind = "conversation"
+    columns: Sequence[str] = ()
+    required: Sequence[str] = ()
+
+    def recognise(self, row: Mapping[str, Any]) -> str | None:
+        return None
+
+    def convert(self, row: Mapping[str, Any]) -> Example:
+        raise BadRow("no format", "the format of this data set is still to be detected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +201,7 @@ def detect(rows: Sequence[Any], name: str, known: Mapping[str, DataFormat]) -> t
 
 
 def _needs(form: DataFormat) -> str:
-    return getattr(form, "needs", None) or listed(form.required or form.columns)
+    return form.needs if isinstance(form, SaysWhatItNeeds) else listed(form.required or form.columns)
 
 
 def _nearest(rows: Sequence[Any], columns: Iterable[str], known: Mapping[str, DataFormat]) -> str:

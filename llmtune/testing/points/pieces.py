@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtune.contract.records import LoadRule
+from llmtune.contract.load_rules import LoadRule
 from llmtune.testing.contract import Broken
 
 
@@ -77,7 +77,7 @@ class Gathering:
 
 
 class OnePart:
-    """A `Part` of a rank whose rows are those that FSDP2 would give it."""
+    """A `TensorPart` of a rank whose rows are those that FSDP2 would give it."""
 
     def __init__(
         self, source: Tensor, there: Mapping[str, Tensor], parameters: set[str], rank: int, gathering: Gathering

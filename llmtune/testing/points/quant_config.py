@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmtune.contract.errors import PlanError
-from llmtune.contract.records import LoadRule
+from llmtune.contract.load_rules import LoadRule
 from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from llmtune import ModelEdit, PlanError, RunContext, split_names, transformer_layers
 
@@ -19,6 +18,7 @@ class Freeze:
     """The peft edit. What it trains belongs to the model itself, so the core saves whole models (`weights`)."""
 
     kind = "weights"
+    whole_modules_key = "freeze_extra_modules"
 
     def __init__(self, config: FreezeConfig) -> None:
         self.config = config
@@ -34,12 +34,6 @@ class Freeze:
         return ModelEdit(
             trainable=names.__contains__, store_trainable=cast, report=self._report(model, chosen, trained, ties)
         )
-
-    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
-        """Nothing beside the whole model, which the core writes."""
-
-    def merge(self, model: nn.Module) -> None:
-        """Nothing to fold in: the model's own weights were trained."""
 
     def _choose_layers(self, model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[str]:
         count = self.config.freeze_trainable_layers

@@ -49,6 +49,7 @@ class Lora:
     """Adapters beside frozen layers; what is trained is saved alone (`adapter`)."""
 
     kind = "adapter"
+    whole_modules_key = "modules_to_save"
 
     def __init__(self, config: LoraRecipe) -> None:
         self.config = config

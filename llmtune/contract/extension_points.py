@@ -1,0 +1,166 @@
+"""The extension points of a recipe, one record for each. Whatever llmtune lists of them follows from these records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from llmtune.contract.errors import listed
+from llmtune.contract.examples import KINDS, DataFormat
+from llmtune.contract.records import (
+    Adapter,
+    Distribute,
+    Edit,
+    Init,
+    Kernel,
+    Logger,
+    OptimizerFactory,
+    Peft,
+    Quant,
+    Schedule,
+)
+from llmtune.contract.stages import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtensionPoint:
+    """A key of the recipe that names plugins, and the hook of the same name."""
+
+    name: str
+    """The key of the recipe, which ends in `_config`."""
+    question: str
+    """The sentence that says what a plugin of this point decides."""
+    protocol: type
+    """The protocol that the object keeps to which a plugin's `build` returns."""
+    several: bool = False
+    """Whether a recipe may name several plugins, as a list."""
+    required: bool = False
+    """Whether no recipe can do without; null then means the default, and elsewhere it means none."""
+    shapes_model: bool = False
+    """Whether the model's structure, weights or loss depend on the plugin, so that using a model needs it."""
+    changes_training: bool = True
+    """Whether other weights come out with another plugin, so that a run cannot continue with one."""
+
+    @property
+    def edits(self) -> bool:
+        """Whether its plugins edit the model's structure."""
+        return Edit in self.protocol.__mro__
+
+    @property
+    def default(self) -> str | None:
+        """The plugin of a recipe that leaves the key out; None where it then has none."""
+        return default_plugins().get(self.name)
+
+    def objection(self, built: Any) -> str | None:
+        """What a built object does not keep of the protocol, as the end of a sentence; None where it keeps it."""
+        if missing := lacking(self.protocol, built):
+            return f"lacks {listed(missing)}, which {self.protocol.__name__} asks for"
+        kinds = {"peft_config": ("adapter", "weights"), "data_config": KINDS}.get(self.name)
+        if kinds and built.kind not in kinds:
+            return f"has the kind {built.kind!r}, allowed is one of {listed(kinds)}"
+        if self.name == "peft_config" and built.kind == "adapter" and (missing := lacking(Adapter, built)):
+            return f"is an adapter and lacks {listed(missing)}; write it, or set kind to weights"
+        return None
+
+
+def lacking(protocol: type, built: Any) -> list[str]:
+    """The attributes and methods of a protocol that an object does not have. Inherited stubs do not count."""
+    members = {
+        name: vars(kind).get(name)
+        for kind in protocol.__mro__
+        for name in (*vars(kind), *vars(kind).get("__annotations__", ()))
+        if not name.startswith("_")
+    }
+    return sorted(
+        name
+        for name, stub in members.items()
+        if not hasattr(built, name) or (stub is not None and getattr(type(built), name, None) is stub)
+    )
+
+
+POINTS: Mapping[str, ExtensionPoint] = {
+    point.name: point
+    for point in (
+        ExtensionPoint(
+            name="init_config",
+            question="How weights arrive on the ranks.",
+            protocol=Init,
+            required=True,
+            shapes_model=True,
+            changes_training=False,
+        ),
+        ExtensionPoint(
+            name="quant_config",
+            question="How frozen base weights are stored.",
+            protocol=Quant,
+            shapes_model=True,
+        ),
+        ExtensionPoint(
+            name="peft_config",
+            question="Which parameters train.",
+            protocol=Peft,
+            shapes_model=True,
+        ),
+        ExtensionPoint(
+            name="kernel_config",
+            question="Which operations are replaced by faster ones.",
+            protocol=Kernel,
+            several=True,
+            shapes_model=True,
+        ),
+        ExtensionPoint(
+            name="stage_config",
+            question="What is learnt from what data.",
+            protocol=Stage,
+            required=True,
+            shapes_model=True,
+        ),
+        ExtensionPoint(
+            name="data_config",
+            question="What the rows of data sets look like.",
+            protocol=DataFormat,
+            required=True,
+        ),
+        ExtensionPoint(
+            name="dist_config",
+            question="How the model is spread over ranks.",
+            protocol=Distribute,
+            required=True,
+            shapes_model=True,
+            changes_training=False,
+        ),
+        ExtensionPoint(
+            name="optim_config",
+            question="The optimiser.",
+            protocol=OptimizerFactory,
+            required=True,
+        ),
+        ExtensionPoint(
+            name="lr_scheduler_config",
+            question="The learning rate after warm-up.",
+            protocol=Schedule,
+            required=True,
+        ),
+        ExtensionPoint(
+            name="logger_config",
+            question="Where metrics go besides `metrics.jsonl`.",
+            protocol=Logger,
+            several=True,
+            changes_training=False,
+        ),
+    )
+}
+"""In the order in which a recipe is read and a model is built."""
+EXTENSION_POINTS = tuple(POINTS)
+"""The names of the extension points."""
+
+
+@cache
+def default_plugins() -> Mapping[str, str]:
+    """The plugins of the extension points that a recipe leaves out, as `defaults.yaml` names them."""
+    import yaml  # most of what imports this module needs no defaults
+
+    return yaml.safe_load(resources.files("llmtune.contract").joinpath("defaults.yaml").read_text(encoding="utf-8"))
