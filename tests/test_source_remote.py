@@ -207,6 +207,12 @@ def hub_server(folder, tmp_path, monkeypatch):
         "busy": (429, ""), "down": (503, ""),
     }  # fmt: skip
     asked: list[str] = []
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+    def stated(name):
+        """What the hub says of a file; the hash of those in Git LFS, as weights are."""
+        lfs = {"size": (folder / name).stat().st_size, "sha256": sums[name], "pointerSize": 134}
+        return {"rfilename": name} | ({"lfs": lfs} if name.endswith(".safetensors") else {})
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -222,7 +228,7 @@ def hub_server(folder, tmp_path, monkeypatch):
                 return self.json([{"type": "file", "path": n, "size": s, "oid": n.encode().hex()} for n, s in sizes])
             if path.startswith("/api/models/"):
                 files = ["pytorch_model.bin", "config.json"] if "me/pickled" in path else names
-                return self.json({"id": "me/tiny", "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+                return self.json({"id": "me/tiny", "sha": commit, "siblings": [stated(name) for name in files]})
             name = path.rpartition("/")[2]
             return self.reply(200, (folder / name).read_bytes(), {"X-Repo-Commit": commit, "ETag": f'"{name}"'})
 
@@ -263,6 +269,18 @@ def test_hub_fetches_text_first_then_safetensors_never_pickles(hub_server, tmp_p
     files = resolve_model(config, weights=True)
     assert [path.name for path in check_weight_files(files.folder)] == ["model.safetensors"]
     assert not any(path.endswith((".bin", ".py")) for path in asked)
+
+
+def test_a_file_that_arrives_damaged_is_not_kept(hub_server, folder, tmp_path):
+    config = ModelConfig(model="me/tiny", cache_dir=tmp_path / "cache")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(LoadError, match=r"model\.safetensors of me/tiny arrived damaged .*run the same command again"):
+        resolve_model(config, weights=True)
+    weights.write_bytes(whole)
+    files = resolve_model(config, weights=True)
+    assert (files.folder / "model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.parametrize(

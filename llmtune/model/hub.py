@@ -1,22 +1,26 @@
-"""Fetching a model from the Hugging Face hub: safetensors and text files only, quick to notice an absent network."""
+"""Fetching from the Hugging Face hub: safetensors and text files only, quick to notice an absent network."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LoadError, listed
-from llmtune.model.weight_files import INDEX, index_names, no_weights
+from llmtune.model.fingerprint import sha256_of
+from llmtune.model.weight_files import WHOLE, missing_weights, no_weights
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
 
 _TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
 
 
 class HubUnreachable(LoadError):
-    """No answer from the hub, and the model is not in its cache. Another source may help."""
+    """No answer from the hub, and the files are not in its cache. Another source may help."""
 
 
 def fetch(
@@ -29,36 +33,93 @@ def fetch(
     code: bool = False,
     patience_s: float = 10.0,
 ) -> tuple[Path, str, str]:
-    """Folder in the hub's cache, the commit it holds, and a note (empty unless the cache stood in for the hub).
+    """A model's folder in the hub's cache, the commit it holds, and a note (empty unless the cache stood in).
 
-    `weights` also fetches the safetensors files, `code` also Python files. Raises HubUnreachable if the hub does not
-    answer within `patience_s` seconds (or `HF_HUB_OFFLINE` is set) and the cache does not hold the model, LoadError
-    for a model that does not exist, is gated, or has no safetensors.
+    `weights` also fetches the safetensors files, `code` also Python files. Raises as `_fetch` does, and LoadError for a
+    model without safetensors.
+    """
+    return _fetch(
+        repo,
+        lambda names: _model_files(names, repo, weights=weights, code=code),
+        lambda folder: _missing(folder, ["config.json"]) + (missing_weights(folder) if weights else []),
+        key="model",
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        patience_s=patience_s,
+    )
+
+
+def fetch_files(
+    repo: str, names: Sequence[str], *, key: str, cache_dir: Path | str | None = None, token: str | None = None
+) -> Path:
+    """The folder in the hub's cache that holds the files `names` of `repo`, which may end in `@revision`.
+
+    For plugins whose `key` of the recipe may name a repository. Raises LoadError: see `_fetch`.
+    """
+    repo, _, revision = repo.partition("@")
+
+    def choose(there: list[str]) -> list[str]:
+        if lacking := [name for name in names if name not in there]:
+            raise LoadError(f"{key}: {repo} on the hub has no {listed(lacking)}; name another repository")
+        return list(names)
+
+    folder, _, _ = _fetch(
+        repo,
+        choose,
+        lambda folder: _missing(folder, names),
+        key=key,
+        revision=revision or None,
+        cache_dir=cache_dir,
+        token=token,
+        patience_s=10.0,
+    )
+    return folder
+
+
+def _fetch(
+    repo: str,
+    choose: Callable[[list[str]], list[str]],
+    lacking: Callable[[Path], list[str]],
+    *,
+    key: str,
+    revision: str | None,
+    cache_dir: Path | str | None,
+    token: str | None,
+    patience_s: float,
+) -> tuple[Path, str, str]:
+    """The files that `choose` picks of a repository's: their folder, the commit, and a note as in `fetch`.
+
+    A file that arrives is compared with the hash that the hub states. Raises HubUnreachable if the hub does not answer
+    within `patience_s` seconds (or `HF_HUB_OFFLINE` is set) and the cache's folder is `lacking` some, LoadError for a
+    repository that does not exist or is gated, and for a damaged download; `key` is the recipe's, for the sentence.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    where = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    where = {"cache_dir": cache_dir, "token": token}
     try:
-        info = _within(
+        info: ModelInfo = _within(
             patience_s,
-            lambda: HfApi(token=token).model_info(repo, revision=revision, timeout=patience_s),
+            lambda: HfApi(token=token).model_info(repo, revision=revision, timeout=patience_s, files_metadata=True),
         )
-        names = _wanted([sibling.rfilename for sibling in info.siblings or ()], repo, weights=weights, code=code)
-        folder = Path(snapshot_download(repo, allow_patterns=names, **where))
+        names = choose([sibling.rfilename for sibling in info.siblings or ()])
+        new = [name for name in names if not _cached(repo, name, info.sha, cache_dir)]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names, **where))
+        _compare_hashes(repo, folder, new, info, key)
     except HFValidationError as error:
         raise LoadError(
-            f'model: "{repo}" is neither a folder here nor a hub id; a hub id is written "owner/name"'
+            f'{key}: "{repo}" is neither a folder here nor a hub id; a hub id is written "owner/name"'
         ) from error
     except HfHubHTTPError as error:
-        if sentence := _refusal(repo, revision, error):
+        if sentence := _refusal(repo, revision, error, key):
             raise LoadError(sentence) from error
-        return _from_cache(repo, where, weights, error)
+        return _from_cache(repo, revision, where, lacking, error, key)
     except LoadError:
         raise
     except Exception as error:
         # Transport errors: their classes belong to httpx, httpx2 or the system, depending on huggingface_hub's version.
-        return _from_cache(repo, where, weights, error)
+        return _from_cache(repo, revision, where, lacking, error, key)
     return folder, folder.name, ""
 
 
@@ -83,10 +144,10 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     return result
 
 
-def _wanted(names: list[str], repo: str, *, weights: bool, code: bool) -> list[str]:
+def _model_files(names: list[str], repo: str, *, weights: bool, code: bool) -> list[str]:
     """Which files of a repository are fetched. LoadError if it has no safetensors."""
     top = [name for name in names if "/" not in name and name.endswith(".safetensors")]
-    files = [name for name in top if name == "model.safetensors" or fnmatch(name, "model-*-of-*.safetensors")]
+    files = [WHOLE] if WHOLE in top else [name for name in top if fnmatch(name, "model-*-of-*.safetensors")]
     files = files or [name for name in top if not name.startswith(("adapter", "consolidated"))]
     if not files:
         raise LoadError(no_weights(repo, names))
@@ -95,62 +156,75 @@ def _wanted(names: list[str], repo: str, *, weights: bool, code: bool) -> list[s
     return texts + files if weights else texts
 
 
-def _refusal(repo: str, revision: str | None, error: Exception) -> str | None:
+def _missing(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _cached(repo: str, name: str, commit: str | None, cache_dir: Path | str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, name, cache_dir, commit), str)
+
+
+def _compare_hashes(repo: str, folder: Path, names: list[str], info: ModelInfo, key: str) -> None:
+    """LoadError, and the file is gone, where one of `names` has another content than the hub says it has."""
+    stated = {sibling.rfilename: sibling.lfs.sha256 for sibling in info.siblings or () if sibling.lfs}
+    for name in names:
+        file = folder / name
+        if name not in stated or (found := sha256_of(file)) == stated[name]:
+            continue
+        file.resolve().unlink()
+        file.unlink(missing_ok=True)
+        raise LoadError(
+            f"{key}: {name} of {repo} arrived damaged (SHA-256 {found[:12]}..., the hub says {stated[name][:12]}...) "
+            "and was deleted; run the same command again to fetch it anew"
+        )
+
+
+def _refusal(repo: str, revision: str | None, error: Exception, key: str) -> str | None:
     """What an answer of the hub means for the user; None if the hub itself is out of order."""
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):
         return (
-            f"model: {repo} is gated; accept its terms on https://huggingface.co/{repo}, then run `hf auth login` "
+            f"{key}: {repo} is gated; accept its terms on https://huggingface.co/{repo}, then run `hf auth login` "
             "or set the recipe's token"
         )
     if isinstance(error, RevisionNotFoundError):
-        return f'revision: {repo} has no revision "{revision}" on the hub; name a branch, a tag or a commit of it'
-    if status == 401:
-        return (
-            f"model: the hub has no public model {repo} (401), nor is there a folder of that name here; check the "
-            "spelling, or for a private model run `hf auth login` or set the recipe's token"
-        )
-    if status == 403:
-        return f"model: the hub refuses access to {repo} (403); the token in use may not read it"
-    if status == 404:
-        return f"model: the hub has no model {repo} (404), nor is there a folder of that name here; check the spelling"
-    if status == 429:
-        return (
-            f"model: the hub answers that there were too many requests (429) for {repo}; wait, or log in with a token"
-        )
-    return None
+        at = "revision" if key == "model" else key
+        return f'{at}: {repo} has no revision "{revision}" on the hub; name a branch, a tag or a commit of it'
+    return {
+        401: f"{key}: the hub has no public model {repo} (401), nor is there a folder of that name here; check the "
+        "spelling, or for a private model run `hf auth login` or set the recipe's token",
+        403: f"{key}: the hub refuses access to {repo} (403); the token in use may not read it",
+        404: f"{key}: the hub has no model {repo} (404), nor is there a folder of that name here; check the spelling",
+        429: f"{key}: the hub answers that there were too many requests (429) for {repo}; wait, or log in with a token",
+    }.get(status)
 
 
-def _from_cache(repo: str, where: dict[str, Any], weights: bool, error: Exception) -> tuple[Path, str, str]:
+def _from_cache(
+    repo: str,
+    revision: str | None,
+    where: dict[str, Any],
+    lacking: Callable[[Path], list[str]],
+    error: Exception,
+    key: str,
+) -> tuple[Path, str, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     offline = isinstance(error, OfflineModeIsEnabled)
-    why = "HF_HUB_OFFLINE is set" if offline else f"the hub could not be reached ({_first_line(error)})"
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns="config.json", **where))
+    first_line = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+    why = "HF_HUB_OFFLINE is set" if offline else f"the hub could not be reached ({first_line})"
+    try:  # any pattern will do: nothing is fetched
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns="*.md", **where))
     except OSError:  # huggingface_hub's LocalEntryNotFoundError is one
         folder = None
-    if folder is None or (missing := _missing(folder, weights)):
+    if folder is None or (missing := lacking(folder)):
         found = f"; its cache lacks {listed(missing)}" if folder else ""
         raise HubUnreachable(
-            f"model: {repo} is not in the hub's cache, and {why}{found}. Connect to the network once, "
+            f"{key}: {repo} is not in the hub's cache, and {why}{found}. Connect to the network once, "
             "or give a local folder"
         ) from error
     return folder, folder.name, f"{repo} comes from the hub's cache, commit {folder.name[:12]}, as {why}."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
-
-
-def _missing(folder: Path, weights: bool) -> list[str]:
-    """Files that a cached copy lacks; an earlier fetch may have been without weights, or cut off."""
-    wanted = ["config.json"]
-    if weights and (folder / INDEX).is_file():
-        wanted += index_names(folder / INDEX)
-    elif weights and not any(folder.glob("*.safetensors")):
-        wanted.append("model.safetensors")
-    return [name for name in wanted if not (folder / name).is_file()]

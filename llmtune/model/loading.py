@@ -18,8 +18,9 @@ from llmtune.contract.records import ReadsOnFirst
 from llmtune.distributed.placement import local_box, local_rows, materialise, put, seeded, shard_group
 from llmtune.distributed.ranks import first_does
 from llmtune.model.edits import Ledger, PlacedRule, named_tensors, persistent_names
-from llmtune.model.tensor_reader import Entry, FolderReader
+from llmtune.model.tensor_reader import FolderReader
 from llmtune.model.vocabulary import fill_rows
+from llmtune.model.weight_files import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ class WeightLoader:
     """Whether tensors outside the base model may be missing (a new classification head)."""
     shards: torch.device | None = None
     """Where shards are kept; None is `device`."""
-    index: Mapping[str, Entry] | None = None
+    index: Mapping[str, StoredTensor] | None = None
     """What the folder holds, where another rank has looked; None looks here."""
     vocabulary: Vocabulary | None = None
     """Rows that the checkpoint does not hold, or that it has not trained."""

@@ -36,6 +36,7 @@ from llmtune.model.source import (
     read_tokenizer,
     resolve_model,
 )
+from llmtune.model.tying import untie
 from llmtune.model.vocabulary import Vocabulary, enter, extend, grow, objection
 from llmtune.planning.fitting import misfits, unstreamable
 from llmtune.recipe.parts import Part, Parts, collect, find_parts, formats_of
@@ -199,7 +200,7 @@ def make_plan(
         autocast=precision.autocast, model_name=recipe.model.model, revision=files.revision,
         cache_dir=recipe.model.cache_dir, token=recipe.model.token,
     )  # fmt: skip
-    ledger, vocabulary = make_model(recipe, config, precision, vocabulary)
+    ledger, vocabulary = make_model(recipe, files, config, precision, vocabulary)
     plan = Plan(
         recipe=recipe, parts=parts, ranks=ranks, device=device, mode=mode, files=files, precision=precision,
         context=context, tokenizer=tokenizer, model=ledger.model, ledger=ledger, vocabulary=vocabulary, data=data,
@@ -215,7 +216,7 @@ def make_plan(
 
 
 def make_model(
-    recipe: Recipe, config: Any, precision: Precision, vocabulary: Vocabulary | None
+    recipe: Recipe, files: ModelFiles, config: Any, precision: Precision, vocabulary: Vocabulary | None
 ) -> tuple[Ledger, Vocabulary | None]:
     """The skeleton with the rows that `vocabulary` asks for, in the ledger that will follow its edits."""
     attention = attention_name(recipe.model)
@@ -223,8 +224,9 @@ def make_model(
 
     def build() -> Ledger:
         try:
-            kind = auto_class(recipe.model, config)
-            return Ledger(build_skeleton(kind, config, precision.compute, attention, **kwargs))
+            model = build_skeleton(auto_class(recipe.model, config), config, precision.compute, attention, **kwargs)
+            untie(model, files.folder)
+            return Ledger(model)
         except (ValueError, ImportError) as error:
             raise PlanError(
                 f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"

@@ -18,7 +18,8 @@ from llmtune.distributed.ranks import first_does, join
 from llmtune.distributed.tensor_parallel import split
 from llmtune.model.loading import WeightLoader, only_first_reads
 from llmtune.model.source import resolve_model
-from llmtune.model.tensor_reader import Entry, read_index
+from llmtune.model.tying import require_tied
+from llmtune.model.weight_files import StoredTensor, read_index
 from llmtune.training.objective import Objective
 
 if TYPE_CHECKING:
@@ -64,14 +65,16 @@ class Files:
     """What a load has to know of the model's files. Plain values: one rank can look and tell the others."""
 
     folder: Path
-    index: Mapping[str, Entry]
+    index: Mapping[str, StoredTensor]
     generation: Any
 
     @classmethod
     def find(cls, plan: Plan) -> Files:
         """Look on this machine's disk, fetching what is not there yet."""
         folder = resolve_model(plan.recipe.model, weights=True).folder
-        return cls(folder, read_index(folder), generation_config(folder, plan.model))
+        index = read_index(folder)
+        require_tied(plan.model, plan.ledger, folder, index)
+        return cls(folder, index, generation_config(folder, plan.model))
 
 
 def spread(plan: Plan, objective: Objective) -> None:
