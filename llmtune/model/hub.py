@@ -185,7 +185,7 @@ def _refusal(repo: str, revision: str | None, error: Exception, key: str) -> str
     """What an answer of the hub means for the user; None if the hub itself is out of order."""
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status: int = getattr(getattr(error, "response", None), "status_code", 0)  # errors of several libraries come here
     if isinstance(error, GatedRepoError):
         return (
             f"{key}: {repo} is gated; accept its terms on https://huggingface.co/{repo}, then run `hf auth login` "

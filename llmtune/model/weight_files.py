@@ -194,26 +194,24 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as stream:
         start = stream.read(512)
         length = int.from_bytes(start[:8], "little")
-        cause = _not_safetensors(start) or _wrong_length(length, size)
-        if cause is None:
-            stream.seek(8)
-            header = stream.read(length)
-    if cause is None:
-        try:
-            found = {
-                key: StoredTensor(file.name, facts["dtype"], tuple(facts["shape"]), *_place(facts, 8 + length))
-                for key, facts in json.loads(header).items()
-                if key != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            unread = str(error) if "llmtune does not read" in str(error) else None
-            cause = unread or f"it is no safetensors file: its header is damaged. {_AGAIN}"
-        else:
-            end = max((tensor.stop for tensor in found.values()), default=8 + length)
-            kind = "truncated" if end > size else "longer than its header says"
-            cause = None if end == size else f"it is {kind}: {end:,} bytes expected, {size:,} found. {_AGAIN}"
-    if cause is not None:
-        raise LoadError(f"{file} cannot be read: {cause}")
+        if cause := _not_safetensors(start) or _wrong_length(length, size):
+            raise LoadError(f"{file} cannot be read: {cause}")
+        stream.seek(8)
+        header = stream.read(length)
+    try:
+        found = {
+            key: StoredTensor(file.name, facts["dtype"], tuple(facts["shape"]), *_place(facts, 8 + length))
+            for key, facts in json.loads(header).items()
+            if key != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        known = "llmtune does not read" in str(error)
+        cause = str(error) if known else f"it is no safetensors file: its header is damaged. {_AGAIN}"
+        raise LoadError(f"{file} cannot be read: {cause}") from error
+    end = max((tensor.stop for tensor in found.values()), default=8 + length)
+    if end != size:
+        kind = "truncated" if end > size else "longer than its header says"
+        raise LoadError(f"{file} cannot be read: it is {kind}: {end:,} bytes expected, {size:,} found. {_AGAIN}")
     return found
 
 
