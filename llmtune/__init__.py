@@ -26,6 +26,7 @@ _WHERE = {
             "Text", "Tokens", "UnpairedPreference",
         ),
         "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),
+        "llmtune.model.hub": ("fetch_files",),
         "llmtune.contract.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",
             "EditError", "DivergedError", "OutOfMemoryError",

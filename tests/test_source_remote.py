@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import llmtune
 from llmtune.contract.errors import LoadError
 from llmtune.model import gguf, hub
 from llmtune.model.source import (
@@ -201,33 +202,35 @@ def hub_server(folder, tmp_path, monkeypatch):
     commit = "0123456789" * 4
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / "modeling.py").write_text("raise SystemExit")
-    names = sorted(path.name for path in folder.iterdir())
+    names = lambda: sorted(path.name for path in folder.iterdir())  # noqa: E731
     refusals = {
         "absent": (404, "RepoNotFound"), "secret": (401, "RepoNotFound"), "gated": (403, "GatedRepo"),
         "busy": (429, ""), "down": (503, ""),
     }  # fmt: skip
     asked: list[str] = []
-    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    tokens: set[str | None] = set()
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names()}
 
     def stated(name):
         """What the hub says of a file; the hash of those in Git LFS, as weights are."""
-        lfs = {"size": (folder / name).stat().st_size, "sha256": sums[name], "pointerSize": 134}
-        return {"rfilename": name} | ({"lfs": lfs} if name.endswith(".safetensors") else {})
+        lfs = {"size": (folder / name).stat().st_size, "sha256": sums.get(name), "pointerSize": 134}
+        return {"rfilename": name} | ({"lfs": lfs} if name == "model.safetensors" else {})
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             path = self.path.partition("?")[0]
             asked.append(path)
+            tokens.add(self.headers["Authorization"])
             for name, (status, code) in refusals.items():
                 if f"me/{name}" in path:
                     return self.reply(status, b"{}", {"X-Error-Code": code})
             if "nobranch" in path:
                 return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             if "/tree/" in path:
-                sizes = [(name, (folder / name).stat().st_size) for name in names]
+                sizes = [(name, (folder / name).stat().st_size) for name in names()]
                 return self.json([{"type": "file", "path": n, "size": s, "oid": n.encode().hex()} for n, s in sizes])
             if path.startswith("/api/models/"):
-                files = ["pytorch_model.bin", "config.json"] if "me/pickled" in path else names
+                files = ["pytorch_model.bin", "config.json"] if "me/pickled" in path else names()
                 return self.json({"id": "me/tiny", "sha": commit, "siblings": [stated(name) for name in files]})
             name = path.rpartition("/")[2]
             return self.reply(200, (folder / name).read_bytes(), {"X-Repo-Commit": commit, "ETag": f'"{name}"'})
@@ -255,13 +258,13 @@ def hub_server(folder, tmp_path, monkeypatch):
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield commit, asked
+    yield commit, asked, tokens
     server.shutdown()
     server.server_close()
 
 
 def test_hub_fetches_text_first_then_safetensors_never_pickles(hub_server, tmp_path):
-    commit, asked = hub_server
+    commit, asked, _ = hub_server
     config = ModelConfig(model="me/tiny", cache_dir=tmp_path / "cache")
     files = resolve_model(config, weights=False)
     assert (files.origin, files.revision) == ("hub", commit)
@@ -269,6 +272,29 @@ def test_hub_fetches_text_first_then_safetensors_never_pickles(hub_server, tmp_p
     files = resolve_model(config, weights=True)
     assert [path.name for path in check_weight_files(files.folder)] == ["model.safetensors"]
     assert not any(path.endswith((".bin", ".py")) for path in asked)
+
+
+def test_an_adapter_comes_from_the_hub_as_the_model_does(hub_server, folder, tiny_llama, tmp_path):
+    """With the recipe's token, into its cache, of the revision that its name ends in."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    theirs = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    theirs.save_pretrained(folder)
+    keys = {
+        "model": tiny_llama, "device": "cpu", "cache_dir": str(tmp_path / "cache"), "token": "hf_mine",
+        "peft_config": {"name": "lora", "adapter_name_or_path": "me/adapter@v1"},
+    }  # fmt: skip
+    model, _ = llmtune.build(keys)
+    ids_1T = torch.arange(3, 40)[None]
+    torch.testing.assert_close(model.eval()(ids_1T).logits, theirs(ids_1T).logits)
+    _, asked, tokens = hub_server
+    assert "/api/models/me/adapter/revision/v1" in asked and tokens == {"Bearer hf_mine"}
+    assert list((tmp_path / "cache").glob("models--me--adapter/snapshots/*/adapter_model.safetensors"))
+    keys["peft_config"]["adapter_name_or_path"] = "me/absent"
+    with pytest.raises(LoadError, match=r"adapter_name_or_path: the hub has no model me/absent \(404\)"):
+        llmtune.build(keys)
 
 
 def test_a_file_that_arrives_damaged_is_not_kept(hub_server, folder, tmp_path):

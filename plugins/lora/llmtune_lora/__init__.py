@@ -30,7 +30,8 @@ class LoraRecipe:
     modules_to_save: str | tuple[str, ...] | None = None
     """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
     adapter_name_or_path: str | tuple[str, ...] | None = None
-    """Folder or hub id of an adapter to continue (training), or of one or several to use in order (inference)."""
+    """Folder or hub id (`owner/name`, `owner/name@revision`) of an adapter to continue (training), or of one or several
+    to use in order (inference)."""
 
     def __post_init__(self) -> None:
         if self.target_parameters and self.adapter_name_or_path is None:

@@ -148,7 +148,7 @@ class Lora:
         )
 
     def _existing(self, model: nn.Module, places: tuple[str, ...], context: RunContext) -> ModelEdit:
-        folders = [files.adapter_folder(place) for place in places]
+        folders = [files.adapter_folder(place, context) for place in places]
         configs = [files.read_config(folder) for folder in folders]
         self._check_several(configs, context)
         found: dict[str, tuple[Path, str]] = {}

@@ -13,13 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmtune import LoadError, PlanError
+from llmtune import LoadError, PlanError, RunContext, fetch_files
 
 if TYPE_CHECKING:
     from . import LoraRecipe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+KEY = "peft_config.adapter_name_or_path"
 
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save"
 _NAME = re.compile(rf"(?P<module>.+)\.(?P<part>{_PARTS})\.(?P<adapter>[^.]+)(?:\.(?P<rest>.+))?")
@@ -52,42 +53,30 @@ def taken_apart(name: str) -> AdapterTensor | None:
     return AdapterTensor(found["module"], found["part"], found["adapter"], found["rest"] or "") if found else None
 
 
-def adapter_folder(place: str) -> Path:
+def adapter_folder(place: str, context: RunContext) -> Path:
     """Local folder of an adapter: `place` itself, the model folder of a run there, or a download from the hub.
 
-    Raises PlanError if there is no adapter with safetensors weights.
+    A hub id may end in `@revision`. Raises PlanError if there is no adapter with safetensors weights, LoadError if the
+    hub has none or cannot be reached.
     """
     for folder in (Path(place), Path(place) / "model"):
         if (folder / CONFIG).exists():
             if not (folder / WEIGHTS).exists():
-                raise PlanError(
-                    f"peft_config.adapter_name_or_path: {folder} has no {WEIGHTS}; save the adapter again with PEFT"
-                )
+                raise PlanError(f"{KEY}: {folder} has no {WEIGHTS}; save the adapter again with PEFT")
             return folder
     if Path(place).exists():
-        raise PlanError(
-            f"peft_config.adapter_name_or_path: {place} holds no {CONFIG}; name a folder that PEFT or llmtune saved"
-        )
-    try:
-        from huggingface_hub import hf_hub_download
-
-        hf_hub_download(place, WEIGHTS)
-        return Path(hf_hub_download(place, CONFIG)).parent
-    except Exception as error:
-        raise PlanError(
-            f"peft_config.adapter_name_or_path: {place} is no local folder and cannot be had from the hub "
-            f"({type(error).__name__}); check the path"
-        ) from error
+        raise PlanError(f"{KEY}: {place} holds no {CONFIG}; name a folder that PEFT or llmtune saved")
+    return fetch_files(place, (CONFIG, WEIGHTS), key=KEY, cache_dir=context.cache_dir, token=context.token)
 
 
 def read_config(folder: Path) -> LoraConfig:
     """The adapter's own settings. Raises PlanError if it is no LoRA adapter or needs what llmtune does not train."""
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
-        raise PlanError(f"peft_config.adapter_name_or_path: {folder} holds a {config.peft_type} adapter, not LoRA")
+        raise PlanError(f"{KEY}: {folder} holds a {config.peft_type} adapter, not LoRA")
     if config.bias != "none":
         raise PlanError(
-            f"peft_config.adapter_name_or_path: {folder} trains biases of the base model (bias: {config.bias}), "
+            f"{KEY}: {folder} trains biases of the base model (bias: {config.bias}), "
             "which cannot be continued here; merge it into the base with PEFT first"
         )
     # The values come from the file: whatever the first initialisation was, it must not run again.
