@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 class Run:
     """A run on disk: its metrics, its model, what can be made of it."""
 
-    def __init__(self, folder: str | Path, *, answers: list[tuple[str, str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        answers: list[tuple[str, str, str]] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.output_dir = Path(folder)
+        # Given only where true, as the key is not one that a run may decide.
+        self._trust = {"trust_remote_code": True} if trust_remote_code else {}
         self._answers = answers
         self._conversation: Any = None
         self._generation: dict[str, Any] = {}
@@ -57,7 +65,7 @@ class Run:
         if self._model is None:
             from llmtune.inference.reopen import open_model
 
-            self._model = open_model(self.output_dir)
+            self._model = open_model(self.output_dir, **self._trust)
         return self._model
 
     def chat(self, text: str, **generation: Any) -> str:
@@ -69,7 +77,7 @@ class Run:
             from llmtune.inference.chat import conversation_for, generate_config
             from llmtune.inference.reopen import recipe_of
 
-            recipe, given = recipe_of(self.output_dir), {**self._generation, **generation}
+            recipe, given = recipe_of(self.output_dir, **self._trust), {**self._generation, **generation}
             config = generate_config(recipe, given)
             if self._conversation is None:
                 self._conversation = conversation_for(recipe, *self.model(), config)
@@ -80,7 +88,7 @@ class Run:
         """Merge the adapter into its base and write a plain model; keys as `llmtune export` takes them."""
         from llmtune.inference.export import export
 
-        return export(self.output_dir, export_dir=str(export_dir), **keys)
+        return export(self.output_dir, export_dir=str(export_dir), **{**self._trust, **keys})
 
     def __repr__(self) -> str:
         losses = [row["loss"] for row in self.metrics if row.get("loss") is not None]
@@ -124,7 +132,8 @@ def train(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, *
     outcome = train_here(loaded, registry)
     if outcome.plan.ranks.first:
         print("\n" + outcome_text(outcome))
-    return Run(outcome.plan.output_dir, answers=outcome.answers)
+    trust = loaded.model.trust_remote_code
+    return Run(outcome.plan.output_dir, answers=outcome.answers, trust_remote_code=trust)
 
 
 def default_ranks(device: str) -> int:
@@ -147,7 +156,7 @@ def _train_in_processes(recipe: Any, ranks: int) -> Run:
         code = launch(["train", str(path)], ranks)
     if code not in (0, EXIT_INTERRUPTED):
         raise LaunchError(f"a rank of the run failed with exit code {code}; its message is above")
-    return Run(folder)
+    return Run(folder, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def plan(
@@ -201,8 +210,8 @@ def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any
     return build_objective(made).model, made.tokenizer
 
 
-def load(run_dir: str | Path) -> Run:
-    """Reopen a run. Raises CheckpointError if the folder holds none."""
+def load(run_dir: str | Path, *, trust_remote_code: bool = False) -> Run:
+    """Reopen a run; `trust_remote_code` lets its model's own code run. Raises CheckpointError if there is none."""
     if not (Path(run_dir) / "run.json").exists():
         raise CheckpointError(f"{run_dir}: holds no run of llmtune (no run.json)")
-    return Run(run_dir)
+    return Run(run_dir, trust_remote_code=trust_remote_code)

@@ -199,7 +199,7 @@ def test_every_way_builds_the_folders_own_model(way: str, own_code: Path, chats:
     assert type(saved).__name__ == "OwnModel" and saved.dtype == torch.bfloat16
     generation = json.loads((run.output_dir / "model" / "generation_config.json").read_text())
     assert (generation["temperature"], generation["eos_token_id"]) == (0.77, [2, 0])
-    model, _ = llmtune.build({"model": str(own_code), "device": "cpu", **trusted})
+    model, _ = llmtune.build({"model": str(own_code), "device": "cpu"}, **trusted)
     expected = AutoModelForCausalLM.from_pretrained(own_code, trust_remote_code=True)
     ids = torch.arange(8)[None]
     assert type(model).__name__ == "OwnModel" and torch.equal(model.eval()(ids).logits, expected(ids).logits)

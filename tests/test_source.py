@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.contract.errors import ErrorList, LoadError, PlanError
+import llmtune
+from llmtune.cli import main
+from llmtune.contract.errors import ErrorList, LoadError, PlanError, RecipeError
 from llmtune.contract.schema import decode, document, field_types
 from llmtune.model.source import (
     ModelConfig,
-    allow_remote_code,
     attention_name,
     auto_class,
     load_model_config,
@@ -24,6 +25,7 @@ from llmtune.model.source import (
     resolve_model,
 )
 from llmtune.model.weight_files import check_weight_files
+from llmtune.recipe.recipe import load_recipe
 
 # ---- local folders -------------------------------------------------------------------------------------------------
 
@@ -224,12 +226,45 @@ def test_rope_scaling_where_it_has_no_place():
         scale_rope(scaled, "yarn")
 
 
-def test_code_of_a_model_runs_only_at_the_word_of_a_local_recipe(folder):
-    trusting = ModelConfig(model=str(folder), trust_remote_code=True)
-    assert allow_remote_code(trusting, recipe_is_local=True) is True
-    assert allow_remote_code(ModelConfig(model="x"), recipe_is_local=False) is False
-    with pytest.raises(PlanError, match="trust_remote_code: found true in a recipe that is no local file"):
-        allow_remote_code(trusting, recipe_is_local=False)
+def test_code_of_a_model_runs_only_at_the_word_of_a_local_recipe(folder, tmp_path):
+    trusting = {"model": str(folder), "trust_remote_code": True}
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model: {folder}\ntrust_remote_code: true\n")
+    assert load_recipe(file).model.trust_remote_code is True
+    assert load_recipe({"model": "x"}).model.trust_remote_code is False
+    with pytest.raises(RecipeError, match="trust_remote_code: found true in a recipe that is no local file"):
+        load_recipe(trusting)
+    assert load_recipe(trusting, {"trust_remote_code": True}).model.trust_remote_code is True
+
+
+def test_what_a_run_wrote_down_does_not_let_code_run(folder, tmp_path, capsys):
+    """Somebody else's run may ask for trust in its model's code: chat, export, plan and load do not give it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit\n")
+    tree = json.loads((folder / "config.json").read_text()) | {
+        "auto_map": {"AutoConfig": "own.Own"},
+        "model_type": "own",
+    }
+    (folder / "config.json").write_text(json.dumps(tree))
+    for name in ("resolved.yaml", "recipe.yaml"):
+        (run / name).write_text(f"model: {folder}\ntrust_remote_code: true\n")
+    (run / "run.json").write_text("{}")
+    for words in (
+        ["chat", str(run), "--prompt", "x"],
+        ["export", str(run), "export_dir=x"],
+        ["plan", f"{run}/recipe.yaml"],
+    ):
+        assert main(words) == 2
+        assert "trust_remote_code: found true in a recipe that is no local file" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="trust_remote_code=True as an argument"):
+        llmtune.load(run).model()
+    with pytest.raises(RecipeError, match="trust_remote_code=True as an argument"):
+        llmtune.plan({"model": str(folder), "trust_remote_code": True})
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(SystemExit):
+        llmtune.load(run, trust_remote_code=True).model()
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_model_with_code_of_its_own_is_refused_without_trust(folder):

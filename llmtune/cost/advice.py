@@ -119,7 +119,8 @@ def replan(plan: Plan, change: KeyChange) -> Plan:
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
 
-    recipe, registry = load_recipe(dict(plan.recipe.tree), dict(change.keys)), Registry()
+    keys = {"trust_remote_code": plan.recipe.model.trust_remote_code, **change.keys}
+    recipe, registry = load_recipe(dict(plan.recipe.tree), keys), Registry()
     problems: list[LlmtuneError] = []
     parts = find_parts(recipe, registry, problems, EXTENSION_POINTS)
     raise_all(problems)

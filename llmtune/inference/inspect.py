@@ -154,7 +154,7 @@ def _losses(report: DataReport, policy: str) -> Iterator[str]:
 
 def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     """Samples and tokenizer as a run of `recipe` has them, without its model."""
-    from llmtune.model.source import allow_remote_code, load_tokenizer, resolve_model
+    from llmtune.model.source import load_tokenizer, resolve_model
     from llmtune.planning.plan import prepare_for
     from llmtune.recipe.parts import clashes, find_parts
     from llmtune.recipe.registry import Registry
@@ -164,7 +164,6 @@ def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     parts = find_parts(recipe, registry, problems, ("stage_config", "data_config"))
     unmet = {str(clash) for clash in clashes(parts.all)}  # what these two need of parts that data do not
     raise_all([problem for problem in problems if str(problem) not in unmet])
-    allow_remote_code(recipe.model, recipe.is_local)
     tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
     return prepare_for(recipe, parts, registry, tokenizer, KINDS), tokenizer  # what no stage here learns from, too
 

@@ -40,7 +40,8 @@ class ModelConfig:
     token: str | None = field(default=None, repr=False)
     """Access token of the hub for private and gated models; null uses the one of `hf auth login`."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Takes effect only where the recipe is a local file."""
+    """Run Python code that comes with the model. Has to be said in a recipe file, on the command line or as an argument
+    in Python; what a run wrote down and mappings are not enough."""
     model_class: Literal["llm", "cls", "other"] = "llm"
     """`llm` predicts the next token, `cls` classifies sequences, `other` is the bare model."""
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "fa4"] = "auto"
@@ -194,16 +195,6 @@ def _check_config_file(folder: Path) -> None:
         raise LoadError(f"{file} is no JSON ({error}); fetch it again") from error
     if not isinstance(tree, dict):
         raise LoadError(f"{file} holds no mapping; fetch it again")
-
-
-def allow_remote_code(config: ModelConfig, recipe_is_local: bool) -> bool:
-    """Whether code from the model's repository may run. PlanError if a recipe from elsewhere asks for it."""
-    if config.trust_remote_code and not recipe_is_local:
-        raise PlanError(
-            "trust_remote_code: found true in a recipe that is no local file; a model's code runs only at the word of "
-            "a recipe on this machine. Save the recipe here, read it, and run that file"
-        )
-    return config.trust_remote_code
 
 
 def load_model_config(files: ModelFiles, config: ModelConfig) -> PretrainedConfig:

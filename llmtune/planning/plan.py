@@ -29,7 +29,6 @@ from llmtune.model.precision import Precision, choose_precision, stored_dtype
 from llmtune.model.skeleton import build_skeleton
 from llmtune.model.source import (
     ModelFiles,
-    allow_remote_code,
     attention_name,
     auto_class,
     load_model_config,
@@ -168,7 +167,6 @@ def make_plan(
             ranks = arrange(ranks, part.built, part.label)
     model_problems: list[LlmtuneError] = []
     with collect(model_problems):
-        allow_remote_code(recipe.model, recipe.is_local)
         reads = ranks.first or not any(only_first_reads(part.built) for part in parts.at("init_config"))
         files = resolve_model(recipe.model, weights=False, described=target is not None, check=reads)
         config = load_model_config(files, recipe.model)

@@ -52,8 +52,6 @@ class Recipe:
     text: str = field(repr=False)
     """As given, secrets blanked out."""
     places: Places = field(repr=False)
-    is_local: bool = True
-    """Whether someone on this machine wrote it, so that it may ask to run a model's own code."""
 
     @property
     def base_dir(self) -> Path:
@@ -119,6 +117,8 @@ def load_recipe(
         configs.append(made)
     blocks = {point: _blocks(point, resolved.get(point), places, problems) for point in EXTENSION_POINTS}
     blocks = {point: several for point, several in blocks.items() if several}
+    if resolved.get("trust_remote_code") and not _says_so_now(source, changes):
+        problems.append(places.error("trust_remote_code", _TRUST))
     if None not in configs:
         problems += _nothing_to_evaluate(configs[1], configs[2], places)
     raise_all(problems)
@@ -133,6 +133,20 @@ def load_recipe(
         model=model, data=data, train=train, blocks=blocks, resolved=shown, tree=tree, name=name, text=text,
         places=places,
     )  # fmt: skip
+
+
+_TRUST = (
+    "found true in a recipe that is no local file of yours (a mapping, or what a run wrote down); a model's code runs "
+    "only at your word: read that code, then say trust_remote_code=true on the command line, in Python "
+    "trust_remote_code=True as an argument"
+)
+
+
+def _says_so_now(source: Any, changes: Mapping[str, Any]) -> bool:
+    """Whether the user says `trust_remote_code` with this call, or in a file that they wrote rather than a run."""
+    if "trust_remote_code" in changes:
+        return True
+    return isinstance(source, (str, os.PathLike)) and not (Path(source).expanduser().parent / "run.json").exists()
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
