@@ -86,7 +86,7 @@ def load(keys: dict[str, Any]) -> dict[str, float]:
 
     from llmtune.distributed.placement import local
     from llmtune.distributed.ranks import join, ranks_from_environment
-    from llmtune.planning.plan import make_plan
+    from llmtune.planning.make import make_plan
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
     from llmtune.training.building import build_objective
@@ -98,9 +98,9 @@ def load(keys: dict[str, Any]) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
     idle, read = status("VmRSS"), kernel_reads()
     started = time.perf_counter()
-    build_objective(plan)
+    build_objective(plan.model)
     seconds = time.perf_counter() - started
-    tensors = {id(tensor): local(tensor) for tensor in [*plan.model.parameters(), *plan.model.buffers()]}
+    tensors = {id(tensor): local(tensor) for tensor in [*plan.model.module.parameters(), *plan.model.module.buffers()]}
     return {
         "peak": status("VmHWM") - idle, "read": kernel_reads() - read, "seconds": seconds,
         "shard": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,25 +105,19 @@ def one_case(options: argparse.Namespace) -> None:
 
 def steps(plan: Any, ready: Any) -> None:
     """Build the run and take its steps; calls `ready` between the two."""
-    from llmtune.training.building import build_objective
-    from llmtune.training.loop import Training, train
+    from llmtune.training.building import build_objective, make_training
+    from llmtune.training.loop import train
     from llmtune.training.optim import make_optimizer
 
     class Quiet:
         def after_step(self, step: int, stats: Any) -> bool:
             return False
 
-    objective = build_objective(plan)
-    recipe = plan.recipe.train
-    training = Training(
-        objective=objective,
-        optimizer=make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate),
-        schedule=plan.parts.one("lr_scheduler_config").built, distribute=plan.parts.one("dist_config").built,
-        feed=plan.feed, ranks=plan.ranks, device=plan.device, total_steps=plan.steps, warmup_steps=0,
-        max_grad_norm=recipe.max_grad_norm or 0.0, seed=recipe.seed,
-    )  # fmt: skip
+    objective = build_objective(plan.model)
+    factory, rate = plan.parts.one("optim_config").built, plan.recipe.train.learning_rate
+    training = make_training(plan, objective, make_optimizer(factory, plan.model.module, rate))
     ready()
-    train(training, Quiet())
+    train(replace(training, warmup_steps=0), Quiet())
 
 
 def measure_cuda(plan: Any) -> int:

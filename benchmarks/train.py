@@ -59,7 +59,7 @@ def mean_length(options: argparse.Namespace) -> float:
 
     plan = llmtune.plan(recipe(options, "unused", "llmtune, padded"))
     assert plan.data is not None
-    return float(plan.data.train.lengths.mean())
+    return float(plan.data.prepared.train.lengths.mean())
 
 
 def run_llmtune(options: argparse.Namespace, side: str) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
     import llmtune
 
     plan = llmtune.plan(recipe(options, "unused", "llmtune, padded"))
-    samples, order, device = plan.data.train, plan.feed.order, plan.device
+    samples, order, device = plan.data.prepared.train, plan.data.batches.order, plan.device
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(plan.files.folder, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(plan.model.files.folder, dtype=dtype).to(device)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True

@@ -12,8 +12,9 @@ from llmtune.contract.errors import CheckpointError, PlanError
 from llmtune.training import run_folder as rundir
 
 if TYPE_CHECKING:
-    from llmtune.planning.plan import Plan
+    from llmtune.cost.priced import PricedPlan
     from llmtune.recipe.recipe import Recipe
+    from llmtune.recipe.registry import Registry
 
 
 class Run:
@@ -126,10 +127,11 @@ def train(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, *
     ranks = nproc or default_ranks(loaded.train.device)
     if ranks > 1 and not under_launcher():
         return _train_in_processes(loaded, ranks)
-    from llmtune.planning.show import outcome_text
+    from llmtune.cost import estimate
+    from llmtune.training.outcome import outcome_text
     from llmtune.training.run import train_here
 
-    outcome = train_here(loaded, registry)
+    outcome = train_here(loaded, registry, estimate)
     if outcome.plan.ranks.first:
         print("\n" + outcome_text(outcome))
     trust = loaded.model.trust_remote_code
@@ -166,38 +168,40 @@ def plan(
     ranks: int | None = None,
     device: str | None = None,
     **overrides: Any,
-) -> Plan:
+) -> PricedPlan:
     """Resolve everything without reading weights or touching a device; print the result to see it.
 
     `nproc` plans for so many ranks of this machine. `ranks` and `device` (`h100`, `24GB`) describe a machine that need
     not be this one; the plan's `cost` says what a step takes there. `auto`, `cpu` and `cuda` are the recipe's key.
     """
-    from llmtune.cost.devices import DEVICE_KEY
+    from llmtune.planning.devices import DEVICE_KEY
 
     if device in DEVICE_KEY:
         overrides, device = {**overrides, "device": device}, None
-    loaded, _ = _recipe_and_registry(recipe, overrides)
-    return plan_for(loaded, nproc=nproc, ranks=ranks, described=device)
+    loaded, registry = _recipe_and_registry(recipe, overrides)
+    return plan_for(loaded, registry, nproc=nproc, ranks=ranks, described=device)
 
 
-def plan_for(recipe: Recipe, *, nproc: int | None, ranks: int | None, described: str | None) -> Plan:
-    """The plan of a recipe for this machine, or for `ranks` of a described device."""
-    from llmtune.cost.devices import chosen_device
+def plan_for(
+    recipe: Recipe, registry: Registry, *, nproc: int | None, ranks: int | None, described: str | None
+) -> PricedPlan:
+    """The plan of a recipe for this machine, or for `ranks` of a described device, with its cost."""
+    from llmtune.cost.priced import PricedPlan
     from llmtune.distributed.ranks import Ranks
-    from llmtune.planning.plan import make_plan
-    from llmtune.recipe.registry import Registry
+    from llmtune.planning.devices import chosen_device
+    from llmtune.planning.make import make_plan
+    from llmtune.training.run_folder import previewed
 
     device, target = chosen_device(recipe.train.device, described, ranks is not None)
     size = ranks or nproc or (1 if described else default_ranks(recipe.train.device))
-    made = make_plan(recipe, Registry(), Ranks(size=size), device, target=target)
-    rundir.preview(made)
-    return made
+    made = make_plan(recipe, registry, Ranks(size=size), device, target=target)
+    return PricedPlan(**vars(previewed(made)))
 
 
 def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:
     """The composed model, with weights, and its tokenizer: for notebooks and own loops. One process."""
     from llmtune.distributed.ranks import Ranks, pick_device
-    from llmtune.planning.plan import make_plan
+    from llmtune.planning.make import make_model_plan, make_plan
     from llmtune.training.building import build_objective
 
     loaded, registry = _recipe_and_registry(recipe, overrides)
@@ -205,8 +209,11 @@ def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any
         raise PlanError("llmtune.build makes a model in one process; under torchrun use llmtune.train")
     # One process: there is nothing to arrange.
     loaded = replace(loaded, blocks={point: found for point, found in loaded.blocks.items() if point != "dist_config"})
-    needs_data = loaded.data.dataset is not None
-    made = make_plan(loaded, registry, Ranks(), pick_device(loaded.train.device), "train" if needs_data else "build")
+    device = pick_device(loaded.train.device)
+    if loaded.data.dataset is not None:
+        made = make_plan(loaded, registry, Ranks(), device).model
+    else:
+        made = make_model_plan(loaded, registry, Ranks(), device, "build")
     return build_objective(made).model, made.tokenizer
 
 

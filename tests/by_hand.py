@@ -34,8 +34,10 @@ def train_by_hand(keys: dict[str, Any], model: Any, plan: Any) -> list[tuple[flo
     schedule = get_cosine_schedule_with_warmup(optimizer, keys["warmup_steps"], keys["max_steps"])
     found = []
     for step in range(keys["max_steps"]):
-        units = plan.feed.order.step_units(step)
-        loss = mean_loss(model, [rows[row] for unit in units for row in plan.feed.units[unit]], tokenizer.pad_token_id)
+        units = plan.data.batches.order.step_units(step)
+        loss = mean_loss(
+            model, [rows[row] for unit in units for row in plan.data.batches.units[unit]], tokenizer.pad_token_id
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -14,7 +14,7 @@ def plan_here(keys: dict[str, Any]) -> Plan:
     import torch
 
     from llmtune.distributed.ranks import join, ranks_from_environment
-    from llmtune.planning.plan import make_plan
+    from llmtune.planning.make import make_plan
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
 
@@ -25,22 +25,13 @@ def plan_here(keys: dict[str, Any]) -> Plan:
 
 def start(keys: dict[str, Any]) -> tuple[Plan, Training]:
     """A training run with its weights loaded, before its first step."""
-    from llmtune.training.building import build_objective
-    from llmtune.training.loop import LossScale, Training
+    from llmtune.training.building import build_objective, make_training
     from llmtune.training.optim import make_optimizer
 
     plan = plan_here(keys)
-    objective = build_objective(plan)
-    train = plan.recipe.train
-    assert plan.feed is not None
-    training = Training(
-        objective=objective, optimizer=make_optimizer(plan.parts.one("optim_config").built, plan.model, 1e-3),
-        schedule=plan.parts.one("lr_scheduler_config").built, distribute=plan.parts.one("dist_config").built,
-        feed=plan.feed, ranks=plan.ranks, device=plan.device, total_steps=plan.steps, warmup_steps=plan.warmup_steps,
-        max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
-        scaler=LossScale() if plan.precision.scaled else None,
-    )  # fmt: skip
-    return plan, training
+    objective = build_objective(plan.model)
+    optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model.module, 1e-3)
+    return plan, make_training(plan, objective, optimizer)
 
 
 def one_step(training: Training, step: int = 0) -> dict[str, Any]:
@@ -50,7 +41,7 @@ def one_step(training: Training, step: int = 0) -> dict[str, Any]:
     from llmtune.training.loop import forward_backward
 
     training.objective.train()
-    micros = training.feed.step(step, training.device)
+    micros = training.batches.step(step, training.device)
     weight = torch.tensor(float(sum(micro.weight for micro in micros)))
     return forward_backward(training, micros, weight, step)
 

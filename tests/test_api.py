@@ -130,7 +130,7 @@ def test_a_plan_reads_no_weights_and_says_what_will_happen(folder: Path, chats: 
     plan = llmtune.plan(
         recipe(str(folder), chats, tmp_path / "run", quant_config="bnb", num_train_epochs=1.5, max_steps=None)
     )
-    assert all(parameter.is_meta for parameter in plan.model.parameters())
+    assert all(parameter.is_meta for parameter in plan.model.module.parameters())
     text = str(plan)
     for said in (
         "nf4",
@@ -155,8 +155,8 @@ def test_packing_gives_each_sample_the_loss_it_has_alone(tiny_llama: str, chats:
     for kernels in (None, "auto"):
         keys = recipe(tiny_llama, chats, tmp_path / "run", packing=True, kernel_config=kernels, peft_config=None)
         plan = llmtune.plan(keys)
-        objective = build_objective(plan).eval()
-        samples = [plan.data.train.sample(index) for index in range(6)]
+        objective = build_objective(plan.model).eval()
+        samples = [plan.data.prepared.train.sample(index) for index in range(6)]
         with torch.no_grad():
             alone = [objective(collate([sample], flat=True, pad_id=0)).total for sample in samples]
             for together in ([0, 1, 2], [2, 1, 0], [5, 3, 0, 4]):

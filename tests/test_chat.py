@@ -7,7 +7,8 @@ import torch
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.schema import decode
-from llmtune.inference.chat import ContextFull, Conversation, GenerateConfig, answer, chat_loop, stop_tokens
+from llmtune.inference.chat import chat_loop
+from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, answer, stop_tokens
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 GREEDY = GenerateConfig(do_sample=False, max_new_tokens=8)
@@ -50,7 +51,7 @@ def reference(model, tokenizer, messages, tokens):
 
 def test_answers_equal_greedy_decoding_by_hand_and_see_earlier_turns(model, tokenizer):
     model.eval()
-    talk = Conversation(model, tokenizer, config=GREEDY)
+    talk = ChatSession(model, tokenizer, config=GREEDY)
     first = talk.ask("Who are you?")
     history = [{"role": "user", "content": "Who are you?"}]
     assert first == reference(model, tokenizer, history, 8)
@@ -62,13 +63,13 @@ def test_answers_equal_greedy_decoding_by_hand_and_see_earlier_turns(model, toke
 
 
 def test_streamed_pieces_join_to_the_whole_answer(model, tokenizer):
-    pieces = list(Conversation(model, tokenizer, config=GREEDY).stream("Who are you?"))
+    pieces = list(ChatSession(model, tokenizer, config=GREEDY).stream("Who are you?"))
     assert "".join(pieces).strip() == answer(model, tokenizer, "Who are you?", GREEDY)
 
 
 def test_beams_give_one_piece(model, tokenizer):
     config = GenerateConfig(do_sample=False, num_beams=2, max_new_tokens=4)
-    talk = Conversation(model, tokenizer, config=config)
+    talk = ChatSession(model, tokenizer, config=config)
     assert len(list(talk.stream("Who are you?"))) == 1
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
@@ -88,7 +89,7 @@ def test_stops_at_the_templates_end_of_turn_even_if_eos_is_another(model, tokeni
     end_of_turn = other.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.eos_token_id = model.config.eos_token_id = 0
     assert stop_tokens(model, other) == [0, end_of_turn]
-    talk = Conversation(
+    talk = ChatSession(
         always(model, end_of_turn), other, config=GenerateConfig(skip_special_tokens=False, max_new_tokens=5)
     )
     assert talk.ask("hi") == "<|im_end|>"
@@ -111,7 +112,7 @@ def test_every_module_gets_its_own_mode_back(model, tokenizer):
 
 def test_leaving_a_stream_stops_it_and_keeps_what_was_said(model, tokenizer):
     words = tokenizer.encode(" the")
-    talk = Conversation(always(model, words[0]), tokenizer, config=GenerateConfig(do_sample=False, max_new_tokens=400))
+    talk = ChatSession(always(model, words[0]), tokenizer, config=GenerateConfig(do_sample=False, max_new_tokens=400))
     model.train()
     stream = talk.stream("hi")
     first = next(stream) + next(stream)
@@ -123,32 +124,32 @@ def test_leaving_a_stream_stops_it_and_keeps_what_was_said(model, tokenizer):
 def test_an_error_while_generating_reaches_the_caller(model, tokenizer):
     model.model.layers[0].mlp.down_proj = torch.nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match="shapes"):
-        list(Conversation(model, tokenizer, config=GREEDY).stream("hi"))
+        list(ChatSession(model, tokenizer, config=GREEDY).stream("hi"))
 
 
 def test_default_system_is_used_but_not_kept(model, tokenizer):
     seen = []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     config = GenerateConfig(do_sample=False, max_new_tokens=1, default_system="Be brief.")
-    talk = Conversation(model, tokenizer, config=config)
+    talk = ChatSession(model, tokenizer, config=config)
     talk.ask("hi")
     assert tokenizer.decode(seen[0][0]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi")
     assert talk.messages[0]["role"] == "user"
 
 
 def test_a_full_context_is_an_error_and_leaves_the_conversation_as_it_was(model, tokenizer):
-    talk = Conversation(model, tokenizer, config=GREEDY)
+    talk = ChatSession(model, tokenizer, config=GREEDY)
     with pytest.raises(ContextFull, match=r"\d+ tokens, the limit .* is 512; .*max_length"):
         talk.ask("Paris " * 600)
     assert talk.messages == []
-    short = Conversation(model, tokenizer, config=GenerateConfig(max_length=3))
+    short = ChatSession(model, tokenizer, config=GenerateConfig(max_length=3))
     with pytest.raises(ContextFull, match="is 3"):
         short.ask("hi")
 
 
 def test_answers_end_at_the_models_length(tokenizer):
     model = always(tiny_model(vocab_size=len(tokenizer), max_position_embeddings=40), tokenizer.encode(" the")[0])
-    talk = Conversation(model, tokenizer, config=GenerateConfig(do_sample=False))
+    talk = ChatSession(model, tokenizer, config=GenerateConfig(do_sample=False))
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
     )
@@ -161,7 +162,7 @@ def test_a_tokenizer_without_template_cannot_chat(model):
 
 
 def test_terminal_loop(model, tokenizer):
-    talk = Conversation(model, tokenizer, config=GREEDY)
+    talk = ChatSession(model, tokenizer, config=GREEDY)
     lines, written = iter(["Who are you?", "", "/help", "/clear", "How are you?", "/exit", "never read"]), []
     chat_loop(talk, lambda prompt: next(lines), written.append)
     assert next(lines) == "never read"
@@ -171,7 +172,7 @@ def test_terminal_loop(model, tokenizer):
 
 
 def test_terminal_loop_leaves_at_ctrl_d_and_survives_ctrl_c(model, tokenizer):
-    class Interrupted(Conversation):
+    class Interrupted(ChatSession):
         def stream(self, text):
             yield "half"
             raise KeyboardInterrupt

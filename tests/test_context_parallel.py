@@ -16,8 +16,9 @@ import llmtune
 from llmtune.contract.records import ParallelDims
 from llmtune.contract.stages import Batch
 from llmtune.data.batches import collate, split_row
-from llmtune.distributed.context_parallel import attend_over_ranks, check_split, over_ranks
+from llmtune.distributed.context_parallel import attend_over_ranks, over_ranks
 from llmtune.distributed.ranks import Ranks
+from llmtune.training.isolation import check_split
 from tests.by_hand import assert_same
 from tests.spawn import in_ranks
 from tests.test_parity import METHODS, numbers, recipe, train, train_each
@@ -237,7 +238,7 @@ def test_attention_over_exchanged_pieces_is_attention_over_the_row(tmp_path: Pat
 
 def refuses_mixing(keys: dict[str, Any]) -> None:
     from llmtune.distributed.ranks import join, ranks_from_environment
-    from llmtune.planning.plan import make_plan
+    from llmtune.planning.make import make_plan
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
     from llmtune.training.building import build_objective
@@ -245,7 +246,7 @@ def refuses_mixing(keys: dict[str, Any]) -> None:
     ranks, device = ranks_from_environment(), torch.device("cpu")
     plan = make_plan(load_recipe(keys, {}), Registry(), ranks, device)
     join(plan.ranks, device)
-    objective = build_objective(plan)
+    objective = build_objective(plan.model)
     check_split(objective, plan.ranks, device)
     plan.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output + output.roll(1, 1))
     with pytest.raises(llmtune.PlanError, match="LlamaForCausalLM mixes tokens outside of attention"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 import llmtune
 from llmtune.contract.errors import PlanError
 from llmtune.cost.advice import replan
-from llmtune.cost.devices import GIB, describe
 from llmtune.cost.flops import count
 from llmtune.cost.memory import CATEGORIES, Memory
 from llmtune.cost.text import cost_text
+from llmtune.planning.devices import GIB, describe
 from tests.tiny import tiny_config, tiny_model_folder, tiny_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 32}
@@ -63,8 +64,8 @@ def allocator_peak(plan: Any) -> int:
 
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from llmtune.training.building import build_objective
-    from llmtune.training.loop import Training, train
+    from llmtune.training.building import build_objective, make_training
+    from llmtune.training.loop import train
     from llmtune.training.optim import make_optimizer
 
     class Quiet:
@@ -73,13 +74,9 @@ def allocator_peak(plan: Any) -> int:
 
     gc.collect()  # what earlier tests left behind must not be freed while this one counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        objective = build_objective(plan)
-        optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, 1e-4)
-        training = Training(
-            objective=objective, optimizer=optimizer, schedule=plan.parts.one("lr_scheduler_config").built,
-            distribute=plan.parts.one("dist_config").built, feed=plan.feed, ranks=plan.ranks, device=plan.device,
-            total_steps=2, warmup_steps=0, max_grad_norm=1.0, seed=0,
-        )  # fmt: skip
+        objective = build_objective(plan.model)
+        optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model.module, 1e-4)
+        training = replace(make_training(plan, objective, optimizer), total_steps=2, warmup_steps=0, seed=0)
         with record_function("steps begin"):
             pass
         train(training, Quiet())
@@ -189,7 +186,7 @@ def test_gradients_wait_whole_unless_they_are_accumulated_in_shards(make: Make) 
     keys = {"gradient_accumulation_steps": 2, "ranks": 8, "device": "80GB"}
     whole = make(**keys).cost
     sharded = make(**keys, dist_config={"name": "fsdp2", "accumulate_sharded": True}).cost
-    trained, _ = whole.plan.parameters()
+    trained, _ = whole.plan.model.parameters()
     assert whole.traced.most.gradients > 4 * trained > 6 * sharded.traced.most.gradients
     assert whole.quick.most.gradients == pytest.approx(whole.traced.most.gradients, rel=0.05)
 
@@ -228,8 +225,8 @@ def test_flops_are_those_that_torch_counts(make: Make, method: str) -> None:
     # Plain attention computes what a causal mask throws away, and torch counts it.
     plan = make(flash_attn="disabled", activation_checkpointing="none", **METHODS[method])
     cost = plan.cost
-    objective = build_objective(plan).train()
-    (batch,) = plan.feed.step(0, plan.device)
+    objective = build_objective(plan.model).train()
+    (batch,) = plan.data.batches.step(0, plan.device)
     objective(batch)  # the first call compares head and logits
     with FlopCounterMode(display=False) as counter:
         objective(batch).total.backward()
@@ -274,7 +271,7 @@ def test_a_folder_without_weights_can_be_planned_for_a_device_but_not_trained(ro
     tiny_tokenizer().save_pretrained(folder)
     recipe = {"model": str(folder), "dataset": rows, "cutoff_len": 64, "output_dir": str(tmp_path / "run")}
     plan = llmtune.plan(recipe, ranks=16, device="h100")
-    assert plan.context.device == "cuda" and plan.precision.autocast and plan.ranks.size == 16
+    assert plan.model.context.device == "cuda" and plan.model.precision.autocast and plan.ranks.size == 16
     assert plan.cost.traced is not None, plan.cost.untraced
     assert plan.cost.step_seconds(1.0) > 0
     with pytest.raises(llmtune.LoadError, match="holds no weights"):
@@ -313,7 +310,7 @@ def test_json_and_html(make: Make, rows: str, folder: str, tmp_path: Path, capsy
 
 def test_an_optimizer_that_needs_values_is_still_counted(make: Make) -> None:
     plain, small = make(1, "80GB").cost, make(1, "80GB", optim_config="adamw_8bit").cost
-    trained, _ = small.plan.parameters()
+    trained, _ = small.plan.model.parameters()
     assert small.quick.most.optimizer == pytest.approx(small.traced.most.optimizer, rel=0.001)
     assert 2 * trained < small.traced.most.optimizer < 0.75 * plain.traced.most.optimizer
     assert small.traced.most.gradients == plain.traced.most.gradients

@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtune import Batch, StageContext, StageLoss
+from llmtune.contract.records import ParallelDims
 from llmtune.data import TokenSamples
 from llmtune.data.batch_loader import BatchLoader
 from llmtune.distributed.placement import full
 from llmtune.distributed.ranks import Ranks
-from llmtune.planning.fitting import misfits
+from llmtune.planning.objections import batch_objections
+from llmtune.recipe.recipe import load_recipe
 from llmtune.testing import running
-from llmtune.training.loop import Training, train
+from llmtune.training.building import make_training
+from llmtune.training.loop import train
 from tests.spawn import in_ranks
 
 STEPS, PAIRS = 3, 11
@@ -76,16 +79,15 @@ def feed_for(kind: str, packing: bool, ranks: Ranks, micro_steps: int) -> BatchL
 
 
 def run(keys: dict[str, Any], kind: str, packing: bool, micro_steps: int) -> tuple[list[Any], dict[str, Tensor]]:
-    plan, objective = running.build(keys)
+    plan, objective = running.start(keys)
     objective.stage = Answers()
     feed, losses = feed_for(kind, packing, plan.ranks, micro_steps), Losses()
-    training = Training(
-        objective=objective, optimizer=sgd(plan.model), schedule=plan.parts.one("lr_scheduler_config").built,
-        distribute=plan.parts.one("dist_config").built, feed=feed, ranks=plan.ranks, device=plan.device,
-        total_steps=STEPS, warmup_steps=0, max_grad_norm=0.0, seed=0,
+    training = replace(
+        make_training(plan, objective, sgd(plan.model.module)), batches=feed, total_steps=STEPS, warmup_steps=0,
+        max_grad_norm=0.0, seed=0,
     )  # fmt: skip
     assert train(training, losses) == STEPS
-    return losses.found, {name: full(p).detach() for name, p in plan.model.named_parameters()}
+    return losses.found, {name: full(p).detach() for name, p in plan.model.module.named_parameters()}
 
 
 def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -147,16 +149,14 @@ def test_a_stage_over_answers_trains_as_a_loop_by_hand(kind: str, packing: bool,
 
 
 def test_batches_that_would_mix_or_cut_answers_are_refused(tmp_path: Path) -> None:
-    plan = running.plan(keys_of(tmp_path))
-    assert list(misfits(plan)) == []
-    pairs = replace(plan, data=replace(plan.data, train=answers("preference")))
-    assert list(misfits(pairs)) == []
-    joined = replace(pairs.recipe, data=replace(pairs.recipe.data, packing=True, neat_packing=False))
-    (sentence,) = misfits(replace(pairs, recipe=joined))
+    data = load_recipe(keys_of(tmp_path)).data
+    assert list(batch_objections("conversation", data, Ranks())) == []
+    assert list(batch_objections("preference", data, Ranks())) == []
+    joined = replace(data, packing=True, neat_packing=False)
+    (sentence,) = batch_objections("preference", joined, Ranks())
     assert sentence.startswith("neat_packing: found false, but the data are preferences, which must not see each other")
-    spread = replace(plan.ranks, layout=replace(plan.ranks.layout, context=2))
-    (sentence,) = misfits(replace(pairs, ranks=spread))
+    spread = Ranks(size=2, layout=ParallelDims(context=2))
+    (sentence,) = batch_objections("preference", data, spread)
     assert "cp_size is 2, but the loss of preferences needs whole answers" in sentence
-    prompts = replace(plan, data=replace(plan.data, train=replace(answers("labelled"), kind="prompt")), recipe=joined)
-    (sentence,) = misfits(prompts)
+    (sentence,) = batch_objections("prompt", joined, Ranks())
     assert sentence.startswith("packing: found true, but the data are prompts")

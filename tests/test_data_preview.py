@@ -98,7 +98,7 @@ def keys(tiny_llama: str, chats: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_it_shows_the_ids_of_training_and_marks_what_trains(keys: dict[str, Any]) -> None:
-    shown, train = llmtune.preview(keys, n=24), llmtune.plan(keys).data.train
+    shown, train = llmtune.preview(keys, n=24), llmtune.plan(keys).data.prepared.train
     assert len(shown.samples) == len(train) == 24
     for number, sample in enumerate(shown.samples):
         (sequence,) = sample.sequences

@@ -37,7 +37,7 @@ def test_the_file_is_that_of_the_run_in_the_folder(keys: dict[str, Any], chats: 
     llmtune.train(keys)
     run = llmtune.train(keys, dataset=chats, overwrite_output_dir=True)
     assert not (run.output_dir / "quarantine.jsonl").exists()
-    assert llmtune.plan(keys, dataset=chats, output_dir="elsewhere").data.report.bad_rows == ()
+    assert llmtune.plan(keys, dataset=chats, output_dir="elsewhere").data.prepared.report.bad_rows == ()
 
 
 def test_rows_are_left_out_only_where_it_is_asked_for_and_few(keys: dict[str, Any]) -> None:
@@ -45,4 +45,4 @@ def test_rows_are_left_out_only_where_it_is_asked_for_and_few(keys: dict[str, An
         llmtune.plan(keys, on_bad_record="error")
     with pytest.raises(DataError, match="more than max_bad_records=1 lets"):
         llmtune.plan(keys, max_bad_records=1)
-    assert llmtune.plan(keys, max_bad_records=0.5).data.report.sources[0].bad.total() == 2
+    assert llmtune.plan(keys, max_bad_records=0.5).data.prepared.report.sources[0].bad.total() == 2

@@ -93,11 +93,11 @@ def test_a_cutoff_that_leaves_nothing_is_told_with_the_lengths(keys: dict[str, A
 
 def test_fill_and_padding_are_those_of_the_plan(keys: dict[str, Any]) -> None:
     found = llmtune.stats(keys)
-    assert found.padded.fill == pytest.approx(1 - llmtune.plan(keys).feed.padding)
-    packed = llmtune.plan(keys, packing=True).feed
+    assert found.padded.fill == pytest.approx(1 - llmtune.plan(keys).data.batches.padding)
+    packed = llmtune.plan(keys, packing=True).data.batches
     assert (found.packed.rows, found.packed.fill) == (len(packed.units), pytest.approx(packed.units.fill))
     random = llmtune.stats(keys, group_by_length=False)
-    assert random.padded.fill == pytest.approx(1 - llmtune.plan(keys, group_by_length=False).feed.padding)
+    assert random.padded.fill == pytest.approx(1 - llmtune.plan(keys, group_by_length=False).data.batches.padding)
     lengths = llmtune.stats(keys, packing=True, neat_packing=False)
     assert lengths.packed.rows == math.ceil(lengths.trained.tokens / 128)
 

@@ -16,10 +16,12 @@ import llmtune
 from llmtune.contract.errors import PlanError
 from llmtune.data import TokenSamples, collate
 from llmtune.data.order import deal
-from llmtune.planning.plan import make_feed
+from llmtune.planning.data_plan import plan_data
+from llmtune.planning.objections import packing_obstacle
+from llmtune.planning.plan import Plan
 from llmtune.testing import running, tiny_chats, tiny_tokenizer
 from llmtune.training.callbacks import StopRequest, TrainingCallbacks
-from llmtune.training.isolation import check_isolation, packing_obstacle
+from llmtune.training.isolation import check_isolation
 from tests.by_hand import assert_same
 from tests.tiny import tiny_model
 
@@ -69,8 +71,9 @@ def test_two_epochs_are_two_epochs(kind: str, place: Path, tmp_path: Path) -> No
     plan = llmtune.plan(keys)
     found = running.train(keys)
     last = found.metrics[-1]
-    assert (last["epoch"], last["step"]) == (2.0, plan.steps) and plan.steps == 2 * plan.feed.order.steps_per_epoch
-    assert last["tokens"] == 2 * plan.data.train.tokens
+    assert (last["epoch"], last["step"]) == (2.0, plan.steps)
+    assert plan.steps == 2 * plan.data.batches.order.steps_per_epoch
+    assert last["tokens"] == 2 * plan.data.prepared.train.tokens
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -89,7 +92,7 @@ def test_data_smaller_than_a_step_train_once_an_epoch(
     assert "fewer than the 128 of a step: every step learns from all of them" in str(llmtune.plan(keys))
     found, plan = running.train_and_keep(keys)
     assert [row["epoch"] for row in found.metrics] == [1.0, 2.0, 3.0]
-    assert found.metrics[-1]["tokens"] == 3 * plan.data.train.tokens
+    assert found.metrics[-1]["tokens"] == 3 * plan.data.prepared.train.tokens
     assert found.metrics[-1]["loss"] < found.metrics[0]["loss"], "the model that is saved has learnt"
 
 
@@ -111,14 +114,22 @@ def in_sets(samples: TokenSamples) -> TokenSamples:
     return replace(samples, sets=sets, set_names=["large", "small"])
 
 
+def with_samples(plan: Plan, samples: TokenSamples) -> Plan:
+    """The plan of the same recipe on other samples."""
+    prepared = replace(plan.data.prepared, train=samples)
+    flat = plan.data.batches.flat
+    return replace(plan, data=plan_data(plan.recipe, prepared, plan.ranks, plan.model.tokenizer, flat))
+
+
 def test_each_data_set_is_evaluated(place: Path, tmp_path: Path) -> None:
     keys = keys_of(
         place, tmp_path / "run", val_size=12, eval_strategy="steps", eval_on_each_dataset=True,
         per_device_eval_batch_size=2, metric_for_best_model="eval_small_loss",
     )  # fmt: skip
-    plan, objective = running.build(keys)
-    samples = in_sets(plan.data.evaluation)
-    plan.data = replace(plan.data, evaluation=samples)
+    plan, objective = running.start(keys)
+    samples = in_sets(plan.data.prepared.evaluation)
+    prepared = replace(plan.data.prepared, evaluation=samples)
+    plan = replace(plan, data=replace(plan.data, prepared=prepared))
     keeper = TrainingCallbacks(plan, objective, None, None, [], StopRequest())  # type: ignore[arg-type]
     told: list[Any] = []
     keeper.observers.append(told.append)
@@ -139,11 +150,9 @@ def test_each_data_set_is_evaluated(place: Path, tmp_path: Path) -> None:
 
 def test_several_sets_are_mixed_and_the_plan_says_how(place: Path, tmp_path: Path) -> None:
     plan = llmtune.plan(keys_of(place, tmp_path / "run"))
-    plan.data = replace(plan.data, train=in_sets(plan.data.train))
     wish = replace(plan.recipe.data, mix_strategy="interleave_over")
-    plan.recipe = replace(plan.recipe, data=wish)
-    plan.feed = make_feed(plan)
-    assert len(plan.feed.samples) == len(plan.feed.units) == 36
+    plan = with_samples(replace(plan, recipe=replace(plan.recipe, data=wish)), in_sets(plan.data.prepared.train))
+    assert len(plan.data.batches.samples) == len(plan.data.batches.units) == 36
     assert "an epoch is mixed from 18 of large (18), 18 of small (6)" in str(plan)
 
 
@@ -158,10 +167,11 @@ def test_sets_of_a_recipe_are_mixed_and_evaluated_by_name(place: Path, tmp_path:
         metric_for_best_model="eval_small_loss",
     )  # fmt: skip
     plan = llmtune.plan(keys)
-    assert "an epoch is mixed from" in str(plan) and len(plan.feed.samples) >= 18
+    assert "an epoch is mixed from" in str(plan) and len(plan.data.batches.samples) >= 18
     run = llmtune.train(keys)
     (row,) = [row for row in run.metrics if "eval_loss" in row]
-    tokens = {name: plan.data.evaluation.supervised[at].sum() for name, at in plan.data.evaluation.by_set().items()}
+    held = plan.data.prepared.evaluation
+    tokens = {name: held.supervised[at].sum() for name, at in held.by_set().items()}
     mean = sum(row[f"eval_{name}_loss"] * count for name, count in tokens.items()) / sum(tokens.values())
     assert set(tokens) == {"small", "large"} and row["eval_loss"] == pytest.approx(mean, rel=1e-6)
 
@@ -206,12 +216,12 @@ def test_plain_text_is_pretrained_on_in_whole_rows(place: Path, tmp_path: Path) 
         neat_packing=False, max_steps=None, num_train_epochs=1, cutoff_len=32, learning_rate=0.01,
     )  # fmt: skip
     plan = llmtune.plan(keys)
-    tokenizer = plan.tokenizer
+    tokenizer = plan.model.tokenizer
     expected = sum(len(tokenizer(json.loads(line)["text"])["input_ids"]) + 1 for line in lines)  # the end of each
     found = running.train(keys).metrics
     assert found[-1]["tokens"] == expected and found[-1]["epoch"] == 1.0
-    rows = plan.feed.units
-    batches = [batch for step in range(plan.steps) for batch in plan.feed.step(step, plan.device)]
+    rows = plan.data.batches.units
+    batches = [batch for step in range(plan.steps) for batch in plan.data.batches.step(step, plan.device)]
     assert sum(batch.weight for batch in batches) == expected - len(rows)
 
 
@@ -254,7 +264,7 @@ def test_an_attention_that_sees_no_bounds_is_refused_before_the_first_step(place
     AttentionInterface.register("bare_attention", sdpa_attention_forward)
     plan, objective = running.build(keys_of(place, tmp_path / "run", packing=True))
     check_isolation(objective, plan.device, packing=True)
-    plan.model.set_attn_implementation("bare_attention")
+    plan.module.set_attn_implementation("bare_attention")
     with pytest.raises(PlanError, match=r"cannot keep documents apart .*set packing: false, or neat_packing: false"):
         check_isolation(objective, plan.device, packing=True)
 
@@ -286,7 +296,7 @@ def test_joined_rows_train_as_transformers_own_blocks_of_text(place: Path, tmp_p
     )  # fmt: skip
     plan = llmtune.plan(keys)
     (row,) = running.train(keys).metrics
-    ids = torch.from_numpy(plan.data.train.ids[: 8 * 64].astype(np.int64)).view(8, 64)
+    ids = torch.from_numpy(plan.data.prepared.train.ids[: 8 * 64].astype(np.int64)).view(8, 64)
     model = AutoModelForCausalLM.from_pretrained(keys["model"], dtype=torch.float32)
     assert row["loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
@@ -301,11 +311,10 @@ def test_no_micro_batch_is_larger_than_the_plan_counts_on(kind: str, place: Path
     if kind == "pairs":
         rng = np.random.default_rng(0)
         pairs = [(rng.integers(3, 300, n), np.arange(n) > 2) for n in rng.integers(4, 60, 34)]
-        plan.data = replace(plan.data, train=TokenSamples.from_lists(pairs, range(17), width=2, kind="preference"))
-        plan.feed = make_feed(plan)
+        plan = with_samples(plan, TokenSamples.from_lists(pairs, range(17), width=2, kind="preference"))
     shape, sizes = largest(plan), []
-    for step in range(plan.feed.order.steps_per_epoch):
-        for batch in plan.feed.step(step, plan.device):
+    for step in range(plan.data.batches.order.steps_per_epoch):
+        for batch in plan.data.batches.step(step, plan.device):
             assert batch.input_ids.shape[0] <= shape.rows and len(batch.targets) <= shape.targets
             assert batch.input_ids.shape[1] <= shape.length
             assert shape.masked or batch.attention_mask is None

@@ -159,7 +159,7 @@ def test_a_cut_keeps_whole_turns_and_is_told(keys: Keys) -> None:
     whole = rendered(chat(*turns))
     made = keys([chat(*turns)], cutoff_len=len(whole) - 3)
     assert trained(made)[0].endswith("assistant number 4<|im_end|>")
-    found = llmtune.plan(made).data.report.losses
+    found = llmtune.plan(made).data.prepared.report.losses
     assert found.truncated == 1 and found.tokens_cut == len(whole) - llmtune.stats(made).trained.tokens
     with pytest.raises(llmtune.DataError, match="too long"):
         llmtune.plan(made, cutoff_policy="error")

@@ -34,10 +34,10 @@ def built(keys: dict[str, Any]) -> dict[str, torch.Tensor] | str:
 
     plan = plan_here(keys)
     try:
-        build_objective(plan)
+        build_objective(plan.model)
     except LoadError as error:
         return str(error)
-    return {name: full(tensor) for name, tensor in named_tensors(plan.model).items()}
+    return {name: full(tensor) for name, tensor in named_tensors(plan.model.module).items()}
 
 
 def all_built(recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_mixed_precision_computes_in_16_bits_and_learns_in_32(
         layer.mlp.up_proj.register_forward_hook(lambda *arguments: outputs.add(arguments[-1].dtype))
     loss = one_step(training)["loss"].item()
     assert outputs == {TYPES[key]}
-    for name, parameter in plan.model.named_parameters():
+    for name, parameter in plan.model.module.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else TYPES[key]), name
     assert {weight.grad.dtype for weight in training.parameters if weight.grad is not None} == {torch.float32}
     assert loss == pytest.approx(one_step(start(keys)[1])["loss"].item(), rel=2e-2)
@@ -64,7 +64,7 @@ def test_layer_one_is_not_layer_eleven(chats: str, tmp_path: Path) -> None:
     folder = tiny_model_folder(tmp_path, num_hidden_layers=12)
     peft = {"name": "freeze", "freeze_trainable_layers": -2}
     plan = llmtune.plan(recipe(str(folder), chats, tmp_path / "run", peft_config=peft))
-    assert {name.split(".")[2] for name in plan.trainable} == {"0", "1"}
+    assert {name.split(".")[2] for name in plan.model.trainable} == {"0", "1"}
 
 
 class Overflowing:

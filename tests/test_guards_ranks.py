@@ -28,14 +28,14 @@ def bytes_in_use(keys: dict[str, Any]) -> dict[str, torch.Tensor]:
 
     plan, training = start(keys)
     found: dict[str, torch.Tensor] = {}
-    for name, module in plan.model.named_modules():
+    for name, module in plan.model.module.named_modules():
         if isinstance(module, Linear4bit):
             module.register_forward_pre_hook(
                 lambda module, _, name=name: found.update(
                     {name: module.weight.detach().clone().view(torch.uint8).flatten()}
                 )
             )
-    (batch, *_) = training.feed.step(0, training.device)
+    (batch, *_) = training.batches.step(0, training.device)
     with torch.no_grad():
         training.objective(batch)
     return {name.removesuffix(".base_layer"): tensor for name, tensor in found.items()}
@@ -152,7 +152,7 @@ def test_an_epoch_is_every_row_once_and_the_same_on_all_ranks(
         per_device_train_batch_size=1 if packing else 3,
     )  # fmt: skip
     plan = llmtune.plan(keys, nproc=ranks)
-    feed, rows = plan.feed, len(plan.data.train)
+    feed, rows = plan.data.batches, len(plan.data.prepared.train)
     seen: Counter[int] = Counter()
     for step in range(plan.steps):
         shares = [replace(feed, ranks=replace(feed.ranks, rank=rank)).step(step, plan.device) for rank in range(ranks)]

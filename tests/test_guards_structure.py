@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmtune.recipe.parts import Parts
 from tests.guards import one_step, plan_here, start
 from tests.runs import recipe
 from tests.spawn import in_ranks
@@ -43,7 +44,7 @@ def collectives(keys: dict[str, Any]) -> dict[str, Counter[str]]:
     _, training = start(keys)
     one_step(training)  # FSDP2 learns the order of its groups in the first step
     training.optimizer.zero_grad()
-    (batch, *_) = training.feed.step(0, training.device)
+    (batch, *_) = training.batches.step(0, training.device)
     found = {}
     for name, work in {"forward": lambda: training.objective(batch), "step": lambda: one_step(training)}.items():
         training.distribute.before_backward(training.objective, True)
@@ -70,10 +71,9 @@ def fetched(keys: dict[str, Any]) -> int:
     from llmtune.training.building import build_objective
 
     plan = plan_here(keys)
-    (index,) = (index for index, part in enumerate(plan.parts.all) if part.point == "init_config")
-    counting = Counting(plan.parts.all[index].built)
-    plan.parts.all[index] = replace(plan.parts.all[index], built=counting)
-    build_objective(plan)
+    counting = Counting(plan.parts.one("init_config").built)
+    parts = [replace(part, built=counting) if part.point == "init_config" else part for part in plan.model.parts.all]
+    build_objective(replace(plan.model, parts=Parts(parts)))
     return counting.elements
 
 
@@ -188,10 +188,10 @@ def test_the_kernels_of_a_recipe_compute_in_training(tiny_llama: str, chats: str
 
     one_step(training)
     objective.context.ops["linear_cross_entropy"] = counting
-    plan.model.get_output_embeddings().register_forward_hook(lambda *_: calls.update(["head"]))
+    plan.model.module.get_output_embeddings().register_forward_hook(lambda *_: calls.update(["head"]))
     one_step(training, 1)
     assert calls["loss"] == 3
-    assert plan.model.config._attn_implementation == plan.attention == "llmtune_packed"
+    assert plan.model.module.config._attn_implementation == plan.model.attention == "llmtune_packed"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -203,7 +203,7 @@ def test_the_optimiser_is_fused_and_only_matrices_decay(
     groups = training.optimizer.param_groups
     assert all(group["fused"] for group in groups)
     rates = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    trained = {name: parameter for name, parameter in plan.model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in plan.model.module.named_parameters() if parameter.requires_grad}
     assert rates.keys() == {id(parameter) for parameter in trained.values()}
     for name, parameter in trained.items():
         assert rates[id(parameter)] == (0.1 if parameter.dim() > 1 else 0.0), name

@@ -205,7 +205,7 @@ def by_hand(place: Place, stored: Callable[[Tensor], Tensor], beta: float) -> tu
 
     tokenizer = AutoTokenizer.from_pretrained(place.model)
     texts = [json.loads(line)["messages"] for line in Path(place.chats).read_text().splitlines()]
-    order = llmtune.plan(place.keys("order")).feed.order
+    order = llmtune.plan(place.keys("order")).data.batches.order
     model = base(place, stored)
     gains = ones(model)
     optimizer = torch.optim.AdamW(gains.values(), lr=0.02, weight_decay=0.0)

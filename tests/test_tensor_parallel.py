@@ -155,17 +155,16 @@ def first_gradients(keys: dict[str, Any]) -> dict[str, Any]:
     shares."""
     from llmtune.distributed.placement import full, local
     from llmtune.distributed.ranks import join, pick_device, ranks_from_environment
-    from llmtune.planning.plan import make_plan
+    from llmtune.planning.make import make_plan
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
     from llmtune.training.building import build_objective
 
     plan = make_plan(load_recipe(keys, {}), Registry(), ranks_from_environment(), pick_device("cpu"))
     join(plan.ranks, plan.device)
-    objective = build_objective(plan)
-    assert plan.feed is not None
-    objective(plan.feed.step(0, plan.device)[0]).total.backward()
-    parameters = dict(plan.model.named_parameters())
+    objective = build_objective(plan.model)
+    objective(plan.data.batches.step(0, plan.device)[0]).total.backward()
+    parameters = dict(plan.model.module.named_parameters())
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     shared = {name: local(g) for name, g in grads.items() if tuple(local(g).shape) == tuple(g.shape)}
     held = sum(local(p).numel() for name, p in parameters.items() if ".layers." in name)

@@ -160,11 +160,12 @@ def _train(options: Any) -> int:
         ranks = options.nproc or default_ranks(recipe.train.device)
         if ranks > 1 or machines != Machines():
             return launch(["train", options.recipe, *options.overrides], ranks, machines)
-    from llmtune.planning.show import outcome_text
+    from llmtune.cost import estimate
+    from llmtune.training.outcome import outcome_text
     from llmtune.training.run import train_here
 
     quiet_libraries()
-    outcome = train_here(recipe, Registry())
+    outcome = train_here(recipe, Registry(), estimate)
     if outcome.plan.ranks.first:
         print("\n" + outcome_text(outcome))
     leave()
@@ -177,10 +178,11 @@ def _plan(options: Any) -> None:
     from llmtune.api import plan_for
     from llmtune.cost.text import detail_text, quick_text
     from llmtune.recipe.recipe import load_recipe
+    from llmtune.recipe.registry import Registry
 
     quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
-    found = plan_for(recipe, nproc=options.nproc, ranks=options.ranks, described=options.device)
+    found = plan_for(recipe, Registry(), nproc=options.nproc, ranks=options.ranks, described=options.device)
     if options.json:
         print(json.dumps(found.cost.as_dict(), indent=1))
         return
@@ -191,8 +193,9 @@ def _plan(options: Any) -> None:
 def _chat(options: Any) -> None:
     from dataclasses import fields
 
-    from llmtune.inference.chat import GenerateConfig, chat_loop, conversation_for, generate_config
+    from llmtune.inference.chat import chat_loop, conversation_for, generate_config
     from llmtune.inference.reopen import open_model, recipe_of
+    from llmtune.model.generation import GenerateConfig
     from llmtune.recipe.recipe import parse_overrides
 
     quiet_libraries()

@@ -114,7 +114,8 @@ def replan(plan: Plan, change: KeyChange) -> Plan:
     """The plan of the changed recipe, on the same data. Raises what an impossible recipe raises."""
     from llmtune.contract.extension_points import EXTENSION_POINTS
     from llmtune.distributed.mesh import arrange
-    from llmtune.planning.plan import make_plan
+    from llmtune.planning.edit import STRUCTURE_POINTS
+    from llmtune.planning.make import make_model_plan
     from llmtune.recipe.parts import find_parts
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
@@ -125,11 +126,15 @@ def replan(plan: Plan, change: KeyChange) -> Plan:
     parts = find_parts(recipe, registry, problems, EXTENSION_POINTS)
     raise_all(problems)
     ranks = arrange(Ranks(size=change.ranks or plan.ranks.size), parts.one("dist_config").built, "dist_config")
+    train = recipe.train
     if set(STRUCTURE) & set(change.keys):
-        made = make_plan(recipe, registry, ranks, plan.device, mode="build", target=plan.target)
-        return replace(made, mode="train", parts=parts, data=plan.data, feed=plan.feed)
-    context = replace(plan.context, ranks=ranks.size, layout=ranks.layout)
-    return replace(plan, recipe=recipe, parts=parts, ranks=ranks, context=context)
+        model = make_model_plan(recipe, registry, ranks, plan.device, mode="build", target=plan.target)
+        model = replace(model, mode="train", compiled=train.torch_compile)
+    else:
+        context = replace(plan.model.context, ranks=ranks.size, layout=ranks.layout)
+        model = replace(plan.model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, context=context)
+    model = replace(model, checkpointing=train.checkpointing)
+    return replace(plan, recipe=recipe, parts=parts, model=model)
 
 
 def _shape(cost: Cost, plan: Plan) -> Shape:

@@ -55,12 +55,11 @@ class Ways:
         self.offloaded = getattr(part.config, "offload_params", False)
         self.keeps = getattr(part.config, "reshard_after_forward", True) is False
         self.accumulates_whole = not getattr(part.config, "accumulate_sharded", False)
-        peft = plan.parts.at("peft_config")
-        self.adapter = bool(peft) and peft[0].built.kind == "adapter"
-        self.packed = plan.ledger.packed()
-        self.device = plan.context.device
-        self.gather_bytes = plan.context.gather_dtype.itemsize
-        self.compute_bytes = plan.precision.compute.itemsize
+        self.adapter = plan.model.is_adapter
+        self.packed = plan.model.ledger.packed()
+        self.device = plan.model.context.device
+        self.gather_bytes = plan.model.context.gather_dtype.itemsize
+        self.compute_bytes = plan.model.precision.compute.itemsize
 
     def local(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of this rank's part: FSDP2 cuts the first dimension, tensor parallelism one of a matrix."""
@@ -74,9 +73,9 @@ def closed_form(plan: Plan, shape: Shape) -> Estimate:
     """The peak of one step, as the largest of its moments."""
     ways = Ways(plan)
     state = optimizer_bytes(plan, ways)
-    layers = transformer_layers(plan.model)
+    layers = transformer_layers(plan.model.module)
     held = [hold(name + ".", layer, ways, state) for name, layer in layers]
-    everything = hold("", plan.model, ways, state)
+    everything = hold("", plan.model.module, ways, state)
     root = Held(
         memory=everything.memory - sum((h.memory for h in held), Memory()),
         gathered=everything.gathered - sum(h.gathered for h in held),
@@ -93,7 +92,7 @@ def closed_form(plan: Plan, shape: Shape) -> Estimate:
     step = Step(
         base=static + before, grads=NOTHING if before.gradients else grads, kept=kept, work=work, layers=held,
         root=root, logits=Memory(logits=logits_bytes(plan, shape)), ways=ways, head=head_trained(plan),
-        checkpointed=plan.recipe.train.checkpointing != "none",
+        checkpointed=plan.model.checkpointing != "none",
     )  # fmt: skip
     moments = {"update": static + grads, **(step.spread() if ways.spread else step.alone())}
     if ways.offloaded:
@@ -205,7 +204,7 @@ def optimizer_bytes(plan: Plan, ways: Ways) -> dict[tuple[Any, ...], int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kinds: dict[tuple[Any, ...], tuple[str, tuple[int, ...], Any]] = {}
-    for name, parameter in plan.model.named_parameters():
+    for name, parameter in plan.model.module.named_parameters():
         if parameter.requires_grad:
             shape = ways.local(tuple(parameter.shape))
             kinds.setdefault(_key(name, shape, parameter), (name, shape, parameter.dtype))
@@ -246,7 +245,7 @@ def _state_sizes(factory: Any, named: list[tuple[str, tuple[int, ...], Any]]) ->
 
 def activations(plan: Plan, shape: Shape, layers: list[nn.Module], ways: Ways) -> tuple[list[int], Work]:
     """(bytes that each layer keeps from forward to backward, what one layer's backward needs besides)."""
-    config = plan.model.config.get_text_config()
+    config = plan.model.module.config.get_text_config()
     tokens, c = shape.tokens, ways.compute_bytes
     reached, kept, work = _below_trains(plan), [], Work()
     for layer in layers:
@@ -256,7 +255,7 @@ def activations(plan: Plan, shape: Shape, layers: list[nn.Module], ways: Ways) -
             continue
         saved = tokens * saved_per_token(layer, config, ways) // ways.tensor
         mlp = tokens * inner_width(config) * c // ways.tensor
-        again = {"none": 0.0, "selective": 0.5, "full": 1.0}[plan.recipe.train.checkpointing]
+        again = {"none": 0.0, "selective": 0.5, "full": 1.0}[plan.model.checkpointing]
         kept.append(int(saved * (1 - again)) + (tokens * config.hidden_size * c if again else 0))
         early, late = int(saved * again) + 3 * mlp, max(0, int(saved * again) - 3 * mlp)
         work = Work(early=max(work.early, early), late=max(work.late, late))
@@ -265,12 +264,12 @@ def activations(plan: Plan, shape: Shape, layers: list[nn.Module], ways: Ways) -
 
 def head_trained(plan: Plan) -> int:
     """Numbers of the output head that train."""
-    head = plan.model.get_output_embeddings() if hasattr(plan.model, "get_output_embeddings") else None
+    head = plan.model.module.get_output_embeddings() if hasattr(plan.model.module, "get_output_embeddings") else None
     return sum(p.numel() for p in head.parameters() if p.requires_grad) if head is not None else 0
 
 
 def _below_trains(plan: Plan) -> bool:
-    embedding = plan.model.get_input_embeddings()
+    embedding = plan.model.module.get_input_embeddings()
     return embedding is not None and any(p.requires_grad for p in embedding.parameters())
 
 
@@ -331,12 +330,12 @@ def _product_inputs(layer: nn.Module) -> tuple[int, int]:
 def logits_bytes(plan: Plan, shape: Shape) -> int:
     """N x V logits in the compute type, in float32, their log-softmax, and the gradient; in chunks if the loss is
     fused."""
-    config = plan.model.config.get_text_config()
-    c = plan.precision.compute.itemsize
-    fused = any("linear_cross_entropy" in change.ops for _, change in plan.ledger.changes)
+    config = plan.model.module.config.get_text_config()
+    c = plan.model.precision.compute.itemsize
+    fused = any("linear_cross_entropy" in change.ops for _, change in plan.model.ledger.changes)
     numbers = shape.targets * config.vocab_size // plan.ranks.layout.tensor
     if fused:
-        chunks = max(1, math.ceil(4 * numbers / LOSS_CHUNK[plan.context.device]))
+        chunks = max(1, math.ceil(4 * numbers / LOSS_CHUNK[plan.model.context.device]))
         numbers //= chunks
         hidden = shape.targets * config.hidden_size * c * 2
         return numbers * (4 + c + (c if c < 4 else 0)) + hidden + 4 * head_trained(plan)

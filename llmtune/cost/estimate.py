@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import PlanError
-from llmtune.cost.devices import Device, this_device
 from llmtune.cost.memory import Estimate
 from llmtune.cost.shape import Shape, largest
+from llmtune.planning.devices import Device, this_device
 
 if TYPE_CHECKING:
     from llmtune.cost.advice import Advice
@@ -87,6 +86,12 @@ class Cost:
 
         return None if self.fits else advise(self)
 
+    def remedies(self) -> list[str]:
+        """What a step takes and what would help, in lines, for a run whose memory is exhausted."""
+        from llmtune.cost.text import remedy_lines
+
+        return remedy_lines(self)
+
     def as_dict(self) -> dict[str, Any]:
         """All figures as plain values: bytes, FLOPs a token, seconds a step."""
         expected = self.flops.expected_mfu
@@ -127,9 +132,7 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
 
 
 def estimate(plan: Plan) -> Cost:
-    """The cost of a plan for training. Raises PlanError for a plan without data."""
-    if plan.data is None:
-        raise PlanError("cost: only a plan for training, with data, has one")
+    """The cost of a plan."""
     device = plan.target or this_device(plan.device)
     if plan.target is None and device.kind == "cpu":  # ranks on this machine's CPU share its memory
         device = replace(device, memory=device.memory // plan.ranks.size)

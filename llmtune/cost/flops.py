@@ -59,28 +59,30 @@ class Flops:
 
 def count(plan: Plan, shape: Shape, causal: float | None = None) -> Flops:
     """FLOPs per token of the plan's data. `causal` replaces the tokens that one attends to on average."""
-    layers = transformer_layers(plan.model)
+    layers = transformer_layers(plan.model.module)
     found = list(matrices(plan, [name for name, _ in layers], shape))
     trained = [layer for layer, (_, module) in enumerate(layers) if any(p.requires_grad for p in module.parameters())]
-    embedding = plan.model.get_input_embeddings()
+    embedding = plan.model.module.get_input_embeddings()
     below = embedding is not None and any(p.requires_grad for p in embedding.parameters())
     first = 0 if below else min(trained, default=len(layers))
     attended = shape.attended if causal is None else causal
-    config = plan.model.config
+    config = plan.model.module.config
     scores = [4 * query_width(config) * window(config, layer, attended) for layer in range(len(layers))]
     forward = sum(2 * m.numbers * m.share for m in found) + sum(scores)
     backward = sum(2 * m.numbers * m.share * ((m.layer >= first) + m.trained) for m in found)
     backward += 2 * sum(scores[first:])
     inside = sum(2 * m.numbers for m in found if first <= m.layer < len(layers)) + sum(scores[first:])
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[plan.recipe.train.checkpointing]
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[plan.model.checkpointing]
     return Flops(forward=forward, backward=backward, recomputed=again * inside)
 
 
 def matrices(plan: Plan, layers: list[str], shape: Shape) -> Iterator[Matrix]:
     """All matrices of the model but lookup tables, quantised ones by their original size."""
-    model = plan.model
+    model = plan.model.module
     originals = {
-        now: plan.ledger.shapes[name] for name, placed in plan.ledger.rules.items() for now in placed.where.values()
+        now: plan.model.ledger.shapes[name]
+        for name, placed in plan.model.ledger.rules.items()
+        for now in placed.where.values()
     }
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {id(p) for p in head.parameters()} if head is not None else set()

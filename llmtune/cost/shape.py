@@ -45,8 +45,7 @@ def largest(plan: Plan) -> Shape:
 
     from llmtune.data.batch_loader import row_lengths
 
-    assert plan.feed is not None
-    feed, train = plan.feed, plan.recipe.train
+    feed, train = plan.data.batches, plan.recipe.train
     samples, units, flat = feed.samples, feed.units, feed.flat
     rows = row_lengths(samples, units)
     size = min(train.per_device_train_batch_size, len(units))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from llmtune.cost.devices import GIB
 from llmtune.cost.memory import CATEGORIES, Estimate
+from llmtune.planning.devices import GIB
 
 if TYPE_CHECKING:
     from llmtune.cost.advice import Suggestion
     from llmtune.cost.estimate import Cost
 
 TITLES = {"gathered": "in transit", "optimizer": "optimiser"}
+REMEDIES = 5
+"""Changes that are named to a run whose memory is exhausted."""
 MOMENTS = {"start": "before forward", "loss": "the loss", "update": "the update"}
 
 
@@ -98,6 +100,20 @@ def verdict(cost: Cost) -> list[str]:
     elif not any(suggestion.fits for suggestion in advice.single):
         lines.append("Nothing that llmtune knows makes it fit; use a larger device or a smaller model.")
     return lines
+
+
+def remedy_lines(cost: Cost) -> list[str]:
+    """What a step takes, and changes in the order in which to try them, for a run whose memory is exhausted."""
+    from llmtune.cost.advice import advise
+
+    ranks = cost.plan.ranks.size
+    found = cost.memory if ranks == 1 else cost.quick  # tracing ranks needs a process group, and the run has its own
+    table = [f"  {name:<16}{now:>12}" for name, now, _ in rows(found)[1:]]
+    lines = [f"By the plan a step takes on each rank, of {size(cost.device.usable)}:", *table]
+    if ranks > 1:
+        return [*lines, f"`llmtune plan RECIPE --ranks {ranks}` says what would help, in order"]
+    better = advise(cost).single[:REMEDIES]
+    return [*lines, "Try, in this order:", *(f"  {each.change}, for a peak of {size(each.peak)}" for each in better)]
 
 
 def _suggestion(found: Suggestion) -> str:

@@ -23,8 +23,14 @@ from llmtune.cost.closed import closed_form, logits_bytes
 from llmtune.cost.memory import Estimate, Memory
 from llmtune.cost.shape import Shape, fake_batch
 from llmtune.cost.tracker import Segment, Tracker, by_category
+from llmtune.distributed.placement import materialise
+from llmtune.training.building import make_objective, make_training, spread
+from llmtune.training.loop import clip, forward_backward, global_norm
+from llmtune.training.objective import Context, Objective
+from llmtune.training.optim import make_optimizer
 
 if TYPE_CHECKING:
+    from llmtune.planning.model_plan import ModelPlan
     from llmtune.planning.plan import Plan
 
 KEPT = 4
@@ -33,7 +39,7 @@ still has gathered weights prefetched around it."""
 
 
 @dataclass
-class Run:
+class LayerRun:
     """Equal layers in a row: `traced` of them, at positions from `first` on, stand for `count`."""
 
     first: int
@@ -50,7 +56,7 @@ class Timeline:
     """What a tracked step left behind, ready to be read."""
 
     segments: list[Segment]
-    runs: list[Run]
+    runs: list[LayerRun]
     static: list[Memory]
     """By layer: what it holds all the time (weights, adapters, optimiser state)."""
     has_state: bool
@@ -61,16 +67,16 @@ def trace(plan: Plan, shape: Shape) -> Estimate:
     """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model, runs = cut(deepcopy(plan.model))
-    recipe = replace(plan.recipe, train=replace(plan.recipe.train, torch_compile=False))
-    context = replace(plan.context, device="cpu")
-    spread_plan = replace(plan, recipe=recipe, model=model, device=torch.device("cpu"), context=context)
+    module, runs = cut(deepcopy(plan.model.module))
+    context = replace(plan.model.context, device="cpu")
+    model = replace(plan.model, module=module, device=torch.device("cpu"), context=context, compiled=False)
+    traced = replace(plan, model=model)
     with fake_group(plan):
-        objective = built(spread_plan)
+        objective = built(model)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            timeline = step(spread_plan, objective, shape, runs)
+            timeline = step(traced, objective, shape, runs)
     # A fused loss takes larger chunks on a GPU than on the CPU, where the trace takes place.
-    chunks = logits_bytes(plan, shape) - logits_bytes(spread_plan, shape)
+    chunks = logits_bytes(plan, shape) - logits_bytes(traced, shape)
     stateless = Memory() if timeline.has_state else Memory(optimizer=closed_form(plan, shape).most.optimizer)
     return unroll(timeline, everywhere=stateless, loss=Memory(logits=chunks))
 
@@ -92,18 +98,18 @@ def fake_group(plan: Plan) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def cut(model: Any) -> tuple[Any, list[Run]]:
+def cut(model: Any) -> tuple[Any, list[LayerRun]]:
     """Keep four layers of each run of equal ones."""
     layers = transformer_layers(model)
     signatures = [(name.rpartition(".")[0], *_signature(layer)) for name, layer in layers]
-    runs: list[Run] = []
+    runs: list[LayerRun] = []
     kept: list[tuple[str, nn.Module]] = []
     start = 0
     for index in range(1, len(layers) + 1):
         if index < len(layers) and signatures[index] == signatures[start]:
             continue
         count = index - start
-        runs.append(Run(len(kept), min(count, KEPT), count))
+        runs.append(LayerRun(len(kept), min(count, KEPT), count))
         kept += layers[start : start + min(count, KEPT)]
         start = index
     by_parent: dict[str, list[nn.Module]] = {}
@@ -122,25 +128,17 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return type(layer), parameters
 
 
-def step(plan: Plan, objective: nn.Module, shape: Shape, runs: list[Run]) -> Timeline:
+def step(plan: Plan, objective: Objective, shape: Shape, runs: list[LayerRun]) -> Timeline:
     """Take one optimiser step. The optimiser's state is there beforehand, as it is from the second step on."""
-    from llmtune.distributed.placement import materialise
-    from llmtune.training.loop import Training, clip, forward_backward, global_norm
-
-    train = plan.recipe.train
-    materialise(plan.model, plan.device)
+    module: Any = plan.model.module
+    materialise(module, plan.device)
     objective.train()
-    parameters = [parameter for parameter in plan.model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = stepped_optimizer(plan)
-    assert plan.feed is not None
     unused: Any = optimizer  # the parts of the loop that are called here take no step
-    training = Training(
-        objective=objective, optimizer=unused, feed=plan.feed, schedule=plan.parts.one("lr_scheduler_config").built,
-        distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=1,
-        warmup_steps=0, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
-    )  # fmt: skip
+    training = make_training(plan, objective, unused)
     micros = [fake_batch(shape, torch.zeros) for _ in range(min(2, shape.micro_steps))]
     large_norm = 2.0 * (training.max_grad_norm or 1.0)
     # Beforehand once: DTensor works out how each operation spreads, on tensors that are not the step's.
@@ -162,10 +160,10 @@ def step(plan: Plan, objective: nn.Module, shape: Shape, runs: list[Run]) -> Tim
 
 def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
     """The recipe's optimiser with its state made by a first step, or None where it cannot work on fake tensors."""
-    from llmtune.training.optim import make_optimizer
-
     try:
-        optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, plan.recipe.train.learning_rate)
+        optimizer = make_optimizer(
+            plan.parts.one("optim_config").built, plan.model.module, plan.recipe.train.learning_rate
+        )
         optimizer.step()
         return optimizer
     except Exception:
@@ -173,18 +171,13 @@ def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
         return None
 
 
-def built(plan: Plan) -> nn.Module:
+def built(plan: ModelPlan) -> Objective:
     """The plan's objective, spread over the ranks, on the meta device still."""
-    from llmtune.training.building import spread
-    from llmtune.training.objective import Context, Objective
-
-    ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
-    autocast = plan.precision.compute if plan.precision.autocast else None
-    objective = Objective(plan.model, plan.parts.one("stage_config").built, ops, autocast)
+    objective = make_objective(plan)
     # Whether the head explains the logits is a question of values, which fake tensors have not.
-    objective.context = Context(ops, head_explains_logits=True)
+    objective.context = Context(objective.context.ops, head_explains_logits=True)
     if plan.attention.startswith("flash_attention"):
-        plan.model.set_attn_implementation("sdpa")  # keeps the same tensors, and has a fake version
+        plan.module.set_attn_implementation("sdpa")  # keeps the same tensors, and has a fake version
     spread(plan, objective)
     return objective
 
@@ -196,16 +189,14 @@ class Observer:
         self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker
     ) -> None:
         self.tracker = tracker
-        self.parameters = [parameter for parameter in plan.model.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in plan.model.module.parameters() if parameter.requires_grad]
         self.forward = False
         offloaded = getattr(plan.parts.one("dist_config").config, "offload_params", False)
         self.kinds = {kind: "host" if offloaded else kind for kind in ("weights", "adapters", "gradients", "optimizer")}
-        peft = plan.parts.at("peft_config")
-        added = bool(peft) and peft[0].built.kind == "adapter"
-        self.trained = self.kinds["adapters" if added else "weights"]
-        layers = [layer for _, layer in transformer_layers(plan.model)]
+        self.trained = self.kinds["adapters" if plan.model.is_adapter else "weights"]
+        layers = [layer for _, layer in transformer_layers(plan.model.module)]
         self.last = len(layers) - 1
-        self._hold(plan.model, optimizer)
+        self._hold(plan.model.module, optimizer)
         self.static = [self._hold(layer, optimizer) for layer in layers]
         objective.register_forward_pre_hook(self._begin_forward)
         objective.register_forward_hook(self._end_forward)
@@ -288,7 +279,7 @@ def unroll(timeline: Timeline, everywhere: Memory, loss: Memory) -> Estimate:
     return Estimate(at_peak=best, most=most, moment=moment)
 
 
-def _inserted(before: tuple[str, int], now: tuple[str, int], runs: Sequence[Run]) -> int:
+def _inserted(before: tuple[str, int], now: tuple[str, int], runs: Sequence[LayerRun]) -> int:
     """Layers to insert between two segments: after the second layer of a run in forward, its third in backward."""
     for run in runs:
         middle = run.first + 1

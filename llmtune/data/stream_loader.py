@@ -69,14 +69,13 @@ class StreamLoader:
     micro_steps: int
     flat: bool
     pad_id: int
-    quarantine: Path | None = None
-    """File that rows which cannot be used are appended to."""
     error: Exception | None = None
     """Why this rank has no more data; all ranks learn of it in the step, see `share_of_tokens`."""
     padding: float = 0.0
     reports: list[SourceReport] = field(default_factory=list)
     """What became of the rows that this rank has used."""
     losses: Losses = field(default_factory=Losses)
+    quarantine: Path | None = None
     _open: _Open | None = None
 
     @classmethod
@@ -108,9 +107,10 @@ class StreamLoader:
             count = self.stream.config.preprocessing_num_workers or processors()
             self._open = _Open(WorkerPool(self.stream.maker, count))
 
-    def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None) -> None:
-        """Begin to read, at the beginning or where `cursor` says."""
+    def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None, quarantine: Path | None = None) -> None:
+        """Begin to read, at first or where `cursor` says; rows that cannot be used go to the file `quarantine`."""
         self.hire()
+        self.quarantine = quarantine or self.quarantine
         assert self._open is not None and self._open.supply is None
         lanes, batch = self.lanes, self.order.batch
         rows = cursor["cell_rows"] if cursor else self.stream.cell_rows(batch, self.samples.width)

@@ -13,9 +13,8 @@ Shapes: R ranks of a group, T tokens of a row, P = T / R of a piece, H query or 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,44 +25,8 @@ from llmtune.contract.errors import PlanError
 
 if TYPE_CHECKING:
     from llmtune.contract.records import ParallelDims
-    from llmtune.contract.stages import Batch
-    from llmtune.distributed.ranks import Ranks
-    from llmtune.planning.plan import Plan
-    from llmtune.training.objective import Objective
 
 Attention = Callable[..., tuple[Tensor, Any]]
-
-
-def why_not_split(plan: Plan) -> Iterator[str]:
-    """Objections to splitting the rows of a planned run, one sentence each; none where rows are not split."""
-    size, tensor = plan.ranks.layout.context, plan.ranks.layout.tensor
-    if size == 1:
-        return
-    changes = [change for _, change in plan.ledger.changes]
-    if not any(change.attention == plan.attention for change in changes):
-        lines = [line for change in changes for line in change.report if "attention: not used" in line]
-        found = f"{plan.attention} ({lines[0]})" if lines else plan.attention
-        fix = "set cp_size: 1" if lines else "set kernel_config: auto and flash_attn: auto, or cp_size: 1"
-        yield (
-            f"cp_size is {size}, which needs an attention kernel that keeps documents apart by their bounds, found "
-            f"{found}; {fix}"
-        )
-    heads = getattr(plan.model.config.get_text_config(), "num_attention_heads", 0)
-    if heads % (tensor * size):
-        groups = f"cp_size {size}" + (f" x tp_size {tensor}" if tensor > 1 else "")
-        yield f"{groups} does not divide the {heads} attention heads of {type(plan.model).__name__}; choose a divisor"
-    if kind := _stretched_by_length(plan.model):
-        yield (
-            f"cp_size is {size}, but {type(plan.model).__name__} stretches rotary positions by the length of its input "
-            f"(rope type {kind}), which a piece of a row does not show; set rope_scaling: yarn or linear, or cp_size: 1"
-        )
-
-
-def _stretched_by_length(model: Any) -> str | None:
-    """The kind of rotary positions whose frequencies depend on the largest position that a forward pass sees."""
-    found = (getattr(module, "rope_type", None) for module in model.modules())
-    kinds = {kind for types in found for kind in (types.values() if isinstance(types, dict) else [types])}
-    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)
 
 
 def attend_over_ranks(model: Any, layout: ParallelDims, device: torch.device) -> None:
@@ -162,40 +125,3 @@ class Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_RX: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         return Exchange.apply(gradient_RX, ctx.group), None
-
-
-def check_split(objective: Objective, ranks: Ranks, device: torch.device) -> None:
-    """Raise PlanError, on all ranks, if pieces of a row give other hidden states than the row. Collective.
-
-    Recurrent layers, convolutions and attention that does not go through transformers' AttentionInterface mix tokens
-    where no exchange takes place; the loss curve does not show it.
-    """
-    from llmtune.data.batches import collate, split_row, to_device
-
-    model: Any = objective.model
-    size = ranks.layout.context
-    tokens = torch.randint(
-        0, model.config.get_text_config().vocab_size, (8 * size,), generator=torch.Generator().manual_seed(0)
-    ).numpy()
-    bounds = (0, 3 * size + 1, 5 * size, 8 * size)  # documents reach across the cuts between pieces
-    documents = [tokens[start:stop] for start, stop in itertools.pairwise(bounds)]
-    whole = collate([(ids, ids >= 0) for ids in documents], flat=True, pad_id=0)
-    training = objective.training
-    objective.eval()
-    with torch.no_grad():
-        states = [_states(objective, to_device(batch, device)) for batch in (whole, split_row(whole, ranks))]
-    objective.train(training)
-    expected, found = states[0][8 * ranks.context_rank :][:8], states[1]
-    error = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
-    dist.all_reduce(error, dist.ReduceOp.MAX)
-    rounding = 1e-3 if model.dtype == torch.float32 and objective.autocast is None else 5e-2
-    if not error.item() <= rounding:
-        raise PlanError(
-            f"dist_config: cp_size is {size}, but {type(model).__name__} mixes tokens outside of attention (hidden "
-            f"states change by {error.item():.0e} of their size when a row is split); set cp_size: 1"
-        )
-
-
-def _states(objective: Objective, batch: Batch) -> Tensor:
-    model: Any = objective.model
-    return objective(lambda: model.base_model(**batch.model_inputs()).last_hidden_state)[0].float()

@@ -9,7 +9,7 @@ that stages and kernels may use them as they like; FSDP2 shards them like everyt
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.structure import transformer_layers
@@ -17,9 +17,6 @@ from llmtune.distributed.expert_parallel import expert_modules
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from llmtune.contract.records import ParallelDims
-    from llmtune.model.edits import Ledger
 
 BY_OUTPUTS = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
 """Styles that give each rank rows of the weight, so some of the outputs; whether all ranks then need all of them."""
@@ -41,69 +38,28 @@ def styles(model: Any) -> dict[str, str]:
     return {name: style for name, style in found.items() if style is not None and style != WHOLE}
 
 
-def objections(model: Any, ledger: Ledger, layout: ParallelDims) -> Iterator[str]:
-    """Why this model, as it was edited, cannot be split over `layout.tensor` ranks; one sentence each."""
-    size = layout.tensor
-    if size == 1:
-        return
-    chosen = styles(model)
-    if not chosen:
-        yield f"tp_size is {size}, but transformers has no tensor parallel plan for {type(model).__name__}; use 1"
-        return
-    experts = tuple(f"{name}." for name in expert_modules(model))
-    for name, style in chosen.items():
-        if f"{name}.".startswith(experts):
-            if layout.expert == 1:
-                yield (
-                    f"tp_size is {size}, but {name} holds experts, which are spread whole; "
-                    f"set ep_size to {size} or a multiple too"
-                )
-                return
-        elif style == SHARED:
-            if ledger.direct.get(f"{name}.weight") != f"{name}.weight":
-                yield f"tp_size is {size}, but {name}, which sees single heads, was replaced by an edit; use 1"
-                return
-        elif style not in BY_OUTPUTS | BY_INPUTS:
-            yield f'tp_size is {size}, but {name} would have to be split as "{style}", which llmtune does not do; use 1'
-            return
-        elif sentence := _objection(model, ledger, name, style, size):
-            yield f"tp_size is {size}, but {sentence}"
-            return
-
-
-def _objection(model: Any, ledger: Ledger, name: str, style: str, size: int) -> str | None:
-    if packed := next((rule for original, rule in ledger.rules.items() if original.startswith(f"{name}.")), None):
-        return f"{name} is stored by {packed.plugin} in a form that cannot be split; use 1, or remove quant_config"
-    base = base_layer(model, ledger, name)
-    if not _is_linear(base):
-        return f"{name} is a {type(base).__name__}, and only torch's linear layers are split; use 1"
-    width = base.out_features if style in BY_OUTPUTS else base.in_features
-    head = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", None)
-    head = head if isinstance(head, int) and style in ("colwise", "rowwise") else 1
-    if width // head % size:
-        kind = "heads" if head > 1 else "features"
-        return f"{name} has {width // head} {kind} to share out; use a divisor of {width // head}"
-    known = set(ledger.direct.values()) | {f"{part}.{leaf}" for part in ledger.tp_follow for leaf in ("weight", "bias")}
-    inside = [other for other, _ in model.named_parameters() if other.startswith(f"{name}.") and other not in known]
-    if inside:
-        return f"the edit that made {inside[0]} does not say how it is split; use 1, or another peft_config"
-    return None
-
-
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
+    """Whether the module computes what torch's linear layer computes."""
     from torch import nn
 
     return type(module).forward is nn.Linear.forward and "forward" not in vars(module)
 
 
-def base_layer(model: Any, ledger: Ledger, name: str) -> Any:
-    """The module that holds the weight of the original layer `name` now: itself, or what an adapter wraps."""
-    now = ledger.direct.get(f"{name}.weight", f"{name}.weight")
+def base_layer(model: Any, direct: Mapping[str, str], name: str) -> Any:
+    """The module that holds the weight of the original layer `name` now: itself, or what an adapter wraps.
+
+    `direct` leads from a tensor's original name to its present one.
+    """
+    now = direct.get(f"{name}.weight", f"{name}.weight")
     return model.get_submodule(now.rpartition(".")[0])
 
 
-def split(model: Any, ledger: Ledger, mesh: Any) -> None:
-    """Give each rank of `mesh` (one dimension) its share of every layer; everything is on the meta device."""
+def split(model: Any, direct: Mapping[str, str], follow: Mapping[str, str], mesh: Any) -> None:
+    """Give each rank of `mesh` (one dimension) its share of every layer; everything is on the meta device.
+
+    `direct` leads from a tensor's original name to its present one; `follow` holds the linear modules that an edit put
+    into a layer, each with the side (`inputs`, `outputs`) on which it is split with that layer.
+    """
     experts = tuple(f"{name}." for name in expert_modules(model))
     for name, style in styles(model).items():
         if f"{name}.".startswith(experts):
@@ -111,8 +67,8 @@ def split(model: Any, ledger: Ledger, mesh: Any) -> None:
         if style == SHARED:
             share(model.get_submodule(name), mesh)
             continue
-        split_linear(base_layer(model, ledger, name), style, mesh)
-        for part, side in ledger.tp_follow.items():
+        split_linear(base_layer(model, direct, name), style, mesh)
+        for part, side in follow.items():
             if part.startswith(f"{name}.") and side == ("outputs" if style in BY_OUTPUTS else "inputs"):
                 split_linear(model.get_submodule(part), style, mesh)
 

@@ -12,7 +12,7 @@ from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
 from llmtune.model.precision import torch_dtype
-from llmtune.planning.plan import make_plan
+from llmtune.planning.make import make_model_plan
 from llmtune.recipe.registry import Registry
 from llmtune.training.building import build_objective
 from llmtune.training.save import untied
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.recipe import Recipe
 
 PROBE = "Who are you? Answer in one sentence."
@@ -43,14 +44,14 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     plan = open_plan(path, dtype=torch.float32, device="cpu", **overrides)
     if recipe.blocks.get("quant_config"):
         print("The adapter was trained on a quantised base; it is merged onto the unquantised one.", file=sys.stderr)
-    dtype = torch_dtype(recipe.train.infer_dtype, plan.model.config)
+    dtype = torch_dtype(recipe.train.infer_dtype, plan.module.config)
     fill(plan, path)
     ids = probe_ids(plan.tokenizer)
-    trained = logits(plan.model, ids)
+    trained = logits(plan.module, ids)
     for part in plan.parts.at("peft_config"):
         if isinstance(part.built, Merges):
-            part.built.merge(plan.model)
-    compare(logits(plan.model, ids), trained, base)
+            part.built.merge(plan.module)
+    compare(logits(plan.module, ids), trained, base)
     write(plan, target, dtype, recipe.train)
     return target
 
@@ -87,9 +88,9 @@ def base_logits(recipe: Recipe) -> Tensor:
     """What the base model says, before any training. It is gone on return, so that one model at a time is held."""
     import torch
 
-    plan = make_plan(recipe, Registry(), Ranks(), pick_device("cpu"), "infer", torch.float32)
+    plan = make_model_plan(recipe, Registry(), Ranks(), pick_device("cpu"), "infer", torch.float32)
     build_objective(plan)
-    said = logits(plan.model, probe_ids(plan.tokenizer))
+    said = logits(plan.module, probe_ids(plan.tokenizer))
     del plan
     gc.collect()  # modules refer to each other in circles
     return said
@@ -109,11 +110,11 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
         )
 
 
-def write(plan: Any, target: Path, dtype: torch.dtype, train: Any) -> None:
+def write(plan: ModelPlan, target: Path, dtype: torch.dtype, train: Any) -> None:
     """Safetensors of at most `export_size` GB (or one pickled .bin), config, tokenizer; optionally to the hub."""
     import torch
 
-    model = plan.model
+    model = plan.module
     model.to(dtype)
     model.config.dtype = dtype
     target.mkdir(parents=True, exist_ok=True)
@@ -129,5 +130,5 @@ def write(plan: Any, target: Path, dtype: torch.dtype, train: Any) -> None:
         model.save_pretrained(target, max_shard_size=f"{train.export_size}GB")
     plan.tokenizer.save_pretrained(target)
     if train.export_hub_model_id:
-        model.push_to_hub(train.export_hub_model_id, token=plan.recipe.model.token)
-        plan.tokenizer.push_to_hub(train.export_hub_model_id, token=plan.recipe.model.token)
+        model.push_to_hub(train.export_hub_model_id, token=plan.keys.token)
+        plan.tokenizer.push_to_hub(train.export_hub_model_id, token=plan.keys.token)

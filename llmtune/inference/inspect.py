@@ -155,7 +155,7 @@ def _losses(report: DataReport, policy: str) -> Iterator[str]:
 def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     """Samples and tokenizer as a run of `recipe` has them, without its model."""
     from llmtune.model.source import load_tokenizer, resolve_model
-    from llmtune.planning.plan import prepare_for
+    from llmtune.planning.data_plan import prepare_for
     from llmtune.recipe.parts import clashes, find_parts
     from llmtune.recipe.registry import Registry
 

@@ -12,7 +12,7 @@ from llmtune.contract.records import Reopens
 from llmtune.distributed.placement import put
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.model.precision import torch_dtype
-from llmtune.planning.plan import Plan, make_plan
+from llmtune.planning.make import make_model_plan
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry
@@ -23,10 +23,11 @@ from llmtune.training.building import build_objective
 if TYPE_CHECKING:
     import torch
 
+    from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.recipe import Recipe
 
 
-class Saved(NamedTuple):
+class SavedRun(NamedTuple):
     """Where a trained model lies."""
 
     run: Path
@@ -40,15 +41,15 @@ class Saved(NamedTuple):
         return self.checkpoint is None and saved
 
 
-def saved_at(path: str | Path) -> Saved | None:
+def saved_at(path: str | Path) -> SavedRun | None:
     """The run that `path` is, is a checkpoint of, or is the adapter of; None for anything else."""
     folder = Path(path).resolve()
     if _is_run(folder):
-        return Saved(folder)
+        return SavedRun(folder)
     if folder.parent.name == "checkpoints" and _is_run(folder.parent.parent):
-        return Saved(folder.parent.parent, folder)
+        return SavedRun(folder.parent.parent, folder)
     if folder.name == "model" and _is_run(folder.parent) and (folder.parent / "trained.safetensors").exists():
-        return Saved(folder.parent)
+        return SavedRun(folder.parent)
     return None
 
 
@@ -71,7 +72,9 @@ def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
     return recipe
 
 
-def open_plan(path: str | Path, /, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any) -> Plan:
+def open_plan(
+    path: str | Path, /, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any
+) -> ModelPlan:
     """A plan whose model has the structure it was trained with; weights come with `fill`."""
     recipe, registry, saved = recipe_of(path, **overrides), Registry(), saved_at(path)
     place = pick_device(device)
@@ -80,8 +83,8 @@ def open_plan(path: str | Path, /, *, dtype: torch.dtype | None = None, device: 
     elif saved is not None:
         recipe = with_saved_adapter(recipe, registry, saved)
     mode = "infer" if saved is None or saved.whole else "reopen"
-    made = make_plan(recipe, registry, Ranks(), place, mode, dtype or _usual_dtype(recipe))
-    made.model.requires_grad_(False)
+    made = make_model_plan(recipe, registry, Ranks(), place, mode, dtype or _usual_dtype(recipe))
+    made.module.requires_grad_(False)
     return made
 
 
@@ -102,9 +105,9 @@ def whole_model(recipe: Recipe, folder: Path, overrides: Mapping[str, Any]) -> R
     return replace(recipe, model=replace(recipe.model, model=str(folder), revision=None), blocks=blocks)
 
 
-def with_saved_adapter(recipe: Recipe, registry: Registry, saved: Saved) -> Recipe:
+def with_saved_adapter(recipe: Recipe, registry: Registry, saved: SavedRun) -> Recipe:
     """The recipe with the run's own adapter in place of the one it went on from, where the plugin knows how."""
-    parts = find_parts(recipe, registry, [], ("peft_config",))  # what is wrong, `make_plan` finds again
+    parts = find_parts(recipe, registry, [], ("peft_config",))  # what is wrong, `make_model_plan` finds again
     for part in parts.at("peft_config"):
         if not isinstance(part.built, Reopens) or (folder := adapter_folder(saved)) is None:
             continue
@@ -114,7 +117,7 @@ def with_saved_adapter(recipe: Recipe, registry: Registry, saved: Saved) -> Reci
     return recipe
 
 
-def adapter_folder(saved: Saved) -> Path | None:
+def adapter_folder(saved: SavedRun) -> Path | None:
     """Where the run wrote its adapter in the format others read."""
     if saved.checkpoint is not None:
         return saved.checkpoint / "adapter"
@@ -130,10 +133,10 @@ def open_model(
     """(model in eval mode, tokenizer) of a run, a checkpoint, a model folder or a hub id."""
     plan = open_plan(path, dtype=dtype, device=device, **overrides)
     fill(plan, path)
-    return plan.model, plan.tokenizer
+    return plan.module, plan.tokenizer
 
 
-def fill(plan: Plan, path: str | Path) -> None:
+def fill(plan: ModelPlan, path: str | Path) -> None:
     """Load base weights, then what was trained on top of them."""
     objective = build_objective(plan)
     if plan.mode == "reopen" and (saved := saved_at(path)) is not None:
@@ -141,7 +144,7 @@ def fill(plan: Plan, path: str | Path) -> None:
     objective.eval()
 
 
-def saved_tensors(saved: Saved) -> Mapping[str, Any]:
+def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
     """The trained tensors of a checkpoint, checked against its manifest, or of a run: the finished, else its newest."""
     from safetensors.torch import load_file
 
@@ -158,9 +161,9 @@ def saved_tensors(saved: Saved) -> Mapping[str, Any]:
     return checkpoint.read_trained(folder)
 
 
-def restore_trained(plan: Plan, tensors: Mapping[str, Any]) -> None:
+def restore_trained(plan: ModelPlan, tensors: Mapping[str, Any]) -> None:
     """Put trained tensors in place. Raises CheckpointError unless they are exactly those the recipe trains."""
-    here = dict(plan.model.named_parameters())
+    here = dict(plan.module.named_parameters())
     if odd := sorted(set(tensors) ^ set(plan.trainable)):
         raise CheckpointError(f"the saved tensors are not those the recipe trains: {odd[:6]}")
     for name, tensor in tensors.items():

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import PlanError, listed
-from llmtune.contract.records import TrainsWhole
 from llmtune.contract.schema import split_names
 from llmtune.distributed.placement import local, local_box
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from llmtune.model.edits import Ledger
     from llmtune.model.source import ModelConfig
-    from llmtune.planning.plan import Plan
 
 MULTIPLE = 64
 """A grown number of rows is rounded up to this, as matrix products and equal shards want it."""
@@ -145,42 +143,6 @@ def enter(vocabulary: Vocabulary, ledger: Ledger, former: Mapping[str, tuple[int
         )
     ledger.shapes |= {name: (vocabulary.held, *ledger.shapes[name][1:]) for name in places}
     return replace(vocabulary, places=places)
-
-
-def objection(plan: Plan) -> PlanError | None:
-    """What keeps the new rows from learning, as an error that names the fix; None where they learn.
-
-    A row learns where its tensor trains, or where a trained copy in its module does the work (`modules_to_save`).
-    """
-    vocabulary, ledger = plan.vocabulary, plan.ledger
-    if vocabulary is None:
-        return None
-    if packed := [module for name, module in vocabulary.places.items() if name in ledger.rules]:
-        return PlanError(
-            f"new_special_tokens: {packed[0]} is stored quantised, so that it takes no new rows; remove quant_config"
-        )
-    if plan.mode not in ("train", "build"):
-        return None
-    tensors = dict(plan.model.named_parameters(remove_duplicate=False))
-    trained = {name: tensors[name] for name in plan.trainable}
-
-    def learns(name: str, module: str) -> bool:
-        row = tensors[ledger.direct[name]]
-        copies = (copy for other, copy in trained.items() if other.startswith(f"{module}."))
-        return any(one is row for one in trained.values()) or any(copy.shape == row.shape for copy in copies)
-
-    frozen = [module for name, module in vocabulary.places.items() if not learns(name, module)]
-    if not frozen:
-        return None
-    modules = ",".join(dict.fromkeys(module.rpartition(".")[2] for module in frozen))
-    parts = plan.parts.at("peft_config")
-    keys = [f"{part.point}.{part.built.whole_modules_key}" for part in parts if isinstance(part.built, TrainsWhole)]
-    fix = f"add {modules} to {keys[0]}" if keys else "choose a peft_config that trains them, or none"
-    names = ", ".join(part.plugin.name for part in parts)
-    return PlanError(
-        f"new_special_tokens: peft_config {names} leaves {modules} frozen, so that the rows of new tokens would never "
-        f"learn; {fix}"
-    )
 
 
 def fill_rows(vocabulary: Vocabulary, ledger: Ledger, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -41,10 +41,14 @@ class Parts:
     """All parts of a recipe, by extension point."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.all = list(parts)
+        self.all = tuple(parts)
 
     def at(self, point: str) -> list[Part]:
         return [part for part in self.all if part.point == point]
+
+    def of(self, points: Sequence[str]) -> Parts:
+        """The parts of some extension points."""
+        return Parts([part for part in self.all if part.point in points])
 
     def one(self, point: str) -> Part:
         """The part of a point that must have exactly one."""

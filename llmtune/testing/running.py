@@ -13,7 +13,8 @@ from llmtune.testing.tiny import tiny_chats, tiny_model_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.planning.plan import Mode, Plan
+    from llmtune.planning.model_plan import Mode, ModelPlan
+    from llmtune.planning.plan import Plan
     from llmtune.recipe.registry import Registry
     from llmtune.training.objective import Objective
 
@@ -75,24 +76,46 @@ def registry() -> Registry:
     return Registry([*installed(), REFERENCE])
 
 
-def plan(keys: Mapping[str, Any], mode: Mode = "train") -> Plan:
+def plan(keys: Mapping[str, Any]) -> Plan:
     """The plan of a recipe, for the ranks that the environment names."""
     from llmtune.distributed.ranks import pick_device, ranks_from_environment
-    from llmtune.planning.plan import make_plan
+    from llmtune.planning.make import make_plan
     from llmtune.recipe.recipe import load_recipe
 
     recipe, ranks = load_recipe(keys), ranks_from_environment()
-    return make_plan(recipe, registry(), ranks, pick_device(recipe.train.device, ranks.local_rank), mode)
+    return make_plan(recipe, registry(), ranks, pick_device(recipe.train.device, ranks.local_rank))
 
 
-def build(keys: Mapping[str, Any], mode: Mode = "train") -> tuple[Plan, Objective]:
+def plan_model(keys: Mapping[str, Any], mode: Mode = "train") -> ModelPlan:
+    """The plan of a recipe's model, for the ranks that the environment names."""
+    from llmtune.distributed.ranks import pick_device, ranks_from_environment
+    from llmtune.planning.make import make_model_plan
+    from llmtune.recipe.recipe import load_recipe
+
+    if mode == "train":
+        return plan(keys).model
+    recipe, ranks = load_recipe(keys), ranks_from_environment()
+    return make_model_plan(recipe, registry(), ranks, pick_device(recipe.train.device, ranks.local_rank), mode)
+
+
+def start(keys: Mapping[str, Any]) -> tuple[Plan, Objective]:
     """The plan of a recipe, and its model with weights inside its stage."""
+    made = plan(keys)
+    return made, _built(made.model)
+
+
+def build(keys: Mapping[str, Any], mode: Mode = "train") -> tuple[ModelPlan, Objective]:
+    """The plan of a recipe's model, and that model with weights inside its stage."""
+    made = plan_model(keys, mode)
+    return made, _built(made)
+
+
+def _built(made: ModelPlan) -> Objective:
     from llmtune.distributed.ranks import join
     from llmtune.training.building import build_objective
 
-    made = plan(keys, mode)
     join(made.ranks, made.device)
-    return made, build_objective(made)
+    return build_objective(made)
 
 
 def train(keys: Mapping[str, Any]) -> Trained:
@@ -102,14 +125,15 @@ def train(keys: Mapping[str, Any]) -> Trained:
 
 def train_and_keep(keys: Mapping[str, Any]) -> tuple[Trained, Plan]:
     """The same, with the plan whose model was trained."""
+    from llmtune.cost import estimate
     from llmtune.recipe.recipe import load_recipe
     from llmtune.training.log import read_metrics
     from llmtune.training.run import train_here
     from llmtune.training.save import trained_tensors
 
     with contextlib.redirect_stdout(io.StringIO()):
-        outcome = train_here(load_recipe(keys), registry(), show=lambda *_: None)
-    tensors = trained_tensors(outcome.plan)
+        outcome = train_here(load_recipe(keys), registry(), estimate, show=lambda *_: None)
+    tensors = trained_tensors(outcome.plan.model)
     rows = [row for row in read_metrics(outcome.plan.output_dir) if "loss" in row]
     return Trained(rows, tensors), outcome.plan
 
@@ -120,4 +144,4 @@ def whole_state(keys: Mapping[str, Any]) -> dict[str, Tensor]:
     from llmtune.model.edits import named_tensors
 
     made, _ = build(keys)
-    return {name: full(tensor) for name, tensor in named_tensors(made.model).items()}
+    return {name: full(tensor) for name, tensor in named_tensors(made.module).items()}

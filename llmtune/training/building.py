@@ -1,11 +1,11 @@
-"""From a plan to a model with weights: spread, load, settle."""
+"""From a plan to what is trained: the model spread over the ranks and filled with weights, and the `Training` of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,85 +20,89 @@ from llmtune.model.loading import WeightLoader, only_first_reads
 from llmtune.model.source import resolve_model
 from llmtune.model.tying import require_tied
 from llmtune.model.weight_files import StoredTensor, read_index
+from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import Objective
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Distribute, Init
+    from llmtune.planning.model_plan import ModelPlan
     from llmtune.planning.plan import Plan
 
 
-def build_objective(plan: Plan) -> Objective:
+def build_objective(plan: ModelPlan) -> Objective:
     """The plan's model inside its stage, spread over the ranks and filled with weights.
 
     Collective where there are several ranks. Raises LoadError or EditError; nothing is trained on half a model.
     """
-    ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
-    stages = plan.parts.at("stage_config")
-    objective = Objective(
-        plan.model,
-        stages[0].built if stages else None,
-        ops,
-        plan.precision.compute if plan.precision.autocast else None,
-    )
+    objective = make_objective(plan)
     init: Init = plan.parts.one("init_config").built
-    files = first_does(lambda: Files.find(plan)) if only_first_reads(init) else Files.find(plan)
-    plan.model.generation_config = files.generation
+    files = first_does(lambda: WeightFiles.find(plan)) if only_first_reads(init) else WeightFiles.find(plan)
     spread(plan, objective)
     distribute: Distribute = plan.parts.one("dist_config").built
     WeightLoader(
-        model=plan.model,
+        model=plan.module,
         ledger=plan.ledger,
         folder=files.folder,
         index=files.index,
         shards=torch.device("cpu") if distribute.in_host_memory else None,
         init=init,
         device=plan.device,
-        seed=plan.recipe.train.seed,
-        new_heads=plan.recipe.model.model_class == "cls",
+        seed=plan.seed,
+        new_heads=plan.keys.model_class == "cls",
         vocabulary=plan.vocabulary,
     ).run()
     return objective
 
 
+def make_objective(plan: ModelPlan) -> Objective:
+    """The plan's model inside its stage, as it is: on the meta device, on no rank."""
+    ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
+    stages = plan.parts.at("stage_config")
+    autocast = plan.precision.compute if plan.precision.autocast else None
+    return Objective(plan.module, stages[0].built if stages else None, ops, autocast)
+
+
+def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optimizer, first_step: int = 0) -> Training:
+    """All that the plan's steps need, beginning after `first_step`."""
+    train = plan.recipe.train
+    return Training(
+        objective=objective, optimizer=optimizer, batches=plan.data.batches,
+        schedule=plan.parts.one("lr_scheduler_config").built,
+        distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=plan.steps,
+        warmup_steps=plan.warmup_steps, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
+        scaler=LossScale() if plan.model.precision.scaled else None, first_step=first_step,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Files:
+class WeightFiles:
     """What a load has to know of the model's files. Plain values: one rank can look and tell the others."""
 
     folder: Path
     index: Mapping[str, StoredTensor]
-    generation: Any
 
     @classmethod
-    def find(cls, plan: Plan) -> Files:
+    def find(cls, plan: ModelPlan) -> WeightFiles:
         """Look on this machine's disk, fetching what is not there yet."""
-        folder = resolve_model(plan.recipe.model, weights=True).folder
+        folder = resolve_model(plan.keys, weights=True).folder
         index = read_index(folder)
-        require_tied(plan.model, plan.ledger, folder, index)
-        return cls(folder, index, generation_config(folder, plan.model))
+        require_tied(plan.module, plan.ledger, folder, index)
+        return cls(folder, index)
 
 
-def spread(plan: Plan, objective: Objective) -> None:
+def spread(plan: ModelPlan, objective: Objective) -> None:
     """What happens to the structure after the last edit: activation checkpointing, compilation, the ranks."""
-    train, layers = plan.recipe.train, [layer for _, layer in transformer_layers(plan.model)]
+    layers = [layer for _, layer in transformer_layers(plan.module)]
     if plan.ranks.layout.context > 1:
-        attend_over_ranks(plan.model, plan.ranks.layout, plan.device)
-    if plan.mode == "train" and train.checkpointing != "none":
-        checkpoint_activations(plan.model, train.checkpointing)
-    if plan.mode == "train" and train.torch_compile:
+        attend_over_ranks(plan.module, plan.ranks.layout, plan.device)
+    if plan.checkpointing != "none":
+        checkpoint_activations(plan.module, plan.checkpointing)
+    if plan.compiled:
         compile_layers(layers)
     distribute: Distribute = plan.parts.one("dist_config").built
     if plan.ranks.size > 1 or (plan.mode == "train" and distribute.in_host_memory):
-        join(plan.ranks, plan.device, train.ddp_timeout, alone=True)
+        join(plan.ranks, plan.device, alone=True)
         mesh = parameter_mesh(plan.ranks.layout, plan.device)
         if plan.ranks.layout.tensor > 1:
-            split(plan.model, plan.ledger, mesh["tensor"])
+            split(plan.module, plan.ledger.direct, plan.ledger.tp_follow, mesh["tensor"])
         distribute.apply(objective, layers, mesh, plan.context)
-
-
-def generation_config(folder: Path, model: Any) -> Any:
-    """The checkpoint's generation_config.json, as `from_pretrained` reads it; else one made from the model's config."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(folder)
-    return model.generation_config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from llmtune.distributed.ranks import total
 from llmtune.training import checkpoint
 from llmtune.training.loop import LossScale, StepStats, evaluate
 from llmtune.training.run_folder import plain
-from llmtune.training.save import is_adapter, write_adapter
+from llmtune.training.save import write_adapter
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -66,6 +67,8 @@ class TrainingCallbacks:
     """Only on rank 0."""
     observers: list[Any]
     stop: StopRequest
+    mfu: Callable[[float], float | None] = lambda speed: None
+    """Model FLOPs utilisation at so many tokens a second, where it is known."""
     scaler: LossScale | None = None
     tokens: int = 0
     window: list[StepStats] = field(default_factory=list)
@@ -105,12 +108,11 @@ class TrainingCallbacks:
     def log(self, step: int) -> None:
         """One line of metrics: means over the steps since the last one."""
         window, self.window = self.window, []
-        assert self.plan.feed is not None
         mean = {name: sum(s.metrics[name] for s in window) / len(window) for name in window[-1].metrics}
         speed = sum(s.tokens for s in window) / max(sum(s.seconds for s in window), 1e-9)
-        mfu = self.plan.cost.mfu(speed)
+        mfu = self.mfu(speed)
         metrics = {
-            "epoch": self.plan.feed.epoch(step),
+            "epoch": self.plan.data.batches.epoch(step),
             "loss": sum(stats.loss for stats in window) / len(window),
             "grad_norm": window[-1].grad_norm,
             "learning_rate": window[-1].learning_rate,
@@ -124,25 +126,24 @@ class TrainingCallbacks:
         self.tell(StepDone(step=step, metrics=metrics))
 
     def evaluates_at(self, step: int, last: bool) -> bool:
-        train, data = self.plan.recipe.train, self.plan.data
-        if data is None or data.evaluation is None or not len(data.evaluation):
+        train, data = self.plan.recipe.train, self.plan.data.prepared
+        if data.evaluation is None or not len(data.evaluation):
             return False
-        assert self.plan.feed is not None
         match train.eval_strategy:
             case "steps":
                 return step % (train.eval_steps or train.logging_steps) == 0 or last
             case "epoch":
-                return step % (self.plan.feed.order.steps_per_epoch or self.plan.steps) == 0 or last
+                return step % (self.plan.data.batches.order.steps_per_epoch or self.plan.steps) == 0 or last
         return False
 
     def evaluate(self, step: int) -> bool:
         """Evaluate, remember the best. True if early stopping has run out of patience."""
         plan, train = self.plan, self.plan.recipe.train
-        assert plan.data is not None and plan.data.evaluation is not None and plan.feed is not None
-        samples, feed = plan.data.evaluation, plan.feed
+        assert plan.data.prepared.evaluation is not None
+        samples, feed = plan.data.prepared.evaluation, plan.data.batches
         batches = partial(
             evaluation_batches, samples, per_device=train.per_device_eval_batch_size, ranks=plan.ranks,
-            flat=plan.flat, pad_id=feed.pad_id, device=plan.device,
+            flat=plan.data.batches.flat, pad_id=feed.pad_id, device=plan.device,
         )  # fmt: skip
         sets = samples.by_set() if plan.recipe.data.eval_on_each_dataset else {"": None}
         parts = {name: partial(batches, chosen=chosen) for name, chosen in sets.items()}
@@ -175,19 +176,18 @@ class TrainingCallbacks:
         if self.saved_step == step:
             return
         plan, root = self.plan, self.plan.output_dir / "checkpoints"
-        assert plan.feed is not None
         manifest = checkpoint.Manifest(
-            step=step, ranks=plan.ranks.size, rows=plan.feed.order.batch, recipe=plain(plan.recipe.resolved),
-            plugins=plan.parts.fingerprint(), llmtune=__version__, data=plan.data_hash, revision=plan.files.revision,
-            numbers=self.state(),
+            step=step, ranks=plan.ranks.size, rows=plan.data.batches.order.batch, recipe=plain(plan.recipe.resolved),
+            plugins=plan.parts.fingerprint(), llmtune=__version__, data=plan.data.digest,
+            revision=plan.model.files.revision, numbers=self.state(),
         )  # fmt: skip
 
         def extra(folder: Path) -> None:
-            if is_adapter(plan):
-                write_adapter(plan, folder / "adapter")
+            if plan.model.is_adapter:
+                write_adapter(plan.model, folder / "adapter")
 
         reshard(self.objective)
-        folder = checkpoint.save(root, plan.model, self.optimizer, manifest, plan.ranks, extra)
+        folder = checkpoint.save(root, plan.model.module, self.optimizer, manifest, plan.ranks, extra)
         self.saved_step = step
         if plan.ranks.first:
             keep = {folder} | ({checkpoint.step_folder(root, self.best_step)} if self.best_step else set())
@@ -204,7 +204,7 @@ class TrainingCallbacks:
             "stopped_early": self.stopped_early,
             "window": [asdict(stats) for stats in self.window],
             "loss_scale": self.scaler.state() if self.scaler else None,
-            "stream": self.plan.feed.cursor() if isinstance(self.plan.feed, StreamLoader) else None,
+            "stream": self.plan.data.batches.cursor() if isinstance(self.plan.data.batches, StreamLoader) else None,
         }
 
     def restore(self, manifest: checkpoint.Manifest) -> None:

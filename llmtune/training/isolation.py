@@ -1,42 +1,27 @@
-"""Documents laid end to end must not see each other. Asked of every model, because some cannot keep them apart."""
+"""Checks on a loaded model, in a few tiny forwards: documents laid end to end must not see each other, and pieces of a
+row must come to what the row comes to. Every model is asked, because some cannot."""
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from llmtune.contract.errors import PlanError
-from llmtune.data.batches import collate, to_device
+from llmtune.data.batches import collate, split_row, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmtune.contract.stages import Batch
+    from llmtune.distributed.ranks import Ranks
     from llmtune.training.objective import Objective
 
 FIRST, SECOND = 9, 7
 """Tokens of the two documents."""
-
-
-def packing_obstacle(model: Any, attention: str) -> str | None:
-    """Why `model` cannot keep packed documents apart, as far as its structure and the name of its attention tell before
-    it has weights."""
-    from importlib.util import find_spec
-
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        return "takes no position ids, which tell documents apart"
-    # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
-    if model._is_stateful and find_spec("fla") is None:
-        return "has recurrent layers, which carry what they read into the next document"
-    if attention.startswith("flash_attention"):  # is told the bounds
-        return None
-    if not model._supports_sdpa and not model._supports_attention_backend:
-        return "has attention of its own, which knows no document bounds"
-    if "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {}):
-        return "has positions in three dimensions, in which the bounds of documents are lost"
-    return None
 
 
 def check_isolation(objective: Objective, device: torch.device, packing: bool) -> None:
@@ -52,9 +37,9 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
     training = objective.training
     objective.eval()
     with torch.no_grad():
-        after_one = _states(objective, [one, second], device)[FIRST:]
-        after_other = _states(objective, [other, second], device)[FIRST:]
-        alone = _states(objective, [second], device)
+        after_one = _rows(objective, [one, second], device)[FIRST:]
+        after_other = _rows(objective, [other, second], device)[FIRST:]
+        alone = _rows(objective, [second], device)
     objective.train(training)
     size = alone.abs().max().clamp(min=1e-6)
     leak = ((after_one - after_other).abs().max() / size).item()
@@ -67,11 +52,45 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
         raise PlanError(f"packing: {type(objective.model).__name__} cannot keep documents apart ({found}); {fix}")
 
 
-def _states(objective: Objective, documents: list[np.ndarray], device: torch.device) -> Tensor:
-    samples = [(ids.astype(np.int32), np.ones(len(ids), dtype=bool)) for ids in documents]
-    batch = to_device(collate(samples, flat=True, pad_id=0), device)
+def check_split(objective: Objective, ranks: Ranks, device: torch.device) -> None:
+    """Raise PlanError, on all ranks, if pieces of a row give other hidden states than the row. Collective.
+
+    Recurrent layers, convolutions and attention that does not go through transformers' AttentionInterface mix tokens
+    where no exchange takes place; the loss curve does not show it.
+    """
     model: Any = objective.model
-    result = objective(lambda: model.base_model(**batch.model_inputs()))
+    size = ranks.layout.context
+    tokens = torch.randint(
+        0, model.config.get_text_config().vocab_size, (8 * size,), generator=torch.Generator().manual_seed(0)
+    ).numpy()
+    bounds = (0, 3 * size + 1, 5 * size, 8 * size)  # documents reach across the cuts between pieces
+    documents = [tokens[start:stop] for start, stop in itertools.pairwise(bounds)]
+    whole = collate([(ids, ids >= 0) for ids in documents], flat=True, pad_id=0)
+    training = objective.training
+    objective.eval()
+    with torch.no_grad():
+        states = [hidden_states(objective, batch, device) for batch in (whole, split_row(whole, ranks))]
+    objective.train(training)
+    expected, found = states[0][8 * ranks.context_rank :][:8], states[1]
+    error = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    rounding = 1e-3 if model.dtype == torch.float32 and objective.autocast is None else 5e-2
+    if not error.item() <= rounding:
+        raise PlanError(
+            f"dist_config: cp_size is {size}, but {type(model).__name__} mixes tokens outside of attention (hidden "
+            f"states change by {error.item():.0e} of their size when a row is split); set cp_size: 1"
+        )
+
+
+def _rows(objective: Objective, documents: list[np.ndarray], device: torch.device) -> Tensor:
+    samples = [(ids.astype(np.int32), np.ones(len(ids), dtype=bool)) for ids in documents]
+    return hidden_states(objective, collate(samples, flat=True, pad_id=0), device)
+
+
+def hidden_states(objective: Objective, batch: Batch, device: torch.device) -> Tensor:
+    """The backbone's last states (T, D) of a batch of one row, in float32."""
+    model: Any = objective.model
+    result = objective(lambda: model.base_model(**to_device(batch, device).model_inputs()))
     # A few models are their own base model, whose result is logits.
     states = result.last_hidden_state if hasattr(result, "last_hidden_state") else result.logits
     return states[0].float()

@@ -57,7 +57,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     distribute: Distribute
-    feed: BatchLoader | StreamLoader
+    batches: BatchLoader | StreamLoader
     ranks: Ranks
     device: torch.device
     total_steps: int
@@ -87,16 +87,16 @@ def train(run: Training, watcher: Watcher) -> int:
     while step < run.total_steps:
         started, run.at = time.perf_counter(), step + 1
         rate = set_learning_rate(run, step)
-        micros = run.feed.step(step, run.device)
+        micros = run.batches.step(step, run.device)
         weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
         weight /= run.ranks.layout.tensor  # a tensor group computes one result; it counts once
         sums = forward_backward(run, micros, weight, step)
         norm = global_norm(run.parameters)
-        sums[TOKENS] = torch.tensor(run.feed.share_of_tokens(step), device=run.device, dtype=torch.float64)
+        sums[TOKENS] = torch.tensor(run.batches.share_of_tokens(step), device=run.device, dtype=torch.float64)
         loss, grad_norm, metrics = read_back(run, sums, norm)
         tokens = metrics.pop(TOKENS)
         if math.isnan(tokens):  # some rank's data failed while others computed
-            fail_together(run.feed.error)
+            fail_together(run.batches.error)
         if run.scaler is not None and run.scaler.overflowed(grad_norm):
             run.optimizer.zero_grad(set_to_none=True)
             continue
@@ -169,7 +169,7 @@ def require_finite(run: Training, loss: float, grad_norm: float, step: int, micr
     """Stop a run that would otherwise write NaN into its weights."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    rows = listed([run.feed.origin(sample) for micro in micros for sample in micro.sample_ids], 16)
+    rows = listed([run.batches.origin(sample) for micro in micros for sample in micro.sample_ids], 16)
     raise DivergedError(
         f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the update, "
         f"so the weights and the last checkpoint are good. Rows on this rank: {rows}. "

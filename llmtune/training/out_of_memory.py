@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from llmtune.contract.errors import LlmtuneError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from llmtune.planning.plan import Plan
-
-_SHOWN = 5
+    import torch
 
 
 @contextmanager
-def explain_out_of_memory(plan: Plan, place: Callable[[], str]) -> Iterator[None]:
-    """Raise OutOfMemoryError, with the plan's table and advice, for what torch raises when an allocation fails.
+def explain_out_of_memory(
+    device: torch.device, place: Callable[[], str], remedies: Callable[[], list[str]]
+) -> Iterator[None]:
+    """Raise OutOfMemoryError for what torch raises when an allocation fails, with lines that say what would help.
 
-    `place` says where the run is, such as `step 3`.
+    `place` says where the run is, such as `step 3`; `remedies` gives the lines.
     """
     import torch
 
@@ -31,29 +31,12 @@ def explain_out_of_memory(plan: Plan, place: Callable[[], str]) -> Iterator[None
         reason = " ".join(str(error).split())
     else:
         return
-    if plan.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    raise OutOfMemoryError(exhausted_text(plan, place(), reason))
-
-
-def exhausted_text(plan: Plan, place: str, reason: str) -> str:
-    """The message: one sentence, the table of the plan, and changes in the order in which to try them."""
-    from llmtune.cost.advice import advise
-    from llmtune.cost.text import rows, size
-
-    kind = "GPU" if plan.device.type == "cuda" else "host"
-    lines = [f"{place}: out of {kind} memory ({reason[:200]}). The last checkpoint is good"]
+    kind = "GPU" if device.type == "cuda" else "host"
+    lines = [f"{place()}: out of {kind} memory ({reason[:200]}). The last checkpoint is good"]
     try:
-        cost = plan.cost
-        traced = plan.ranks.size == 1  # tracing several ranks needs a process group of its own, and the run has one
-        found = cost.memory if traced else cost.quick
-        table = [f"  {name:<16}{now:>12}" for name, now, _ in rows(found)[1:]]
-        lines += [f"By the plan a step takes on each rank, of {size(cost.device.usable)}:", *table]
-        if traced:
-            better = advise(cost).single[:_SHOWN]
-            lines += ["Try, in this order:", *(f"  {each.change}, for a peak of {size(each.peak)}" for each in better)]
-        else:
-            lines.append(f"`llmtune plan RECIPE --ranks {plan.ranks.size}` says what would help, in order")
+        lines += remedies()
     except LlmtuneError as error:  # a plan that cannot be estimated still has the sentence above
         lines.append(f"Its cost cannot be estimated ({error}); take a smaller per_device_train_batch_size")
-    return "\n".join(lines)
+    raise OutOfMemoryError("\n".join(lines))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from llmtune.contract.errors import LlmtuneError, PlanError
+from llmtune.contract.errors import LlmtuneError, PlanError, raise_all
 from llmtune.data.stream_loader import StreamLoader
-from llmtune.distributed.context_parallel import check_split
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
     check_agreement,
@@ -22,70 +21,92 @@ from llmtune.distributed.ranks import (
     tell_the_others,
     wait_for_all,
 )
-from llmtune.inference.chat import GenerateConfig, answer
-from llmtune.planning.plan import Plan, make_plan
+from llmtune.model.generation import GenerateConfig, answer
+from llmtune.planning.make import make_plan
+from llmtune.recipe.parts import collect
 from llmtune.training import checkpoint
 from llmtune.training import run_folder as rundir
-from llmtune.training.building import build_objective
+from llmtune.training.building import build_objective, make_training
 from llmtune.training.callbacks import StopRequest, TrainingCallbacks
-from llmtune.training.isolation import check_isolation
+from llmtune.training.isolation import check_isolation, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
 from llmtune.training.log import Loggers, read_metrics
-from llmtune.training.loop import LossScale, Training, train
+from llmtune.training.loop import train
 from llmtune.training.optim import make_optimizer
 from llmtune.training.out_of_memory import explain_out_of_memory
+from llmtune.training.outcome import Outcome
+from llmtune.training.plot import plot_metrics
 from llmtune.training.save import write_result
 
 if TYPE_CHECKING:
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.planning.plan import Plan
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
     from llmtune.training.objective import Objective
 
 
-@dataclass
-class Outcome:
-    """What a process knows at the end."""
+class StepCost(Protocol):
+    """What a run asks about the cost of its steps. `llmtune.cost` answers; it traces this room's loop and so stands
+    after it, and whoever starts a run hands it in."""
 
-    plan: Plan
-    status: str
-    """`done`, or `interrupted` (saved; run the same command again)."""
-    objective: Objective
-    answers: list[tuple[str, str, str]] = field(default_factory=list)
-    """(question, answer before, answer after) of the recipe's `sample_prompts`."""
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation at a speed of all ranks together; None where the device's peak is not known."""
+        ...
+
+    def remedies(self) -> list[str]:
+        """What a step takes and what would help, in lines, for a run whose memory is exhausted."""
+        ...
 
 
-def train_here(recipe: Recipe, registry: Registry, show: Any = print) -> Outcome:
+def train_here(
+    recipe: Recipe, registry: Registry, estimate: Callable[[Plan], StepCost], show: Callable[..., Any] = print
+) -> Outcome:
     """Plan, build, train and save in this process, as one of the ranks that the environment names.
 
     Data are tokenised before any process group exists, so that no collective can time out on it.
     """
     ranks = ranks_from_environment()
     try:
-        device = pick_device(recipe.train.device, ranks.local_rank)
-        plan = make_plan(recipe, registry, ranks, device)
+        plan = plan_run(recipe, registry, ranks)
     except (LlmtuneError, OSError) as error:
         tell_the_others(error, recipe.train.ddp_timeout)
         raise
-    with closing(plan.feed) if isinstance(plan.feed, StreamLoader) else nullcontext() as stream:
+    batches = plan.data.batches
+    with closing(batches) if isinstance(batches, StreamLoader) else nullcontext() as stream:
         if stream is not None:
             stream.hire()
-        join(ranks, device, recipe.train.ddp_timeout)
+        join(ranks, plan.device, recipe.train.ddp_timeout)
         fail_together(None)
         check_agreement(plan.facts())
-        return _train(plan, registry, show if ranks.first else _nothing)
+        return _train(plan, registry, estimate, show if ranks.first else _nothing)
+
+
+def plan_run(recipe: Recipe, registry: Registry, ranks: Ranks) -> Plan:
+    """The plan of a run that is about to start. Raises all problems, those of its folder among them, at once."""
+    problems: list[LlmtuneError] = []
+    plan: Plan | None = None
+    with collect(problems):
+        plan = make_plan(recipe, registry, ranks, pick_device(recipe.train.device, ranks.local_rank))
+    problems += [PlanError(sentence) for sentence in rundir.output_problems(recipe)]
+    problems += [PlanError(sentence) for sentence in [rundir.occupied(recipe)] if sentence]
+    raise_all(problems)
+    assert plan is not None
+    return plan
 
 
 def _nothing(*_: object) -> None:
     """Ranks other than the first say nothing."""
 
 
-def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
+def _train(plan: Plan, registry: Registry, estimate: Callable[[Plan], StepCost], show: Callable[..., Any]) -> Outcome:
     lock = FolderLock(plan.output_dir)
     try:
         start = _prepare(plan, lock)
+        plan = rundir.continued(plan, start)
         show(f"{plan}\n\nLoading weights")
         try:
-            outcome = _run(plan, registry, start, show)
+            outcome = _run(plan, registry, start.found, estimate(plan), show)
         except BaseException as error:
             if plan.ranks.first:
                 rundir.write_status(plan.output_dir, "failed", error=f"{type(error).__name__}: {error}")
@@ -97,76 +118,69 @@ def _train(plan: Plan, registry: Registry, show: Any) -> Outcome:
         lock.release()
 
 
-def _prepare(plan: Plan, lock: FolderLock) -> tuple[Path, checkpoint.Manifest] | None:
-    """Claim the output folder for this run, on every machine; the checkpoint to continue from, if there is one."""
+def _prepare(plan: Plan, lock: FolderLock) -> rundir.Start:
+    """Claim the output folder for this run, on every machine; how the run begins."""
     launchers = {name for name in from_all(launcher()) if name}
 
     def prepare() -> rundir.Start:
-        rundir.check_folder(plan, launchers)
+        rundir.check_folder(plan.recipe, launchers)
         lock.take(LAG_S if launchers else 0.0)
         return rundir.prepare_folder(plan, launchers)
 
     start = _shared(prepare, plan)
     if plan.ranks.size > 1:
         require_shared(plan.output_dir, plan.ranks.first)
-    if start.rows:
-        rundir.keep_rows(plan, start.rows)
-    return start.found
+    return start
 
 
-def _run(plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest] | None, show: Any) -> Outcome:
-    recipe = plan.recipe.train
-    assert plan.feed is not None
+def _run(
+    plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest] | None, cost: StepCost,
+    show: Callable[..., Any],
+) -> Outcome:  # fmt: skip
+    recipe, module = plan.recipe.train, plan.model.module
     first_step = found[1].step if found else 0
-    if isinstance(plan.feed, StreamLoader):  # reads and tokenises while the weights are loaded
+    if isinstance(plan.data.batches, StreamLoader):  # reads and tokenises while the weights are loaded
         once = plan.ranks.rank == plan.ranks.batch_rank * plan.ranks.size // plan.ranks.batch_ranks
-        plan.feed.quarantine = plan.output_dir / rundir.QUARANTINE if once else None
-        plan.feed.start(first_step, found[1].numbers["stream"] if found else None)
-    with explain_out_of_memory(plan, lambda: "while weights were loaded"):
-        objective = build_objective(plan)
-    optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model, recipe.learning_rate)
-    scaler = LossScale() if plan.precision.scaled else None
-    if plan.flat:
+        quarantine = plan.output_dir / rundir.QUARANTINE if once else None
+        plan.data.batches.start(first_step, found[1].numbers["stream"] if found else None, quarantine)
+    with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
+        objective = build_objective(plan.model)
+    optimizer = make_optimizer(plan.parts.one("optim_config").built, module, recipe.learning_rate)
+    training = make_training(plan, objective, optimizer, first_step)
+    if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)
     if plan.ranks.layout.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective)
     with StopRequest() as stop:
         loggers = start_loggers(plan, first_step)
-        keeper = TrainingCallbacks(plan, objective, optimizer, loggers, registry.observers(), stop, scaler)
+        keeper = TrainingCallbacks(
+            plan, objective, optimizer, loggers, registry.observers(), stop, cost.mfu, training.scaler
+        )
         if found:
             reshard(objective)
-            checkpoint.restore(found[0], found[1], plan.model, optimizer, plan.ranks)
+            checkpoint.restore(found[0], found[1], module, optimizer, plan.ranks)
             keeper.restore(found[1])
             show(f"Continuing after step {first_step} from {found[0]}")
-        training = Training(
-            objective=objective, optimizer=optimizer, feed=plan.feed,
-            schedule=plan.parts.one("lr_scheduler_config").built,
-            distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device,
-            total_steps=plan.steps, warmup_steps=plan.warmup_steps,
-            max_grad_norm=recipe.max_grad_norm or 0.0, seed=recipe.seed, scaler=scaler, first_step=first_step,
-        )  # fmt: skip
         try:
             if not keeper.stopped_early:
-                with explain_out_of_memory(plan, lambda: f"step {training.at}"):
+                with explain_out_of_memory(plan.device, lambda: f"step {training.at}", cost.remedies):
                     train(training, keeper)
         finally:
             if loggers is not None:
                 loggers.finish()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
-    if isinstance(plan.feed, StreamLoader):
-        show(plan.feed.summary())
+    if isinstance(plan.data.batches, StreamLoader):
+        show(plan.data.batches.summary())
     reshard(objective)
     if best := keeper.best_folder():
-        checkpoint.restore(best, checkpoint.verify(best), plan.model, None, plan.ranks)
+        checkpoint.restore(best, checkpoint.verify(best), module, None, plan.ranks)
         show(f"The best weights are those of step {keeper.best_step}")
     after = sample_answers(plan, objective)
     reshard(objective)
-    write_result(plan, plan.output_dir / "model")
+    write_result(plan.model, plan.output_dir / "model")
     if plan.ranks.first and recipe.plot_loss:
-        from llmtune.training.plot import plot_metrics
-
         plot_metrics(read_metrics(plan.output_dir), plan.output_dir / "loss.png")
     wait_for_all()
     answers = [(question, old, new) for question, old, new in zip(recipe.sample_prompts, before, after, strict=True)]
@@ -201,13 +215,11 @@ def start_loggers(plan: Plan, first_step: int) -> Loggers | None:
 
 def sample_answers(plan: Plan, objective: Objective) -> list[str]:
     """Greedy answers to the recipe's `sample_prompts`. Collective: every rank generates the same."""
-    data = plan.recipe.data
+    data, module, tokenizer = plan.recipe.data, plan.model.module, plan.model.tokenizer
     config = GenerateConfig(do_sample=False, max_new_tokens=64, default_system=data.default_system)
     objective.eval()
     answers = [
-        objective(
-            lambda question=question: answer(plan.model, plan.tokenizer, question, config, dict(data.template_kwargs))
-        )
+        objective(lambda question=question: answer(module, tokenizer, question, config, dict(data.template_kwargs)))
         for question in plan.recipe.train.sample_prompts
     ]
     objective.train()

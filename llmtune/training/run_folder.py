@@ -12,20 +12,23 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import CheckpointError, PlanError, listed
+from llmtune.contract.errors import CheckpointError, PlanError, listed, raise_all
 from llmtune.contract.extension_points import POINTS
 from llmtune.recipe.secrets import SECRETS
 from llmtune.training.lock import LOCK, launcher
+from llmtune.training.plot import plotting_problem
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
+    from llmtune.recipe.recipe import Recipe
     from llmtune.training.checkpoint import Manifest
 
 # Keys that may differ between a run and its continuation: they change what is reported or kept, not what is learnt.
@@ -53,6 +56,8 @@ class Start:
     """The checkpoint to continue from."""
     rows: int | None
     """Rows of an optimiser step, where an earlier start of the run has set them."""
+    notes: tuple[str, ...] = ()
+    """What whoever starts the run should know."""
 
 
 def prepare_folder(plan: Plan, launchers: Set[str] = frozenset()) -> Start:
@@ -65,54 +70,69 @@ def prepare_folder(plan: Plan, launchers: Set[str] = frozenset()) -> Start:
     """
     from llmtune.training import checkpoint
 
-    check_folder(plan, launchers)
+    check_folder(plan.recipe, launchers)
     again = _started_again(plan.output_dir, launchers)
     if plan.recipe.train.overwrite_output_dir and not again:
         clear(plan.output_dir)
-    found = checkpoint_to_continue(plan, again)
+    found, notes = checkpoint_to_continue(plan, again)
     if found is not None:
         compare(plan, found[1])
     checkpoint.sweep(plan.output_dir / "checkpoints")
     rows = found[1].rows if found else read_record(plan.output_dir).get("rows") if again else None
-    assert plan.feed is not None
-    write_records(plan, launchers=sorted(launchers), rows=rows or plan.feed.order.batch)
-    return Start(found, rows)
+    write_records(plan, launchers=sorted(launchers), rows=rows or plan.data.batches.order.batch)
+    return Start(found, rows, notes)
 
 
 def _started_again(folder: Path, launchers: Set[str]) -> bool:
     return not launchers.isdisjoint(read_record(folder).get("launchers") or ())
 
 
-def check_folder(plan: Plan, launchers: Set[str] | None = None) -> None:
+def check_folder(recipe: Recipe, launchers: Set[str] | None = None) -> None:
     """Raise PlanError unless a run may start, or go on, in the output folder. Changes nothing, reads no checkpoint.
 
     Before `launchers` are known, a rank of an elastic launcher counts as one that was started again.
     """
-    folder, train = plan.output_dir, plan.recipe.train
+    if sentence := foreign(recipe) or occupied(recipe, launchers):
+        raise PlanError(sentence)
+
+
+def foreign(recipe: Recipe) -> str | None:
+    """What is in the place of the output folder and no run's: a file, or a folder with other things."""
+    train, folder = recipe.train, Path(recipe.train.output_dir or "")
     if folder.exists() and not folder.is_dir():
-        raise PlanError(f"output_dir: {folder} is a file; name a folder")
-    if not folder.exists() or not any(path.name != LOCK for path in folder.iterdir()):
-        return
-    if not (folder / "run.json").exists():
-        what = "overwrite_output_dir" if train.overwrite_output_dir else "output_dir"
-        raise PlanError(f"{what}: {folder} is not empty and holds no run of llmtune; name another folder")
-    if train.overwrite_output_dir:
-        return
+        return f"output_dir: {folder} is a file; name a folder"
+    if _is_empty(folder) or (folder / "run.json").exists():
+        return None
+    what = "overwrite_output_dir" if train.overwrite_output_dir else "output_dir"
+    return f"{what}: {folder} is not empty and holds no run of llmtune; name another folder"
+
+
+def occupied(recipe: Recipe, launchers: Set[str] | None = None) -> str | None:
+    """Why the run that is in the output folder is neither replaced nor continued."""
+    train, folder = recipe.train, Path(recipe.train.output_dir or "")
+    if _is_empty(folder) or train.overwrite_output_dir:
+        return None
     if read_record(folder).get("status") == "done":
-        raise PlanError(
+        return (
             f"output_dir: {folder} holds a finished run; name another folder, "
             "or set overwrite_output_dir=true to replace it"
         )
     again = launcher() is not None if launchers is None else _started_again(folder, launchers)
     if not train.resume_from_checkpoint and not again and any((folder / "checkpoints").glob("step-*")):
-        raise PlanError(
+        return (
             f"output_dir: {folder} holds an unfinished run; set resume_from_checkpoint=auto to continue it, or "
             "overwrite_output_dir=true to replace it"
         )
+    return None
 
 
-def checkpoint_to_continue(plan: Plan, again: bool = False) -> tuple[Path, Manifest] | None:
-    """The verified checkpoint that `resume_from_checkpoint` means: a path, or with `auto` this folder's newest.
+def _is_empty(folder: Path) -> bool:
+    return not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir())
+
+
+def checkpoint_to_continue(plan: Plan, again: bool = False) -> tuple[tuple[Path, Manifest] | None, tuple[str, ...]]:
+    """The verified checkpoint that `resume_from_checkpoint` means, and notes: a path, or with `auto` this folder's
+    newest.
 
     A run that its launcher has started `again` continues from its own newest one, if it has one.
     """
@@ -122,16 +142,15 @@ def checkpoint_to_continue(plan: Plan, again: bool = False) -> tuple[Path, Manif
     if again and any(own.glob("step-*")):
         resume = "auto"
     if not resume:
-        return None
+        return None, ()
     root = own if resume == "auto" else Path(str(resume)) / "checkpoints"
     if resume == "auto" or (Path(str(resume)) / "run.json").exists():
         found = checkpoint.newest(root)
         if found is None and resume != "auto":
             raise CheckpointError(f"resume_from_checkpoint: the run {resume} has no checkpoint")
         if found is None:
-            return None
-        plan.notes += [f"passed over a damaged checkpoint: {reason}" for reason in found[2]]
-        return found[0], found[1]
+            return None, ()
+        return (found[0], found[1]), tuple(f"passed over a damaged checkpoint: {reason}" for reason in found[2])
     path = Path(str(resume))
     manifest = checkpoint.verify(path)
     later = [
@@ -142,7 +161,7 @@ def checkpoint_to_continue(plan: Plan, again: bool = False) -> tuple[Path, Manif
             f"resume_from_checkpoint: {own} holds later steps than {path.name} ({listed(later)}); "
             "delete them to go back, or name another output_dir"
         )
-    return path, manifest
+    return (path, manifest), ()
 
 
 def clear(folder: Path) -> None:
@@ -166,15 +185,15 @@ def compare(plan: Plan, manifest: Manifest) -> None:
     old, new = dict(manifest.recipe), plain(plan.recipe.resolved)
     differing = sorted(key for key in (old.keys() | new.keys()) - COSMETIC - SPLIT if old.get(key) != new.get(key))
     check_batch(plan, manifest)
-    if manifest.data and manifest.data != plan.data_hash:
+    if manifest.data and manifest.data != plan.data.digest:
         raise CheckpointError(
             "dataset: the tokens to train on are not those the run was started with (the files, the tokenizer or the "
             "template have changed); restore them, or name another output_dir"
         )
-    if manifest.revision != plan.files.revision:
+    if manifest.revision != plan.model.files.revision:
         raise CheckpointError(
-            f"revision: the run was started from commit {manifest.revision}, now the model is {plan.files.revision}; "
-            f"set revision: {manifest.revision}"
+            f"revision: the run was started from commit {manifest.revision}, now the model is "
+            f"{plan.model.files.revision}; set revision: {manifest.revision}"
         )
     if differing:
         shown = listed(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
@@ -199,44 +218,73 @@ def check_batch(plan: Plan, manifest: Manifest) -> None:
         )
 
 
-def keep_rows(plan: Plan, rows: int) -> None:
-    """Let the plan's steps have `rows` rows as the run was started with, whatever the number of ranks now.
+def continued(plan: Plan, start: Start) -> Plan:
+    """The plan as the run goes on with it: with the rows of a step that it was started with, and what to know."""
+    plan = with_rows(plan, start.rows) if start.rows else plan
+    return plan.noted(*start.notes)
+
+
+def with_rows(plan: Plan, rows: int) -> Plan:
+    """The plan with `rows` rows a step, as the run was started with, whatever the number of ranks now.
 
     Any number works: a step is cut into equal micro-batches, whose sizes differ by one row where it does not divide.
     """
-    assert plan.feed is not None
-    order, train = plan.feed.order, plan.recipe.train
-    if order.batch == rows:
-        return
+    train = plan.recipe.train
+    if plan.data.batches.order.batch == rows:
+        return plan
     micros = -(-rows // (train.per_device_train_batch_size * plan.ranks.batch_ranks))
-    plan.feed = plan.feed.with_rows(rows, micros)
     key, before, now = "gradient_accumulation_steps", train.gradient_accumulation_steps, micros
     if before == now:
         key, before = "per_device_train_batch_size", train.per_device_train_batch_size
         now = -(-rows // (micros * plan.ranks.batch_ranks))
     idle = max(0, plan.ranks.batch_ranks - rows)
-    plan.notes.append(
+    note = (
         f"{key}: {before} -> {now} on {plan.ranks.size} rank{'' if plan.ranks.size == 1 else 's'}, "
         f"so that a step still has the run's {rows} rows"
         + (f"; {idle} of the ranks have none and only hold their shard" if idle else "")
     )
+    return replace(plan, data=plan.data.with_rows(rows, micros)).noted(note)
 
 
-def preview(plan: Plan) -> None:
-    """Let a plan that is only shown say how it would continue the run in its folder. Files are not verified."""
+def previewed(plan: Plan) -> Plan:
+    """The plan with what a run would do in its folder, for a plan that is only shown. Files are not verified.
+
+    Raises PlanError where a run could never write its results.
+    """
     from llmtune.training import checkpoint
 
+    raise_all([PlanError(sentence) for sentence in output_problems(plan.recipe)])
+    if sentence := occupied(plan.recipe):
+        return plan.noted(f"a run would not start. {sentence}")
     train, steps = plan.recipe.train, sorted((plan.output_dir / "checkpoints").glob("step-*"))
     if train.overwrite_output_dir or train.resume_from_checkpoint != "auto" or not steps:
-        return
+        return plan
     try:
         manifest = checkpoint.read_manifest(steps[-1])
         compare(plan, manifest)
     except CheckpointError as error:
-        plan.notes.append(f"the run in {plan.output_dir} cannot be continued: {error}")
-        return
-    plan.notes.append(f"continues the run in {plan.output_dir} after step {manifest.step}")
-    keep_rows(plan, manifest.rows)
+        return plan.noted(f"the run in {plan.output_dir} cannot be continued: {error}")
+    return with_rows(plan.noted(f"continues the run in {plan.output_dir} after step {manifest.step}"), manifest.rows)
+
+
+def output_problems(recipe: Recipe) -> Iterator[str]:
+    """What would keep any run from writing its results, found before hours are spent on it."""
+    if recipe.train.plot_loss and (reason := plotting_problem()):
+        yield f"plot_loss: {reason}"
+    if sentence := foreign(recipe):
+        yield sentence
+    folder = Path(recipe.train.output_dir or "")
+    existing = next((parent for parent in [folder, *folder.absolute().parents] if parent.is_dir()), None)
+    if existing is not None and not _writable(existing):
+        yield f"output_dir: {existing} cannot be written to; choose another folder or change its permissions"
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def plain(value: Any) -> Any:
@@ -250,11 +298,10 @@ def write_records(plan: Plan, **more: Any) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
     (folder / "resolved.yaml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
-    if plan.data is None or plan.data.stream is None:  # a stream adds its rows as it meets them
-        write_quarantine(folder, plan.data.report.bad_rows if plan.data else ())
-    write_status(
-        folder, "running", **versions(plan), **more, model_origin=plan.files.origin, model_revision=plan.files.revision
-    )
+    if plan.data.prepared.stream is None:  # a stream adds its rows as it meets them
+        write_quarantine(folder, plan.data.prepared.report.bad_rows)
+    files = plan.model.files
+    write_status(folder, "running", **versions(plan), **more, model_origin=files.origin, model_revision=files.revision)
 
 
 def write_quarantine(folder: Path, bad_rows: Sequence[Path]) -> None:

@@ -6,22 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.distributed.placement import full
+from llmtune.model.edits import named_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.planning.plan import Plan
+    from llmtune.planning.model_plan import ModelPlan
 
 
-def is_adapter(plan: Plan) -> bool:
-    """Whether the trained tensors are a small addition to a base that is kept elsewhere."""
-    return any(part.built.kind == "adapter" for part in plan.parts.at("peft_config"))
-
-
-def trained_tensors(plan: Plan) -> dict[str, Tensor]:
+def trained_tensors(plan: ModelPlan) -> dict[str, Tensor]:
     """Every trained tensor whole, on the CPU of rank 0 (empty elsewhere). Collective."""
     chosen = {}
-    for name, parameter in plan.model.named_parameters():
+    for name, parameter in plan.module.named_parameters():
         if parameter.requires_grad:
             tensor = full(parameter)
             if plan.ranks.first:
@@ -29,11 +25,9 @@ def trained_tensors(plan: Plan) -> dict[str, Tensor]:
     return chosen
 
 
-def original_tensors(plan: Plan) -> dict[str, Tensor]:
+def original_tensors(plan: ModelPlan) -> dict[str, Tensor]:
     """The whole model under its original names, on the CPU of rank 0, with load rules undone. Collective."""
-    from llmtune.model.edits import named_tensors
-
-    tensors = named_tensors(plan.model)
+    tensors = named_tensors(plan.module)
     found = {}
     for name, now in plan.ledger.direct.items():
         tensor, trains = full(tensors[now]), tensors[now].requires_grad
@@ -47,20 +41,20 @@ def original_tensors(plan: Plan) -> dict[str, Tensor]:
     return found
 
 
-def write_adapter(plan: Plan, folder: Path) -> dict[str, Tensor]:
+def write_adapter(plan: ModelPlan, folder: Path) -> dict[str, Tensor]:
     """The adapter in the format others read. Collective; returns the trained tensors (rank 0)."""
     tensors = trained_tensors(plan)
     if plan.ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         (part,) = plan.parts.at("peft_config")
-        part.built.save(plan.model, tensors, folder, plan.context)
+        part.built.save(plan.module, tensors, folder, plan.context)
     return tensors
 
 
-def write_result(plan: Plan, folder: Path) -> None:
+def write_result(plan: ModelPlan, folder: Path) -> None:
     """`model/` of a finished run, and `trained.safetensors` beside it for an adapter. Collective."""
-    model: Any = plan.model
-    if is_adapter(plan):
+    model: Any = plan.module
+    if plan.is_adapter:
         tensors = write_adapter(plan, folder)
         if plan.ranks.first:
             from safetensors.torch import save_file
@@ -84,6 +78,6 @@ def untied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in (model.all_tied_weights_keys or {})}
 
 
-def save_tokenizer(plan: Plan, folder: Path) -> None:
+def save_tokenizer(plan: ModelPlan, folder: Path) -> None:
     """Tokenizer with the chat template the run was trained with."""
     plan.tokenizer.save_pretrained(folder)

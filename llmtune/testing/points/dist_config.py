@@ -49,16 +49,15 @@ def spreads_structure_only(subject: Subject, folder: Path) -> None:
 def _spread(keys: dict[str, Any]) -> str:
     """Run on each rank: what is wrong after spreading, or nothing."""
     from llmtune.model.edits import named_tensors
-    from llmtune.training.building import spread
-    from llmtune.training.objective import Objective
+    from llmtune.training.building import make_objective, spread
 
-    plan = running.plan(keys)
-    before = {name: tuple(tensor.shape) for name, tensor in named_tensors(plan.model).items()}
-    spread(plan, Objective(plan.model, plan.parts.one("stage_config").built, {}, None))
-    after = named_tensors(plan.model)
+    plan = running.plan_model(keys)
+    before = {name: tuple(tensor.shape) for name, tensor in named_tensors(plan.module).items()}
+    spread(plan, make_objective(plan))
+    after = named_tensors(plan.module)
     if odd := [name for name, shape in before.items() if name not in after or tuple(after[name].shape) != shape]:
         return f"{names(odd)} have another name or full shape after `apply`"
-    real = [name for name in persistent_names(plan.model) if not after[name].is_meta]
+    real = [name for name in persistent_names(plan.module) if not after[name].is_meta]
     return f"{names(real)} have storage after `apply`" if real else ""
 
 

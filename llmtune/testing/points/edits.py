@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from llmtune.model.edits import named_tensors, persistent_names
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Subject, names
 from llmtune.testing.ranks import in_ranks
+
+if TYPE_CHECKING:
+    from llmtune.planning.model_plan import ModelPlan
+    from llmtune.planning.plan import Plan
 
 
 def mode_of(subject: Subject) -> running.Mode:
@@ -26,16 +30,16 @@ def accounts_for_every_tensor(subject: Subject, folder: Path) -> None:
     """`ModelEdit` tells the truth: nothing left the model without a load rule, nothing came without an origin, nothing
     was made before the weights; the plan can say what was done; a second model is edited alike.
     """
-    first, second = (running.plan(subject.keys(folder), mode_of(subject)) for _ in range(2))
+    first, second = (running.plan_model(subject.keys(folder), mode_of(subject)) for _ in range(2))
     change = change_of(subject, first)
     if not change.report:
         raise Broken("`ModelEdit.report` is empty", "Say in a line what was edited, for `llmtune plan`")
-    shapes = [{n: (tuple(t.shape), t.dtype) for n, t in named_tensors(p.model).items()} for p in (first, second)]
+    shapes = [{n: (tuple(t.shape), t.dtype) for n, t in named_tensors(p.module).items()} for p in (first, second)]
     if odd := {name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)}:
         raise Broken(f"edited twice, two models differ in {names(list(odd))}", "Keep no state between models")
 
 
-def change_of(subject: Subject, plan: Any) -> Any:
+def change_of(subject: Subject, plan: ModelPlan) -> Any:
     """What the plugin reported."""
     parts = [part for part in plan.parts.all if part.point in ("quant_config", "peft_config", "kernel_config")]
     pairs = zip(parts, plan.ledger.changes, strict=True)
@@ -48,8 +52,8 @@ def loads_completely(subject: Subject, folder: Path) -> None:
     for seed in (1, 2):
         seeded_step(seed)  # what a plugin must not draw from
         plan, _ = running.build(subject.keys(folder), mode_of(subject))
-        kept = persistent_names(plan.model)
-        states.append({name: tensor for name, tensor in named_tensors(plan.model).items() if name in kept})
+        kept = persistent_names(plan.module)
+        states.append({name: tensor for name, tensor in named_tensors(plan.module).items() if name in kept})
     for name, tensor in states[0].items():
         # Packed bytes may be stored under a floating type, where any pattern can occur.
         packed = name in plan.ledger.packed()
@@ -113,9 +117,9 @@ def same_bytes(found: Tensor, expected: Tensor) -> bool:
     return torch.equal(found, expected)
 
 
-def probe(plan: Any) -> Tensor:
+def probe(plan: ModelPlan) -> Tensor:
     """(2, 12) token ids."""
-    vocabulary = plan.model.config.get_text_config().vocab_size
+    vocabulary = plan.module.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(5)
     return torch.randint(3, vocabulary, (2, 12), generator=generator).to(plan.device)
 
@@ -130,10 +134,10 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-def first_gradients(plan: Any, objective: Any) -> tuple[float, dict[str, Tensor]]:
+def first_gradients(plan: Plan, objective: Any) -> tuple[float, dict[str, Tensor]]:
     """Mean loss of the first step, and the gradients of what trains, by original names where there are any."""
     objective.train()
-    micros = plan.feed.step(0, plan.device)
+    micros = plan.data.batches.step(0, plan.device)
     weight = sum(micro.weight for micro in micros)
     total = 0.0
     for number, micro in enumerate(micros):
@@ -141,10 +145,10 @@ def first_gradients(plan: Any, objective: Any) -> tuple[float, dict[str, Tensor]
         loss = objective(micro).total / weight
         loss.backward()
         total += float(loss.detach())
-    origin = {now: original for original, now in plan.ledger.direct.items()}
+    origin = {now: original for original, now in plan.model.ledger.direct.items()}
     grads = {
         origin.get(name, name): parameter.grad
-        for name, parameter in plan.model.named_parameters()
+        for name, parameter in plan.model.module.named_parameters()
         if parameter.grad is not None
     }
     return total, grads
@@ -173,7 +177,8 @@ def saves_a_plain_model(subject: Subject, folder: Path) -> None:
 
     _, plan = running.train_and_keep(subject.keys(folder))
     saved = AutoModelForCausalLM.from_pretrained(plan.output_dir / "model", dtype=torch.float32).to(plan.device)
-    far = distance(logits(saved, probe(plan)), logits(plan.model, probe(plan)))
+    ids = probe(plan.model)
+    far = distance(logits(saved, ids), logits(plan.model.module, ids))
     if far > max(10 * subject.tolerance, 1e-3):
         raise Broken(
             f"the saved model's logits differ from the trained one's by {far:.1e} of their size",

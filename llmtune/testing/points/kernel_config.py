@@ -22,10 +22,10 @@ def laws(subject: Subject) -> list[Check]:
 
 def replaces_something(subject: Subject, folder: Path) -> None:
     """On this model it replaces a module, an operation or the attention function: else the other laws say nothing."""
-    plan, plain = running.plan(subject.keys(folder)), running.plan(subject.plain_keys(folder))
+    plan, plain = running.plan_model(subject.keys(folder)), running.plan_model(subject.plain_keys(folder))
     change = edits.change_of(subject, plan)
-    classes = [{name: type(module) for name, module in made.model.named_modules()} for made in (plan, plain)]
-    own = any("forward" in vars(module) for module in plan.model.modules())
+    classes = [{name: type(module) for name, module in made.module.named_modules()} for made in (plan, plain)]
+    own = any("forward" in vars(module) for module in plan.module.modules())
     if not (change.ops or change.attention or own or classes[0] != classes[1]):
         said = "; ".join(change.report) or "nothing"
         raise Broken(
@@ -37,7 +37,7 @@ def answers_as_without_it(subject: Subject, folder: Path) -> None:
     """Logits are those of the model without the kernel."""
     plan, _ = running.build(subject.keys(folder))
     plain, _ = running.build(subject.plain_keys(folder))
-    if (far := distance(logits(plan.model, probe(plan)), logits(plain.model, probe(plan)))) > subject.tolerance:
+    if (far := distance(logits(plan.module, probe(plan)), logits(plain.module, probe(plan)))) > subject.tolerance:
         raise Broken(f"logits differ by {far:.1e} of their size", "Mend the forward pass")
 
 
@@ -53,8 +53,8 @@ def trains_frozen_bases_as_without_it(subject: Subject, folder: Path) -> None:
 
 def _compare(subject: Subject, folder: Path, changes: dict[str, Any]) -> None:
     for more in ({}, {"packing": True}):
-        found = first_gradients(*running.build(subject.keys(folder, **changes, **more)))
-        expected = first_gradients(*running.build(subject.plain_keys(folder, **changes, **more)))
+        found = first_gradients(*running.start(subject.keys(folder, **changes, **more)))
+        expected = first_gradients(*running.start(subject.plain_keys(folder, **changes, **more)))
         where = "without it, on packed rows" if more else "without it"
         compare_gradients(found, expected, subject.tolerance, where)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from llmtune.testing.points.edits import distance, logits, probe, same_bytes
 
 FIRST_PARTY = {"init_config": None, "stage_config": None}
 """A run is reopened by llmtune's own parts: references exist for the laws only."""
+
+if TYPE_CHECKING:
+    from llmtune.planning.plan import Plan
 
 
 def laws(subject: Subject) -> list[Check]:
@@ -33,20 +36,20 @@ def trains_what_it_claims(subject: Subject, folder: Path) -> None:
     """What `ModelEdit.trainable` claims gets gradients and changes; everything else gets none and keeps its bytes; an
     adapter trains nothing of the original model.
     """
-    plan, objective = running.build(subject.keys(folder))
-    change = edits.change_of(subject, plan)
+    plan, objective = running.start(subject.keys(folder))
+    change = edits.change_of(subject, plan.model)
     if change.trainable is None:
         raise Broken("`ModelEdit.trainable` is None, so all parameters train", "Say which train, by name")
-    claimed = {name for name, _ in plan.model.named_parameters() if change.trainable(name)}
+    claimed = {name for name, _ in plan.model.module.named_parameters() if change.trainable(name)}
     built: Any = plan.parts.one(subject.point).built
     if getattr(built, "kind", None) not in ("adapter", "weights"):
         raise Broken(f"`kind` is {getattr(built, 'kind', None)!r}", 'Set it to "adapter" or "weights"')
-    if built.kind == "adapter" and (base := claimed & set(plan.ledger.direct.values())):
+    if built.kind == "adapter" and (base := claimed & set(plan.model.ledger.direct.values())):
         raise Broken(
             f"it is an adapter and trains {names(list(base))} of the base, which `save` will not hold for others",
             'Leave the base out of `ModelEdit.trainable`, or set kind = "weights"',
         )
-    before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model).items()}
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model.module).items()}
     wrong, silent = _step(plan, objective, claimed)
     if wrong:
         raise Broken(f"{names(wrong)} get a gradient and are not claimed", "Freeze what does not train")
@@ -55,22 +58,22 @@ def trains_what_it_claims(subject: Subject, folder: Path) -> None:
             f"{names(silent)} are claimed and get no gradient in four steps",
             "Use them in the forward pass, or leave them out of `ModelEdit.trainable`",
         )
-    after = named_tensors(plan.model)
+    after = named_tensors(plan.model.module)
     own = {id(after[name]) for name in claimed}  # a tied weight has several names, one of which is claimed
     if moved := [n for n, old in before.items() if id(after[n]) not in own and not same_bytes(after[n], old)]:
         raise Broken(f"{names(moved)} changed in training without being claimed", "Leave frozen tensors alone")
 
 
-def _step(plan: Any, objective: Any, claimed: set[str]) -> tuple[list[str], list[str]]:
+def _step(plan: Plan, objective: Any, claimed: set[str]) -> tuple[list[str], list[str]]:
     """Four plain steps. Returns the parameters with a gradient that nobody claimed, and the claimed without."""
     wrong: set[str] = set()
     moved: set[str] = set()
-    trained = [parameter for parameter in plan.model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in plan.model.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05)
     for _ in range(4):
         optimizer.zero_grad(set_to_none=True)
         edits.first_gradients(plan, objective)
-        for name, parameter in plan.model.named_parameters():
+        for name, parameter in plan.model.module.named_parameters():
             if parameter.grad is None:
                 continue
             if name not in claimed:
@@ -99,15 +102,15 @@ def reopens_as_trained(subject: Subject, folder: Path) -> None:
     from llmtune.inference.reopen import open_model
 
     _, plan = running.train_and_keep(subject.keys(folder))
-    trained = logits(plan.model, probe(plan))
+    trained = logits(plan.model.module, probe(plan.model))
     model, _ = open_model(plan.output_dir, dtype=torch.float32, device=subject.device, **FIRST_PARTY)
-    if (far := distance(logits(model, probe(plan)), trained)) > subject.tolerance:
+    if (far := distance(logits(model, probe(plan.model)), trained)) > subject.tolerance:
         raise Broken(
             f"the reopened model's logits differ by {far:.1e} of their size",
             "Have the same structure and names when `context.mode` is infer, and set up the rest in `settle`",
         )
     base, _ = running.build(subject.plain_keys(folder), "infer")
-    if distance(trained, logits(base.model, probe(plan))) == 0:
+    if distance(trained, logits(base.module, probe(plan.model))) == 0:
         raise Broken("four steps of training change no answer", "Use what trains in the forward pass")
 
 
@@ -117,7 +120,9 @@ def others_read_what_it_saves(subject: Subject, folder: Path) -> None:
     keys = subject.keys(folder)
     _, plan = running.train_and_keep(keys)
     theirs = subject.reader(plan.output_dir / "model", Path(keys["model"]))
-    if (far := distance(logits(theirs, probe(plan)), logits(plan.model, probe(plan)))) > subject.tolerance:
+    if (
+        far := distance(logits(theirs, probe(plan.model)), logits(plan.model.module, probe(plan.model)))
+    ) > subject.tolerance:
         raise Broken(
             f"read by others, the logits differ by {far:.1e} of their size", "Write all that the format needs in `save`"
         )
@@ -133,10 +138,10 @@ def merges_into_a_plain_model(subject: Subject, folder: Path) -> None:
     built: Any = plan.parts.one(subject.point).built
     if not isinstance(built, Peft):
         raise Broken("it lacks one of apply, kind, save, merge", "See llmtune.Peft")
-    trained = logits(plan.model, probe(plan))
+    trained = logits(plan.model.module, probe(plan.model))
     merged_at = export(plan.output_dir, export_dir=str(folder / "merged"), infer_dtype="float32", **FIRST_PARTY)
     merged = AutoModelForCausalLM.from_pretrained(merged_at, dtype=torch.float32).to(plan.device)
     if subject.recipe.get("quant_config"):
         return  # merged onto the unquantised base; `export` compares by itself
-    if (far := distance(logits(merged, probe(plan)), trained)) > max(10 * subject.tolerance, 1e-3):
+    if (far := distance(logits(merged, probe(plan.model)), trained)) > max(10 * subject.tolerance, 1e-3):
         raise Broken(f"the merged model's logits differ by {far:.1e} of their size", "Mend `merge`")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from llmtune.testing.points import edits
 from llmtune.testing.points.edits import change_of, distance, mode_of, same_bytes
 from llmtune.testing.points.pieces import convert_in_pieces
 from llmtune.testing.ranks import in_ranks
+
+if TYPE_CHECKING:
+    from llmtune.planning.model_plan import ModelPlan
 
 
 def laws(subject: Subject) -> list[Check]:
@@ -54,7 +57,7 @@ def converts_as_declared(subject: Subject, folder: Path) -> None:
     leaves the source alone.
     """
     plan, sources = _plan_and_sources(subject, folder)
-    there = named_tensors(plan.model)
+    there = named_tensors(plan.module)
     for rule in _rules(subject, plan):
         source = sources[rule.source]
         before = source.clone()
@@ -94,8 +97,8 @@ def restores_what_it_converted(subject: Subject, folder: Path) -> None:
 def converts_in_pieces(subject: Subject, folder: Path) -> None:
     """`convert_part` on 1, 2, 3 and 5 ranks gives the rows that `convert` gives for the whole, to the byte; or None."""
     plan, sources = _plan_and_sources(subject, folder)
-    there = named_tensors(plan.model)
-    parameters = set(dict(plan.model.named_parameters()))
+    there = named_tensors(plan.module)
+    parameters = set(dict(plan.module.named_parameters()))
     for rule in _one_of_each(subject, plan):
         whole = rule.convert(sources[rule.source])
         for ranks in (1, 2, 3, 5):
@@ -117,8 +120,9 @@ def converts_in_pieces(subject: Subject, folder: Path) -> None:
 def computes_with_the_restored_weights(subject: Subject, folder: Path) -> None:
     """The quantised model's logits are those of the plain model with the weights that `restore` gives."""
     plan, _ = running.build(subject.keys(folder), mode_of(subject))
-    plain, _ = _with_restored(plan, subject, folder)
-    far = distance(edits.logits(plan.model, edits.probe(plan)), edits.logits(plain.model, edits.probe(plan)))
+    plain, _ = running.build(subject.plain_keys(folder), mode_of(subject))
+    _restore_into(plain, plan)
+    far = distance(edits.logits(plan.module, edits.probe(plan)), edits.logits(plain.module, edits.probe(plan)))
     if far > subject.tolerance:
         raise Broken(
             f"its logits differ by {far:.1e} of their size from those of the restored weights",
@@ -128,8 +132,9 @@ def computes_with_the_restored_weights(subject: Subject, folder: Path) -> None:
 
 def trains_as_on_the_restored_weights(subject: Subject, folder: Path) -> None:
     """Gradients of what trains beside the quantised weights are those of the plain model with the restored weights."""
-    plan, objective = running.build(subject.keys(folder))
-    plain, plain_objective = _with_restored(plan, subject, folder)
+    plan, objective = running.start(subject.keys(folder))
+    plain, plain_objective = running.start(subject.plain_keys(folder))
+    _restore_into(plain.model, plan.model)
     expected = edits.first_gradients(plain, plain_objective)
     edits.compare_gradients(
         edits.first_gradients(plan, objective), expected, subject.tolerance, "with the restored weights"
@@ -145,21 +150,21 @@ def loads_the_same_on_ranks(subject: Subject, folder: Path) -> None:
         raise Broken(f"{names(odd)} have other bytes on 3 ranks", "Compare `convert_part` with `convert`")
 
 
-def _plan_and_sources(subject: Subject, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+def _plan_and_sources(subject: Subject, folder: Path) -> tuple[ModelPlan, dict[str, Tensor]]:
     """The edited structure, and the original weights by the names that rules give them."""
-    plan = running.plan(subject.keys(folder), mode_of(subject))
+    plan = running.plan_model(subject.keys(folder), mode_of(subject))
     original, _ = running.build(subject.plain_keys(folder), mode_of(subject))
-    sources = {name: tensor.detach() for name, tensor in named_tensors(original.model).items()}
+    sources = {name: tensor.detach() for name, tensor in named_tensors(original.module).items()}
     if not _rules(subject, plan):
         raise Broken("it reports no load rules, so nothing was quantised", "Choose a `family` that it quantises")
     return plan, sources
 
 
-def _rules(subject: Subject, plan: Any) -> list[LoadRule]:
+def _rules(subject: Subject, plan: ModelPlan) -> list[LoadRule]:
     return list(change_of(subject, plan).rules)
 
 
-def _one_of_each(subject: Subject, plan: Any) -> list[LoadRule]:
+def _one_of_each(subject: Subject, plan: ModelPlan) -> list[LoadRule]:
     """One rule of each source shape: layers repeat."""
     return list({plan.ledger.shapes[rule.source]: rule for rule in _rules(subject, plan)}.values())
 
@@ -168,12 +173,10 @@ def _form(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _with_restored(plan: Any, subject: Subject, folder: Path) -> tuple[Any, Any]:
-    """The plain model with every quantised weight replaced by what `restore` makes of the loaded tensors."""
-    plain, objective = running.build(subject.plain_keys(folder), mode_of(subject))
-    tensors, theirs = named_tensors(plan.model), named_tensors(plain.model)
+def _restore_into(plain: ModelPlan, plan: ModelPlan) -> None:
+    """Replace the weights of the plain model by what `restore` makes of the quantised ones that were loaded."""
+    tensors, theirs = named_tensors(plan.module), named_tensors(plain.module)
     with torch.no_grad():
         for name, placed in plan.ledger.rules.items():
             parts = {target: tensors[now].detach() for target, now in placed.where.items()}
             theirs[name].copy_(placed.rule.restore(parts))
-    return plain, objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
 from llmtune.testing.points.edits import same_bytes
+
+if TYPE_CHECKING:
+    from llmtune.planning.plan import Plan
 
 
 def laws(subject: Subject) -> list[Check]:
@@ -29,7 +32,7 @@ def laws(subject: Subject) -> list[Check]:
 
 def returns_a_loss(subject: Subject, folder: Path) -> None:
     """`loss` returns a `StageLoss`: a finite scalar in float32 with a graph, and detached scalars as metrics."""
-    plan, objective = running.build(subject.keys(folder))
+    plan, objective = running.start(subject.keys(folder))
     found = objective(_batch(plan, [0, 1, 2]))
     if not isinstance(found, StageLoss):
         raise Broken(f"it returned {type(found).__name__}", "Return StageLoss(total=...)")
@@ -44,7 +47,7 @@ def returns_a_loss(subject: Subject, folder: Path) -> None:
 
 def is_a_sum_over_rows(subject: Subject, folder: Path) -> None:
     """Loss and metrics of a batch are the sums of its rows': the loop divides by the weight of the whole step."""
-    plan, objective = running.build(subject.keys(folder))
+    plan, objective = running.start(subject.keys(folder))
     rows = [0, 1, 2, 5, 8]
     together = _numbers(objective(_batch(plan, rows)))
     alone = [_numbers(objective(_batch(plan, [row]))) for row in rows]
@@ -59,7 +62,7 @@ def is_a_sum_over_rows(subject: Subject, folder: Path) -> None:
 
 def ignores_padding(subject: Subject, folder: Path) -> None:
     """More padding, and rows laid end to end instead of padded, change nothing."""
-    plan, objective = running.build(subject.keys(folder))
+    plan, objective = running.start(subject.keys(folder))
     rows = [0, 1, 2, 5]
     expected = _numbers(objective(_batch(plan, rows)))
     layouts = {"with 7 more tokens of padding": _padded_more(_batch(plan, rows), 7)}
@@ -75,11 +78,11 @@ def ignores_padding(subject: Subject, folder: Path) -> None:
 
 def has_the_gradient_of_its_loss(subject: Subject, folder: Path) -> None:
     """The gradient agrees with finite differences of the loss, along random directions."""
-    plan, objective = running.build(subject.keys(folder))
+    plan, objective = running.start(subject.keys(folder))
     batch = _batch(plan, [0, 1, 2])
     objective.eval()
     objective(batch).total.backward()
-    trained = [(p, p.grad) for p in plan.model.parameters() if p.grad is not None]
+    trained = [(p, p.grad) for p in plan.model.module.parameters() if p.grad is not None]
     generator = torch.Generator().manual_seed(3)
     step = 5e-3  # as a length: small against the weights, large against float32's rounding of the loss
     for _ in range(3):
@@ -99,19 +102,19 @@ def has_the_gradient_of_its_loss(subject: Subject, folder: Path) -> None:
 
 def changes_nothing(subject: Subject, folder: Path) -> None:
     """Computing the loss leaves weights, buffers, the batch and the training mode as they were, and repeats itself."""
-    plan, objective = running.build(subject.keys(folder))
+    plan, objective = running.start(subject.keys(folder))
     batch = _batch(plan, [0, 1, 2])
     objective.train()
-    before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model).items()}
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model.module).items()}
     parts = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    modes = {name: module.training for name, module in plan.model.named_modules()}
+    modes = {name: module.training for name, module in plan.model.module.named_modules()}
     first = _numbers(objective(batch))
-    after = named_tensors(plan.model)
+    after = named_tensors(plan.model.module)
     if moved := [name for name, tensor in before.items() if not same_bytes(after[name], tensor)]:
         raise Broken(f"{names(moved)} changed", "A stage only computes")
     if moved := [name for name, value in parts.items() if not torch.equal(value, getattr(batch, name))]:
         raise Broken(f"the batch's {names(moved)} changed", "Work on copies")
-    if modes != {name: module.training for name, module in plan.model.named_modules()}:
+    if modes != {name: module.training for name, module in plan.model.module.named_modules()}:
         raise Broken("modules were switched between training and evaluation", "Switch them back")
     if _numbers(objective(batch)) != first:
         raise Broken("the same batch has another loss the second time", "Keep no state between batches")
@@ -135,11 +138,11 @@ def learns(subject: Subject, folder: Path) -> None:
         raise Broken(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}", "Check the sign of the loss")
 
 
-def _batch(plan: Any, rows: list[int], flat: bool = False) -> Batch:
-    feed = replace(plan.feed, flat=flat or plan.feed.flat)
+def _batch(plan: Plan, rows: list[int], flat: bool = False) -> Batch:
     from llmtune.data.batches import to_device
 
-    return to_device(feed.batch(rows), plan.device)
+    batches: Any = plan.data.batches
+    return to_device(replace(batches, flat=flat or batches.flat).batch(rows), plan.device)
 
 
 def _padded_more(batch: Batch, extra: int) -> Batch:

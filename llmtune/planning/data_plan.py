@@ -1,0 +1,82 @@
+"""All that is decided of a run's data: the tokens, and which of them make up which step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.errors import listed
+from llmtune.contract.stages import Counts, learns_of
+from llmtune.data import prepare
+from llmtune.data.batch_loader import BatchLoader
+from llmtune.data.mixing import counts, mixed
+from llmtune.data.stream_loader import StreamLoader
+from llmtune.recipe.parts import Parts, formats_of
+
+if TYPE_CHECKING:
+    from llmtune.data import Prepared
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.recipe.recipe import Recipe
+    from llmtune.recipe.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """The data of a run and their order."""
+
+    prepared: Prepared
+    """The tokens to train and to evaluate on, and what became of the rows that they come from."""
+    batches: BatchLoader | StreamLoader
+    """The loader that gives each step its micro-batches."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens, masks and bounds that the run trains on; named in every checkpoint."""
+        return self.prepared.digest
+
+    def with_rows(self, rows: int, micro_steps: int) -> DataPlan:
+        """The same data in steps of `rows` rows, each rank's share of them in `micro_steps` micro-batches."""
+        return replace(self, batches=self.batches.with_rows(rows, micro_steps))
+
+
+def prepare_for(
+    recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any, learns: Sequence[str] | None = None
+) -> Prepared:
+    """The recipe's data as tokens, if they are of the kinds `learns`; None: of those that its stage learns from."""
+    stage = parts.one("stage_config")
+    made = prepare(
+        recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir, formats=formats_of(parts, registry),
+        learns=learns or learns_of(stage.built), stage=stage.plugin.name,
+    )  # fmt: skip
+    return made.counting(stage.built.counts) if isinstance(stage.built, Counts) else made
+
+
+def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool) -> DataPlan:
+    """Order `prepared` into steps; `flat` lays documents end to end instead of padding rows."""
+    train, data = recipe.train, recipe.data
+    # Any id will do: padding is masked by position and never a target.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    if prepared.stream is not None:
+        batches = StreamLoader.make(
+            prepared.stream, prepared.train, per_device=train.per_device_train_batch_size,
+            micro_steps=train.gradient_accumulation_steps, ranks=ranks, flat=flat, pad_id=pad,
+        )  # fmt: skip
+        return DataPlan(prepared=prepared, batches=batches)
+    samples = mixed(prepared.train, data, train.seed)
+    notes = [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, prepared.train)] if found]
+    batches = BatchLoader.make(
+        samples, packing=data.packing, neat=data.neat_packing, cutoff_len=data.cutoff_len,
+        per_device=train.per_device_train_batch_size, micro_steps=train.gradient_accumulation_steps, ranks=ranks,
+        seed=train.seed, shuffle=not data.disable_shuffling, flat=flat, pad_id=pad,
+        group_by_length=data.group_by_length,
+    )  # fmt: skip
+    units, rows = len(batches.units), batches.order.batch
+    if units < rows:
+        notes.append(
+            f"the data are {units} {batches.units.kind}{'' if units == 1 else 's'}, fewer than the {rows} of a step: "
+            "every step learns from all of them, and an epoch is one step. Lower gradient_accumulation_steps or "
+            "per_device_train_batch_size for more steps an epoch"
+        )
+    return DataPlan(prepared=prepared, batches=batches, notes=tuple(notes))

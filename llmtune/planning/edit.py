@@ -1,0 +1,176 @@
+"""From a model's small files to its edited structure: skeleton, quantise, adapt, fuse; all on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.errors import LlmtuneError, PlanError, raise_all
+from llmtune.contract.extension_points import POINTS
+from llmtune.contract.records import RunContext
+from llmtune.contract.structure import transformer_layers
+from llmtune.data import choose_template
+from llmtune.model.edits import Ledger, set_trainable
+from llmtune.model.loading import only_first_reads
+from llmtune.model.precision import Precision, stored_dtype
+from llmtune.model.skeleton import build_skeleton
+from llmtune.model.source import (
+    ModelConfig,
+    ModelFiles,
+    attention_name,
+    auto_class,
+    load_model_config,
+    read_tokenizer,
+    resolve_model,
+)
+from llmtune.model.tying import untie
+from llmtune.model.vocabulary import Vocabulary, enter, extend, grow
+from llmtune.planning.model_plan import Mode, ModelPlan
+from llmtune.planning.objections import packing_obstacle, plugin_objections, vocabulary_objection
+from llmtune.planning.spreading import objections_to_spreading
+from llmtune.recipe.parts import Parts, collect
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.recipe.recipe import Recipe
+
+STRUCTURE_POINTS = tuple(name for name, point in POINTS.items() if point.shapes_model)
+"""The extension points that make the model, without those that only training needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """What a model's small files say."""
+
+    files: ModelFiles
+    config: Any
+    tokenizer: Any
+    vocabulary: Vocabulary | None
+
+
+def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bool, templated: bool) -> Pretrained:
+    """Find the model and read its config and tokenizer, which gets the recipe's new tokens; no weights.
+
+    `described`: the folder may lack weights, as they will not be read here. `templated`: the tokenizer gets the
+    template of the recipe, too; for training, preparing the data does that. Raises LoadError and PlanError.
+    """
+    reads = ranks.first or not any(only_first_reads(part.built) for part in parts.at("init_config"))
+    files = resolve_model(recipe.model, weights=False, described=described, check=reads)
+    config = load_model_config(files, recipe.model)
+    tokenizer = read_tokenizer(files, recipe.model)
+    vocabulary = extend(recipe.model, tokenizer, config)
+    if templated and recipe.data.template is not None:
+        choose_template(recipe.data.template, tokenizer, recipe.base_dir)
+    return Pretrained(files=files, config=config, tokenizer=tokenizer, vocabulary=vocabulary)
+
+
+def plan_model(
+    recipe: Recipe, parts: Parts, pretrained: Pretrained, precision: Precision, ranks: Ranks, device: torch.device,
+    mode: Mode,
+) -> ModelPlan:  # fmt: skip
+    """Build the skeleton and let the plugins edit it, in their order, each edit checked. Raises all objections."""
+    context = RunContext(
+        mode="infer" if mode in ("infer", "reopen") else "train", device="cuda" if device.type == "cuda" else "cpu",
+        ranks=ranks.size, layout=ranks.layout, compute_dtype=precision.compute,
+        trainable_dtype=precision.trainable, gather_dtype=precision.compute, capabilities=parts.capabilities,
+        autocast=precision.autocast, model_name=recipe.model.model, revision=pretrained.files.revision,
+        cache_dir=recipe.model.cache_dir, token=recipe.model.token,
+    )  # fmt: skip
+    ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
+    module: Any = ledger.model
+    problems: list[LlmtuneError] = []
+    for part in parts.at("stage_config") if mode == "train" else []:
+        problems += plugin_objections(part, context, module)
+    apply_edits(("quant_config", "peft_config"), parts, ledger, context, problems)
+    raise_all(problems)
+    trainable: list[str] = []
+    if mode == "infer":
+        module.requires_grad_(False)
+    else:
+        wish = next((change.store_trainable for _, change in ledger.changes if change.store_trainable), None)
+        with collect(problems):
+            trainable = set_trainable(module, ledger, stored_dtype(precision, wish))
+    if vocabulary is not None and not problems:
+        learning = tuple(trainable) if mode in ("train", "build") else None
+        if sentence := vocabulary_objection(vocabulary, ledger, module, learning, parts):
+            problems.append(PlanError(sentence))
+    apply_edits(("kernel_config",), parts, ledger, context, problems)
+    attention, end_to_end, notes = choose_attention(recipe.model, ledger)
+    if mode == "train" and recipe.data.isolates and (reason := packing_obstacle(module, attention)):
+        fix = "set packing: false, or neat_packing: false"
+        problems.append(PlanError(f"packing: {type(module).__name__} {reason}; {fix}"))
+    for part in parts.at("dist_config") if mode in ("train", "build") else []:
+        problems += plugin_objections(part, context, module)
+    spreading = objections_to_spreading(module, ledger, attention, ranks.layout)
+    problems += [PlanError(f"dist_config: {sentence}") for sentence in spreading]
+    if mode == "train" and ranks.size > 1 and not transformer_layers(module):
+        what = f"{type(module).__name__} has no repeated layers to spread over ranks"
+        problems.append(PlanError(f"model: {what}; use one rank"))
+    raise_all(problems)
+    train = recipe.train
+    return ModelPlan(
+        keys=recipe.model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, device=device, mode=mode,
+        files=pretrained.files, precision=precision, context=context, tokenizer=pretrained.tokenizer, module=module,
+        ledger=ledger, vocabulary=vocabulary, trainable=tuple(trainable), attention=attention, end_to_end=end_to_end,
+        checkpointing=train.checkpointing if mode == "train" else "none",
+        compiled=mode == "train" and train.torch_compile, seed=train.seed, notes=notes,
+    )  # fmt: skip
+
+
+def make_skeleton(keys: ModelConfig, pretrained: Pretrained, precision: Precision) -> tuple[Ledger, Vocabulary | None]:
+    """The model without weights, with a row for each token, in the ledger that will follow its edits."""
+    from transformers import GenerationConfig
+
+    attention, config, vocabulary = attention_name(keys), pretrained.config, pretrained.vocabulary
+    kwargs = {"trust_remote_code": True} if keys.trust_remote_code else {}
+
+    def build() -> Ledger:
+        try:
+            module = build_skeleton(auto_class(keys, config), config, precision.compute, attention, **kwargs)
+            untie(module, pretrained.files.folder)
+            return Ledger(module)
+        except (ValueError, ImportError) as error:
+            raise PlanError(
+                f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"
+            ) from error
+
+    if vocabulary is None:
+        ledger = build()
+    else:
+        former = build().shapes
+        grow(config, vocabulary)
+        ledger = build()
+        vocabulary = enter(vocabulary, ledger, former)
+    module: Any = ledger.model
+    if (pretrained.files.folder / "generation_config.json").exists():  # else the one made from the model's config stays
+        module.generation_config = GenerationConfig.from_pretrained(pretrained.files.folder)
+    return ledger, vocabulary
+
+
+def apply_edits(
+    points: Sequence[str], parts: Parts, ledger: Ledger, context: RunContext, problems: list[LlmtuneError]
+) -> None:
+    """Let the plugins at these points edit, but those that object to the recipe; what fails goes to `problems`."""
+    for part in (part for point in points for part in parts.at(point)):
+        if found := plugin_objections(part, context, ledger.model):
+            problems += found
+            continue
+        with collect(problems):
+            ledger.apply(part.plugin.name, part.built, context)
+
+
+def choose_attention(keys: ModelConfig, ledger: Ledger) -> tuple[str, bool, tuple[str, ...]]:
+    """A kernel's attention function, unless the recipe names one itself: (its name, whether it tells documents apart by
+    their bounds, notes)."""
+    module: Any = ledger.model
+    wanted, notes = next((change.attention for _, change in ledger.changes if change.attention), None), ()
+    if wanted and keys.flash_attn != "auto":
+        notes = (f"flash_attn: {keys.flash_attn} is set, so the kernel's attention is not used",)
+        wanted = None
+    elif wanted:
+        module.set_attn_implementation(wanted)
+    name = wanted or str(module.config._attn_implementation)
+    return name, wanted is not None or name.startswith("flash_attention"), notes

@@ -1,0 +1,101 @@
+"""Decide everything before a weight is read or a device touched: of a run, or of a model that is only opened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmtune.contract.errors import LlmtuneError, PlanError, raise_all
+from llmtune.contract.extension_points import EXTENSION_POINTS
+from llmtune.distributed.mesh import arrange
+from llmtune.model.precision import Precision, choose_precision
+from llmtune.planning.data_plan import plan_data, prepare_for
+from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
+from llmtune.planning.model_plan import Mode, ModelPlan
+from llmtune.planning.objections import batch_objections, stream_objections
+from llmtune.planning.plan import Plan
+from llmtune.recipe.parts import Parts, collect, find_parts
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.data import Prepared
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.planning.devices import Device
+    from llmtune.planning.edit import Pretrained
+    from llmtune.recipe.recipe import Recipe
+    from llmtune.recipe.registry import Registry
+
+
+def make_plan(
+    recipe: Recipe, registry: Registry, ranks: Ranks, device: torch.device, target: Device | None = None
+) -> Plan:
+    """Resolve `recipe` for training in `ranks` processes on `device`. Raises all problems found, at once.
+
+    `target` describes a device that this machine may not have: such a plan needs no weights, and is not for training.
+    """
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, EXTENSION_POINTS)
+    ranks = arranged(ranks, parts, problems)
+    precision, pretrained = foundations(recipe, parts, ranks, device, problems, target=target, templated=False)
+    problems += [PlanError(sentence) for sentence in stream_objections(recipe)]
+    prepared: Prepared | None = None
+    with collect(problems):
+        prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer)
+    raise_all(problems)
+    assert prepared is not None and precision is not None
+    model: ModelPlan | None = None
+    with collect(problems):
+        model = plan_model(recipe, parts, pretrained, precision, ranks, device, "train")
+    problems += [PlanError(sentence) for sentence in batch_objections(prepared.train.kind, recipe.data, ranks)]
+    raise_all(problems)
+    assert model is not None
+    flat = model.end_to_end or recipe.data.isolates
+    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat)
+    return Plan(recipe=recipe, parts=parts, model=model, data=data, target=target)
+
+
+def make_model_plan(
+    recipe: Recipe, registry: Registry, ranks: Ranks, device: torch.device, mode: Mode,
+    dtype: torch.dtype | None = None, target: Device | None = None,
+) -> ModelPlan:  # fmt: skip
+    """Resolve the model of `recipe`, without data. Raises all problems found, at once.
+
+    `dtype` overrides the type the model is held and computed in, for using a model that was trained in another.
+    """
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, STRUCTURE_POINTS)
+    ranks = arranged(ranks, parts, problems) if mode == "build" else ranks
+    given = Precision(dtype, dtype, autocast=False) if dtype else None
+    precision, pretrained = foundations(
+        recipe, parts, ranks, device, problems, target=target, templated=True, precision=given
+    )
+    raise_all(problems)
+    assert precision is not None
+    return plan_model(recipe, parts, pretrained, precision, ranks, device, mode)
+
+
+def arranged(ranks: Ranks, parts: Parts, problems: list[LlmtuneError]) -> Ranks:
+    """The ranks in the layout that the recipe's `dist_config` wants."""
+    for part in parts.at("dist_config"):
+        with collect(problems):
+            ranks = arrange(ranks, part.built, part.label)
+    return ranks
+
+
+def foundations(
+    recipe: Recipe, parts: Parts, ranks: Ranks, device: torch.device, problems: list[LlmtuneError], *,
+    target: Device | None, templated: bool, precision: Precision | None = None,
+) -> tuple[Precision | None, Pretrained]:  # fmt: skip
+    """The number types, `precision` where it is given, and what the model's files say. Raises all problems so far where
+    the files cannot be read, as nothing more can be found then."""
+    model_problems: list[LlmtuneError] = []
+    pretrained: Pretrained | None = None
+    with collect(model_problems):
+        pretrained = read_pretrained(recipe, parts, ranks, described=target is not None, templated=templated)
+    with collect(problems):
+        train, capable = recipe.train, target.bf16 if target else None
+        precision = precision or choose_precision(device, train.bf16, train.fp16, train.pure_bf16, capable)
+    if pretrained is None:
+        raise_all([*problems, *model_problems])
+    assert pretrained is not None
+    return precision, pretrained

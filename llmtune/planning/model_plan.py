@@ -1,0 +1,78 @@
+"""All that is decided of one model before a weight of it is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.contract.records import RunContext
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.model.edits import Ledger
+    from llmtune.model.precision import Precision
+    from llmtune.model.source import ModelConfig, ModelFiles
+    from llmtune.model.vocabulary import Vocabulary
+    from llmtune.recipe.parts import Parts
+
+Mode = Literal["train", "build", "reopen", "infer"]
+"""`train`: with data and steps. `build`: the model as it is trained, without data. `reopen`: the structure that was
+trained, only to be used. `infer`: only to be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """A model, resolved: what building, loading, saving, exporting and costing it need to know.
+
+    A run has one for each of its models. `module` is made on the meta device and edited; building spreads it over the
+    ranks and fills it with weights in place, which is the only thing that ever changes.
+    """
+
+    keys: ModelConfig
+    """The recipe's keys of the model."""
+    parts: Parts
+    """The plugins that shape it."""
+    ranks: Ranks
+    """The processes that it is spread over."""
+    device: torch.device
+    mode: Mode
+    files: ModelFiles
+    precision: Precision
+    context: RunContext
+    """What plugins were told."""
+    tokenizer: Any
+    """transformers' tokenizer, with the recipe's template and new tokens."""
+    module: Any
+    """The transformers model."""
+    ledger: Ledger
+    """Where each of its original tensors is."""
+    vocabulary: Vocabulary | None = None
+    """Which rows of the embedding are new; None where none are."""
+    trainable: tuple[str, ...] = ()
+    """Names of the parameters that train."""
+    attention: str = ""
+    """transformers' name of the attention function."""
+    end_to_end: bool = False
+    """Whether that function tells documents apart by their bounds, so that they can lie end to end, without padding."""
+    checkpointing: Literal["full", "selective", "none"] = "none"
+    """What each layer computes again in its backward pass."""
+    compiled: bool = False
+    """Whether each layer is compiled."""
+    seed: int = 0
+    """The seed of fresh weights."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the trained tensors are a small addition to a base that is kept elsewhere."""
+        return any(part.built.kind == "adapter" for part in self.parts.at("peft_config"))
+
+    def parameters(self) -> tuple[int, int]:
+        """(trainable, total), counted on the original shapes: a packed 4-bit weight counts its real size."""
+        packed = self.ledger.packed()
+        rules = sum(math.prod(self.ledger.shapes[name]) for name in self.ledger.rules)
+        held = [(name, p) for name, p in self.module.named_parameters() if name not in packed]
+        trainable = sum(p.numel() for _, p in held if p.requires_grad)
+        return trainable, rules + sum(p.numel() for _, p in held)

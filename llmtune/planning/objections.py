@@ -1,0 +1,106 @@
+"""What speaks against a recipe before it runs (plugins, packing, new tokens, streams), each objection in a sentence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.errors import LlmtuneError, PlanError
+from llmtune.contract.records import Checks, TrainsWhole
+
+if TYPE_CHECKING:
+    from llmtune.contract.records import RunContext
+    from llmtune.data.config import DataConfig
+    from llmtune.distributed.ranks import Ranks
+    from llmtune.model.edits import Ledger
+    from llmtune.model.vocabulary import Vocabulary
+    from llmtune.recipe.parts import Part, Parts
+    from llmtune.recipe.recipe import Recipe
+
+NOUNS = {"preference": "preferences", "labelled": "labelled answers", "prompt": "prompts"}
+"""Kinds of samples whose sequences mean something only as a whole."""
+
+
+def plugin_objections(part: Part, context: RunContext, module: Any) -> list[LlmtuneError]:
+    """What a plugin has to say against this recipe, as errors that carry its extension point."""
+    if not isinstance(part.built, Checks):
+        return []
+    return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(context, module)]
+
+
+def stream_objections(recipe: Recipe) -> Iterator[str]:
+    """Keys that do not go with data of unknown size."""
+    if not recipe.data.streaming:
+        return
+    if not recipe.train.max_steps:
+        yield "max_steps: not given, but streaming does not know how many rows an epoch has; set max_steps"
+    if recipe.train.eval_strategy == "epoch":
+        yield "eval_strategy: found epoch, whose end streaming does not know; set eval_strategy: steps and eval_steps"
+
+
+def batch_objections(kind: str, data: DataConfig, ranks: Ranks) -> Iterator[str]:
+    """What keeps samples of this kind from being packed or split as the recipe says."""
+    if (noun := NOUNS.get(kind)) is None:
+        return
+    if data.packing and kind == "prompt":
+        yield "packing: found true, but the data are prompts, which are answered one by one; set packing: false"
+    elif data.packing and not data.neat_packing:
+        yield f"neat_packing: found false, but the data are {noun}, which must not see each other; set it true"
+    if ranks.layout.context > 1:
+        yield (
+            f"dist_config: cp_size is {ranks.layout.context}, but the loss of {noun} needs whole answers, and a rank "
+            "has pieces; set cp_size: 1"
+        )
+
+
+def packing_obstacle(module: Any, attention: str) -> str | None:
+    """Why a model cannot keep packed documents apart, as far as its structure and the name of its attention tell before
+    it has weights."""
+    if "position_ids" not in inspect.signature(module.base_model.forward).parameters:
+        return "takes no position ids, which tell documents apart"
+    # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
+    if module._is_stateful and find_spec("fla") is None:
+        return "has recurrent layers, which carry what they read into the next document"
+    if attention.startswith("flash_attention"):  # is told the bounds
+        return None
+    if not module._supports_sdpa and not module._supports_attention_backend:
+        return "has attention of its own, which knows no document bounds"
+    if "mrope_section" in (getattr(module.config.get_text_config(), "rope_parameters", None) or {}):
+        return "has positions in three dimensions, in which the bounds of documents are lost"
+    return None
+
+
+def vocabulary_objection(
+    vocabulary: Vocabulary, ledger: Ledger, module: Any, trainable: tuple[str, ...] | None, parts: Parts
+) -> str | None:
+    """What keeps the rows of new tokens from learning; None where they learn.
+
+    A row learns where its tensor trains, or where a trained copy in its module does the work (`modules_to_save`).
+    `trainable`: None for a model that is only used.
+    """
+    if packed := [module for name, module in vocabulary.places.items() if name in ledger.rules]:
+        return f"new_special_tokens: {packed[0]} is stored quantised, so that it takes no new rows; remove quant_config"
+    if trainable is None:
+        return None
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    trained = {name: tensors[name] for name in trainable}
+
+    def learns(name: str, module: str) -> bool:
+        row = tensors[ledger.direct[name]]
+        copies = (copy for other, copy in trained.items() if other.startswith(f"{module}."))
+        return any(one is row for one in trained.values()) or any(copy.shape == row.shape for copy in copies)
+
+    frozen = [module for name, module in vocabulary.places.items() if not learns(name, module)]
+    if not frozen:
+        return None
+    modules = ",".join(dict.fromkeys(module.rpartition(".")[2] for module in frozen))
+    peft = parts.at("peft_config")
+    keys = [f"{part.point}.{part.built.whole_modules_key}" for part in peft if isinstance(part.built, TrainsWhole)]
+    fix = f"add {modules} to {keys[0]}" if keys else "choose a peft_config that trains them, or none"
+    names = ", ".join(part.plugin.name for part in peft)
+    return (
+        f"new_special_tokens: peft_config {names} leaves {modules} frozen, so that the rows of new tokens would never "
+        f"learn; {fix}"
+    )
