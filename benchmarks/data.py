@@ -41,7 +41,8 @@ def write_rows(source: Path, target: Path, rows: int) -> None:
 
 
 def tokenizer_of(model: str) -> Any:
-    from llmtune.model.source import ModelConfig, load_tokenizer, resolve_model
+    from llmtune.model.config import ModelConfig
+    from llmtune.model.source import load_tokenizer, resolve_model
 
     config = ModelConfig(model=model)
     return load_tokenizer(resolve_model(config, weights=False), config)

@@ -49,7 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from llmtune.model.source import ModelConfig, resolve_model
+    from llmtune.model.config import ModelConfig
+    from llmtune.model.source import resolve_model
 
     folder = str(resolve_model(ModelConfig(model=options.model), weights=True).folder)
     lines = ["| method | first loss | last loss | largest difference: loss | gradient norm |", "|---|---|---|---|---|"]

@@ -50,7 +50,8 @@ def write_rows(path: Path, size: int) -> int:
 
 
 def tokenizer_of(model: str) -> Any:
-    from llmtune.model.source import ModelConfig, load_tokenizer, resolve_model
+    from llmtune.model.config import ModelConfig
+    from llmtune.model.source import load_tokenizer, resolve_model
 
     config = ModelConfig(model=model)
     return load_tokenizer(resolve_model(config, weights=False), config)

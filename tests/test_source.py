@@ -16,8 +16,8 @@ import llmtune
 from llmtune.cli import main
 from llmtune.contract.errors import ErrorList, LoadError, PlanError, RecipeError
 from llmtune.contract.schema import decode, document, field_types
+from llmtune.model.config import ModelConfig
 from llmtune.model.source import (
-    ModelConfig,
     attention_name,
     auto_class,
     load_model_config,

@@ -18,8 +18,8 @@ import torch
 import llmtune
 from llmtune.contract.errors import LoadError
 from llmtune.model import gguf, hub
+from llmtune.model.config import ModelConfig
 from llmtune.model.source import (
-    ModelConfig,
     load_tokenizer,
     resolve_model,
 )

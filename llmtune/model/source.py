@@ -8,66 +8,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmtune.contract.errors import LoadError, PlanError, listed
+from llmtune.contract.errors import LoadError, PlanError
 from llmtune.folders import cache_root
 from llmtune.model import gguf, hub
+from llmtune.model.config import ModelConfig
 from llmtune.model.vocabulary import add_tokens
 from llmtune.model.weight_files import check_weight_files, holds_no_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
 _BARE_ROPE_FACTOR = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which model, and how it is read."""
-
-    model: str
-    """A local folder, a `.gguf` file, a hub id (`owner/name`), or `package:NAME==VERSION` for a Python package
-    that ships a GGUF file."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; null is the default branch."""
-    cache_dir: Path | str | None = None
-    """Where downloads and converted models are kept; null is the hub's own cache for downloads, and
-    `$LLMTUNE_CACHE` or `~/.cache/llmtune` for converted models."""
-    token: str | None = field(default=None, repr=False)
-    """Access token of the hub for private and gated models; null uses the one of `hf auth login`."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Has to be said in a recipe file, on the command line or as an argument
-    in Python; what a run wrote down and mappings are not enough."""
-    model_class: Literal["llm", "cls", "other"] = "llm"
-    """`llm` predicts the next token, `cls` classifies sequences, `other` is the bare model."""
-    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "fa4"] = "auto"
-    """Attention: `disabled` is plain matrix products, `sdpa` torch's fused function, `fa2` to `fa4` the versions of
-    flash-attn; `auto` leaves the choice to transformers and the kernels."""
-    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | dict[str, Any] | None = None
-    """Stretch rotary positions beyond the trained context. A name doubles it (factor 2.0); a mapping such as
-    `{rope_type: yarn, factor: 4.0}` chooses, further keys being transformers' `rope_parameters`."""
-    new_special_tokens: str | tuple[str, ...] | None = None
-    """Special tokens to add to the tokenizer, as a list or a comma string. Each is read as one id, and its rows in the
-    embedding and the output head start as the mean of the trained rows."""
-    resize_vocab: bool = False
-    """Let embedding and output head grow, to a multiple of 64 rows, where the tokenizer has more tokens than they have
-    rows. Not needed where spare rows are enough."""
-
-    def __post_init__(self) -> None:
-        scaling = self.rope_scaling
-        if not isinstance(scaling, dict):
-            return
-        if scaling.get("rope_type") not in _ROPE_TYPES:
-            raise ValueError(
-                f"rope_scaling.rope_type: found {scaling.get('rope_type')!r}, allowed is one of {listed(_ROPE_TYPES)}"
-            )
-        factor = scaling.get("factor")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
-            raise ValueError(f"rope_scaling.factor: found {factor!r}, allowed is a number >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from llmtune.model.config import ModelConfig
     from llmtune.model.edits import Ledger
-    from llmtune.model.source import ModelConfig
 
 MULTIPLE = 64
 """A grown number of rows is rounded up to this, as matrix products and equal shards want it."""

@@ -11,12 +11,12 @@ from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import RunContext
 from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template
+from llmtune.model.config import ModelConfig
 from llmtune.model.edits import Ledger, set_trainable
 from llmtune.model.loading import only_first_reads
 from llmtune.model.precision import Precision, stored_dtype
 from llmtune.model.skeleton import build_skeleton
 from llmtune.model.source import (
-    ModelConfig,
     ModelFiles,
     attention_name,
     auto_class,

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
     from llmtune.contract.records import RunContext
     from llmtune.distributed.ranks import Ranks
+    from llmtune.model.config import ModelConfig
     from llmtune.model.edits import Ledger
     from llmtune.model.precision import Precision
-    from llmtune.model.source import ModelConfig, ModelFiles
+    from llmtune.model.source import ModelFiles
     from llmtune.model.vocabulary import Vocabulary
     from llmtune.recipe.parts import Parts
 

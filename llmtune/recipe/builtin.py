@@ -12,7 +12,7 @@ from llmtune.data.formats.choose import Auto
 from llmtune.data.formats.messages_in import TagsConfig
 from llmtune.data.formats.pairs import KtoRows, PreferencePairs
 from llmtune.data.formats.plain import PlainConfig, PlainText, PromptOnly, TokenRows
-from llmtune.distributed.fsdp2 import Fsdp2Config
+from llmtune.distributed.config import Fsdp2Config
 
 
 def _fsdp2(config: Any) -> Any:

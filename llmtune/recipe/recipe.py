@@ -21,7 +21,7 @@ from llmtune.contract.errors import RecipeError, did_you_mean, listed, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.schema import decode, field_types
 from llmtune.data.config import DataConfig
-from llmtune.model.source import ModelConfig
+from llmtune.model.config import ModelConfig
 from llmtune.recipe import text as recipe_text
 from llmtune.recipe.secrets import SECRETS, blank, blank_text, escaped
 from llmtune.recipe.text import KeyPath, Text, not_finite, show, split
