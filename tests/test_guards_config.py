@@ -11,7 +11,8 @@ import pytest
 
 import llmtune
 from llmtune.contract.errors import DataError, LlmtuneError, RecipeError
-from llmtune.recipe.recipe import decode_block, load_recipe
+from llmtune.recipe.blocks import decode_block
+from llmtune.recipe.recipe import load_recipe
 from tests.runs import recipe
 
 

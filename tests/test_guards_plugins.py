@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.recipe.recipe import decode_block, load_recipe
+from llmtune.recipe.blocks import decode_block
+from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry
 from tests.guards import one_step, start
 from tests.runs import recipe

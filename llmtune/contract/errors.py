@@ -6,8 +6,8 @@ Tests match on the class and on the parts of the sentence people act on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LlmtuneError(Exception):
@@ -96,10 +96,38 @@ def raise_all(errors: Sequence[LlmtuneError]) -> None:
         raise ErrorList(errors)
 
 
+@contextmanager
+def blaming(label: str, doing: str) -> Iterator[None]:
+    """Let an exception that a plugin raises carry the plugin's name and what it was doing. Errors of llmtune, and those
+    of memory that ran out, which have an explanation of their own, pass as they are."""
+    try:
+        yield
+    except LlmtuneError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = " ".join(str(error).split())
+        raise PluginError(f"{label} failed in {doing}: {type(error).__name__}: {said}") from error
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`' Did you mean "rank"?'` where a known name is near, else an empty string."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f' Did you mean "{near[0]}"?' if near else ""
+    """`' Did you mean "rank"?'` where a known name is one or two slips of the keys away, else an empty string."""
+    near = min(((slips(name, other), other) for other in known), default=None)
+    return f' Did you mean "{near[1]}"?' if near and near[0] <= min(2, max(len(name), 3) // 3) else ""
+
+
+def slips(name: str, other: str) -> int:
+    """The letters to insert, delete, exchange, or swap with their neighbour that make `other` of `name`."""
+    before, row = [0] * (len(other) + 1), list(range(len(other) + 1))
+    for at, letter in enumerate(name):
+        last, before, row = before, row, [at + 1]
+        for to, wanted in enumerate(other):
+            cost = min(row[to] + 1, before[to + 1] + 1, before[to] + (letter != wanted))
+            if at and to and (letter, name[at - 1]) == (other[to - 1], wanted):
+                cost = min(cost, last[to - 1] + 1)
+            row.append(cost)
+    return row[-1]
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:

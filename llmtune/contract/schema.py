@@ -8,6 +8,7 @@ Literal, unions, tuples and lists, string-keyed dicts, and the bounds of `annota
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -22,7 +23,37 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from llmtune.contract.errors import did_you_mean, listed
 
-__all__ = ["Ge", "Gt", "Le", "Lt", "Problem", "decode", "document", "field_types", "json_schema", "split_names"]
+__all__ = [
+    "Commas",
+    "Ge",
+    "Gt",
+    "Le",
+    "Lt",
+    "NullIs",
+    "Problem",
+    "decode",
+    "document",
+    "field_types",
+    "json_schema",
+    "split_names",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class NullIs:
+    """In `Annotated[bool, NullIs(False)]`: a recipe may write null, which other trainers do, and means this value."""
+
+    value: Any
+    words: typing.ClassVar[str] = "or null"
+    json_type: typing.ClassVar[str] = "null"
+
+
+@dataclasses.dataclass(frozen=True)
+class Commas:
+    """In `Annotated[tuple[float, ...], Commas()]`: a recipe may write the list as text, separated by commas."""
+
+    words: typing.ClassVar[str] = "or the same separated by commas"
+    json_type: typing.ClassVar[str] = "string"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +153,11 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
     if annotation is Any:
         return True, value
     if origin is typing.Annotated:
+        for mark in args[1:]:
+            if isinstance(mark, NullIs) and value is None:
+                return True, mark.value
+            if isinstance(mark, Commas) and isinstance(value, str):
+                value = [next(_unquoted(word), word) for word in split_names(value)]
         fits, result = _fit(args[0], value)
         return fits and all(_within(bound, result) for bound in args[1:]), result
     if origin in (Union, types.UnionType):
@@ -194,7 +230,8 @@ def describe(annotation: Any) -> str:
     if origin is typing.Annotated:
         signs = {Ge: ">= {}", Gt: "> {}", Le: "<= {}", Lt: "< {}"}
         bounds = [signs[type(b)].format(dataclasses.astuple(b)[0]) for b in args[1:] if type(b) in signs]
-        return " ".join([describe(args[0]), " and ".join(bounds)]).strip()
+        marks = [mark.words for mark in args[1:] if isinstance(mark, (NullIs, Commas))]
+        return " ".join([describe(args[0]), " and ".join(bounds), *marks]).strip()
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in args)
     if origin is Literal:
@@ -223,15 +260,34 @@ def _show(value: Any) -> str:
 
 
 def _hint(annotation: Any, value: Any) -> str:
+    """What to do about a value, as the end of a sentence that says what was found and what is allowed."""
     options = set(_flatten(annotation))
     choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
-    if isinstance(value, str) and choices:
-        return f".{did_you_mean(value, [c for c in choices if isinstance(c, str)])}".rstrip(".")
+    if value is None:
+        return "; leave the key out for its default"
     if str in options and isinstance(value, (bool, int, float)):
         return "; put it in quotes if it is meant as text (YAML reads no, on and 1.10 as something else)"
-    if isinstance(value, str) and options & {int, float}:
+    if isinstance(value, float) and value.is_integer() and _fit(annotation, int(value))[0]:
+        return f"; write {int(value)}"
+    if not isinstance(value, str):
+        return ""
+    if any(_fit(annotation, meant)[0] for meant in _unquoted(value)):
         return "; write it without quotes"
-    return ""
+    if type(None) in options and value.lower() in ("none", "nil"):
+        return "; write null"
+    if any(get_origin(option) in (tuple, list) for option in options) and str not in options:
+        return "; write a list, as in [a, b]"
+    return did_you_mean(value, [choice for choice in choices if isinstance(choice, str)]).replace(" Did", ". Did", 1)
+
+
+def _unquoted(text: str) -> typing.Iterator[Any]:
+    """What YAML would read a text as, were it not in quotes."""
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "~": None}
+    if text.lower() in words:
+        yield words[text.lower()]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            yield number(text)
 
 
 def _flatten(annotation: Any) -> typing.Iterator[Any]:
@@ -279,7 +335,9 @@ def _schema_of(annotation: Any) -> dict[str, Any]:
     if origin is typing.Annotated:
         words = {Ge: "minimum", Gt: "exclusiveMinimum", Le: "maximum", Lt: "exclusiveMaximum"}
         bounds = {words[type(b)]: dataclasses.astuple(b)[0] for b in args[1:] if type(b) in words}
-        return _schema_of(args[0]) | bounds
+        more = [{"type": mark.json_type} for mark in args[1:] if isinstance(mark, (NullIs, Commas))]
+        schema = _schema_of(args[0]) | bounds
+        return {"anyOf": [schema, *more]} if more else schema
     if origin in (Union, types.UnionType):
         return {"anyOf": [_schema_of(option) for option in args]}
     if origin is Literal:

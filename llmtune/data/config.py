@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from llmtune.contract.errors import DataError
-from llmtune.contract.schema import Ge, Gt, decode, split_names
+from llmtune.contract.schema import Commas, Ge, Gt, NullIs, decode, split_names
 
 TEMPLATE_ARGUMENTS = frozenset({
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
@@ -52,7 +52,7 @@ class DataConfig:
     and `num_samples`."""
     eval_dataset: str | dict[str, Any] | tuple[str | dict[str, Any], ...] | None = None
     """Data sets to evaluate on, spelt like `dataset`."""
-    eval_on_each_dataset: bool = False
+    eval_on_each_dataset: Annotated[bool, NullIs(False)] = False
     """Report the loss of each data set that is evaluated on, besides the loss of all."""
     dataset_dir: str | None = None
     """Folder whose `dataset_info.json` gives names to data sets. Absent looks for that file beside the recipe, then in
@@ -60,9 +60,9 @@ class DataConfig:
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
     """How several data sets become an epoch: all of each; drawn in turn until the first is used up; or drawn in turn
     until all are, those used up starting again."""
-    interleave_probs: tuple[Annotated[float, Gt(0)], ...] | None = None
-    """How often each data set is drawn from when interleaving, in the order of `dataset`; absent draws from each alike.
-    """
+    interleave_probs: Annotated[tuple[Annotated[float, Gt(0)], ...], Commas()] | None = None
+    """How often each data set is drawn from when interleaving, in the order of `dataset`, as a list or separated by
+    commas; absent draws from each alike."""
     template: str | None = None
     """Chat template: a `.jinja` file or a name (`chatml`, `llama3`; see the reference). Absent takes the tokenizer's
     own."""
@@ -88,8 +88,8 @@ class DataConfig:
     """At most this many rows of each data set, the first ones. null or -1 takes all."""
     val_size: Annotated[int | float, Ge(0)] = 0.0
     """Rows kept from training for evaluation: a share below 1, or a number of rows."""
-    packing: bool = False
-    """Lay several samples end to end in one row of `cutoff_len` tokens."""
+    packing: Annotated[bool, NullIs(False)] = False
+    """Lay several samples end to end in one row of `cutoff_len` tokens. null is false, whatever the stage."""
     neat_packing: bool = True
     """Packed samples do not see each other, and none is split. false concatenates all samples and cuts the result into
     rows of exactly `cutoff_len` tokens that see what stands before them, as is usual for pretraining."""
@@ -123,7 +123,7 @@ class DataConfig:
     tokenized_path: str | None = None
     """Folder to keep the tokenised data in, or to take it from if it is there. Absent uses the cache, which is
     `LLMTUNE_CACHE` or `~/.cache/llmtune`."""
-    data_shared_file_system: bool = False
+    data_shared_file_system: Annotated[bool, NullIs(False)] = False
     """Whether all machines of a run see the same cache, so that one of them tokenises for all."""
 
     def __post_init__(self) -> None:

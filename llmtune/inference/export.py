@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmtune.planning.model_plan import ModelPlan
+    from llmtune.recipe.export_config import ExportConfig
     from llmtune.recipe.recipe import Recipe
 
 PROBE = "Who are you? Answer in one sentence."
@@ -34,7 +35,7 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     PlanError if the merged model does not answer like base plus adapter, or answers exactly like the base.
     """
     recipe = recipe_of(path, **overrides)
-    target = _target(recipe.train.export_dir)
+    target = _target(recipe.export.export_dir)
     if saved_at(path) is None:
         raise PlanError(f"{path}: export takes a run of llmtune or one of its checkpoints; this is neither")
     import torch
@@ -44,7 +45,7 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     plan = open_plan(path, dtype=torch.float32, device="cpu", **overrides)
     if recipe.blocks.get("quant_config"):
         print("The adapter was trained on a quantised base; it is merged onto the unquantised one.", file=sys.stderr)
-    dtype = torch_dtype(recipe.train.infer_dtype, plan.module.config)
+    dtype = torch_dtype(recipe.export.infer_dtype, plan.module.config)
     fill(plan, path)
     ids = probe_ids(plan.tokenizer)
     trained = logits(plan.module, ids)
@@ -52,7 +53,7 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
         if isinstance(part.built, Merges):
             part.built.merge(plan.module)
     compare(logits(plan.module, ids), trained, base)
-    write(plan, target, dtype, recipe.train)
+    write(plan, target, dtype, recipe.export)
     return target
 
 
@@ -110,7 +111,7 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
         )
 
 
-def write(plan: ModelPlan, target: Path, dtype: torch.dtype, train: Any) -> None:
+def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig) -> None:
     """Safetensors of at most `export_size` GB (or one pickled .bin), config, tokenizer; optionally to the hub."""
     import torch
 
@@ -118,7 +119,7 @@ def write(plan: ModelPlan, target: Path, dtype: torch.dtype, train: Any) -> None
     model.to(dtype)
     model.config.dtype = dtype
     target.mkdir(parents=True, exist_ok=True)
-    if train.export_legacy_format:
+    if keys.export_legacy_format:
         torch.save(
             untied(model, {name: t.contiguous() for name, t in model.state_dict().items()}),
             target / "pytorch_model.bin",
@@ -127,8 +128,8 @@ def write(plan: ModelPlan, target: Path, dtype: torch.dtype, train: Any) -> None
         model.config.save_pretrained(target)
         model.generation_config.save_pretrained(target)
     else:
-        model.save_pretrained(target, max_shard_size=f"{train.export_size}GB")
+        model.save_pretrained(target, max_shard_size=f"{keys.export_size}GB")
     plan.tokenizer.save_pretrained(target)
-    if train.export_hub_model_id:
-        model.push_to_hub(train.export_hub_model_id, token=plan.keys.token)
-        plan.tokenizer.push_to_hub(train.export_hub_model_id, token=plan.keys.token)
+    if keys.export_hub_model_id:
+        model.push_to_hub(keys.export_hub_model_id, token=plan.keys.token)
+        plan.tokenizer.push_to_hub(keys.export_hub_model_id, token=plan.keys.token)

@@ -92,7 +92,7 @@ def _usual_dtype(recipe: Recipe) -> torch.dtype:
     from llmtune.model.source import load_model_config, resolve_model
 
     return torch_dtype(
-        recipe.train.infer_dtype, load_model_config(resolve_model(recipe.model, weights=False), recipe.model)
+        recipe.export.infer_dtype, load_model_config(resolve_model(recipe.model, weights=False), recipe.model)
     )
 
 

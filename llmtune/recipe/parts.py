@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, listed
-from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
+from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed
+from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS, ExtensionPoint
+from llmtune.recipe.blocks import decode_block, find_named
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Plugin
     from llmtune.data.formats import Formats
     from llmtune.recipe.recipe import Recipe
-    from llmtune.recipe.registry import Registry
+    from llmtune.recipe.registry import Offer, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Part:
         return f"{self.point} {self.plugin.name}"
 
     @property
+    def full_label(self) -> str:
+        """Extension point, plugin and package, for errors that a plugin is to blame for."""
+        return f'{self.point}: "{self.plugin.name}" of {self.package}'
+
+    @property
     def package(self) -> str:
         return f"{self.distribution} {self.version}"
 
@@ -40,8 +46,10 @@ class Part:
 class Parts:
     """All parts of a recipe, by extension point."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], notes: Sequence[str] = ()) -> None:
         self.all = tuple(parts)
+        self.notes = tuple(notes)
+        """What a plan has to say of plugins that would be there by default."""
 
     def at(self, point: str) -> list[Part]:
         return [part for part in self.all if part.point == point]
@@ -65,7 +73,7 @@ class Parts:
 
 
 @contextmanager
-def collect(problems: list[LlmtuneError]) -> Iterator[None]:
+def collect(problems: list[Any]) -> Iterator[None]:
     """Note an error of llmtune instead of raising it, so that several can be shown at once."""
     try:
         yield
@@ -78,44 +86,44 @@ def collect(problems: list[LlmtuneError]) -> Iterator[None]:
 def find_parts(
     recipe: Recipe, registry: Registry, problems: list[LlmtuneError], points: Sequence[str] = EXTENSION_POINTS
 ) -> Parts:
-    """Resolve, decode and build every plugin the recipe names. What fails is added to `problems`."""
-    from llmtune.recipe.recipe import decode_block
-
-    defaults = default_plugins()
+    """Resolve, decode, build and check every plugin the recipe names. What fails is added to `problems`."""
     found: list[Part] = []
+    notes: list[str] = []
     for point in points:
-        blocks = recipe.blocks.get(point) or ([(defaults[point], {})] if point in defaults else [])
-        for index, (name, _) in enumerate(blocks):
+        if point not in recipe.blocks:
+            with collect(problems if POINTS[point].required else notes):
+                found += _default_part(POINTS[point], registry)
+            continue
+        for index in range(len(recipe.blocks[point])):
             with collect(problems):
-                offer = registry.find(point, name)
-                given = bool(recipe.blocks.get(point))
-                config, wrong = (
-                    decode_block(recipe, point, index, offer.plugin.config) if given else (offer.plugin.config(), [])
-                )
+                offer = find_named(registry, recipe.places, point, index, recipe.blocks)
+                config, wrong = decode_block(recipe, point, index, offer.plugin.config)
                 problems += wrong
-                if config is None:
-                    continue
-                try:
-                    built = offer.plugin.build(config)
-                except LlmtuneError:
-                    raise
-                except Exception as error:
-                    raise PluginError(
-                        f"{point}: plugin {name} of {offer.distribution} {offer.version} failed to start: "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
-                found.append(
-                    Part(
-                        point=point,
-                        plugin=offer.plugin,
-                        distribution=offer.distribution,
-                        version=offer.version,
-                        config=config,
-                        built=built,
-                    )
-                )
+                if config is not None:
+                    found.append(_build(offer, config))
     problems += clashes(found)
-    return Parts(found)
+    return Parts(found, [f"{note}. Until then the recipe does without" for note in notes])
+
+
+def _default_part(point: ExtensionPoint, registry: Registry) -> list[Part]:
+    """The plugin of a point that the recipe leaves out, if the point has one then."""
+    if point.default is None:
+        return []
+    offer = registry.find(point.name, point.default)
+    return [_build(offer, offer.plugin.config())]
+
+
+def _build(offer: Offer, config: Any) -> Part:
+    """PluginError where `build` raises, or returns what does not keep to the protocol of its extension point."""
+    part = Part(
+        point=offer.point, plugin=offer.plugin, distribution=offer.distribution, version=offer.version, config=config,
+        built=None,
+    )  # fmt: skip
+    with blaming(part.full_label, "build"):
+        built = offer.plugin.build(config)
+    if objection := POINTS[offer.point].objection(built):
+        raise PluginError(f"{part.full_label}: what it builds, {type(built).__name__}, {objection}")
+    return replace(part, built=built)
 
 
 def formats_of(parts: Parts, registry: Registry) -> Formats:

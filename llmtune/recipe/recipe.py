@@ -9,28 +9,36 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmtune.contract.errors import RecipeError, did_you_mean, listed, raise_all
+from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.schema import decode, field_types
 from llmtune.data.config import DataConfig
 from llmtune.model.config import ModelConfig
 from llmtune.recipe import text as recipe_text
-from llmtune.recipe.secrets import SECRETS, blank, blank_text, escaped
-from llmtune.recipe.text import KeyPath, Text, not_finite, show, split
+from llmtune.recipe.blocks import Blocks, as_block, read_blocks, wrong_blocks
+from llmtune.recipe.export_config import ExportConfig
+from llmtune.recipe.keys import CONFIGS, about_unknown, top_level_keys
+from llmtune.recipe.places import Places
+from llmtune.recipe.secrets import blank, blank_text, escaped
+from llmtune.recipe.text import Text, not_finite, show, split
 from llmtune.recipe.train_config import TrainConfig
 
-CONFIGS: tuple[type, ...] = (ModelConfig, DataConfig, TrainConfig)
-"""The dataclasses that own the top-level keys."""
-SEVERAL = ("kernel_config", "logger_config")
-"""Extension points that take a list of blocks."""
+PATHS = (
+    "output_dir",
+    "export_dir",
+    "tokenized_path",
+    "dataset_dir",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "template",
+)
+"""Keys whose `~` is the home folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +48,10 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    blocks: Mapping[str, list[tuple[str, dict[str, Any]]]] = field(repr=False)
-    """Extension point to its (plugin name, parameters), as far as the recipe names any."""
+    export: ExportConfig
+    blocks: Blocks = field(repr=False)
+    """Extension point to its (plugin name, parameters), as far as the recipe names any. A point that is missing here
+    has its default; one with an empty list has none, though it has a default."""
     resolved: Mapping[str, Any]
     """Every top-level key with its value, defaults included; a local model by its full path. Secrets are null; where
     anything is read from the environment, `${...}` is kept as written. `load_recipe` reads it back."""
@@ -63,32 +73,6 @@ class Recipe:
         return recipe_text.dump(self.resolved)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Says where a key was given: `recipes/my.yaml:14:3`, `command line` or `keyword argument`."""
-
-    origin: str
-    keys: Mapping[KeyPath, tuple[int, int]]
-    overridden: Mapping[KeyPath, str]
-
-    def of(self, key: str) -> str:
-        """The place of a key, or of the nearest block around it that stands in the file."""
-        path = split(key)
-        for length in range(len(path), 0, -1):
-            if where := self.overridden.get(path[:length]):
-                return where
-            if place := self.keys.get(path[:length]):
-                return f"{self.origin}:{place[0]}:{place[1]}"
-        inside = [where for changed, where in self.overridden.items() if path and changed[: len(path)] == path]
-        return inside[0] if inside else self.origin
-
-    def error(self, key: str, message: str) -> RecipeError:
-        """`recipes/my.yaml:14:3  peft_config.rnak: no such key ...`"""
-        if SECRETS & set(split(key)) and message.startswith("found"):
-            message = "found something else than text (not shown); put the value in quotes"
-        return RecipeError(f"{self.of(key)}  {key}: {message}" if key else f"{self.origin}  {message}")
-
-
 def load_recipe(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -103,35 +87,43 @@ def load_recipe(
         changes, where = parse_overrides(overrides or ()), "command line"
     places = Places(origin, found.places, {split(key): where for key in changes})
     _check_mapping(found, origin)
-    tree = _with_names(found.tree)
+    tree = {key: as_block(key, copy.deepcopy(value)) for key, value in found.tree.items()}
     tree = _override(tree, changes, where, places)
     resolved = _resolve(tree, places)
-    problems = [*found.problems, *_unknown(resolved, places)]
+    for key in PATHS:
+        if isinstance(path := resolved.get(key), str) and path.startswith("~"):
+            resolved[key] = os.path.expanduser(path)
+    if "eval_strategy" in changes and resolved.get("eval_strategy") != "steps" and "eval_steps" not in changes:
+        resolved.pop("eval_steps", None)  # the file's interval belongs to what the override replaced
+    known = top_level_keys()
+    problems: list[LlmtuneError] = [*found.problems]
+    problems += [places.error(key, about_unknown(key)) for key in resolved if key not in known]
     for path in list(not_finite(resolved)):
         problems.append(places.error(show(path), "found a number that is not finite"))
         resolved.pop(str(path[0]), None)
     configs = []
     for config in CONFIGS:
         made, wrong = decode(config, {key: resolved[key] for key in field_types(config) if key in resolved})
-        problems += [error for problem in wrong for error in _errors(problem.key, problem.message, places)]
+        problems += [error for problem in wrong for error in places.errors(problem.key, problem.message)]
         configs.append(made)
-    blocks = {point: _blocks(point, resolved.get(point), places, problems) for point in EXTENSION_POINTS}
-    blocks = {point: several for point, several in blocks.items() if several}
+    blocks, wrong_shapes = read_blocks(resolved, places)
+    problems += wrong_shapes
     if resolved.get("trust_remote_code") and not _says_so_now(source, changes):
         problems.append(places.error("trust_remote_code", _TRUST))
     if None not in configs:
         problems += _nothing_to_evaluate(configs[1], configs[2], places)
-    raise_all(problems)
-    model, data, train = configs
+    if problems:
+        raise_all([*problems, *wrong_blocks(blocks, places)])
+    model, data, train, export = configs
     name = _name(source, model)
     train = dataclasses.replace(train, output_dir=train.output_dir or f"runs/{name}")
     if "eval_strategy" not in tree and (data.val_size or data.eval_dataset is not None):
         train = dataclasses.replace(train, eval_strategy="epoch")
-    shown = _shown((model, data, train), blocks, tree)
+    shown = _shown((model, data, train, export), blocks, tree)
     text = blank_text(found, tree) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(blank(tree))
     return Recipe(
-        model=model, data=data, train=train, blocks=blocks, resolved=shown, tree=tree, name=name, text=text,
-        places=places,
+        model=model, data=data, train=train, export=export, blocks=blocks, resolved=shown, tree=tree, name=name,
+        text=text, places=places,
     )  # fmt: skip
 
 
@@ -163,30 +155,6 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
                 f"command line  {key}: {error}; put the value in quotes if it is meant as text"
             ) from error
     return made
-
-
-def decode_block(recipe: Recipe, point: str, index: int, config: type) -> tuple[Any, list[RecipeError]]:
-    """The parameters of one block as its plugin's dataclass, or None with everything that is wrong with them."""
-    name, parameters = recipe.blocks[point][index]
-    at = _at(point, index, len(recipe.blocks[point]))
-    made, wrong = decode(config, parameters, at)
-    problems = []
-    for problem in wrong:
-        message = problem.message
-        if message.startswith("no such key"):
-            message = (
-                f'no such key for "{name}"{_renamed_inside(point, problem.key)}{message.removeprefix("no such key")}'
-            )
-        key, _, rest = message.partition(": ")
-        if problem.key == at and key in field_types(config):  # a check of the dataclass itself names its key in front
-            problems.append(recipe.places.error(f"{at}.{key}", rest))
-        else:
-            problems += _errors(problem.key, message, recipe.places)
-    return made, problems
-
-
-def _at(point: str, index: int, count: int) -> str:
-    return f"{point}[{index}]" if count > 1 else point
 
 
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Text]:
@@ -224,21 +192,6 @@ def _check_mapping(found: Text, origin: str) -> None:
         raise RecipeError(f"{origin}: found {kind}, allowed are lines such as `model: NAME`")
 
 
-def _with_names(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy where a bare plugin name has become a block, so that overrides can add parameters to it."""
-    return {key: _block(key, copy.deepcopy(value)) for key, value in tree.items()}
-
-
-def _block(key: str, value: Any) -> Any:
-    if key not in EXTENSION_POINTS:
-        return value
-    if value is False:
-        return None
-    if isinstance(value, list) and key in SEVERAL:
-        return [_block(key, item) for item in value]
-    return {"name": value} if isinstance(value, str) and "${" not in value else value
-
-
 def _override(tree: dict[str, Any], changes: Mapping[str, Any], where: str, places: Places) -> dict[str, Any]:
     config = _omega(tree, places)
     for key, value in changes.items():
@@ -246,7 +199,7 @@ def _override(tree: dict[str, Any], changes: Mapping[str, Any], where: str, plac
         if not path:
             raise RecipeError(f'{where}: "{key}" is no key')
         value = recipe_text.plain(value, where, path)
-        value = _block(key, value)
+        value = as_block(key, value)
         try:
             OmegaConf.update(config, ".".join(map(str, path)), value, merge=False)
         except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
@@ -301,73 +254,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _unknown(tree: Mapping[str, Any], places: Places) -> list[RecipeError]:
-    known = [*(key for config in CONFIGS for key in field_types(config)), *EXTENSION_POINTS]
-    problems = []
-    for key in tree:
-        if key in known:
-            continue
-        if key in renamed():
-            message = f"no such key; here it is {renamed()[key]}"
-        elif key.endswith("_config"):
-            message = (
-                f"no such extension point.{did_you_mean(key, EXTENSION_POINTS)} Known: {listed(EXTENSION_POINTS, 20)}"
-            )
-        else:
-            near = did_you_mean(key, known) or " `llmtune schema` lists all keys"
-            message = f"no such key.{near}"
-        problems.append(places.error(key, message))
-    return problems
-
-
-@cache
-def renamed() -> Mapping[str, str]:
-    """Keys of other trainers and what to write instead."""
-    return yaml.safe_load(resources.files("llmtune").joinpath("recipe", "renamed.yaml").read_text(encoding="utf-8"))
-
-
-def _renamed_inside(point: str, key: str) -> str:
-    new = renamed().get(str(split(key)[-1]), "")
-    return f" (write {new.partition('.')[2]})" if new.startswith(f"{point}.") else ""
-
-
-def _errors(key: str, message: str, places: Places) -> list[RecipeError]:
-    """A check over several keys puts the key in front of its sentence, and one sentence in each line."""
-    if key:
-        return [places.error(key, message)]
-    split_lines = [re.fullmatch(r"([\w.\[\]]+): (.*)", line) for line in message.splitlines()]
-    return [
-        places.error(match[1], match[2]) if match else places.error("", line)
-        for match, line in zip(split_lines, message.splitlines(), strict=True)
-    ]
-
-
-def _blocks(point: str, value: Any, places: Places, problems: list[RecipeError]) -> list[tuple[str, dict[str, Any]]]:
-    value = _block(point, value)
-    entries = value if isinstance(value, list) else [] if value is None else [value]
-    made = []
-    if isinstance(value, list) and point not in SEVERAL:
-        problems.append(places.error(point, f"found a list, allowed is one plugin; lists go with {listed(SEVERAL)}"))
-        return []
-    for index, entry in enumerate(entries):
-        at = _at(point, index, len(entries))
-        entry = {"name": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict):
-            problems.append(
-                places.error(at, f"found {entry!r}, allowed is a plugin's name or {{name: ..., parameters}}")
-            )
-            continue
-        name = entry.get("name", default_plugins().get(point))
-        if not isinstance(name, str) or not name:
-            found = "no name" if "name" not in entry else f"the name {entry['name']!r}"
-            problems.append(
-                places.error(at, f"found {found}; say which plugin the block is for, as in {point}: {{name: ...}}")
-            )
-            continue
-        made.append((name, {key: item for key, item in entry.items() if key != "name"}))
-    return made
-
-
 def _nothing_to_evaluate(data: DataConfig, train: TrainConfig, places: Places) -> list[RecipeError]:
     if train.eval_strategy == "no" or data.eval_dataset is not None or data.val_size:
         return []
@@ -394,7 +280,7 @@ def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str,
     }
     defaults = {point: [(name, {})] for point, name in default_plugins().items()}
     for point in EXTENSION_POINTS:
-        several = [{"name": name, **escaped(more)} for name, more in blocks.get(point) or defaults.get(point, [])]
+        several = [{"name": name, **escaped(more)} for name, more in blocks.get(point, defaults.get(point, []))]
         made[point] = several if len(several) > 1 else several[0] if several else None
     made["model"] = escaped(_absolute(configs[0].model))
     if "${oc.env:" in str(tree):  # what stands in the environment stays there

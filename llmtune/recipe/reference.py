@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.schema import describe, document, field_types, json_schema
+from llmtune.recipe.blocks import SEVERAL
+from llmtune.recipe.keys import CONFIGS
 from llmtune.recipe.listing import question
-from llmtune.recipe.recipe import CONFIGS, SEVERAL, renamed
 from llmtune.recipe.text import plain
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Plugin
     from llmtune.recipe.registry import Registry
 
-_TITLES = ("Model", "Data", "Training")
+_TITLES = ("Model", "Data", "Training", "Export and use")
 
 
 def recipe_schema(registry: Registry) -> dict[str, Any]:
@@ -85,12 +86,7 @@ def write_reference(registry: Registry) -> str:
         for plugin, package in plugins:
             parts += [f"#### `{point}: {plugin.name}`", f"{plugin.summary or 'No summary.'} (Package {package}.)"]
             parts += [_table(plugin.config) if dataclasses.fields(plugin.config) else "No keys."]
-    rows = "\n".join(f"| `{old}` | {_code(new)} |" for old, new in sorted(renamed().items()))
-    parts += [
-        "## Keys of other trainers",
-        "A recipe that uses one is refused with this hint.",
-        f"| there | here |\n|---|---|\n{rows}",
-    ]
+    parts.append("Keys of other trainers, and what to write instead, are listed in [migration.md](migration.md).")
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,12 +102,6 @@ written 1e-4; text that YAML would read as something else (no, on, 1.10) goes in
 
 _POINTS = """A key that ends in `_config` takes the name of a plugin (`stage_config: sft`) or a block with its name and
 parameters (`peft_config: {name: lora, r: 16}`). `llmtune plugins` lists what is installed."""
-
-
-def _code(advice: str) -> str:
-    """The advice with its first word, a key, set as code."""
-    word, space, rest = advice.partition(" ")
-    return f"`{word.rstrip(',:')}`{word[len(word.rstrip(',:')) :]}{space}{rest}" if "_" in word or not rest else advice
 
 
 def _table(config: type) -> str:

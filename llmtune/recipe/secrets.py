@@ -6,11 +6,23 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llmtune.contract.errors import RecipeError
 from llmtune.recipe import text as recipe_text
-from llmtune.recipe.text import Text
+from llmtune.recipe.text import Text, split
 
-SECRETS = frozenset({"token", "access_token", "auth_token", "api_key", "password", "secret"})
-"""Keys, at any depth, whose values are written nowhere."""
+_SECRET = re.compile(
+    r"(?i)(^|_)(api_?keys?|(access|private)_?key|secret\w*|passw(or)?d|passphrase|credentials?|token$)($|_)"
+)
+_OF_TEXT = re.compile(
+    r"(?i)(^|_)(bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|video|audio|special|first|last|next|new|per|"
+    r"each|turn|chat|think|tool|prefix|suffix|separator|padding|sentinel|boi|eoi|fim)_token$"
+)
+"""Tokens that a tokenizer has, not a hub."""
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value of a key, at any depth, is one to write nowhere: a hub's token, an API key, a password."""
+    return bool(_SECRET.search(key)) and not _OF_TEXT.search(key)
 
 
 def escaped(value: Any) -> Any:
@@ -25,7 +37,7 @@ def escaped(value: Any) -> Any:
 def blank(value: Any, secret: bool = False) -> Any:
     """A copy with null for secret values, except those that only say where to find them (`${...}`)."""
     if isinstance(value, Mapping):
-        return {key: blank(item, key in SECRETS) for key, item in value.items()}
+        return {key: blank(item, is_secret(key)) for key, item in value.items()}
     if isinstance(value, list):
         return [blank(item, secret) for item in value]
     return None if secret and not str(value).startswith("${") else value
@@ -34,10 +46,23 @@ def blank(value: Any, secret: bool = False) -> Any:
 def blank_text(found: Text, tree: Mapping[str, Any]) -> str:
     """The file's text with secret values replaced by null."""
     text = found.text
-    secret = {span for path, span in found.spans.items() if SECRETS & set(path)}
+    secret = {span for path, span in found.spans.items() if any(is_secret(str(part)) for part in path)}
     if not secret and blank(tree) != tree:  # no places are known: JSON with tabs
         return recipe_text.dump(blank(tree))
     for start, stop in sorted(secret, reverse=True):
         if not text[start:stop].strip("\"'").startswith("${"):
             text = text[:start] + "null" + text[stop:]
     return text
+
+
+def hidden(word: str) -> str:
+    """A word of the command line, `<hidden>` in place of a value that is secret or holds something secret."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        return word
+    try:
+        given = recipe_text.parse_value(value, key)
+    except RecipeError:
+        given = value
+    secret = any(is_secret(str(part)) for part in split(key)) or blank(given) != given
+    return f"{key}=<hidden>" if secret else word

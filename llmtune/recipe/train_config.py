@@ -11,7 +11,7 @@ from llmtune.contract.schema import Ge, Gt, Lt
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a run proceeds: steps, precision, evaluation, what is kept, and what is written at the end."""
+    """How a run proceeds: steps, precision, evaluation, and what is kept."""
 
     output_dir: str | None = None
     """Folder of the run. null is `runs/NAME`, NAME being the recipe's file without its ending, or its model."""
@@ -92,17 +92,6 @@ class TrainConfig:
     save_total_limit: Annotated[int, Ge(1)] | None = None
     """Keep this many checkpoints, the newest and the best; null keeps all."""
 
-    export_dir: str | None = None
-    """Where `llmtune export` writes the merged model."""
-    export_size: Annotated[int, Ge(1)] = 5
-    """Largest exported file in GB."""
-    infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """Type of exported weights, and of a model opened for chatting; `auto` is the type the model came in."""
-    export_legacy_format: bool = False
-    """Export as PyTorch pickles instead of safetensors, for readers that know nothing else."""
-    export_hub_model_id: str | None = None
-    """Hub repository (`owner/name`) that the export is uploaded to."""
-
     def __post_init__(self) -> None:
         if self.eval_strategy is False:
             object.__setattr__(self, "eval_strategy", "no")
@@ -139,6 +128,7 @@ class TrainConfig:
         if self.eval_strategy == "no":
             for name in ("load_best_model_at_end", "early_stopping_patience"):
                 if getattr(self, name):
-                    yield f"{name}: needs evaluations to compare; set eval_strategy to steps or epoch"
+                    off = "false" if name == "load_best_model_at_end" else "null"
+                    yield f"{name}: needs evaluations to compare; set eval_strategy to steps or epoch, or this to {off}"
         if not self.metric_for_best_model.startswith("eval_"):
             yield f'metric_for_best_model: found "{self.metric_for_best_model}", evaluation metrics begin with eval_'

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import CheckpointError, PlanError, listed, raise_all
 from llmtune.contract.extension_points import POINTS
-from llmtune.recipe.secrets import SECRETS
+from llmtune.recipe.secrets import hidden
 from llmtune.training.lock import LOCK, launcher
 from llmtune.training.plot import plotting_problem
 
@@ -335,11 +335,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise PlanError(f"{path}: not readable as JSON ({error}); delete it to give the folder up") from error
 
 
-def _without_secret(word: str) -> str:
-    key, equals, _ = word.partition("=")
-    return f"{key}=<hidden>" if equals and key.rpartition(".")[2] in SECRETS else word
-
-
 def versions(plan: Plan) -> Mapping[str, Any]:
     """Everything one would ask when a result cannot be repeated."""
     packages = {}
@@ -355,5 +350,5 @@ def versions(plan: Plan) -> Mapping[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "device": str(plan.device),
         "ranks": plan.ranks.size,
-        "command": [Path(sys.argv[0]).name, *(_without_secret(word) for word in sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *(hidden(word) for word in sys.argv[1:])],
     }

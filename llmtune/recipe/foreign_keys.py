@@ -1,0 +1,63 @@
+"""Keys of other trainers' recipes: what each is called here, or why it is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ForeignKey:
+    """A key of another trainer, and what a recipe that uses it is told."""
+
+    subject: str
+    here: str = ""
+    """What to write instead; its first word is a key or a key inside a block. Empty where there is no counterpart."""
+    reason: str = ""
+    """Why there is no such key, and what there is."""
+
+    @property
+    def answer(self) -> str:
+        """The rest of a sentence that begins with `no such key`."""
+        return f"; here it is {self.here}" if self.here else f": {self.reason}"
+
+
+@cache
+def foreign_keys() -> Mapping[str, ForeignKey]:
+    """Every key of another trainer that llmtune has an answer to, in the order of `foreign_keys.yaml`."""
+    text = resources.files("llmtune.recipe").joinpath("foreign_keys.yaml").read_text(encoding="utf-8")
+    found: dict[str, ForeignKey] = {}
+    for subject, answers in yaml.safe_load(text).items():
+        for keys, answer in answers.items():
+            made = ForeignKey(subject, **answer) if isinstance(answer, dict) else ForeignKey(subject, reason=answer)
+            found |= dict.fromkeys(keys.split(", "), made)
+    return found
+
+
+def migration_table() -> str:
+    """The Markdown table of docs/migration.md: keys with one answer share a row."""
+    parts = []
+    for subject in dict.fromkeys(key.subject for key in foreign_keys().values()):
+        rows: dict[ForeignKey, list[str]] = {}
+        for name, key in foreign_keys().items():
+            if key.subject == subject:
+                rows.setdefault(key, []).append(f"`{name}`")
+        lines = [f"| {', '.join(names)} | {_cell(key)} |" for key, names in rows.items()]
+        parts.append("\n".join([f"### {subject}", "| there | here |", "|---|---|", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(key: ForeignKey) -> str:
+    """What stands here, its first word set as code where it is a key."""
+    word, space, rest = (key.here or key.reason).replace("|", "\\|").partition(" ")
+    bare = word.rstrip(",:")
+    is_key = key.here and (not rest or "_" in bare)
+    return f"`{bare}`{word[len(bare) :]}{space}{rest}" if is_key else word + space + rest
+
+
+if __name__ == "__main__":
+    print(migration_table(), end="")
