@@ -71,7 +71,7 @@ def test_every_module_in_the_tour_of_the_code_exists_and_functions_are_where_the
 
 def test_the_migration_page_names_every_renamed_key() -> None:
     page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
-    assert migration_table() in page, "run: python -m llmtune.recipe.foreign_keys --write docs/migration.md"
+    assert migration_table() in page, "run: python -m llmtune.recipe.foreign_keys docs/migration.md"
     assert [key for key in foreign_keys() if f"`{key}`" not in page] == []
 
 

@@ -143,7 +143,7 @@ def test_all_mistakes_come_at_once_with_their_places(tmp_path: Path) -> None:
         [
             ("my.yaml:1:1", 'modle: no such key. Did you mean "model"?'),
             ("my.yaml:2:1", "learning_rate: found -1, allowed is a number > 0"),
-            ("my.yaml:3:1", "packing: found 3, allowed is true or false"),
+            ("my.yaml:3:1", "packing: found 3, allowed is true or false or null"),
             ("my.yaml:4:1", "seed: found 1.5, allowed is a whole number >= 0"),
             ("my.yaml:5:1", "on: YAML reads this key as true, not as text; put it in quotes"),
             ("my.yaml:6:1", "lora_rank: no such key; here it is peft_config.r"),

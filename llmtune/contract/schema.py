@@ -231,7 +231,7 @@ def describe(annotation: Any) -> str:
         signs = {Ge: ">= {}", Gt: "> {}", Le: "<= {}", Lt: "< {}"}
         bounds = [signs[type(b)].format(dataclasses.astuple(b)[0]) for b in args[1:] if type(b) in signs]
         marks = [mark.words for mark in args[1:] if isinstance(mark, (NullIs, Commas))]
-        return " ".join([describe(args[0]), " and ".join(bounds), *marks]).strip()
+        return " ".join(word for word in (describe(args[0]), " and ".join(bounds), *marks) if word)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in args)
     if origin is Literal:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 
 import yaml
 
@@ -60,4 +62,6 @@ def _cell(key: ForeignKey) -> str:
 
 
 if __name__ == "__main__":
-    print(migration_table(), end="")
+    page = Path(sys.argv[1])
+    before = page.read_text(encoding="utf-8").partition("\n### ")[0]
+    page.write_text(f"{before}\n{migration_table()}", encoding="utf-8")
