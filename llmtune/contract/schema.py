@@ -276,7 +276,7 @@ def _hint(annotation: Any, value: Any) -> str:
     if type(None) in options and value.lower() in ("none", "nil"):
         return "; write null"
     if any(get_origin(option) in (tuple, list) for option in options) and str not in options:
-        return "; write a list, as in [a, b]"
+        return f"; write a list, as in [{value}]"
     return did_you_mean(value, [choice for choice in choices if isinstance(choice, str)]).replace(" Did", ". Did", 1)
 
 

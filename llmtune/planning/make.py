@@ -39,6 +39,8 @@ def make_plan(
     precision, pretrained = foundations(recipe, parts, ranks, device, problems, target=target, templated=False)
     problems += [PlanError(sentence) for sentence in stream_objections(recipe)]
     prepared: Prepared | None = None
+    if not (parts.at("data_config") and parts.at("stage_config")):
+        raise_all(problems)  # one of the problems is why
     with collect(problems):
         prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer)
     raise_all(problems)
@@ -51,7 +53,7 @@ def make_plan(
     assert model is not None
     flat = model.end_to_end or recipe.data.isolates
     data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat)
-    return Plan(recipe=recipe, parts=parts, model=model, data=data, target=target)
+    return Plan(recipe=recipe, parts=parts, model=model, data=data, notes=parts.notes, target=target)
 
 
 def make_model_plan(

@@ -35,7 +35,7 @@ def about_unknown(key: str) -> str:
 def about_unknown_in_block(point: str, name: str, key: str, known: Collection[str]) -> str:
     """The sentence about a key that the plugin `name` does not have: a lookalike, or where the key belongs."""
     near = did_you_mean(key, known)
-    end = f"{near} Known: {listed(sorted(known), 40)}"
+    end = f"{near} Known: {listed(sorted(known), 40)}" if known else " It has no keys"
     if not near and key in top_level_keys():
         return f'no such key for "{name}": it is a key of the recipe itself; write it outside of the block.{end}'
     foreign = foreign_keys().get(key)
