@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+FLOAT32 = {"torch.float32"}
+"""What `stored_types` says of a model that is stored in float32."""
 LORA: dict[str, Any] = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
 
@@ -25,3 +27,13 @@ def recipe(model: str, data: str, output: Path, **changes: Any) -> dict[str, Any
         "cutoff_len": 128,
         **changes,
     }
+
+
+def stored_types(folder: Path) -> set[str]:
+    """The types of the weights in a model folder, as torch names them."""
+    import torch
+    from safetensors.torch import load_file
+
+    found = [load_file(file) for file in folder.glob("*.safetensors")]
+    found += [torch.load(file, weights_only=True) for file in folder.glob("*.bin")]
+    return {str(tensor.dtype) for tensors in found for tensor in tensors.values()}

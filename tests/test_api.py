@@ -13,7 +13,7 @@ import torch
 
 import llmtune
 from llmtune.contract.errors import PlanError
-from tests.runs import LORA, recipe
+from tests.runs import FLOAT32, LORA, recipe, stored_types
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_exported_model_is_plain_and_answers_alike(run: llmtune.Run, legacy:
     ours, _ = run.model()
     assert torch.allclose(ask(model.eval(), tokenizer), ask(ours, tokenizer), atol=1e-4)
     assert (target / "pytorch_model.bin").exists() == legacy
-    assert model.dtype == torch.float32
+    assert model.dtype == torch.float32 and stored_types(target) == FLOAT32
 
 
 def test_export_refuses_a_folder_in_use(run: llmtune.Run, tmp_path: Path) -> None:
@@ -109,7 +109,9 @@ def test_every_method_reopens_and_exports(
 
     run = llmtune.train(recipe(tiny_tied_llama, chats, tmp_path / "run", max_steps=4, **changes))
     model, tokenizer = llmtune.load(tmp_path / "run").model()
-    merged = AutoModelForCausalLM.from_pretrained(run.export(tmp_path / "merged", infer_dtype="float32")).eval()
+    target = run.export(tmp_path / "merged", infer_dtype="float32")
+    assert stored_types(target) == FLOAT32
+    merged = AutoModelForCausalLM.from_pretrained(target).eval()
     # A quantised base differs from the unquantised one it is merged onto, by what 4 bits lose.
     tolerance = 0.3 if "quant_config" in changes else 1e-4
     assert torch.allclose(ask(merged, tokenizer), ask(model, tokenizer), atol=tolerance)
@@ -181,5 +183,6 @@ def test_the_command_line_from_recipe_to_answer(tiny_llama: str, chats: str, tmp
     assert said.stdout.strip()
     exported = command("export", str(tmp_path / "run"), f"export_dir={tmp_path / 'merged'}")
     assert exported.returncode == 0, exported.stderr
+    assert stored_types(tmp_path / "merged") == FLOAT32
     plain = command("chat", str(tmp_path / "merged"), "--prompt", "Who?", "max_new_tokens=4", "do_sample=false")
     assert plain.stdout == said.stdout

@@ -17,7 +17,7 @@ from llmtune.inference.reopen import open_model
 from llmtune.model.fingerprint import fingerprint
 from llmtune.model.weight_files import read_index, stored_dtype
 from tests.guards import plan_here
-from tests.runs import LORA, recipe
+from tests.runs import FLOAT32, LORA, recipe, stored_types
 from tests.test_source import indexed
 from tests.tiny import tiny_model_folder
 
@@ -66,6 +66,7 @@ def test_what_was_trained_with_two_weights_is_saved_with_two(peft: Any, tied: Pa
     run = llmtune.train(keys)
     expected = logits(run.model()[0])
     merged = run.export(tmp_path / "merged", infer_dtype="float32")
+    assert stored_types(merged) == FLOAT32
     for folder in [merged] if peft else [merged, run.output_dir / "model"]:
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
         assert torch.allclose(theirs(folder), expected, atol=1e-5)
@@ -75,7 +76,7 @@ def test_what_was_trained_with_two_weights_is_saved_with_two(peft: Any, tied: Pa
 def test_two_weights_that_come_after_the_plan_are_no_surprise(tied: Path, chats: str, tmp_path: Path) -> None:
     from llmtune.training.building import build_objective
 
-    plan = plan_here(recipe(str(tied), chats, tmp_path / "run"))
+    plan = plan_here(recipe(str(tied), chats, tmp_path / "run")).model
     with_head(tied, 2.0)
     with pytest.raises(LoadError, match=r"hold lm_head\.weight apart .*run the same command again"):
         build_objective(plan)

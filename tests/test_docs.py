@@ -18,6 +18,7 @@ from llmtune.recipe.foreign_keys import foreign_keys, migration_table
 from llmtune.recipe.recipe import load_recipe
 from llmtune.testing import laws
 from llmtune.testing.contract import Subject
+from tests.runs import FLOAT32, stored_types
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,7 +114,7 @@ def test_the_plugin_in_the_readme_trains(readme_plugin: Path, tmp_path: Path, ti
     losses = [row["loss"] for row in run.metrics]
     assert losses[-1] < losses[0]
     assert (run.output_dir / "model" / "ia3.safetensors").exists()
-    assert (run.export(tmp_path / "merged") / "model.safetensors").exists()
+    assert stored_types(run.export(tmp_path / "merged")) == FLOAT32
 
 
 def test_the_guides_test_file_passes_for_the_plugin_in_the_readme(readme_plugin: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llmtune.cli import main
 from llmtune.contract.errors import RecipeError
 from llmtune.inference.reopen import open_model, open_plan, recipe_of, saved_at
 from llmtune.recipe.recipe import load_recipe
-from tests.runs import LORA, recipe
+from tests.runs import FLOAT32, LORA, recipe, stored_types
 
 JINJA = (
     "{%- for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -56,17 +56,17 @@ def run(base: Path, chats: str, tmp_path_factory: pytest.TempPathFactory) -> llm
 
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every prompt that is rendered from here on."""
-    from llmtune.inference import chat
+    from llmtune.model import generation
 
     seen: list[str] = []
-    encode = chat.encode
+    encode = generation.encode
 
     def spy(tokenizer: Any, messages: Any, kwargs: Any) -> torch.Tensor:
         ids = encode(tokenizer, messages, kwargs)
         seen.append(tokenizer.decode(ids[0]))
         return ids
 
-    monkeypatch.setattr(chat, "encode", spy)
+    monkeypatch.setattr(generation, "encode", spy)
     return seen
 
 
@@ -87,6 +87,7 @@ def test_export_writes_the_template_of_training(run: llmtune.Run, tmp_path: Path
 
     target = run.export(tmp_path / "merged", infer_dtype="float32")
     assert AutoTokenizer.from_pretrained(target).chat_template == JINJA
+    assert stored_types(target) == FLOAT32
 
 
 def test_a_plain_model_takes_a_named_template(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_a_run_that_went_on_from_an_adapter_opens_without_it(tiny_llama: str, ch
     assert not torch.allclose(expected, logits(first.model()[0]), atol=1e-4)
     shutil.rmtree(first.output_dir)
     assert torch.equal(logits(llmtune.load(second.output_dir).model()[0]), expected)
-    assert second.export(tmp_path / "merged", infer_dtype="float32").is_dir()
+    assert stored_types(second.export(tmp_path / "merged", infer_dtype="float32")) == FLOAT32
     steps = sorted((second.output_dir / "checkpoints").glob("step-*"))
     open_model(steps[-1])
     shutil.rmtree(second.output_dir / "model")
@@ -196,13 +197,13 @@ def test_export_holds_one_model_at_a_time(run: llmtune.Run, monkeypatch: pytest.
         return opening(*args, **keys)
 
     monkeypatch.setattr(export, "open_plan", spy)
-    run.export(tmp_path / "merged", infer_dtype="float32")
-    assert held == [0]
+    target = run.export(tmp_path / "merged", infer_dtype="float32")
+    assert held == [0] and stored_types(target) == FLOAT32
 
 
 def test_export_takes_keys_of_the_adapter(run: llmtune.Run, tmp_path: Path) -> None:
     target = run.export(tmp_path / "merged", infer_dtype="float32", peft_config=LORA)
-    assert (target / "model.safetensors").exists()
+    assert stored_types(target) == FLOAT32
 
 
 def test_a_template_given_at_use_wins(run: llmtune.Run) -> None:

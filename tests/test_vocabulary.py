@@ -12,6 +12,7 @@ import torch
 import llmtune
 from llmtune.model.vocabulary import add_tokens
 from tests.by_hand import adapt_by_hand, assert_same, base_by_hand, train_by_hand
+from tests.runs import FLOAT32, stored_types
 from tests.spawn import in_ranks
 from tests.test_parity import LORA, numbers, recipe
 from tests.test_resume import forget_after
@@ -199,6 +200,7 @@ def test_an_adapter_is_read_by_peft_on_the_resized_base(
     near = 1e-3 if method == "qlora" else 1e-5  # bitsandbytes' CPU kernel rounds its products
     torch.testing.assert_close(logits_of(ours, same), logits_of(theirs, tokenizer), rtol=1e-5, atol=near)
     merged = llmtune.load(folder).export(tmp_path / "merged")
+    assert stored_types(merged) == FLOAT32
     plain = base_by_hand({"model": str(merged)})
     assert plain.get_input_embeddings().weight.shape[0] == plain.config.vocab_size == base.config.vocab_size
     if method == "lora":

@@ -96,14 +96,18 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=_count, metavar="N", help="plan for this many ranks, on any machines")
     plan.add_argument("--device", metavar="NAME", help="of this kind: h100, a100, rtx4090, ... or a memory, 24GB")
     plan.add_argument("--json", action="store_true", help="the cost, for machines")
-    chat = command("chat", _chat, "Talk to a run, a checkpoint or a model")
-    chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder or a hub id")
+    chat = command("chat", _chat, "Talk to a run, a checkpoint, a model, or a base with adapters")
+    chat.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder, a hub id, or a recipe"
+    )
     chat.add_argument(
         "overrides", nargs="*", metavar="key=value", help="generation parameters (temperature=0.2) or recipe keys"
     )
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     export = command("export", _export, "Merge an adapter into its base and write a plain model")
-    export.add_argument("run", metavar="RUN", help="a run's folder or one of its checkpoints")
+    export.add_argument(
+        "run", metavar="RUN", help="a run's folder, a checkpoint, or a base with peft_config (or a recipe)"
+    )
     export.add_argument(
         "overrides",
         nargs="*",
@@ -193,7 +197,7 @@ def _plan(options: Any) -> None:
 def _chat(options: Any) -> None:
     from dataclasses import fields
 
-    from llmtune.inference.chat import chat_loop, conversation_for, generate_config
+    from llmtune.inference.chat import NO_TEMPLATE, chat_loop, conversation_for, generate_config
     from llmtune.inference.reopen import open_model, recipe_of
     from llmtune.model.generation import GenerateConfig
     from llmtune.recipe.recipe import parse_overrides
@@ -208,6 +212,8 @@ def _chat(options: Any) -> None:
     if options.prompt is None:
         chat_loop(conversation)
         return
+    if conversation.completes:
+        print(NO_TEMPLATE, file=sys.stderr)
     for piece in conversation.stream(options.prompt):
         print(piece, end="", flush=True)
     print()

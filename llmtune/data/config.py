@@ -154,6 +154,12 @@ class DataConfig:
         _require(fits, "interleave_probs", list(probabilities), f"{count} numbers that sum to 1, one a data set")
 
     @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given besides messages, in training and in use."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**thinking, **self.template_kwargs}
+
+    @property
     def isolates(self) -> bool:
         """Whether several samples share a row without seeing each other."""
         return self.packing and self.neat_packing

@@ -39,10 +39,9 @@ class Tokeniser:
 
     def __init__(self, config: DataConfig, tokenizer: Any, tool_format: str | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
-        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         self.renderer = Renderer(
             tokenizer,
-            template_kwargs={**thinking, **config.template_kwargs},
+            template_kwargs=config.template_variables,
             default_system=config.default_system,
             train_on_prompt=config.train_on_prompt,
             mask_history=config.mask_history,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import RecipeError, raise_all
 from llmtune.contract.schema import decode
-from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig
+from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, has_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,10 +26,13 @@ def generate_config(recipe: Recipe, given: Mapping[str, Any]) -> GenerateConfig:
 def conversation_for(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
 ) -> ChatSession:
-    """A conversation as the recipe's samples were rendered in training."""
-    return ChatSession(model, tokenizer, dict(recipe.data.template_kwargs), config)
+    """A conversation as the recipe's samples were rendered in training; plain text is continued where the tokenizer has
+    no chat template."""
+    variables = recipe.data.template_variables
+    return ChatSession(model, tokenizer, variables, config, completes=not has_template(tokenizer, variables))
 
 
+NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"
 HELP = "/clear forgets the conversation, /exit leaves, /help shows this. Ctrl-C stops an answer, Ctrl-D leaves."
 
 
@@ -43,7 +46,7 @@ def chat_loop(
     `read` takes a prompt and returns a line, `write` takes text; None prints.
     """
     write = write or partial(print, end="", flush=True)
-    write(f"{HELP}\n")
+    write(f"{NO_TEMPLATE}\n{HELP}\n" if conversation.completes else f"{HELP}\n")
     while True:
         try:
             text = read("\nYou: ").strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,10 @@ from llmtune.contract.errors import PlanError
 from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
-from llmtune.model.precision import torch_dtype
+from llmtune.model.generation import encode, has_template, plain_ids
+from llmtune.model.skeleton import cast
+from llmtune.model.source import load_model_config, resolve_model
+from llmtune.model.weight_files import read_index, stored_dtype
 from llmtune.planning.make import make_model_plan
 from llmtune.recipe.registry import Registry
 from llmtune.training.building import build_objective
@@ -29,23 +33,28 @@ PROBE = "Who are you? Answer in one sentence."
 
 
 def export(path: str | Path, /, **overrides: Any) -> Path:
-    """Write the trained model of a run or checkpoint as a plain transformers folder; returns it.
+    """Write a model with what was trained merged in as a plain transformers folder; returns it.
 
+    `path` is a run, one of its checkpoints, or a base (a model, a recipe) with a `peft_config` that names adapters.
     The merge happens on the CPU, onto the unquantised base, in float32; the result is stored as `infer_dtype`. Raises
     PlanError if the merged model does not answer like base plus adapter, or answers exactly like the base.
     """
     recipe = recipe_of(path, **overrides)
     target = _target(recipe.export.export_dir)
-    if saved_at(path) is None:
-        raise PlanError(f"{path}: export takes a run of llmtune or one of its checkpoints; this is neither")
+    if saved_at(path) is None and not recipe.blocks.get("peft_config"):
+        raise PlanError(
+            f"{path}: there is nothing to merge; name a run of llmtune or one of its checkpoints, or add to a base the "
+            'adapter that is to be merged: "peft_config={name: lora, adapter_name_or_path: FOLDER}"'
+        )
     import torch
 
     overrides = {**overrides, "quant_config": None, "kernel_config": None}
-    base = base_logits(recipe_of(path, **{**overrides, "peft_config": None}))
+    alone = recipe_of(path, **{key: value for key, value in overrides.items() if not key.startswith("peft_config")})
+    base = base_logits(replace(alone, blocks={**alone.blocks, "peft_config": []}))
     plan = open_plan(path, dtype=torch.float32, device="cpu", **overrides)
     if recipe.blocks.get("quant_config"):
         print("The adapter was trained on a quantised base; it is merged onto the unquantised one.", file=sys.stderr)
-    dtype = torch_dtype(recipe.export.infer_dtype, plan.module.config)
+    dtype = export_dtype(recipe.export.infer_dtype, alone)
     fill(plan, path)
     ids = probe_ids(plan.tokenizer)
     trained = logits(plan.module, ids)
@@ -55,6 +64,17 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     compare(logits(plan.module, ids), trained, base)
     write(plan, target, dtype, recipe.export)
     return target
+
+
+def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
+    """`infer_dtype` of an export: `auto` is the type that the files of the recipe's model have."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    files = resolve_model(recipe.model, weights=True)
+    declared = getattr(load_model_config(files, recipe.model), "dtype", None)  # transformers' config may lack it
+    return stored_dtype(read_index(files.folder), declared)
 
 
 def _target(export_dir: str | None) -> Path:
@@ -67,13 +87,10 @@ def _target(export_dir: str | None) -> Path:
 
 
 def probe_ids(tokenizer: Any) -> Tensor:
-    """A short prompt as the template renders it, (1, T)."""
-    import torch
-
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True
-    )
-    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    """A short prompt, (1, T): as the chat template renders it, or as it is where there is none."""
+    if not has_template(tokenizer, {}):
+        return plain_ids(tokenizer, PROBE)
+    return encode(tokenizer, [{"role": "user", "content": PROBE}], {})
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -112,23 +129,26 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
 
 
 def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig) -> None:
-    """Safetensors of at most `export_size` GB (or one pickled .bin), config, tokenizer; optionally to the hub."""
-    import torch
+    """Files of at most `export_size` GB (safetensors, or pickles), config, tokenizer; optionally to the hub."""
+    from huggingface_hub import save_torch_state_dict
 
-    model = plan.module
-    model.to(dtype)
+    model, size = plan.module, f"{keys.export_size}GB"
+    cast(model, dtype)
     model.config.dtype = dtype
     target.mkdir(parents=True, exist_ok=True)
     if keys.export_legacy_format:
-        torch.save(
-            untied(model, {name: t.contiguous() for name, t in model.state_dict().items()}),
-            target / "pytorch_model.bin",
+        save_torch_state_dict(
+            untied(model, model.state_dict()),
+            target,
+            filename_pattern="pytorch_model{suffix}.bin",
+            max_shard_size=size,
+            safe_serialization=False,
         )
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(target)
         model.generation_config.save_pretrained(target)
     else:
-        model.save_pretrained(target, max_shard_size=f"{keys.export_size}GB")
+        model.save_pretrained(target, max_shard_size=size)
     plan.tokenizer.save_pretrained(target)
     if keys.export_hub_model_id:
         model.push_to_hub(keys.export_hub_model_id, token=plan.keys.token)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmtune.contract.errors import CheckpointError
+from llmtune.contract.errors import CheckpointError, LoadError, PlanError
 from llmtune.contract.records import Reopens
 from llmtune.distributed.placement import put
 from llmtune.distributed.ranks import Ranks, pick_device
+from llmtune.model.fingerprint import fingerprint, sha256_of
 from llmtune.model.precision import torch_dtype
+from llmtune.model.source import load_model_config, resolve_model
 from llmtune.planning.make import make_model_plan
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.recipe import load_recipe
@@ -58,39 +60,57 @@ def _is_run(folder: Path) -> bool:
 
 
 def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
-    """The resolved recipe of a run (or of a checkpoint's run), or a minimal one for a plain model.
+    """The resolved recipe of a run (or of a checkpoint's run), a recipe file, or a minimal recipe for a plain model.
 
-    The template that the run saved goes before the file that the recipe names, which may have changed since.
+    A run keeps what it was trained with: the commit of its base on the hub, and its chat template, whatever has become
+    of the file or the base that it came from. `overrides` go before both.
     """
     saved = saved_at(path)
     if saved is None:
-        return load_recipe({"model": str(path)}, overrides)
-    recipe = load_recipe(saved.run / "resolved.yaml", overrides)
-    template = saved.run / "model" / "chat_template.jinja"
-    if recipe.data.template is not None and "template" not in overrides and template.exists():
-        return replace(recipe, data=replace(recipe.data, template=str(template)))
+        file = Path(path).suffix.lower() in (".yaml", ".yml", ".json") and Path(path).is_file()
+        return load_recipe(path if file else {"model": str(path)}, overrides)
+    recipe, record = load_recipe(saved.run / "resolved.yaml", overrides), rundir.read_record(saved.run)
+    if record.get("model_origin") == "hub" and not {"model", "revision"} & overrides.keys():
+        recipe = replace(recipe, model=replace(recipe.model, revision=record["model_revision"]))
+    template = next((file for file in _templates(saved.run) if file.exists()), None)
+    if template is not None and "template" not in overrides:
+        recipe = replace(recipe, data=replace(recipe.data, template=str(template)))
     return recipe
+
+
+def _templates(run: Path) -> list[Path]:
+    """Where the template that a run was trained with lies; nowhere where the tokenizer has several, by purpose."""
+    if (run / "model" / "additional_chat_templates").exists():
+        return []
+    return [run / "model" / "chat_template.jinja", run / "chat_template.jinja"]
 
 
 def open_plan(
     path: str | Path, /, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any
 ) -> ModelPlan:
-    """A plan whose model has the structure it was trained with; weights come with `fill`."""
+    """A plan whose model has the structure it was trained with; weights come with `fill`.
+
+    Raises PlanError where the recipe would add something untrained, as an adapter without files.
+    """
     recipe, registry, saved = recipe_of(path, **overrides), Registry(), saved_at(path)
     place = pick_device(device)
     if saved is not None and saved.whole:
         recipe = whole_model(recipe, saved.run / "model", overrides)
     elif saved is not None:
-        recipe = with_saved_adapter(recipe, registry, saved)
+        recipe = with_saved_adapter(recipe, registry, saved, overrides)
     mode = "infer" if saved is None or saved.whole else "reopen"
     made = make_model_plan(recipe, registry, Ranks(), place, mode, dtype or _usual_dtype(recipe))
+    if mode == "infer" and made.ledger.fresh:
+        names = ", ".join(part.plugin.name for part in made.parts.at("peft_config"))
+        raise PlanError(
+            f"peft_config: {names} names no files of an adapter, so that it would be an untrained one; name them, or "
+            f"the folder of the run that trained it, such as {recipe.train.output_dir}"
+        )
     made.module.requires_grad_(False)
     return made
 
 
 def _usual_dtype(recipe: Recipe) -> torch.dtype:
-    from llmtune.model.source import load_model_config, resolve_model
-
     return torch_dtype(
         recipe.export.infer_dtype, load_model_config(resolve_model(recipe.model, weights=False), recipe.model)
     )
@@ -105,16 +125,30 @@ def whole_model(recipe: Recipe, folder: Path, overrides: Mapping[str, Any]) -> R
     return replace(recipe, model=replace(recipe.model, model=str(folder), revision=None), blocks=blocks)
 
 
-def with_saved_adapter(recipe: Recipe, registry: Registry, saved: SavedRun) -> Recipe:
-    """The recipe with the run's own adapter in place of the one it went on from, where the plugin knows how."""
+def with_saved_adapter(recipe: Recipe, registry: Registry, saved: SavedRun, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe with the run's own adapter in place of the one it went on from, where the plugin knows how.
+
+    Raises PlanError where `overrides` name other adapters.
+    """
     parts = find_parts(recipe, registry, [], ("peft_config",))  # what is wrong, `make_model_plan` finds again
     for part in parts.at("peft_config"):
         if not isinstance(part.built, Reopens) or (folder := adapter_folder(saved)) is None:
             continue
-        if (parameters := part.built.reopened(folder)) is not None:
-            blocks = {**recipe.blocks, part.point: [(part.plugin.name, dict(parameters))]}
-            recipe = replace(recipe, blocks=blocks)
+        if (parameters := part.built.reopened(folder)) is None:
+            continue
+        if any(key.startswith(part.point) for key in overrides) and recipe.blocks != _own_blocks(saved, overrides):
+            raise PlanError(
+                f"{part.point}: {saved.run} is used with the adapter that it trained; for others, name their base: "
+                f'{recipe.model.model} "{part.point}={{name: {part.plugin.name}, ...}}"'
+            )
+        blocks = {**recipe.blocks, part.point: [(part.plugin.name, dict(parameters))]}
+        recipe = replace(recipe, blocks=blocks)
     return recipe
+
+
+def _own_blocks(saved: SavedRun, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    others = {key: value for key, value in overrides.items() if not key.startswith("peft_config")}
+    return load_recipe(saved.run / "resolved.yaml", others).blocks
 
 
 def adapter_folder(saved: SavedRun) -> Path | None:
@@ -137,20 +171,46 @@ def open_model(
 
 
 def fill(plan: ModelPlan, path: str | Path) -> None:
-    """Load base weights, then what was trained on top of them."""
+    """Load base weights, then what was trained on top of them. Raises LoadError if the base is another one now."""
+    saved = saved_at(path) if plan.mode == "reopen" else None
+    if saved is not None:
+        check_base(plan, saved)
     objective = build_objective(plan)
-    if plan.mode == "reopen" and (saved := saved_at(path)) is not None:
+    if saved is not None:
         restore_trained(plan, saved_tensors(saved))
     objective.eval()
 
 
+def check_base(plan: ModelPlan, saved: SavedRun) -> None:
+    """LoadError if the files of the run's base have been replaced since it was trained; not where another is named."""
+    trained_on = rundir.read_record(saved.run).get("model_fingerprint")
+    own = load_recipe(saved.run / "resolved.yaml", {"trust_remote_code": plan.keys.trust_remote_code}).model.model
+    if not trained_on or plan.keys.model != own:
+        return
+    folder = resolve_model(plan.keys, weights=True).folder
+    if fingerprint(folder) != trained_on:
+        raise LoadError(
+            f"model: the files in {folder} are not those that {saved.run} was trained on; put those back, or name "
+            "another folder with model=, if what was trained is meant for it"
+        )
+
+
 def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
-    """The trained tensors of a checkpoint, checked against its manifest, or of a run: the finished, else its newest."""
+    """The trained tensors of a checkpoint, checked against its manifest, or of a run: the finished, else its newest.
+
+    Raises CheckpointError where nothing was saved, or the file is damaged.
+    """
     from safetensors.torch import load_file
 
     run, folder = saved
-    if folder is None and (run / "trained.safetensors").exists():
-        return load_file(run / "trained.safetensors")
+    if folder is None and (file := run / "trained.safetensors").exists():
+        written = rundir.read_record(run).get("trained_sha256")
+        if written and sha256_of(file) != written:
+            raise CheckpointError(
+                f"{file}: damaged, its content is not what the run wrote (SHA-256 {written[:12]}...); restore it, or "
+                f"use one of the run's checkpoints instead: {run / 'checkpoints'}/step-..."
+            )
+        return load_file(file)
     if folder is None:
         found = checkpoint.newest(run / "checkpoints")
         if found is None:

@@ -31,9 +31,10 @@ class GenerateConfig:
     num_beams: Annotated[int, Ge(1)] = 1
     """Number of beams searched; above 1 an answer arrives whole instead of streaming."""
     max_length: Annotated[int, Ge(1)] | None = None
-    """Most tokens of prompt and answer together; null is the length the model was made for."""
-    max_new_tokens: Annotated[int, Ge(1)] = 1024
-    """Most tokens of an answer."""
+    """Most tokens of prompt and answer together; has no effect beside `max_new_tokens`."""
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+    """Most tokens of an answer; null is what `max_length` leaves, or 1024. No answer goes beyond the length that the
+    model was made for."""
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Above 1 makes tokens that occurred before less likely; 1 changes nothing."""
     length_penalty: float = 1.0
@@ -51,7 +52,11 @@ class ContextFull(DataError):
 
 @dataclass
 class ChatSession:
-    """Questions and answers with one model; every answer sees all turns before it."""
+    """Questions and answers with one model; every answer sees all turns before it.
+
+    With `completes` there are no turns: each text is continued as it is, which is all that a model without chat
+    template can do.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -59,13 +64,14 @@ class ChatSession:
     """Handed to `apply_chat_template`, for instance another `chat_template`."""
     config: GenerateConfig = field(default_factory=GenerateConfig)
     messages: list[dict[str, str]] = field(default_factory=list)
+    completes: bool = False
 
     def ask(self, text: str) -> str:
         """The whole answer to `text`. Works on sharded models, if every rank asks the same. Raises like `stream`."""
         asked, inputs = self._prepare(text)
         with evaluating(self.model):
             said = _whole_answer(self.model, self.tokenizer, inputs, self.config.skip_special_tokens)
-        self.messages = [*asked, {"role": "assistant", "content": said}]
+        self._keep(asked, said)
         return said
 
     def stream(self, text: str) -> Generator[str, None, None]:
@@ -85,7 +91,7 @@ class ChatSession:
                     yield piece
         finally:
             if said:
-                self.messages = [*asked, {"role": "assistant", "content": "".join(said).strip()}]
+                self._keep(asked, "".join(said).strip())
 
     def clear(self) -> None:
         """Forget all turns."""
@@ -96,7 +102,10 @@ class ChatSession:
         import torch
 
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt_1T = encode(self.tokenizer, self._with_system(asked), self.template_kwargs)
+        if self.completes:
+            prompt_1T = plain_ids(self.tokenizer, text)
+        else:
+            prompt_1T = encode(self.tokenizer, self._with_system(asked), self.template_kwargs)
         prompt_1T = prompt_1T.to(next(self.model.parameters()).device)
         pad = self.tokenizer.pad_token_id
         return asked, _settings(self.config) | {
@@ -106,6 +115,10 @@ class ChatSession:
             "eos_token_id": stop_tokens(self.model, self.tokenizer, self.template_kwargs) or None,
             "pad_token_id": 0 if pad is None else pad,
         }
+
+    def _keep(self, asked: list[dict[str, str]], said: str) -> None:
+        if not self.completes:
+            self.messages = [*asked, {"role": "assistant", "content": said}]
 
     def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         if self.config.default_system is None or messages[0]["role"] == "system":
@@ -124,11 +137,28 @@ def answer(
     return ChatSession(model, tokenizer, template_kwargs or {}, config or GenerateConfig()).ask(question)
 
 
+def has_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether there is anything to write a conversation with."""
+    return bool(tokenizer.chat_template or template_kwargs.get("chat_template"))
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids (1, T) of a text that is to go on, with the beginning of text that the tokenizer puts in front."""
+    import torch
+
+    ids = list(tokenizer(text)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        ids.pop()
+    if not ids:
+        raise DataError("the prompt is empty; give the text that is to be continued")
+    return torch.tensor([ids])
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], template_kwargs: Mapping[str, Any]
 ) -> Tensor:
     """Token ids (1, T) of the conversation up to where the assistant's answer starts."""
-    if not (tokenizer.chat_template or template_kwargs.get("chat_template")):
+    if not has_template(tokenizer, template_kwargs):
         raise DataError("the model's tokenizer has no chat template, so it cannot chat; name one with template")
     encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_kwargs
@@ -151,7 +181,7 @@ def stop_tokens(
     ):
         stops.update(ids if isinstance(ids, (list, tuple)) else () if ids is None else (ids,))
     kwargs = dict(template_kwargs or {})
-    if tokenizer.chat_template or kwargs.get("chat_template"):
+    if has_template(tokenizer, kwargs):
         marker = "llmtuneendofturn"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         after = str(tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)).rpartition(marker)[2].lstrip()
@@ -174,8 +204,10 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def _room(model: PreTrainedModel, prompt_tokens: int, config: GenerateConfig) -> int:
     made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (made_for, config.max_length) if limit]
-    room_tokens = min([config.max_new_tokens, *(limit - prompt_tokens for limit in limits)])
+    wanted = None if config.max_new_tokens else config.max_length
+    limits = [limit for limit in (made_for, wanted) if limit]
+    most = [config.max_new_tokens or 1024] if wanted is None else []
+    room_tokens = min([*most, *(limit - prompt_tokens for limit in limits)])
     if room_tokens < 1:
         raise ContextFull(
             f"the conversation has {prompt_tokens} tokens, the limit for prompt and answer together is {min(limits)}; "

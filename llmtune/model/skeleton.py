@@ -29,19 +29,33 @@ def build_skeleton(auto_class: Any, config: Any, dtype: torch.dtype, attention: 
     return model
 
 
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """Store the parameters of a loaded model in `dtype`, but those that its kind keeps in float32."""
+    kept = {id(parameter) for parameter, _ in _kept(model, dtype)}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
+
+
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    for parameter, kept in _kept(model, dtype):
+        parameter.data = parameter.data.to(kept)
+
+
+def _kept(model: Any, dtype: torch.dtype) -> list[tuple[nn.Parameter, torch.dtype]]:
+    """Parameters that a model of this kind holds in another type where the rest is in `dtype`."""
     import re
 
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return
     patterns = {
-        pattern: re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)") for pattern in plan
+        re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)"): kept
+        for pattern, kept in (model._get_dtype_plan(dtype) or {}).items()
     }
-    for name, parameter in model.named_parameters():
-        for pattern, regex in patterns.items():
-            if regex.search(name):
-                parameter.data = parameter.data.to(plan[pattern])
+    return [
+        (parameter, kept)
+        for name, parameter in model.named_parameters()
+        for pattern, kept in patterns.items()
+        if pattern.search(name)
+    ]
 
 
 def _compute_buffers(model: Any) -> None:

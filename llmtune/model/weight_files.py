@@ -142,13 +142,16 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 def stored_dtype(index: Mapping[str, StoredTensor], declared: torch.dtype | None) -> torch.dtype:
     """The type of a model's weights on disk: of all that are numbers with a point, if they agree; else the one that
     its config declares, else the one of most of the numbers."""
+    import torch
+
     counts: Counter[torch.dtype] = Counter()
     for tensor in index.values():
-        if (kind := torch_type(tensor.dtype)).is_floating_point:
+        kind = torch_type(tensor.dtype)
+        if kind.is_floating_point and kind.itemsize > 1:  # what has 8 bits is packed
             counts[kind] += (tensor.stop - tensor.start) // kind.itemsize
     if len(counts) > 1 and declared is not None:
         return declared
-    return counts.most_common(1)[0][0]
+    return counts.most_common(1)[0][0] if counts else declared or torch.bfloat16
 
 
 def torch_type(name: str) -> torch.dtype:

@@ -21,7 +21,7 @@ from llmtune.distributed.ranks import (
     tell_the_others,
     wait_for_all,
 )
-from llmtune.model.generation import GenerateConfig, answer
+from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.planning.make import make_plan
 from llmtune.recipe.parts import collect
 from llmtune.training import checkpoint
@@ -217,9 +217,15 @@ def sample_answers(plan: Plan, objective: Objective) -> list[str]:
     """Greedy answers to the recipe's `sample_prompts`. Collective: every rank generates the same."""
     data, module, tokenizer = plan.recipe.data, plan.model.module, plan.model.tokenizer
     config = GenerateConfig(do_sample=False, max_new_tokens=64, default_system=data.default_system)
+    variables = data.template_variables
+    completes = not has_template(tokenizer, variables)
     objective.eval()
     answers = [
-        objective(lambda question=question: answer(module, tokenizer, question, config, dict(data.template_kwargs)))
+        objective(
+            lambda question=question: ChatSession(module, tokenizer, variables, config, completes=completes).ask(
+                question
+            )
+        )
         for question in plan.recipe.train.sample_prompts
     ]
     objective.train()
