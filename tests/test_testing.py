@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from llmtune import train
+from llmtune import PluginError, plan, train
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.testing import LawError, check_plugin, in_ranks, laws, tiny_chats, tiny_recipe
+from llmtune.training.building import NamedSchedule
 
 HERE = Path(__file__).parent
 BROKEN = {
@@ -31,6 +32,11 @@ BROKEN = {
     ("peft_config", "merges_nothing"): ("merges_into_a_plain_model", "does not answer like base plus adapter"),
     ("peft_config", "remembers_outside"): ("resumes_exactly", "differ after resuming"),
     ("peft_config", "opens_otherwise"): ("reopens_as_trained", "reopened model's logits differ"),
+    ("peft_config", "forgets_to_save"): ("keeps_its_protocol", "is an adapter and lacks save; write it"),
+    ("peft_config", "is_of_no_kind"): (
+        "keeps_its_protocol",
+        "has the kind 'weight', allowed is one of adapter, weights",
+    ),
     ("kernel_config", "wrong_gradient"): ("trains_as_without_it", "the gradient of"),
     ("kernel_config", "wrong_answer"): ("answers_as_without_it", "logits differ"),
     ("kernel_config", "does_nothing"): ("replaces_something", "it reports: not used"),
@@ -76,7 +82,7 @@ BROKEN = {
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The broken package and the sound one they spoil, as pip leaves them: on the path, with entry points."""
     site = tmp_path_factory.mktemp("site")
-    names = [name for _, name in BROKEN if name not in ("has_no_entry", "heavy")]
+    names = ["saves_the_base_too", *(name for _, name in BROKEN if name not in ("has_no_entry", "heavy"))]
     entries = {
         "acme-broken": [f"{name} = acme_broken" for name in names],
         "acme-heavy": ["heavy = acme_heavy"],
@@ -130,6 +136,7 @@ def test_every_law_is_broken_by_something() -> None:
     [
         ("quant_config", "int8_rows", {"error": 0.02}),
         ("peft_config", "ia3", {}),
+        ("peft_config", "saves_the_base_too", {}),
         ("stage_config", "smoothed", {}),
         ("data_config", "forum", {"rows": [{"post": "a", "replies": [{"text": "b", "votes": 1}]}]}),
     ],
@@ -160,7 +167,7 @@ def test_all_broken_laws_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(LawError) as error:
         check_plugin("lr_scheduler_config", "doubles", tmp_path)
     said = str(error.value)
-    assert said.startswith("2 of 9 laws are broken")
+    assert said.startswith("2 of 10 laws are broken")
     assert "stays_within_bounds" in said and "takes_over_after_warmup" in said
 
 
@@ -181,6 +188,44 @@ def test_parameters_that_the_plugin_refuses_are_named(tmp_path: Path) -> None:
 def test_a_plugin_that_is_not_installed_is_named(tmp_path: Path) -> None:
     with pytest.raises(LawError, match='peft_config: no plugin "absent" is installed'):
         laws("peft_config", "absent")[0](tmp_path)
+
+
+def test_a_misspelt_name_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(LawError) as error:
+        check_plugin("peft_config", "ia4", tmp_path)
+    said = str(error.value)
+    assert said.startswith('no law of peft_config ia4 can be checked: peft_config: no plugin "ia4" is installed.')
+    assert 'Did you mean "ia3"?' in said and "laws are broken" not in said
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "check.py"
+    script.write_text(
+        "from pathlib import Path\nfrom llmtune.testing import in_ranks\nimport os\n"
+        f"in_ranks(2, Path({str(tmp_path)!r}) / 'ranks', os.getpid)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f'Each rank imports {script} before it begins, which has no `if __name__ == "__main__":`' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("forgets_to_save", "what it builds, ForgetsToSave, is an adapter and lacks save"),
+        ("is_of_no_kind", "has the kind 'weight', allowed is one of adapter, weights"),
+    ],
+)
+def test_the_plan_refuses_what_does_not_keep_its_protocol(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match=f'peft_config: "{name}" of acme-broken 1.0') as error:
+        plan(tiny_recipe(tmp_path, peft_config=name))
+    assert words in str(error.value)
+
+
+def test_a_schedule_that_raises_is_named(tmp_path: Path) -> None:
+    part = plan(tiny_recipe(tmp_path, lr_scheduler_config="divides_by_zero")).parts.one("lr_scheduler_config")
+    with pytest.raises(PluginError, match='lr_scheduler_config: "divides_by_zero" of acme-broken 1.0 failed'):
+        NamedSchedule(part).factor(5, 5, 5)
 
 
 def test_importing_it_loads_neither_torch_nor_pytest() -> None:

@@ -56,8 +56,14 @@ class ExtensionPoint:
 
     def objection(self, built: Any) -> str | None:
         """What a built object does not keep of the protocol, as the end of a sentence; None where it keeps it."""
-        if missing := lacking(self.protocol, built):
+        missing = lacking(self.protocol, built)
+        if missing == ["start"] and hasattr(built, "begin"):  # loggers have one of the two
+            missing = []
+        if missing:
             return f"lacks {listed(missing)}, which {self.protocol.__name__} asks for"
+        for name in (name for name, kind in members(self.protocol).items() if kind == "bool"):
+            if not isinstance(found := getattr(built, name), bool):
+                return f"has {found!r} as {name}, allowed is True or False"
         kinds = {"peft_config": ("adapter", "weights"), "data_config": KINDS}.get(self.name)
         if kinds and built.kind not in kinds:
             return f"has the kind {built.kind!r}, allowed is one of {listed(kinds)}"
@@ -66,18 +72,20 @@ class ExtensionPoint:
         return None
 
 
+def members(protocol: type) -> dict[str, Any]:
+    """The attributes of a protocol with their annotations, and its methods."""
+    found: dict[str, Any] = {}
+    for kind in reversed(protocol.__mro__):
+        found |= vars(kind).get("__annotations__", {}) | vars(kind)
+    return {name: member for name, member in found.items() if not name.startswith("_")}
+
+
 def lacking(protocol: type, built: Any) -> list[str]:
     """The attributes and methods of a protocol that an object does not have. Inherited stubs do not count."""
-    members = {
-        name: vars(kind).get(name)
-        for kind in protocol.__mro__
-        for name in (*vars(kind), *vars(kind).get("__annotations__", ()))
-        if not name.startswith("_")
-    }
     return sorted(
         name
-        for name, stub in members.items()
-        if not hasattr(built, name) or (stub is not None and getattr(type(built), name, None) is stub)
+        for name, member in members(protocol).items()
+        if not hasattr(built, name) or (callable(member) and getattr(type(built), name, None) is member)
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import PlanError
+from llmtune.contract.errors import PlanError, blaming
 from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
@@ -60,7 +60,8 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     trained = logits(plan.module, ids)
     for part in plan.parts.at("peft_config"):
         if isinstance(part.built, Merges):
-            part.built.merge(plan.module)
+            with blaming(part.full_label, "merge"):
+                part.built.merge(plan.module)
     compare(logits(plan.module, ids), trained, base)
     write(plan, target, dtype, recipe.export)
     return target

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, PlanError, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import RunContext
 from llmtune.contract.structure import transformer_layers
@@ -158,7 +158,7 @@ def apply_edits(
         if found := plugin_objections(part, context, ledger.model):
             problems += found
             continue
-        with collect(problems):
+        with collect(problems), blaming(part.full_label, "apply"):
             ledger.apply(part.plugin.name, part.built, context)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmtune.contract.errors import LlmtuneError, PlanError, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.distributed.mesh import arrange
 from llmtune.model.precision import Precision, choose_precision
@@ -79,7 +79,7 @@ def make_model_plan(
 def arranged(ranks: Ranks, parts: Parts, problems: list[LlmtuneError]) -> Ranks:
     """The ranks in the layout that the recipe's `dist_config` wants."""
     for part in parts.at("dist_config"):
-        with collect(problems):
+        with collect(problems), blaming(part.full_label, "layout"):
             ranks = arrange(ranks, part.built, part.label)
     return ranks
 

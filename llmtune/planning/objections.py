@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, PlanError
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming
 from llmtune.contract.records import Checks, TrainsWhole
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def plugin_objections(part: Part, context: RunContext, module: Any) -> list[Llmt
     """What a plugin has to say against this recipe, as errors that carry its extension point."""
     if not isinstance(part.built, Checks):
         return []
-    return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(context, module)]
+    with blaming(part.full_label, "check"):
+        return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(context, module)]
 
 
 def stream_objections(recipe: Recipe) -> Iterator[str]:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.contract.errors import LlmtuneError, listed
+from llmtune.contract.errors import LlmtuneError, PluginError, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.testing.running import REFERENCES, tiny_recipe
 
@@ -19,6 +19,10 @@ Check = Callable[..., None]
 
 class LawError(AssertionError):
     """A plugin breaks a law. The message names both, what was found, and what to do."""
+
+
+class NoSuchPlugin(LawError):
+    """No package offers a plugin of this name: it is misspelt, or its package is not installed here."""
 
 
 class Broken(Exception):
@@ -120,6 +124,8 @@ class Law:
         except Broken as found:
             raise LawError(self._said(str(found))) from None
         except LlmtuneError as error:
+            if isinstance(error, PluginError) and f'no plugin "{self.subject.name}" is installed' in str(error):
+                raise NoSuchPlugin(f"no law of {self.subject.label} can be checked: {error}") from error
             raise LawError(self._said(str(error))) from error
         except AssertionError as error:  # a rank of `in_ranks` failed, or a plugin's own assertion
             raise LawError(self._said(f"it failed. {error}")) from error
@@ -163,6 +169,8 @@ def check_plugin(
     for law in checked:
         try:
             law(folder)
+        except NoSuchPlugin:
+            raise
         except LawError as error:
             broken.append(error)
     if len(broken) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -70,8 +71,19 @@ def _results(scratch: Path, exit_codes: list[int | None]) -> list[Any]:
         path.unlink()
     assert not said, said[0]
     silent = [f"rank {rank} (exit code {code})" for rank, code in enumerate(exit_codes) if found[rank] is None]
-    assert not silent, f"no result from {', '.join(silent)}"
+    assert not silent, f"no result from {', '.join(silent)}{_guard_missing()}"
     return [pickle.loads(result) for result in found if result is not None]
+
+
+def _guard_missing() -> str:
+    """What to do where the script that was started would start ranks in every rank."""
+    main = getattr(sys.modules["__main__"], "__file__", None)  # an interactive session has none
+    if main is None or not Path(main).is_file() or "__main__" in Path(main).read_text(encoding="utf-8"):
+        return ""
+    return (
+        f'. Each rank imports {main} before it begins, which has no `if __name__ == "__main__":`; put what starts '
+        "ranks under such a line"
+    )
 
 
 def _one(

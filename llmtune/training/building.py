@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmtune.contract.errors import blaming
 from llmtune.contract.structure import transformer_layers
 from llmtune.distributed.activation_checkpointing import checkpoint_activations
 from llmtune.distributed.context_parallel import attend_over_ranks
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llmtune.contract.records import Distribute, Init
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.planning.plan import Plan
+    from llmtune.recipe.parts import Part
 
 
 def build_objective(plan: ModelPlan) -> Objective:
@@ -67,11 +69,23 @@ def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optim
     train = plan.recipe.train
     return Training(
         objective=objective, optimizer=optimizer, batches=plan.data.batches,
-        schedule=plan.parts.one("lr_scheduler_config").built,
+        schedule=NamedSchedule(plan.parts.one("lr_scheduler_config")),
         distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=plan.steps,
         warmup_steps=plan.warmup_steps, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
         scaler=LossScale() if plan.model.precision.scaled else None, first_step=first_step,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NamedSchedule:
+    """A schedule whose errors carry the plugin's name."""
+
+    part: Part
+
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """Multiplier of the learning rate."""
+        with blaming(self.part.full_label, f"factor({step}, {total_steps}, {warmup_steps})"):
+            return self.part.built.factor(step, total_steps, warmup_steps)
 
 
 @dataclass(frozen=True)

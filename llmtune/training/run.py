@@ -7,7 +7,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmtune.contract.errors import LlmtuneError, PlanError, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.data.stream_loader import StreamLoader
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
@@ -145,7 +145,9 @@ def _run(
         plan.data.batches.start(first_step, found[1].numbers["stream"] if found else None, quarantine)
     with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
         objective = build_objective(plan.model)
-    optimizer = make_optimizer(plan.parts.one("optim_config").built, module, recipe.learning_rate)
+    optim = plan.parts.one("optim_config")
+    with blaming(optim.full_label, "create"):
+        optimizer = make_optimizer(optim.built, module, recipe.learning_rate)
     training = make_training(plan, objective, optimizer, first_step)
     if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)

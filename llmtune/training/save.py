@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.errors import blaming
 from llmtune.distributed.placement import full
 from llmtune.model.edits import named_tensors
 
@@ -47,7 +48,8 @@ def write_adapter(plan: ModelPlan, folder: Path) -> dict[str, Tensor]:
     if plan.ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         (part,) = plan.parts.at("peft_config")
-        part.built.save(plan.module, tensors, folder, plan.context)
+        with blaming(part.full_label, "save"):
+            part.built.save(plan.module, tensors, folder, plan.context)
     return tensors
 
 

@@ -24,8 +24,6 @@ def laws(subject: Subject) -> list[Check]:
 def arranges_all_ranks(subject: Subject, folder: Path) -> None:
     """`layout(n)` has n ranks in all, the same every time, or refuses n with a PlanError; one of 1 to 8 is possible."""
     built, possible = subject.built(), []
-    if not isinstance(getattr(built, "alone", None), bool):
-        raise Broken(f"`alone` is {getattr(built, 'alone', None)!r}", "Set it to True or False")
     for ranks in range(1, 9):
         try:
             layout = built.layout(ranks)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import PluginError
+from llmtune.contract.extension_points import POINTS
 from llmtune.contract.schema import convert, describe, document, field_types, json_schema
 from llmtune.testing.contract import Broken, Check, Subject, names
 
@@ -25,7 +26,10 @@ HEAVY = (
 
 def laws(subject: Subject) -> list[Check]:
     """All of them."""
-    return [is_discovered, has_a_light_module, documents_its_keys, reads_its_keys, builds_without_side_effects]
+    return [
+        is_discovered, has_a_light_module, documents_its_keys, reads_its_keys, builds_without_side_effects,
+        keeps_its_protocol,
+    ]  # fmt: skip
 
 
 def is_discovered(subject: Subject, folder: Path) -> None:
@@ -125,6 +129,13 @@ def builds_without_side_effects(subject: Subject, folder: Path) -> None:
     ]  # fmt: skip
     if changed:
         raise Broken(f"`build` changed {names(changed)}", "Leave global settings alone; a run has one seed")
+
+
+def keeps_its_protocol(subject: Subject, folder: Path) -> None:
+    """The object that `build` returns has every attribute and method that the protocol of its extension point has."""
+    built, point = subject.built(), POINTS[subject.point]
+    if objection := point.objection(built):
+        raise Broken(f"{type(built).__name__} {objection}", f"See llmtune.{point.protocol.__name__}")
 
 
 def _global_state() -> dict[str, Any]:

@@ -25,8 +25,6 @@ def laws(subject: Subject) -> list[Check]:
 def fetches_what_the_files_hold(subject: Subject, folder: Path) -> None:
     """`fetch` returns a tensor, or where rows are asked for exactly those, in the file's shape and type."""
     init = subject.built()
-    if not isinstance(getattr(init, "whole", None), bool):
-        raise Broken(f"`whole` is {getattr(init, 'whole', None)!r}", "Set it to True (whole tensors) or False (rows)")
     with FolderReader(Path(subject.keys(folder)["model"])) as reader:
         for key in sorted(reader.keys()):
             expected = reader.read(key)

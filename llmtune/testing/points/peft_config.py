@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.contract.records import Peft
+from llmtune.contract.records import Adapter
 from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
@@ -33,8 +33,8 @@ def laws(subject: Subject) -> list[Check]:
 
 
 def trains_what_it_claims(subject: Subject, folder: Path) -> None:
-    """What `ModelEdit.trainable` claims gets gradients and changes; everything else gets none and keeps its bytes; an
-    adapter trains nothing of the original model.
+    """What `ModelEdit.trainable` claims gets gradients and changes; everything else gets none and keeps its bytes; what
+    an adapter trains of the original model is in the files that `save` writes.
     """
     plan, objective = running.start(subject.keys(folder))
     change = edits.change_of(subject, plan.model)
@@ -42,12 +42,10 @@ def trains_what_it_claims(subject: Subject, folder: Path) -> None:
         raise Broken("`ModelEdit.trainable` is None, so all parameters train", "Say which train, by name")
     claimed = {name for name, _ in plan.model.module.named_parameters() if change.trainable(name)}
     built: Any = plan.parts.one(subject.point).built
-    if getattr(built, "kind", None) not in ("adapter", "weights"):
-        raise Broken(f"`kind` is {getattr(built, 'kind', None)!r}", 'Set it to "adapter" or "weights"')
-    if built.kind == "adapter" and (base := claimed & set(plan.model.ledger.direct.values())):
+    if built.kind == "adapter" and (lost := _not_saved(plan, built, claimed, folder / "saved")):
         raise Broken(
-            f"it is an adapter and trains {names(list(base))} of the base, which `save` will not hold for others",
-            'Leave the base out of `ModelEdit.trainable`, or set kind = "weights"',
+            f"it is an adapter and trains {names(lost)} of the base, which `save` writes into no safetensors file",
+            'Save them and put them back in `merge`, leave them out of `ModelEdit.trainable`, or set kind = "weights"',
         )
     before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model.module).items()}
     wrong, silent = _step(plan, objective, claimed)
@@ -62,6 +60,21 @@ def trains_what_it_claims(subject: Subject, folder: Path) -> None:
     own = {id(after[name]) for name in claimed}  # a tied weight has several names, one of which is claimed
     if moved := [n for n, old in before.items() if id(after[n]) not in own and not same_bytes(after[n], old)]:
         raise Broken(f"{names(moved)} changed in training without being claimed", "Leave frozen tensors alone")
+
+
+def _not_saved(plan: Plan, built: Adapter, claimed: set[str], folder: Path) -> list[str]:
+    """Trained tensors of the original model whose values are in no file that `save` writes."""
+    from safetensors.torch import load_file
+
+    from llmtune.training.save import trained_tensors
+
+    if not (base := claimed & set(plan.model.ledger.direct.values())):
+        return []
+    tensors = trained_tensors(plan.model)
+    folder.mkdir()
+    built.save(plan.model.module, tensors, folder, plan.model.context)
+    held = [tensor for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()]
+    return [name for name in sorted(base) if not any(distance(one, tensors[name]) < 1e-2 for one in held)]
 
 
 def _step(plan: Plan, objective: Any, claimed: set[str]) -> tuple[list[str], list[str]]:
@@ -135,9 +148,6 @@ def merges_into_a_plain_model(subject: Subject, folder: Path) -> None:
     from llmtune.inference.export import export
 
     _, plan = running.train_and_keep(subject.keys(folder))
-    built: Any = plan.parts.one(subject.point).built
-    if not isinstance(built, Peft):
-        raise Broken("it lacks one of apply, kind, save, merge", "See llmtune.Peft")
     trained = logits(plan.model.module, probe(plan.model))
     merged_at = export(plan.output_dir, export_dir=str(folder / "merged"), infer_dtype="float32", **FIRST_PARTY)
     merged = AutoModelForCausalLM.from_pretrained(merged_at, dtype=torch.float32).to(plan.device)

@@ -45,7 +45,8 @@ POINTS = {
     ),
     "peft_config": (
         "trains_the_base", "trains_what_it_does_not_use", "moves_frozen_weights", "starts_at_random", "starts_by_rank",
-        "merges_nothing", "remembers_outside", "opens_otherwise",
+        "merges_nothing", "remembers_outside", "opens_otherwise", "forgets_to_save", "saves_the_base_too",
+        "is_of_no_kind",
     ),
     "kernel_config": ("wrong_gradient", "wrong_answer", "does_nothing", "mixes_documents"),
     "stage_config": ("takes_the_mean", "detaches_a_part", "counts_padding", "nudges_weights", "climbs"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,24 @@ class _Gains(Ia3):
 class TrainsTheBase(_Gains):
     def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         return replace(super().apply(model, context), trainable=lambda name: "layers.1" in name)
+
+    def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
+        super().save(model, {name: gain for name, gain in tensors.items() if ".gain" in name}, folder, context)
+
+
+class SavesTheBaseToo(_Gains):
+    """A sound one: gains, and the last norm, which it saves and leaves where it is."""
+
+    def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
+        return replace(super().apply(model, context), trainable=lambda n: ".gain" in n or n == "model.norm.weight")
+
+
+class ForgetsToSave(_Gains):
+    save: Any = property()
+
+
+class IsOfNoKind(_Gains):
+    kind = "weight"
 
 
 class TrainsWhatItDoesNotUse(_Gains):

@@ -50,7 +50,6 @@ class Climbs(_Stage):
 
 class LosesRanks:
     in_host_memory = False
-    alone = True
 
     def layout(self, ranks: int) -> ParallelDims:
         return ParallelDims(shard=max(1, ranks - 1))
