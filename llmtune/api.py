@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import CheckpointError, PlanError
+from llmtune.terminal import in_notebook, preformatted, quiet_imports, show_doing
 from llmtune.training import run_folder as rundir
 
 if TYPE_CHECKING:
@@ -99,20 +100,23 @@ class Run:
     def _repr_html_(self) -> str:
         from html import escape
 
-        from llmtune.training.log import loss_table
+        from llmtune.training.report import loss_table
 
         answers = "".join(
             f"<tr><td>{escape(question)}</td><td>{escape(before)}</td><td>{escape(after)}</td></tr>"
             for question, before, after in self.answers
         )
         table = f"<table><tr><th>question</th><th>before</th><th>after</th></tr>{answers}</table>" if answers else ""
-        return f"<b>{escape(repr(self))}</b>{table}<pre>{escape(loss_table(self.metrics))}</pre>"
+        return f"<b>{escape(repr(self))}</b>{table}{preformatted(loss_table(self.metrics))}"
 
 
 def _recipe_and_registry(recipe: Any, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
 
+    quiet_imports()
+    if in_notebook():
+        show_doing()
     return load_recipe(recipe, overrides), Registry()
 
 
@@ -128,12 +132,11 @@ def train(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, *
     if ranks > 1 and not under_launcher():
         return _train_in_processes(loaded, ranks)
     from llmtune.cost import estimate
-    from llmtune.training.outcome import outcome_text
+    from llmtune.training.report import print_outcome
     from llmtune.training.run import train_here
 
     outcome = train_here(loaded, registry, estimate)
-    if outcome.plan.ranks.first:
-        print("\n" + outcome_text(outcome))
+    print_outcome(outcome)
     trust = loaded.model.trust_remote_code
     return Run(outcome.plan.output_dir, answers=outcome.answers, trust_remote_code=trust)
 

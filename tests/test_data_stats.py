@@ -110,4 +110,4 @@ def test_numbers_for_machines_and_a_plot(keys: dict[str, Any], tmp_path: Path) -
     assert "lengths" not in numbers
     found.plot(tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert found._repr_html_().startswith("<pre>")
+    assert found._repr_html_().startswith("<pre")

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len as cell_width
 
 from llmtune.contract.errors import CheckpointError
-from llmtune.training.console import Console, NotebookBar, PlainLines, RichBar, choose_view, duration
-from llmtune.training.log import Loggers, MetricsFile, cell_width, loss_table, read_metrics, side_by_side, wrap
+from llmtune.training.console import Console, NotebookBar, PlainLines, TerminalBar, choose_view, duration
+from llmtune.training.log import Loggers, MetricsFile, read_metrics
+from llmtune.training.report import loss_table, side_by_side, wrap
 
 
 def write(folder: Path, steps: range, resume_step: int = 0, **metrics: float) -> None:
@@ -131,7 +133,7 @@ def show_on_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str
 def test_a_terminal_gets_a_bar_that_keeps_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     text = show_on_terminal(monkeypatch)
     assert "\x1b[3" in text or "\x1b[9" in text  # colour
-    assert "step 10  eval_loss 2.2500" in text
+    assert "step 10/40  eval_loss 2.2500" in text
     assert "40/40" in text
     assert "loss 1.2500" in text
 
@@ -148,15 +150,15 @@ def test_what_is_no_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(choose_view(Terminal()), PlainLines)
     assert isinstance(choose_view(io.StringIO()), PlainLines)
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(choose_view(Terminal()), RichBar)
+    assert isinstance(choose_view(Terminal()), TerminalBar)
 
 
 def test_notebook_bar(capsys: pytest.CaptureFixture[str]) -> None:
     bar = NotebookBar()
     bar.start(5, 20)
-    bar.update(10, "loss 1.5000  eta 0:10", keep=False)
-    bar.update(10, "eval_loss 2.0000", keep=True)
-    bar.update(20, "loss 1.2500  eta 0:00", keep=False)
+    bar.report(10, "loss 1.5000", eta="0:10", evaluation=False)
+    bar.report(10, "eval_loss 2.0000", eta="", evaluation=True)
+    bar.report(20, "loss 1.2500", eta="0:00", evaluation=False)
     bar.finish()
     out, err = capsys.readouterr()
     assert "step 10  eval_loss 2.0000" in out

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmtune import __version__
 from llmtune.cli import data as data_cli
+from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import LlmtuneError
+from llmtune.terminal import doing, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.close()
             return 0
         _record_for_launcher(error)
-        print(f"llmtune: {error}", file=sys.stderr)
+        say(f"llmtune: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("llmtune: interrupted", file=sys.stderr)
@@ -42,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(error: LlmtuneError) -> None:
     """The sentence, once on each machine if all ranks stop for it."""
-    import os
-
     if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"llmtune: {error.where}{error}", file=sys.stderr, flush=True)
+        say(f"llmtune: {error.where}{error}", sys.stderr)
     if error.everywhere:
         from llmtune.distributed.ranks import leave
 
@@ -54,8 +56,6 @@ def _say(error: LlmtuneError) -> None:
 
 def _record_for_launcher(error: BaseException) -> None:
     """Leave the error where torch's elastic launcher looks for it."""
-    import os
-
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -134,18 +134,6 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def quiet_libraries() -> None:
-    """transformers' bars for loading and writing files say nothing that our own lines do not."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    # PEFT imports bitsandbytes, which on a CPU reports each kernel package that is not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def _train(options: Any) -> int:
     from llmtune.api import default_ranks
     from llmtune.distributed.launch import EXIT_INTERRUPTED, Machines, launch, under_launcher
@@ -164,14 +152,13 @@ def _train(options: Any) -> int:
         ranks = options.nproc or default_ranks(recipe.train.device)
         if ranks > 1 or machines != Machines():
             return launch(["train", options.recipe, *options.overrides], ranks, machines)
+    load_libraries()
     from llmtune.cost import estimate
-    from llmtune.training.outcome import outcome_text
+    from llmtune.training.report import print_outcome
     from llmtune.training.run import train_here
 
-    quiet_libraries()
     outcome = train_here(recipe, Registry(), estimate)
-    if outcome.plan.ranks.first:
-        print("\n" + outcome_text(outcome))
+    print_outcome(outcome)
     leave()
     return EXIT_INTERRUPTED if outcome.status == "interrupted" else 0
 
@@ -179,30 +166,32 @@ def _train(options: Any) -> int:
 def _plan(options: Any) -> None:
     import json
 
-    from llmtune.api import plan_for
-    from llmtune.cost.text import detail_text, quick_text
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
 
-    quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
+    load_libraries()
+    from llmtune.api import plan_for
+    from llmtune.cost.text import detail_text, quick_text
+
     found = plan_for(recipe, Registry(), nproc=options.nproc, ranks=options.ranks, described=options.device)
     if options.json:
         print(json.dumps(found.cost.as_dict(), indent=1))
         return
-    print(f"{found}\n\n{quick_text(found.cost)}", flush=True)
-    print(detail_text(found.cost))
+    say(f"{found}\n\n{quick_text(found.cost)}")
+    doing.info("Tracing a step without weights, to know its memory")
+    say(detail_text(found.cost))
 
 
 def _chat(options: Any) -> None:
     from dataclasses import fields
 
+    load_libraries()
     from llmtune.inference.chat import NO_TEMPLATE, chat_loop, conversation_for, generate_config
     from llmtune.inference.reopen import open_model, recipe_of
     from llmtune.model.generation import GenerateConfig
     from llmtune.recipe.recipe import parse_overrides
 
-    quiet_libraries()
     given = parse_overrides(options.overrides)
     names = {field.name for field in fields(GenerateConfig)}
     others = {key: value for key, value in given.items() if key not in names}
@@ -220,12 +209,12 @@ def _chat(options: Any) -> None:
 
 
 def _export(options: Any) -> None:
+    load_libraries()
     from llmtune.inference.export import export
     from llmtune.recipe.recipe import parse_overrides
 
-    quiet_libraries()
     target = export(options.run, **parse_overrides(options.overrides))
-    print(f"Wrote {target}. Try: llmtune chat {target}")
+    say(f"Wrote {target}. Try: llmtune chat {shlex.quote(str(target))}")
 
 
 def _plugins(options: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import DataError, PlanError, RecipeError
 
 if TYPE_CHECKING:
@@ -159,7 +160,6 @@ def _stats(options: Any) -> None:
 
 
 def _recipe(options: Any) -> Any:
-    from llmtune.cli.commands import quiet_libraries
     from llmtune.recipe.recipe import load_recipe
 
     if options.recipe.endswith(_DATA):
@@ -168,5 +168,5 @@ def _recipe(options: Any) -> Any:
             f"{options.recipe}`, or a recipe and dataset={options.recipe}"
         )
     recipe = load_recipe(options.recipe, options.overrides)
-    quiet_libraries()
+    load_libraries()
     return recipe

@@ -19,6 +19,10 @@ class LlmtuneError(Exception):
     where = ""
     """Which rank met it, as a beginning of the sentence, where not all did."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter print in place of a traceback."""
+        return [f"{type(self).__name__}: {self.where}{self}"]
+
 
 class RecipeError(LlmtuneError):
     """The recipe, or an override on the command line, cannot be understood."""

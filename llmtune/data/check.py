@@ -23,6 +23,7 @@ from llmtune.data.formats import Chosen, Formats, read_row
 from llmtune.data.piece import Bad
 from llmtune.data.reading import Chunk, Found, Row, chunks, find
 from llmtune.data.workers import in_order
+from llmtune.terminal import Shown
 
 LOOKED_AT = 100
 """Rows that the format is detected from."""
@@ -78,8 +79,8 @@ class Seen:
             self.firsts.setdefault(note, f"{found} in {origin}{number}")
 
 
-@dataclass(kw_only=True)
-class DataCheck:
+@dataclass(kw_only=True, repr=False)
+class DataCheck(Shown):
     """What a data set is, and what is wrong with it. Print it to see it; false where rows are bad."""
 
     name: str
@@ -155,11 +156,6 @@ class DataCheck:
             yield "duplicates", f"{_rows(self.duplicates)} said before, first {later} (as {earlier})"
         for note, count in self.notes.most_common():
             yield "note", f"{note} ({_rows(count)}, first {self.firsts[note]})"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 def check(

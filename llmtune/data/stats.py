@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from llmtune.terminal import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,8 +81,8 @@ class Rows:
     """Rows that are padded to one length."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataStats:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DataStats(Shown):
     """Lengths of the samples as they come, without a cutoff, and what the recipe makes of them."""
 
     kind: str
@@ -147,9 +148,6 @@ class DataStats:
         share = f"{1 - self.padded.fill:.1%} padding"
         lines.append(f"  padded in micro-batches of {self.padded.micro_batch:,}: {self.padded.rows:,} rows, {share}")
         return lines
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """A histogram of lengths, and the share of samples and tokens up to each; saved to `path` if given.

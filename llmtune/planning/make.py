@@ -14,6 +14,7 @@ from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import batch_objections, stream_objections
 from llmtune.planning.plan import Plan
 from llmtune.recipe.parts import Parts, collect, find_parts
+from llmtune.terminal import doing
 
 if TYPE_CHECKING:
     import torch
@@ -36,16 +37,19 @@ def make_plan(
     problems: list[LlmtuneError] = []
     parts = find_parts(recipe, registry, problems, EXTENSION_POINTS)
     ranks = arranged(ranks, parts, problems)
+    doing.info("Reading the model's configuration and tokenizer")
     precision, pretrained = foundations(recipe, parts, ranks, device, problems, target=target, templated=False)
     problems += [PlanError(sentence) for sentence in stream_objections(recipe)]
     prepared: Prepared | None = None
     if not (parts.at("data_config") and parts.at("stage_config")):
         raise_all(problems)  # one of the problems is why
+    doing.info("Reading and tokenising the data")
     with collect(problems):
         prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer)
     raise_all(problems)
     assert prepared is not None and precision is not None
     model: ModelPlan | None = None
+    doing.info("Building the model's structure, without weights")
     with collect(problems):
         model = plan_model(recipe, parts, pretrained, precision, ranks, device, "train")
     problems += [PlanError(sentence) for sentence in batch_objections(prepared.train.kind, recipe.data, ranks)]

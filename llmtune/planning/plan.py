@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.planning.show import data_lines, edit_lines, epoch_text, model_lines
+from llmtune.terminal import Shown
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from llmtune.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Shown):
     """A recipe, resolved for training."""
 
     recipe: Recipe
@@ -97,6 +97,3 @@ class Plan:
         if notes := [*self.model.notes, *self.data.notes, *self.notes]:
             lines += ["", *(f"Note: {note}" for note in notes)]
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
     """Which model this is, where it will be, and how it attends; `flat` says how rows are laid."""
     rows = [("Model", f"{plan.keys.model} ({type(plan.module).__name__}, from {plan.files.origin})")]
     if plan.files.note:
-        rows += [("", line) for line in textwrap.wrap(plan.files.note, 100)]
+        rows.append(("", plan.files.note))
     if plan.vocabulary is not None:
         rows += zip(("Tokens", ""), plan.vocabulary.lines(), strict=True)
     place = f"{counted(plan.ranks.size, 'rank')}{_arrangement(plan.ranks)}"
@@ -32,7 +31,7 @@ def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
         ("Device", f"{plan.device.type}, {place}, {plan.precision.name}"),
         ("Attention", f"{plan.attention}, {'documents end to end' if flat else 'padded rows'}"),
     ]
-    return [f"{name:<10}{text}" for name, text in rows]
+    return [f"{name:<12}{text}" for name, text in rows]
 
 
 def _arrangement(ranks: Ranks) -> str:
@@ -53,8 +52,9 @@ def edit_lines(parts: Parts, plan: ModelPlan) -> list[str]:
         if part.point == "dist_config" and plan.ranks.size == 1:
             continue
         summary, *more = reports[id(part)] or [part.plugin.summary]
-        lines.append(f"  {part.point.removesuffix('_config'):<13}{part.plugin.name:<17}{part.package:<26}{summary}")
-        lines += [f"{'':<58}{line}" for line in more]
+        name = f"{part.plugin.name} ({part.package})"
+        lines.append(f"  {part.point.removesuffix('_config'):<14}{name}: {summary}")
+        lines += [f"{'':<16}{line}" for line in more]
     return lines
 
 

@@ -10,6 +10,7 @@ from llmtune.contract.errors import listed
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS
 from llmtune.contract.hookspecs import observe
 from llmtune.contract.records import API_VERSION, Plugin
+from llmtune.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,9 @@ def print_listing(listing: Sequence[Listed], as_json: bool = False) -> None:
         if not rows and point not in EXTENSION_POINTS:
             continue
         title = f"{point}: {question(point)}" if point else "Not usable:"
-        print(f"\n{title}" if point != EXTENSION_POINTS[0] else title)
+        say(f"\n{title}" if point != EXTENSION_POINTS[0] else title)
         for row in rows or [None]:
-            print("  " + (_line(row) if row else "(nothing installed)"))
+            say("  " + (_line(row) if row else "(nothing installed)"))
 
 
 def _line(row: Listed) -> str:

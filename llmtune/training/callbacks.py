@@ -84,6 +84,8 @@ class TrainingCallbacks:
         last = step >= self.plan.steps
         self.tokens += stats.tokens
         self.window.append(stats)
+        if self.loggers is not None:
+            self.loggers.at(step)
         if step % train.logging_steps == 0 or step == 1 or last:
             self.log(step)
         if self.evaluates_at(step, last):

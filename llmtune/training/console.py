@@ -1,13 +1,17 @@
-"""Progress for people: a bar on a terminal or in a notebook, one plain line per log elsewhere."""
+"""Progress for people: lines of figures, and on a terminal or in a notebook a bar below them."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
+
+from llmtune.terminal import columns, in_notebook
 
 Clock = Callable[[], float]
 
@@ -22,8 +26,12 @@ class View(Protocol):
         """Begin at `done` of `total` steps."""
         ...
 
-    def update(self, step: int, figures: str, keep: bool) -> None:
-        """Show that `step` is done. `keep`: the figures should stay in sight (an evaluation)."""
+    def move(self, step: int, eta: str) -> None:
+        """Show that `step` is done, and how long the rest takes."""
+        ...
+
+    def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
+        """Show the figures of `step`, separated by two spaces."""
         ...
 
     def finish(self) -> None:
@@ -48,18 +56,19 @@ class Console:
         self.started = self.clock()
         self.view.start(self.first, self.total)
 
+    def at(self, step: int) -> None:
+        """Show that `step` is done."""
+        self.view.move(step, self.eta(step))
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of `step`; those without a `loss` are an evaluation's."""
-        evaluated = "loss" not in metrics
-        figures = figures_text(metrics)
-        if not evaluated and (eta := self.eta_s(step)) is not None:
-            figures += f"  eta {duration(eta)}"
-        self.view.update(step, figures, evaluated)
+        evaluation = "loss" not in metrics
+        self.view.report(step, figures_text(metrics), "" if evaluation else self.eta(step), evaluation)
 
-    def eta_s(self, step: int) -> float | None:
-        """Seconds left at the mean speed so far; None before anything is done."""
+    def eta(self, step: int) -> str:
+        """The time left at the mean speed so far; empty before anything is done."""
         done = step - self.first
-        return (self.clock() - self.started) / done * (self.total - step) if done > 0 else None
+        return duration((self.clock() - self.started) / done * (self.total - step)) if done > 0 else ""
 
     def finish(self) -> None:
         """End the display."""
@@ -71,14 +80,7 @@ def choose_view(stream: TextIO) -> View:
     if in_notebook():
         return NotebookBar()
     terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    return RichBar(stream) if terminal else PlainLines(stream)
-
-
-def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and "IPKernelApp" in shell.config
+    return TerminalBar(stream) if terminal else PlainLines(stream)
 
 
 class PlainLines:
@@ -92,42 +94,55 @@ class PlainLines:
         """Nothing is printed before the first log."""
         self.total = total
 
-    def update(self, step: int, figures: str, keep: bool) -> None:
+    def move(self, step: int, eta: str) -> None:
+        """A file has a line for each log only."""
+
+    def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
         """Print one line."""
-        width = len(str(self.total))
+        more = f"  eta {eta}" if eta else ""
         # Flushed, or a log file would lag by the 8 KiB of a pipe's buffer, some 100 steps.
-        print(f"step {step:>{width}}/{self.total}  {figures}", file=self.stream, flush=True)
+        print(f"{step_text(step, self.total)}  {figures}{more}", file=self.stream, flush=True)
 
     def finish(self) -> None:
         """Nothing is left open."""
 
 
-class RichBar:
-    """A bar with the newest figures; evaluations stay above it. rich itself honours NO_COLOR."""
+class TerminalBar:
+    """A bar below the lines, which stay to scroll back to. rich itself honours NO_COLOR.
+
+    All that stands beside the bar has a fixed width, so that the bar keeps its place.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        self.stream = stream
+        # Colours that each terminal chooses to suit its background, light or dark.
+        bar = BarColumn(bar_width=None, style="bright_black", complete_style="green", finished_style="green")
         self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), 
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=RichConsole(file=stream, highlight=False),
+            TextColumn("step"), MofNCompleteColumn(), bar, TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("eta {task.fields[eta]:>7}"), console=RichConsole(file=stream, highlight=False), expand=True,
         )  # fmt: skip
         self.task: Any = None
+        self.total = 0
 
     def start(self, done: int, total: int) -> None:
         """Draw the bar."""
+        self.total = total
         self.progress.start()
-        self.task = self.progress.add_task("", total=total, completed=done, figures="")
+        self.task = self.progress.add_task("", total=total, completed=done, eta="")
 
-    def update(self, step: int, figures: str, keep: bool) -> None:
-        """Move the bar; kept figures become a line above it."""
-        if keep:
-            self.progress.console.print(f"step {step}  {figures}", markup=False)
-            self.progress.update(self.task, completed=step)
-        else:
-            self.progress.update(self.task, completed=step, figures=figures)
+    def move(self, step: int, eta: str) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=step, eta=eta)
+
+    def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
+        """Print a line above the bar."""
+        line = fit_figures(step_text(step, self.total), figures, columns(self.stream) or 80)
+        self.progress.console.print(line, markup=False, soft_wrap=True)
+        if not evaluation:
+            self.move(step, eta)
 
     def finish(self) -> None:
         """Leave the last state of the bar in sight."""
@@ -147,18 +162,35 @@ class NotebookBar:
             from tqdm.auto import tqdm
         self.bar = tqdm(total=total, initial=done, unit="step")
 
-    def update(self, step: int, figures: str, keep: bool) -> None:
-        """Move the bar; kept figures become a line of their own."""
+    def move(self, step: int, eta: str) -> None:
+        """Move the bar; tqdm shows the time left itself."""
         self.bar.update(step - self.bar.n)
-        if keep:
+
+    def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
+        """Show figures beside the bar; those of an evaluation become a line of their own."""
+        self.move(step, eta)
+        if evaluation:
             self.bar.write(f"step {step}  {figures}")
         else:
-            self.bar.set_postfix_str(figures.partition("  eta ")[0])  # tqdm shows the time left itself
+            self.bar.set_postfix_str(figures)
 
     def finish(self) -> None:
         """Leave the last state of the bar in sight."""
         if self.bar is not None:
             self.bar.close()
+
+
+def step_text(step: int, total: int) -> str:
+    """`step  10/120`, as wide for every step."""
+    return f"step {step:>{len(str(total))}}/{total}"
+
+
+def fit_figures(head: str, figures: str, width: int) -> str:
+    """Figures after `head` in lines of at most `width` columns; no figure is parted from its name."""
+    tied = re.sub(r"(?<! ) (?! )", "\u00a0", figures)
+    indent = " " * (len(head) + 2)
+    lines = textwrap.fill(tied, width, initial_indent=f"{head}  ", subsequent_indent=indent, break_long_words=False)
+    return lines.replace("\u00a0", " ")
 
 
 def figures_text(metrics: Mapping[str, float]) -> str:

@@ -1,13 +1,11 @@
-"""What a run reports: metrics.jsonl, the console, loggers of plugins, and tables for the end of it."""
+"""What a run reports while it goes on: metrics.jsonl, the console, loggers of plugins."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
 import sys
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -111,6 +109,10 @@ class Loggers:
         self._each_plugin(lambda plugin: plugin.log(step, dict(metrics)))
         self._to_console(lambda console: console.log(step, metrics))
 
+    def at(self, step: int) -> None:
+        """Show that `step` is done, whether or not it is logged."""
+        self._to_console(lambda console: console.at(step))
+
     def finish(self) -> None:
         """Close all of them."""
         self._to_console(lambda console: console.finish())
@@ -140,93 +142,3 @@ def _complain(what: str, error: Exception) -> None:
     print(
         f"llmtune: {what} failed and is off for the rest of the run: {type(error).__name__}: {error}", file=sys.stderr
     )
-
-
-COLUMNS: dict[str, tuple[str, str]] = {
-    "step": ("step", "d"),
-    "epoch": ("epoch", ".2f"),
-    "loss": ("loss", ".4f"),
-    "eval_loss": ("eval loss", ".4f"),
-    "learning_rate": ("learning rate", ".2e"),
-    "grad_norm": ("grad norm", ".3g"),
-    "tokens_per_second": ("tokens/s", ",.0f"),
-}
-"""Metric to (heading, format) of the loss table."""
-
-
-def loss_table(metrics: Sequence[Mapping[str, Any]], most: int = 10) -> str:
-    """At most `most` steps of a run as an aligned table: the first, the last, evenly spaced ones, evaluations."""
-    rows = _by_step(metrics)
-    if not rows:
-        return "No metrics were logged."
-    evaluated = [index for index, row in enumerate(rows) if "eval_loss" in row]
-    chosen = set(_spread(evaluated, most // 2))
-    chosen |= set(_spread(range(len(rows)), most - len(chosen)))
-    shown = [rows[index] for index in sorted(chosen)]
-    columns = []
-    for key, (heading, form) in COLUMNS.items():
-        cells = [format(row[key], form) if row.get(key) is not None else "" for row in shown]
-        if any(cells):
-            columns.append(_right([heading, *cells]))
-    return "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
-
-
-def _by_step(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step: training and evaluation metrics of a step together."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in metrics:
-        rows.setdefault(row["step"], {}).update(row)
-    return [rows[step] for step in sorted(rows)]
-
-
-def _spread(items: Sequence[int], most: int) -> list[int]:
-    """At most `most` of `items`, evenly spaced, the last always and the first if there is room for two."""
-    if len(items) <= most:
-        return list(items)
-    if most < 2:
-        return list(items)[-1:] if most else []
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _right(cells: Sequence[str]) -> list[str]:
-    width = max(len(cell) for cell in cells)
-    return [cell.rjust(width) for cell in cells]
-
-
-def side_by_side(question: str, before: str, after: str, width: int = 100) -> str:
-    """A question and its answers before and after training, in two columns that together take `width` cells."""
-    column = max(12, (width - 3) // 2)
-    left, right = (["", *wrap(text.strip() or "(nothing)", column)] for text in (before, after))
-    left[0], right[0] = "Before training", "After training"
-    left, right = ([cells[0], "-" * column, *cells[1:]] for cells in (left, right))
-    height = max(len(left), len(right))
-    rows = zip(left + [""] * (height - len(left)), right + [""] * (height - len(right)), strict=True)
-    lines = [f"{old}{' ' * (column - cell_width(old))} | {new}".rstrip() for old, new in rows]
-    return "\n".join([*wrap(f"Question: {question.strip()}", width), "", *lines])
-
-
-def cell_width(text: str) -> int:
-    """Terminal cells that `text` takes: two for wide East Asian characters and emoji, none for combining marks."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells, broken at spaces where there are any; line breaks of `text` stay."""
-    lines = []
-    for paragraph in text.expandtabs(4).splitlines():
-        line, wrapped = "", False
-        # Control characters would move the cursor; other kinds of space count as plain ones.
-        shown = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in paragraph)
-        for word in re.findall(r"\s+|\S+", shown):
-            if cell_width(line) + cell_width(word) > width and line.strip():
-                lines.append(line.rstrip())
-                line, wrapped = "", True
-            if wrapped and not line and word.isspace():
-                continue
-            for character in word:  # a word longer than a line is cut
-                if cell_width(line) + cell_width(character) > width:
-                    lines.append(line.rstrip())
-                    line, wrapped = "", True
-                line += character
-        lines.append(line.rstrip())
-    return lines

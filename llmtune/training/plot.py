@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -39,16 +40,28 @@ def plotting_problem() -> str | None:
     return None
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty Figure of so many inches, which a notebook shows as a picture. Raises PlanError without matplotlib."""
+    if problem := plotting_problem():
+        raise PlanError(f"plot: {problem}")
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            """matplotlib's own figures are shown only where pyplot, its global state, has been imported."""
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    return Picture(figsize=(width, height), dpi=120, layout="constrained")
+
+
 def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
     """Loss, learning rate, gradient norm and speed against the step, as a Figure; saved to `path` if given.
 
     The ending of `path` chooses the format (png, svg, pdf). Raises PlanError without matplotlib.
     """
-    if problem := plotting_problem():
-        raise PlanError(f"plot: {problem}")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
+    figure = new_figure(10, 6)
     for axes, (metric, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         draw_panel(axes, metrics, metric, title)
     if path is not None:
@@ -93,10 +106,8 @@ def series(metrics: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int]
 def plot_lengths(lengths: np.ndarray, cutoff_len: int, path: str | Path | None = None) -> Figure:
     """A histogram of (samples,) tokens, and beside it the share of samples and of tokens up to each length; saved to
     `path` if given. Raises PlanError without matplotlib."""
-    if problem := plotting_problem():
-        raise PlanError(f"plot: {problem}")
+    figure = new_figure(10, 4)
     import numpy as np
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     rising = np.sort(lengths)
@@ -105,7 +116,6 @@ def plot_lengths(lengths: np.ndarray, cutoff_len: int, path: str | Path | None =
     count = min(60, most - least + 1)
     # Bounds between whole numbers, or some bars would hold one length more than others.
     bounds = np.geomspace(least, most + 1, count + 1) if wide else np.linspace(least - 0.5, most + 0.5, count + 1)
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     counts, shares = figure.subplots(1, 2)
     counts.hist(rising, bins=bounds, color=TRAIN)
     counts.set_title("Samples by length", loc="left", fontsize=11)

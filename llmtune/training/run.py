@@ -24,6 +24,7 @@ from llmtune.distributed.ranks import (
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.planning.make import make_plan
 from llmtune.recipe.parts import collect
+from llmtune.terminal import doing, say
 from llmtune.training import checkpoint
 from llmtune.training import run_folder as rundir
 from llmtune.training.building import build_objective, make_training
@@ -60,7 +61,7 @@ class StepCost(Protocol):
 
 
 def train_here(
-    recipe: Recipe, registry: Registry, estimate: Callable[[Plan], StepCost], show: Callable[..., Any] = print
+    recipe: Recipe, registry: Registry, estimate: Callable[[Plan], StepCost], show: Callable[..., Any] = say
 ) -> Outcome:
     """Plan, build, train and save in this process, as one of the ranks that the environment names.
 
@@ -104,7 +105,7 @@ def _train(plan: Plan, registry: Registry, estimate: Callable[[Plan], StepCost],
     try:
         start = _prepare(plan, lock)
         plan = rundir.continued(plan, start)
-        show(f"{plan}\n\nLoading weights")
+        show(str(plan))
         try:
             outcome = _run(plan, registry, start.found, estimate(plan), show)
         except BaseException as error:
@@ -143,6 +144,7 @@ def _run(
         once = plan.ranks.rank == plan.ranks.batch_rank * plan.ranks.size // plan.ranks.batch_ranks
         quarantine = plan.output_dir / rundir.QUARANTINE if once else None
         plan.data.batches.start(first_step, found[1].numbers["stream"] if found else None, quarantine)
+    doing.info("Loading the weights")
     with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
         objective = build_objective(plan.model)
     optim = plan.parts.one("optim_config")
@@ -153,7 +155,7 @@ def _run(
         check_isolation(objective, plan.device, plan.recipe.data.isolates)
     if plan.ranks.layout.context > 1:
         check_split(objective, plan.ranks, plan.device)
-    before = sample_answers(plan, objective)
+    before = sample_answers(plan, objective, "before")
     with StopRequest() as stop:
         loggers = start_loggers(plan, first_step)
         keeper = TrainingCallbacks(
@@ -179,8 +181,9 @@ def _run(
     if best := keeper.best_folder():
         checkpoint.restore(best, checkpoint.verify(best), module, None, plan.ranks)
         show(f"The best weights are those of step {keeper.best_step}")
-    after = sample_answers(plan, objective)
+    after = sample_answers(plan, objective, "after")
     reshard(objective)
+    doing.info("Writing the result")
     write_result(plan.model, plan.output_dir / "model")
     if plan.ranks.first and recipe.plot_loss:
         plot_metrics(read_metrics(plan.output_dir), plan.output_dir / "loss.png")
@@ -215,8 +218,10 @@ def start_loggers(plan: Plan, first_step: int) -> Loggers | None:
     return loggers
 
 
-def sample_answers(plan: Plan, objective: Objective) -> list[str]:
+def sample_answers(plan: Plan, objective: Objective, when: str) -> list[str]:
     """Greedy answers to the recipe's `sample_prompts`. Collective: every rank generates the same."""
+    if plan.recipe.train.sample_prompts:
+        doing.info("Answering the sample prompts %s training", when)
     data, module, tokenizer = plan.recipe.data, plan.model.module, plan.model.tokenizer
     config = GenerateConfig(do_sample=False, max_new_tokens=64, default_system=data.default_system)
     variables = data.template_variables

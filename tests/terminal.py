@@ -1,0 +1,69 @@
+"""A terminal of a given size, for tests that look at what a person sees."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import sys
+import termios
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyte
+
+
+@dataclass
+class Screen:
+    """What a command has shown."""
+
+    lines: list[str]
+    """Everything that can be scrolled back to, and the screen itself, at the end."""
+    bottoms: list[str] = field(default_factory=list)
+    """The last line of the screen, whenever it changed."""
+    code: int = 0
+    unbroken: list[str] = field(default_factory=list)
+    """What `lines` would be on a terminal of endless width: the same, unless the terminal had to break lines."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def on_terminal(arguments: list[str], columns: int = 80, rows: int = 24, folder: Path | None = None) -> Screen:
+    """Run `python ARGUMENTS` in `folder`, on a terminal of `columns` x `rows` characters, and wait for its end."""
+    screen, wide = (pyte.HistoryScreen(width, rows, history=10_000) for width in (columns, 10_000))
+    streams = pyte.ByteStream(screen), pyte.ByteStream(wide)
+    bottoms: list[str] = []
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(folder or ".")
+        plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+        os.execve(sys.executable, [sys.executable, *arguments], {**plain, "TERM": "xterm-256color"})
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    while data := _read(terminal):
+        for stream in streams:
+            stream.feed(data)
+        if select.select([terminal], [], [], 0.005)[0]:
+            continue  # in the middle of a picture
+        shown = [line.rstrip() for line in screen.display if line.strip()]
+        if shown and shown[-1] not in bottoms[-1:]:
+            bottoms.append(shown[-1])
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Screen(_lines(screen), bottoms, code, _lines(wide))
+
+
+def _lines(screen: pyte.HistoryScreen) -> list[str]:
+    past = ["".join(line[column].data for column in range(max(line, default=-1) + 1)) for line in screen.history.top]
+    lines = [line.rstrip() for line in [*past, *screen.display]]
+    return lines[: max((number for number, line in enumerate(lines, 1) if line), default=0)]
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux's way to say that the other end is closed
+        return b""
