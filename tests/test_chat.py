@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -145,6 +148,28 @@ def test_a_full_context_is_an_error_and_leaves_the_conversation_as_it_was(model,
     short = ChatSession(model, tokenizer, config=GenerateConfig(max_length=3))
     with pytest.raises(ContextFull, match="is 3"):
         short.ask("hi")
+
+
+def test_the_most_new_tokens_go_before_the_most_of_all(model, tokenizer):
+    always(model, tokenizer.encode(" the")[0])
+    prompt = len(tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
+    ))  # fmt: skip
+
+    def tokens(**limits):
+        said = answer(model, tokenizer, "hi", GenerateConfig(do_sample=False, **limits))
+        return len(tokenizer.encode(said))
+
+    assert tokens(max_length=prompt + 7) == pytest.approx(7, abs=1)
+    assert tokens(max_length=prompt + 7, max_new_tokens=30) == pytest.approx(30, abs=1)
+    assert tokens(max_new_tokens=9999) == pytest.approx(512 - prompt, abs=1)
+
+
+def test_every_key_of_generation_has_its_line_in_the_docs():
+    text = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
+    for field in fields(GenerateConfig):
+        value = {True: "true", False: "false", None: "null"}.get(field.default, field.default)
+        assert f"| `{field.name}` | {value} |" in text, field.name
 
 
 def test_answers_end_at_the_models_length(tokenizer):

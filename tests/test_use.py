@@ -191,6 +191,25 @@ def test_the_recorded_commit_and_the_saved_template_are_used(copied: tuple[Path,
     assert recipe_of(run, model="me/other").model.revision is None
 
 
+def test_stretched_positions_are_no_part_of_an_adapter_and_the_plan_says_so(
+    tiny_llama: str, chats: str, tmp_path: Path
+) -> None:
+    """Read by PEFT the adapter is another model, until the base's config is what the run's was; an export has it."""
+    keys = recipe(tiny_llama, chats, tmp_path / "run", rope_scaling={"rope_type": "linear", "factor": 4.0}, max_steps=3)
+    note = "rope_scaling is no part of an adapter"
+    assert note in str(llmtune.plan(keys)) and note not in str(llmtune.plan({**keys, "peft_config": None}))
+    run = llmtune.train(keys)
+    expected = logits(run.model()[0])
+    stretched = run.model()[0].config
+    for config, same in ((None, False), (stretched, True)):
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, config=config)
+        theirs = logits(PeftModel.from_pretrained(base, run.output_dir / "model"))
+        assert torch.allclose(theirs, expected, atol=1e-4) == same
+    merged = run.export(tmp_path / "merged")
+    assert stored_types(merged) == {"torch.float32"}
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- without a chat template, and with a variable of it -------------------------------------------------------------
 
 

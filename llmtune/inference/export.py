@@ -72,10 +72,9 @@ def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
     import torch
 
     if name != "auto":
-        return getattr(torch, name)
+        return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     files = resolve_model(recipe.model, weights=True)
-    declared = getattr(load_model_config(files, recipe.model), "dtype", None)  # transformers' config may lack it
-    return stored_dtype(read_index(files.folder), declared)
+    return stored_dtype(read_index(files.folder), load_model_config(files, recipe.model).dtype)
 
 
 def _target(export_dir: str | None) -> Path:

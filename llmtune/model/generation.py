@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.schema import Ge, Gt, Le
+from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +204,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _room(model: PreTrainedModel, prompt_tokens: int, config: GenerateConfig) -> int:
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    made_for = config_value(model.config.get_text_config(), "max_position_embeddings")
     wanted = None if config.max_new_tokens else config.max_length
     limits = [limit for limit in (made_for, wanted) if limit]
     most = [config.max_new_tokens or 1024] if wanted is None else []

@@ -24,6 +24,7 @@ from typing import Any
 
 from llmtune.contract.errors import LoadError, listed
 from llmtune.model.fingerprint import sha256_of
+from llmtune.model.skeleton import config_value
 
 _LAYOUT = 1
 """Part of every cached folder's name; to be raised when the conversion changes its result."""
@@ -186,7 +187,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 def _mend(gguf: Path, model: Any, tokenizer: Any) -> None:
     """Put right what the way through GGUF loses or changes."""
-    length = getattr(model.config, "max_position_embeddings", None)
+    length = config_value(model.config, "max_position_embeddings")
     if length and tokenizer.model_max_length > length:
         tokenizer.model_max_length = length
     # transformers gives every byte-level GGUF tokenizer GPT-2's splitting; this family splits digits first.

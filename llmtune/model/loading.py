@@ -18,8 +18,9 @@ from llmtune.contract.records import ReadsOnFirst
 from llmtune.distributed.placement import local_box, local_rows, materialise, put, seeded, shard_group
 from llmtune.distributed.ranks import first_does
 from llmtune.model.edits import Ledger, PlacedRule, named_tensors, persistent_names
+from llmtune.model.new_rows import fill_rows
+from llmtune.model.skeleton import config_value
 from llmtune.model.tensor_reader import FolderReader
-from llmtune.model.vocabulary import fill_rows
 from llmtune.model.weight_files import StoredTensor
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class WeightLoader:
         value = torch.zeros(tensor.shape)
         if value.dim() > 1:
             with seeded(self.seed, name):
-                value.normal_(std=getattr(self.model.config, "initializer_range", 0.02))
+                value.normal_(std=config_value(self.model.config, "initializer_range") or 0.02)
         put(tensor, value)
         self.done.add(self.ledger.direct[name])
 
@@ -259,7 +260,7 @@ class WeightLoader:
         pieces: Mapping[str, Tensor] | None = None
         # A tensor that is here whole is converted in parts too: the other ranks do the rest of the work.
         if any(local_rows(self.tensors[now]) for now in placed.where.values()):
-            pieces = placed.rule.convert_part(_Piece(self, placed, key, value))
+            pieces = placed.rule.convert_part(_SourcePart(self, placed, key, value))
         partly = pieces is not None
         if pieces is None:
             pieces = placed.rule.convert(self._source(key, value).to(self.device))
@@ -311,7 +312,7 @@ def _piece_of(tensor: Tensor) -> Tensor:
     return local(tensor).detach()
 
 
-class _Piece:
+class _SourcePart:
     """`Part` for one source, read in pieces or here already: what a rule may ask to convert only this rank's rows."""
 
     def __init__(self, loader: WeightLoader, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:

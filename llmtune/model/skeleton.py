@@ -9,6 +9,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def config_value(config: Any, name: str) -> Any:
+    """A value of a transformers config by its usual name, which some kinds of model spell otherwise and others lack;
+    None where it does."""
+    return getattr(config, name, None)  # configs are open: no class declares these
+
+
 def build_skeleton(auto_class: Any, config: Any, dtype: torch.dtype, attention: str | None, **kwargs: Any) -> nn.Module:
     """A transformers model with parameters and persistent buffers on meta, in `dtype`.
 

@@ -16,6 +16,7 @@ from llmtune.contract.errors import LoadError, PlanError
 from llmtune.folders import cache_root
 from llmtune.model import gguf, hub
 from llmtune.model.config import ModelConfig
+from llmtune.model.skeleton import config_value
 from llmtune.model.vocabulary import add_tokens
 from llmtune.model.weight_files import check_weight_files, holds_no_weights
 
@@ -180,8 +181,7 @@ def _first_line(error: Exception, config: ModelConfig) -> str:
 def scale_rope(model_config: Any, scaling: str | dict[str, Any]) -> None:
     """Write `scaling` into `model_config.rope_parameters` in place. PlanError where the model has no place for it."""
     wanted = {"rope_type": scaling, "factor": _BARE_ROPE_FACTOR} if isinstance(scaling, str) else dict(scaling)
-    present = getattr(model_config, "rope_parameters", None)
-    length = getattr(model_config, "max_position_embeddings", None)
+    present, length = (config_value(model_config, name) for name in ("rope_parameters", "max_position_embeddings"))
     if not present or not length:
         raise PlanError(f"rope_scaling: {model_config.model_type} models have no rotary positions; remove rope_scaling")
     if all(isinstance(value, dict) or value is None for value in present.values()):
@@ -230,21 +230,25 @@ def auto_class(config: ModelConfig, model_config: PretrainedConfig) -> Any:
     A model that reads images too, and that transformers does not count among the causal ones, is made as a whole; text
     trains its text part.
     """
-    import transformers
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
-    names = {
-        "llm": ["AutoModelForCausalLM", "AutoModelForImageTextToText"],
-        "cls": ["AutoModelForSequenceClassification"],
-        "other": ["AutoModel"],
-    }
-    kinds = [getattr(transformers, name) for name in names[config.model_class]]
-    if hasattr(model_config, "auto_map"):  # the model brings its own code
+    kinds: list[Any] = {
+        "llm": [AutoModelForCausalLM, AutoModelForImageTextToText],
+        "cls": [AutoModelForSequenceClassification],
+        "other": [AutoModel],
+    }[config.model_class]
+    if config_value(model_config, "auto_map"):  # the model brings its own code
         return kinds[0]
     for kind in kinds:
         if type(model_config) in kind._model_mapping:
             return kind
     raise PlanError(
-        f"model: transformers has no {names[config.model_class][0]} for {model_config.model_type} models; use a model "
+        f"model: transformers has no {kinds[0].__name__} for {model_config.model_type} models; use a model "
         "of another architecture, or another model_class"
     )
 

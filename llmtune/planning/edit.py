@@ -14,6 +14,7 @@ from llmtune.data import choose_template
 from llmtune.model.config import ModelConfig
 from llmtune.model.edits import Ledger, set_trainable
 from llmtune.model.loading import only_first_reads
+from llmtune.model.new_rows import enter, grow
 from llmtune.model.precision import Precision, stored_dtype
 from llmtune.model.skeleton import build_skeleton
 from llmtune.model.source import (
@@ -25,7 +26,7 @@ from llmtune.model.source import (
     resolve_model,
 )
 from llmtune.model.tying import untie
-from llmtune.model.vocabulary import Vocabulary, enter, extend, grow
+from llmtune.model.vocabulary import Vocabulary, extend
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import packing_obstacle, plugin_objections, vocabulary_objection
 from llmtune.planning.spreading import objections_to_spreading
@@ -99,6 +100,12 @@ def plan_model(
             problems.append(PlanError(sentence))
     apply_edits(("kernel_config",), parts, ledger, context, problems)
     attention, end_to_end, notes = choose_attention(recipe.model, ledger)
+    if (
+        mode == "train"
+        and recipe.model.rope_scaling
+        and any(p.built.kind == "adapter" for p in parts.at("peft_config"))
+    ):
+        notes = (*notes, _ROPE_NOTE)
     if mode == "train" and recipe.data.isolates and (reason := packing_obstacle(module, attention)):
         fix = "set packing: false, or neat_packing: false"
         problems.append(PlanError(f"packing: {type(module).__name__} {reason}; {fix}"))
@@ -118,6 +125,12 @@ def plan_model(
         checkpointing=train.checkpointing if mode == "train" else "none",
         compiled=mode == "train" and train.torch_compile, seed=train.seed, notes=notes,
     )  # fmt: skip
+
+
+_ROPE_NOTE = (
+    "rope_scaling is no part of an adapter: read by PEFT, model/ answers otherwise unless its base's config.json gets "
+    "the same rope_parameters; llmtune chat and llmtune export apply them"
+)
 
 
 def make_skeleton(keys: ModelConfig, pretrained: Pretrained, precision: Precision) -> tuple[Ledger, Vocabulary | None]:
