@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -168,8 +169,7 @@ def test_the_most_new_tokens_go_before_the_most_of_all(model, tokenizer):
 def test_every_key_of_generation_has_its_line_in_the_docs():
     text = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
     for field in fields(GenerateConfig):
-        value = {True: "true", False: "false", None: "null"}.get(field.default, field.default)
-        assert f"| `{field.name}` | {value} |" in text, field.name
+        assert f"| `{field.name}` | {json.dumps(field.default)} |" in text, field.name
 
 
 def test_answers_end_at_the_models_length(tokenizer):
