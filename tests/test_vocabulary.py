@@ -293,11 +293,11 @@ def test_rows_that_are_not_there_or_would_not_learn_are_refused(
 def test_the_plan_says_what_grows_and_counts_it(models: dict[str, str], notes: str, tmp_path: Path) -> None:
     keys = keys_for(models["untied"], notes, tmp_path / "run")
     grown, plain = llmtune.plan(keys), llmtune.plan({**keys, "new_special_tokens": None, "resize_vocab": False})
-    used, rows = len(tiny_tokenizer()), grown.model.config.vocab_size
+    used, rows = len(tiny_tokenizer()), grown.model.module.config.vocab_size
     text = str(grown)
     assert f"3 new: <|note|> ({used}), <|sum|> ({used + 1}), <|end|> ({used + 2})" in text
     assert f"rows grow from {used} to {rows}; new rows start as the mean of the first {used}" in text
-    assert grown.parameters()[1] - plain.parameters()[1] == 2 * (rows - used) * 32
+    assert grown.model.parameters()[1] - plain.model.parameters()[1] == 2 * (rows - used) * 32
     ours, theirs = (plan.cost.memory.at_peak for plan in (grown, plain))
     assert ours.weights - theirs.weights == ours.gradients - theirs.gradients == 4 * 2 * (rows - used) * 32
 
