@@ -20,7 +20,7 @@ _WHERE = {
             "HoldsGathered", "ParallelDims", "OptimizerFactory", "Repacks", "Schedule", "Logger", "Event", "StepDone",
             "Evaluated", "Saved", "Checks",
         ),
-        "llmtune.contract.stages": ("StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts"),
+        "llmtune.contract.stages": ("StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures"),
         "llmtune.contract.examples": (
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
             "Text", "Tokens", "UnpairedPreference",

@@ -129,6 +129,14 @@ class Counts(Protocol):
     preferences, labelled answers and prompts, and tokens of all else."""
 
 
+@runtime_checkable
+class Measures(Protocol):
+    """Optional on a stage: what its losses report, so that a plan knows the names."""
+
+    metrics: Sequence[str]
+    """Every name that `StageLoss.metrics` can hold; an evaluation reports `eval_NAME`."""
+
+
 LEARNS = ("conversation", "text", "tokens")
 """The kinds of examples that a stage learns from which does not say."""
 

@@ -11,7 +11,7 @@ from llmtune.model.precision import Precision, choose_precision
 from llmtune.planning.data_plan import plan_data, prepare_for
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.model_plan import Mode, ModelPlan
-from llmtune.planning.objections import batch_objections, stream_objections
+from llmtune.planning.objections import batch_objections, metric_objections, stream_objections
 from llmtune.planning.plan import Plan
 from llmtune.recipe.parts import Parts, collect, find_parts
 from llmtune.terminal import doing
@@ -52,6 +52,10 @@ def make_plan(
     doing.info("Building the model's structure, without weights")
     with collect(problems):
         model = plan_model(recipe, parts, pretrained, precision, ranks, device, "train")
+    if recipe.train.eval_strategy != "no" and (held := prepared.evaluation) is not None:
+        sets = held.set_names if recipe.data.eval_on_each_dataset else ()
+        stage = parts.one("stage_config").built
+        problems += [PlanError(sentence) for sentence in metric_objections(recipe.train, stage, sets)]
     problems += [PlanError(sentence) for sentence in batch_objections(prepared.train.kind, recipe.data, ranks)]
     raise_all(problems)
     assert model is not None

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, PlanError, blaming
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming, did_you_mean, listed
 from llmtune.contract.records import Checks, TrainsWhole
+from llmtune.contract.stages import Measures
 
 if TYPE_CHECKING:
     from llmtune.contract.records import RunContext
+    from llmtune.contract.stages import Stage
     from llmtune.data.config import DataConfig
     from llmtune.distributed.ranks import Ranks
     from llmtune.model.edits import Ledger
     from llmtune.model.vocabulary import Vocabulary
     from llmtune.recipe.parts import Part, Parts
     from llmtune.recipe.recipe import Recipe
+    from llmtune.recipe.train_config import TrainConfig
 
 NOUNS = {"preference": "preferences", "labelled": "labelled answers", "prompt": "prompts"}
 """Kinds of samples whose sequences mean something only as a whole."""
@@ -29,6 +32,19 @@ def plugin_objections(part: Part, context: RunContext, module: Any) -> list[Llmt
         return []
     with blaming(part.full_label, "check"):
         return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(context, module)]
+
+
+def metric_objections(train: TrainConfig, stage: Stage, sets: Sequence[str]) -> Iterator[str]:
+    """A metric to compare evaluations by that none will report. `sets` are the data sets that are evaluated apart.
+
+    Where the stage does not say what it reports, only a slip in the name of a loss is known to be one.
+    """
+    metric, compares = train.metric_for_best_model, train.load_best_model_at_end or train.early_stopping_patience
+    names = ("loss", *(stage.metrics if isinstance(stage, Measures) else ()))
+    known = [f"eval_{part}{name}" for part in ("", *(f"{one}_" for one in sets)) for name in names]
+    near = did_you_mean(metric, known)
+    if metric not in known and (near or (compares and isinstance(stage, Measures))):
+        yield f'metric_for_best_model: found "{metric}", allowed is one of {listed(known)}.{near}'
 
 
 def stream_objections(recipe: Recipe) -> Iterator[str]:

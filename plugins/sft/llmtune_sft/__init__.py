@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llmtune import Batch, Plugin, RunContext, StageContext, StageLoss, hookimpl
 
@@ -24,6 +24,8 @@ class NextToken:
     """Summed next-token cross-entropy of the tokens that train, times their weights, over the sum of the weights."""
 
     name: str
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """The loss is all that is reported."""
 
     def check(self, context: RunContext, model: Any) -> Iterator[str]:
         """A language model has a head over its vocabulary; a classifier has not."""
