@@ -17,8 +17,8 @@ _WHERE = {
         "llmtune.contract.records": (
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
             "Adapter", "Merges", "TrainsWhole", "Reopens", "Init", "ReadsOnFirst", "Distribute",
-            "HoldsGathered", "ParallelDims", "OptimizerFactory", "Repacks", "Schedule", "Logger", "Event", "StepDone",
-            "Evaluated", "Saved", "Checks",
+            "HoldsGathered", "ParallelDims", "OptimizerFactory", "Repacks", "Schedule", "Logger",
+            "LoggerStart", "Continues", "Event", "StepDone", "Evaluated", "Saved", "Checks",
         ),
         "llmtune.contract.stages": ("StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures"),
         "llmtune.contract.examples": (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import CheckpointError, PlanError
 from llmtune.terminal import in_notebook, preformatted, quiet_imports, show_doing
-from llmtune.training import run_folder as rundir
+from llmtune.training import run_folder
 
 if TYPE_CHECKING:
     from llmtune.cost.priced import PricedPlan
@@ -39,13 +39,13 @@ class Run:
     @property
     def status(self) -> str:
         """`done`, `interrupted`, `running` or `failed`."""
-        return str(rundir.read_record(self.output_dir).get("status", "unknown"))
+        return str(run_folder.read_record(self.output_dir).get("status", "unknown"))
 
     @property
     def answers(self) -> list[tuple[str, str, str]]:
         """(question, answer before, answer after) of the recipe's `sample_prompts`."""
         if self._answers is None:
-            recorded = rundir.read_record(self.output_dir).get("answers") or []
+            recorded = run_folder.read_record(self.output_dir).get("answers") or []
             self._answers = [(question, before, after) for question, before, after in recorded]
         return self._answers
 
@@ -120,14 +120,18 @@ def _recipe_and_registry(recipe: Any, overrides: Mapping[str, Any]) -> tuple[Any
     return load_recipe(recipe, overrides), Registry()
 
 
-def train(recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, **overrides: Any) -> Run:
+def train(
+    recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, fresh: bool = False, **overrides: Any
+) -> Run:
     """Train as the recipe says (a file or a mapping; keywords override keys) and return the run.
 
-    `nproc` starts that many ranks on this machine; by default one per GPU. Raises subclasses of `LlmtuneError`.
+    `nproc` starts that many ranks on this machine; by default one per GPU. `fresh` starts over where `output_dir` holds
+    a run, finished or not, and deletes what that one wrote. Raises subclasses of `LlmtuneError`.
     """
     from llmtune.distributed.launch import under_launcher
 
     loaded, registry = _recipe_and_registry(recipe, overrides)
+    loaded = replace(loaded, fresh=fresh)
     ranks = nproc or default_ranks(loaded.train.device)
     if ranks > 1 and not under_launcher():
         return _train_in_processes(loaded, ranks)
@@ -153,12 +157,13 @@ def default_ranks(device: str) -> int:
 def _train_in_processes(recipe: Any, ranks: int) -> Run:
     import tempfile
 
-    from llmtune.distributed.launch import EXIT_INTERRUPTED, LaunchError, launch, write_temporary_recipe
+    from llmtune.distributed.launch import LaunchError, launch, write_temporary_recipe
+    from llmtune.distributed.stopping import EXIT_INTERRUPTED
 
     folder = Path(recipe.train.output_dir)
     with tempfile.TemporaryDirectory() as scratch:
         path = write_temporary_recipe({**recipe.tree, "output_dir": str(folder)}, Path(scratch))
-        code = launch(["train", str(path)], ranks)
+        code = launch(["train", str(path), *(["--fresh"] if recipe.fresh else [])], ranks)
     if code not in (0, EXIT_INTERRUPTED):
         raise LaunchError(f"a rank of the run failed with exit code {code}; its message is above")
     return Run(folder, trust_remote_code=recipe.model.trust_remote_code)
@@ -193,7 +198,7 @@ def plan_for(
     from llmtune.distributed.ranks import Ranks
     from llmtune.planning.devices import chosen_device
     from llmtune.planning.make import make_plan
-    from llmtune.training.run_folder import previewed
+    from llmtune.training.resume import previewed
 
     device, target = chosen_device(recipe.train.device, described, ranks is not None)
     size = ranks or nproc or (1 if described else default_ranks(recipe.train.device))

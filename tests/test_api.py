@@ -42,7 +42,8 @@ def test_a_run_shows_what_happened(run: llmtune.Run) -> None:
     assert run.plot().axes
     assert "done" in repr(run) and "Who?" in run._repr_html_()
     files = {path.name for path in run.output_dir.iterdir()}
-    assert {"recipe.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "model", "checkpoints", "tensorboard"} <= files
+    assert {"recipe.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "model", "checkpoints", "loggers"} <= files
+    assert [path.name for path in (run.output_dir / "loggers").iterdir()] == ["tensorboard"]
     record = json.loads((run.output_dir / "run.json").read_text())
     assert record["plugins"]["peft_config lora"].startswith("llmtune-lora ")
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len as cell_width
 
 from llmtune.contract.errors import CheckpointError
+from llmtune.contract.records import LoggerStart
 from llmtune.training.console import Console, NotebookBar, PlainLines, TerminalBar, choose_view, duration
 from llmtune.training.log import Loggers, MetricsFile, read_metrics
 from llmtune.training.report import loss_table, side_by_side, wrap
@@ -205,6 +206,23 @@ def test_a_failing_logger_is_reported_once_and_stops_nothing(tmp_path: Path, cap
     assert err.count("\n") == 1
     assert "logger Recorder failed and is off for the rest of the run: RuntimeError: server gone" in err
     assert read_metrics(tmp_path) == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+
+
+class Continuing(Recorder):
+    def begin(self, start: LoggerStart) -> None:
+        assert start.folder.is_dir()
+        self.seen.append(start)
+
+
+def test_a_logger_is_told_where_a_run_goes_on_and_which_folder_is_its_own(tmp_path: Path) -> None:
+    several = [Continuing(), Continuing(), Recorder()]
+    loggers = Loggers(tmp_path, several, names=["tb", "tb", "old"], total_steps=9, resume_step=4, stream=io.StringIO())
+    loggers.start({"model": "m"})
+    loggers.finish()
+    for logger, name in zip(several, ("tb", "tb-2"), strict=False):
+        folder = tmp_path / "loggers" / name
+        assert logger.seen[0] == LoggerStart(folder=folder, run_folder=tmp_path, recipe={"model": "m"}, first_step=4)
+    assert several[2].seen[0] == (tmp_path, {"model": "m"})
 
 
 def test_a_closed_pipe_stops_nothing(tmp_path: Path, capsys) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import llmtune
 from llmtune.contract.errors import CheckpointError, DivergedError, LoadError, PlanError
-from llmtune.training.callbacks import StopRequest, TrainingCallbacks
+from llmtune.distributed.stopping import StopRequest
+from llmtune.training.callbacks import TrainingCallbacks
 from tests.runs import LORA, recipe
 from tests.test_resume import assert_equal_runs, stop_after
 
@@ -60,8 +61,11 @@ def test_metrics_of_a_continued_run_average_the_same_steps(tiny_llama: str, chat
 def test_asked_to_stop_at_the_last_step_the_run_is_simply_done(
     tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StopRequest, "asked", True, raising=False)
-    monkeypatch.setattr(StopRequest, "__init__", lambda self: setattr(self, "_before", {}))
+    def asked_at_once(self: StopRequest) -> StopRequest:
+        self.asked = True
+        return self
+
+    monkeypatch.setattr(StopRequest, "__enter__", asked_at_once)
     keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=2)
     assert llmtune.train(keys).status == "interrupted"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]

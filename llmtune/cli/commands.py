@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,8 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _record_for_launcher(error)
         say(f"llmtune: {error}", sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("llmtune: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        from llmtune.distributed.stopping import EXIT_INTERRUPTED, Stopped
+
+        if isinstance(error, Stopped):
+            _once(f"llmtune: {error}")
+            return EXIT_INTERRUPTED
+        _once("llmtune: interrupted")
         return 130
 
 
@@ -52,6 +58,12 @@ def _say(error: LlmtuneError) -> None:
         from llmtune.distributed.ranks import leave
 
         leave()
+
+
+def _once(line: str) -> None:
+    """A line on standard error, by one rank of a machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def _record_for_launcher(error: BaseException) -> None:
@@ -77,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
         "train", _train, "Train as a recipe says", "An interrupted run continues when the same command is run again."
     )
     _recipe_arguments(train)
+    train.add_argument(
+        "--fresh", action="store_true", help="start over, deleting the run in output_dir, finished or not"
+    )
     train.add_argument("--nproc", type=_count, metavar="N", help="ranks on this machine (default: one per GPU)")
     train.add_argument("--nnodes", default="1", metavar="N", help="machines of the run, or LEAST:MOST of them")
     train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is one of them")
@@ -135,9 +150,21 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: Any) -> int:
+    from llmtune.distributed.stopping import StopRequest, die_with_parent
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(signal.SIGTERM)  # ranks whose launcher was killed save and end
+    with StopRequest():  # already while libraries are imported
+        return _train_or_launch(options)
+
+
+def _train_or_launch(options: Any) -> int:
+    from dataclasses import replace
+
     from llmtune.api import default_ranks
-    from llmtune.distributed.launch import EXIT_INTERRUPTED, Machines, launch, under_launcher
+    from llmtune.distributed.launch import Machines, launch, under_launcher
     from llmtune.distributed.ranks import leave, tell_the_others
+    from llmtune.distributed.stopping import EXIT_INTERRUPTED
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
     from llmtune.recipe.train_config import TrainConfig
@@ -151,13 +178,14 @@ def _train(options: Any) -> int:
         machines = Machines.parse(options.nnodes, options.rdzv_endpoint, options.rdzv_id, options.max_restarts)
         ranks = options.nproc or default_ranks(recipe.train.device)
         if ranks > 1 or machines != Machines():
-            return launch(["train", options.recipe, *options.overrides], ranks, machines)
+            fresh = ["--fresh"] if options.fresh else []
+            return launch(["train", options.recipe, *options.overrides, *fresh], ranks, machines)
     load_libraries()
     from llmtune.cost import estimate
     from llmtune.training.report import print_outcome
     from llmtune.training.run import train_here
 
-    outcome = train_here(recipe, Registry(), estimate)
+    outcome = train_here(replace(recipe, fresh=options.fresh), Registry(), estimate)
     print_outcome(outcome)
     leave()
     return EXIT_INTERRUPTED if outcome.status == "interrupted" else 0

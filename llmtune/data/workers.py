@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,6 +13,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from llmtune.contract.errors import DataError
+from llmtune.distributed.stopping import die_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,6 +66,10 @@ def progress(what: str, unit: str) -> Any:
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
+    # Whoever stops a run tells all its processes, and this one does as the first one says.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    die_with_parent()
     # One thread a process: tokenizers would start as many again, and warns of forking after its threads were used.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

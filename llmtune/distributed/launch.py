@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import struct
@@ -15,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import LlmtuneError, RecipeError
-
-EXIT_INTERRUPTED = 75
-"""Saved and stopped on request; a scheduler may run the same command again (EX_TEMPFAIL)."""
+from llmtune.distributed.stopping import EXIT_INTERRUPTED
 
 
 def under_launcher() -> bool:
@@ -63,6 +62,7 @@ def launch(arguments: Sequence[str], ranks: int, machines: Machines = Machines()
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
+    quiet_launcher()
     with tempfile.TemporaryDirectory(prefix="llmtune-") as logs:
         threads = max(1, (os.cpu_count() or 1) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -71,15 +71,26 @@ def launch(arguments: Sequence[str], ranks: int, machines: Machines = Machines()
             elastic_launch(_launch_config(ranks, machines, logs), command[0])(*command[1:])
         except ChildFailedError as failure:
             return _first_failure(failure)
-        except SignalException:
-            # The launcher has passed the signal on and waited for the ranks to save.
-            return EXIT_INTERRUPTED
+        except SignalException as stop:
+            # The launcher has passed the signal on and waited for the ranks, which have said what became of them.
+            return 130 if isinstance(stop.__context__, SignalException) else EXIT_INTERRUPTED
         except RendezvousError as error:
             raise LaunchError(
                 f"--rdzv-endpoint: the machines did not meet at {machines.endpoint} ({error}); start the same command "
                 "on every machine, and look whether they reach that address"
             ) from error
     return 0
+
+
+def quiet_launcher() -> None:
+    """Keep torch's reports of signals and failed ranks out of the terminal, where the ranks speak for themselves.
+
+    `LOGLEVEL`, which torch reads too, brings them back.
+    """
+    if "LOGLEVEL" not in os.environ:
+        logger = logging.getLogger("torch.distributed.elastic")
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
 
 
 def _launch_config(ranks: int, machines: Machines, logs: str) -> Any:

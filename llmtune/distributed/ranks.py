@@ -215,13 +215,18 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     if not dist.is_initialized():
         return
     everyone = from_all(dict(facts))
-    for key in facts:
-        for rank, other in enumerate(everyone):
-            if other.get(key) != everyone[0].get(key):
-                error = PlanError(
-                    f"ranks disagree on {key}: rank 0 has {everyone[0].get(key)!r}, "
-                    f"rank {rank} has {other.get(key)!r}; "
-                    f"install the same packages and use the same files on all machines"
-                )
-                error.everywhere = True
-                raise error
+    for rank, other in enumerate(everyone):
+        for key in [*facts, *other]:
+            if other.get(key) == everyone[0].get(key):
+                continue
+            error = PlanError(
+                f"ranks disagree on {key}: rank 0 has {_short(everyone[0].get(key))}, rank {rank} has "
+                f"{_short(other.get(key))}; install the same packages and use the same files on all machines"
+            )
+            error.everywhere = True
+            raise error
+
+
+def _short(value: Any, most: int = 200) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= most else f"{shown[:most]}..."

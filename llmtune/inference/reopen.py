@@ -18,8 +18,7 @@ from llmtune.planning.make import make_model_plan
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry
-from llmtune.training import checkpoint
-from llmtune.training import run_folder as rundir
+from llmtune.training import checkpoint, run_folder
 from llmtune.training.building import build_objective
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
     if saved is None:
         file = Path(path).suffix.lower() in (".yaml", ".yml", ".json") and Path(path).is_file()
         return load_recipe(path if file else {"model": str(path)}, overrides)
-    recipe, record = load_recipe(saved.run / "resolved.yaml", overrides), rundir.read_record(saved.run)
+    recipe, record = load_recipe(saved.run / "resolved.yaml", overrides), run_folder.read_record(saved.run)
     if record.get("model_origin") == "hub" and not {"model", "revision"} & overrides.keys():
         recipe = replace(recipe, model=replace(recipe.model, revision=record["model_revision"]))
     template = next((file for file in _templates(saved.run) if file.exists()), None)
@@ -183,7 +182,7 @@ def fill(plan: ModelPlan, path: str | Path) -> None:
 
 def check_base(plan: ModelPlan, saved: SavedRun) -> None:
     """LoadError if the files of the run's base have been replaced since it was trained; not where another is named."""
-    trained_on = rundir.read_record(saved.run).get("model_fingerprint")
+    trained_on = run_folder.read_record(saved.run).get("model_fingerprint")
     own = load_recipe(saved.run / "resolved.yaml", {"trust_remote_code": plan.keys.trust_remote_code}).model.model
     if not trained_on or plan.keys.model != own:
         return
@@ -204,7 +203,7 @@ def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
 
     run, folder = saved
     if folder is None and (file := run / "trained.safetensors").exists():
-        written = rundir.read_record(run).get("trained_sha256")
+        written = run_folder.read_record(run).get("trained_sha256")
         if written and sha256_of(file) != written:
             raise CheckpointError(
                 f"{file}: damaged, its content is not what the run wrote (SHA-256 {written[:12]}...); restore it, or "
@@ -214,7 +213,7 @@ def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
     if folder is None:
         found = checkpoint.newest(run / "checkpoints")
         if found is None:
-            status = rundir.read_record(run).get("status")
+            status = run_folder.read_record(run).get("status")
             raise CheckpointError(f"{run}: the run has saved nothing yet (status {status})")
         folder = found[0]
     checkpoint.verify(folder)

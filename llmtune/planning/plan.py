@@ -76,11 +76,15 @@ class Plan(Shown):
         """What all ranks must agree on."""
         from llmtune import __version__
 
+        evaluation = self.data.prepared.evaluation
         return {
             "llmtune": __version__,
-            "recipe": json.dumps(self.recipe.resolved, sort_keys=True, default=str),
+            **{key: json.dumps(value, sort_keys=True, default=str) for key, value in self.recipe.resolved.items()},
+            **{f"{key} (read from the environment)": value for key, value in self.recipe.environment.items()},
             "plugins": self.parts.fingerprint(),
+            "the chat template": str(self.model.tokenizer.chat_template),
             "training data": self.data.digest,
+            "evaluation data": (evaluation.digest or evaluation.hashed()) if evaluation is not None else "",
         }
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ from llmtune.model.config import ModelConfig
 from llmtune.recipe import text as recipe_text
 from llmtune.recipe.blocks import Blocks, as_block, read_blocks, wrong_blocks
 from llmtune.recipe.export_config import ExportConfig
+from llmtune.recipe.free_keys import environment
 from llmtune.recipe.keys import CONFIGS, about_unknown, top_level_keys
 from llmtune.recipe.places import Places
 from llmtune.recipe.secrets import blank, blank_text, escaped
@@ -62,6 +63,10 @@ class Recipe:
     text: str = field(repr=False)
     """As given, secrets blanked out."""
     places: Places = field(repr=False)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Hashes of the values of those keys that read the environment and decide what is learnt; secrets left out."""
+    fresh: bool = False
+    """Whether the command that starts the run asks to start over, whatever is in `output_dir`."""
 
     @property
     def base_dir(self) -> Path:
@@ -123,7 +128,7 @@ def load_recipe(
     text = blank_text(found, tree) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(blank(tree))
     return Recipe(
         model=model, data=data, train=train, export=export, blocks=blocks, resolved=shown, tree=tree, name=name,
-        text=text, places=places,
+        text=text, places=places, environment=environment(tree, resolved),
     )  # fmt: skip
 
 

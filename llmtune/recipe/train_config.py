@@ -16,7 +16,7 @@ class TrainConfig:
     output_dir: str | None = None
     """Folder of the run. null is `runs/NAME`, NAME being the recipe's file without its ending, or its model."""
     overwrite_output_dir: bool = False
-    """Delete the run that is in `output_dir` and start over."""
+    """Replace a finished run in `output_dir`. An unfinished one is continued; `llmtune train --fresh` starts over."""
     resume_from_checkpoint: str | bool | None = "auto"
     """`auto` or true continues an interrupted run in `output_dir`; a path continues from that checkpoint; false or
     null refuses to go on with what is there."""

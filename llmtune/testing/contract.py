@@ -59,7 +59,8 @@ class Subject:
     rows: Sequence[Mapping[str, Any]] = ()
     """Rows that a `data_config` plugin reads, one of each shape it knows."""
     reader: Callable[[Path, Path], Any] | None = None
-    """`reader(saved, base)` opens what `save` wrote onto the base model's folder, as others would; returns a model."""
+    """`reader(saved, base)` opens what `save` wrote onto the base model's folder, as others would; returns a model.
+    Of a logger, `reader(own folder, run's folder)` returns the steps at which it has a `loss`."""
 
     @property
     def spreads(self) -> bool:

@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmtune import __version__
-from llmtune.contract.errors import PlanError, listed
+from llmtune.contract.errors import CheckpointError, PlanError, listed
 from llmtune.contract.records import Evaluated, Event, Saved, StepDone
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.data.stream_loader import StreamLoader
 from llmtune.distributed.fsdp2 import reshard
-from llmtune.distributed.ranks import total
+from llmtune.distributed.ranks import first_does, total
+from llmtune.distributed.stopping import StopRequest
 from llmtune.training import checkpoint
 from llmtune.training.loop import LossScale, StepStats, evaluate
+from llmtune.training.manifest import Manifest, verify
+from llmtune.training.measured import peak_memory_bytes
 from llmtune.training.run_folder import plain
 from llmtune.training.save import write_adapter
+from llmtune.training.step_folders import retain, step_folder
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
     from llmtune.training.log import Loggers
     from llmtune.training.objective import Objective
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C set a flag; the run saves at the next step and ends. A second Ctrl-C ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        import threading
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._set)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 @dataclass
@@ -70,6 +48,8 @@ class TrainingCallbacks:
     mfu: Callable[[float], float | None] = lambda speed: None
     """Model FLOPs utilisation at so many tokens a second, where it is known."""
     scaler: LossScale | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Hashes that go into each checkpoint, see `llmtune.training.origins`."""
     tokens: int = 0
     window: list[StepStats] = field(default_factory=list)
     best_value: float | None = None
@@ -78,6 +58,8 @@ class TrainingCallbacks:
     saved_step: int | None = None
     interrupted: bool = False
     stopped_early: bool = False
+    left_evaluation: bool = False
+    """Whether the evaluation of the last step was left for a request to stop; a continued run begins with it."""
 
     def after_step(self, step: int, stats: StepStats) -> bool:
         train = self.plan.recipe.train
@@ -89,14 +71,26 @@ class TrainingCallbacks:
         if step % train.logging_steps == 0 or step == 1 or last:
             self.log(step)
         if self.evaluates_at(step, last):
-            self.stopped_early = self.evaluate(step)
+            self.evaluate(step)
+        return self.end_step(step, last)
+
+    def end_step(self, step: int, last: bool) -> bool:
+        """Save where it is time to. True if the run ends here."""
+        train = self.plan.recipe.train
         # Asked on every step by every rank; at the last one there is nothing left to interrupt.
-        self.interrupted = self.asked_to_stop() and not last
+        self.interrupted = self.asked_to_stop() and (self.left_evaluation or not last)
         done = last or self.interrupted or self.stopped_early
         regular = train.save_steps is not None and (step % train.save_steps == 0 or done)
         if regular or self.interrupted or self._best_unsaved(step):
             self.save(step)
         return done
+
+    def catch_up(self, step: int) -> bool:
+        """Do the evaluation that was left at `step`, before a continued run goes on. True if the run ends here."""
+        if not self.left_evaluation:
+            return self.stopped_early
+        self.evaluate(step)
+        return self.end_step(step, step >= self.plan.steps)
 
     def _best_unsaved(self, step: int) -> bool:
         return self.plan.recipe.train.load_best_model_at_end and self.best_step == step and self.saved_step != step
@@ -121,6 +115,7 @@ class TrainingCallbacks:
             "tokens": self.tokens,
             "tokens_per_second": speed,
             **({} if mfu is None else {"mfu": mfu}),
+            "peak_memory_bytes": peak_memory_bytes(self.plan.device),
             **mean,
         }
         if self.loggers is not None:
@@ -138,8 +133,8 @@ class TrainingCallbacks:
                 return step % (self.plan.data.batches.order.steps_per_epoch or self.plan.steps) == 0 or last
         return False
 
-    def evaluate(self, step: int) -> bool:
-        """Evaluate, remember the best. True if early stopping has run out of patience."""
+    def evaluate(self, step: int) -> None:
+        """Evaluate, remember the best, note if early stopping has run out of patience. Left early on request."""
         plan, train = self.plan, self.plan.recipe.train
         assert plan.data.prepared.evaluation is not None
         samples, feed = plan.data.prepared.evaluation, plan.data.batches
@@ -149,7 +144,11 @@ class TrainingCallbacks:
         )  # fmt: skip
         sets = samples.by_set() if plan.recipe.data.eval_on_each_dataset else {"": None}
         parts = {name: partial(batches, chosen=chosen) for name, chosen in sets.items()}
-        metrics = evaluate(self.objective, parts, plan.device)
+        with self.stop.finishing(lambda: f"leaving the evaluation of step {step}, then saving"):
+            metrics = evaluate(self.objective, parts, plan.device, self.asked_to_stop)
+        self.left_evaluation = metrics is None
+        if metrics is None:
+            return
         if self.loggers is not None:
             self.loggers.log(step, {"epoch": feed.epoch(step), **metrics})
         self.tell(Evaluated(step=step, metrics=metrics))
@@ -158,7 +157,8 @@ class TrainingCallbacks:
                 f'metric_for_best_model: found "{train.metric_for_best_model}", allowed is one of {listed(metrics)}'
             )
         self.judge(step, metrics[train.metric_for_best_model])
-        return train.early_stopping_patience is not None and self.bad_evaluations >= train.early_stopping_patience
+        patience = train.early_stopping_patience
+        self.stopped_early = patience is not None and self.bad_evaluations >= patience
 
     def judge(self, step: int, value: float) -> None:
         """Remember the best value; count evaluations that gain less than the threshold. NaN is never better."""
@@ -178,10 +178,10 @@ class TrainingCallbacks:
         if self.saved_step == step:
             return
         plan, root = self.plan, self.plan.output_dir / "checkpoints"
-        manifest = checkpoint.Manifest(
+        manifest = Manifest(
             step=step, ranks=plan.ranks.size, rows=plan.data.batches.order.batch, recipe=plain(plan.recipe.resolved),
             plugins=plan.parts.fingerprint(), llmtune=__version__, data=plan.data.digest,
-            revision=plan.model.files.revision, numbers=self.state(),
+            revision=plan.model.files.revision, origins=self.origins, numbers=self.state(),
         )  # fmt: skip
 
         def extra(folder: Path) -> None:
@@ -189,11 +189,12 @@ class TrainingCallbacks:
                 write_adapter(plan.model, folder / "adapter")
 
         reshard(self.objective)
-        folder = checkpoint.save(root, plan.model.module, self.optimizer, manifest, plan.ranks, extra)
+        with self.stop.finishing(lambda: f"saving step {step}"):
+            folder = checkpoint.save(root, plan.model.module, self.optimizer, manifest, plan.ranks, extra)
         self.saved_step = step
         if plan.ranks.first:
-            keep = {folder} | ({checkpoint.step_folder(root, self.best_step)} if self.best_step else set())
-            checkpoint.retain(root, plan.recipe.train.save_total_limit, keep)
+            keep = {folder} | ({step_folder(root, self.best_step)} if self.best_step else set())
+            retain(root, plan.recipe.train.save_total_limit, keep)
         self.tell(Saved(step=step, folder=folder))
 
     def state(self) -> dict[str, Any]:
@@ -204,33 +205,46 @@ class TrainingCallbacks:
             "best_step": self.best_step,
             "bad_evaluations": self.bad_evaluations,
             "stopped_early": self.stopped_early,
+            "left_evaluation": self.left_evaluation,
             "window": [asdict(stats) for stats in self.window],
             "loss_scale": self.scaler.state() if self.scaler else None,
             "stream": self.plan.data.batches.cursor() if isinstance(self.plan.data.batches, StreamLoader) else None,
         }
 
-    def restore(self, manifest: checkpoint.Manifest) -> None:
+    def restore(self, folder: Path, manifest: Manifest) -> None:
+        """Go on from the numbers of a checkpoint. Raises CheckpointError where one is missing."""
         numbers = manifest.numbers
-        self.tokens = numbers["tokens"]
-        self.best_value, self.best_step = numbers["best_value"], numbers["best_step"]
-        if self.best_step is not None and not self._folder(self.best_step).exists():
-            # Continued from another folder's checkpoint: its best step is not here to return to.
-            self.best_value = self.best_step = None
-        self.bad_evaluations = numbers["bad_evaluations"]
-        self.stopped_early = numbers["stopped_early"]
-        self.window = [StepStats(**stats) for stats in numbers["window"]]
+        try:
+            self.tokens = numbers["tokens"]
+            self.best_value, self.best_step = numbers["best_value"], numbers["best_step"]
+            self.bad_evaluations = numbers["bad_evaluations"]
+            self.stopped_early = numbers["stopped_early"]
+            self.window = [StepStats(**stats) for stats in numbers["window"]]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}: its manifest lacks {error}, without which a run cannot go on") from error
+        self.left_evaluation = numbers.get("left_evaluation", False)
         self.saved_step = manifest.step
         if self.scaler and numbers.get("loss_scale"):
             self.scaler.restore(numbers["loss_scale"])
 
-    def _folder(self, step: int) -> Path:
-        return checkpoint.step_folder(self.plan.output_dir / "checkpoints", step)
-
-    def best_folder(self) -> Path | None:
-        """The best checkpoint, if the recipe wants it at the end and it is not the last step's weights."""
+    def best(self) -> tuple[Path, Manifest] | str | None:
+        """The best checkpoint if the recipe wants it at the end; a sentence where it is lost; None where none is
+        wanted. The same on every rank. A lost one is forgotten."""
         if not self.plan.recipe.train.load_best_model_at_end or self.best_step is None:
             return None
-        return self._folder(self.best_step)
+        folder, step = step_folder(self.plan.output_dir / "checkpoints", self.best_step), self.best_step
+
+        def look() -> Manifest | str:
+            try:
+                return verify(folder)
+            except CheckpointError as error:
+                return str(error)
+
+        found = first_does(look)
+        if isinstance(found, Manifest):
+            return folder, found
+        self.best_value = self.best_step = None
+        return f"The best weights so far were those of step {step}, which are lost ({found})"
 
     def tell(self, event: Event) -> None:
         """Let observers watch; what they raise is reported and changes nothing."""
@@ -240,6 +254,4 @@ class TrainingCallbacks:
             try:
                 observer(event)
             except Exception as error:
-                import sys
-
                 print(f"llmtune: an observer failed on {event.kind}: {type(error).__name__}: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from llmtune.terminal import columns, in_notebook
 
 Clock = Callable[[], float]
 
-HIDDEN = {"epoch", "tokens"}
+HIDDEN = {"epoch", "tokens", "peak_memory_bytes"}
 """In metrics.jsonl, but not worth the width of a terminal."""
 
 

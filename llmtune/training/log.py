@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmtune.contract.errors import CheckpointError
+from llmtune.contract.records import Continues, LoggerStart
 from llmtune.training.console import Console
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ class Loggers:
     def __init__(
         self,
         folder: Path,
-        plugins: Sequence[Logger] = (),
+        plugins: Sequence[Logger | Continues] = (),
         *,
+        names: Sequence[str] = (),
         total_steps: int,
         resume_step: int = 0,
         stream: TextIO | None = None,
@@ -93,13 +95,16 @@ class Loggers:
         self.folder = folder
         self.resume_step = resume_step
         self.console: Console | None = Console(total_steps, resume_step, stream=stream)
-        self.plugins = list(plugins)
+        self.plugins: list[Any] = list(plugins)
         self.file: MetricsFile | None = None
+        self._owned = _own_folders(folder / "loggers", names or [type(plugin).__name__ for plugin in plugins])
 
     def start(self, recipe: Mapping[str, Any]) -> None:
         """Open metrics.jsonl and start every logger. `recipe` is the resolved one."""
         self.file = MetricsFile(self.folder, self.resume_step)
-        self._each_plugin(lambda plugin: plugin.start(self.folder, dict(recipe)))
+        owned = dict(zip(map(id, self.plugins), self._owned, strict=True))
+        facts = {"run_folder": self.folder, "recipe": dict(recipe), "first_step": self.resume_step}
+        self._each_plugin(lambda plugin: begin(plugin, LoggerStart(folder=owned[id(plugin)], **facts)))
         self._to_console(lambda console: console.start())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,7 +125,7 @@ class Loggers:
         if self.file is not None:
             self.file.close()
 
-    def _each_plugin(self, call: Callable[[Logger], None]) -> None:
+    def _each_plugin(self, call: Callable[[Any], None]) -> None:
         for plugin in list(self.plugins):
             try:
                 call(plugin)
@@ -136,6 +141,23 @@ class Loggers:
         except Exception as error:  # such as a closed pipe: `llmtune train ... | head`
             self.console = None
             _complain("progress display", error)
+
+
+def begin(logger: Logger | Continues, start: LoggerStart) -> None:
+    """Tell a logger that a run begins or goes on, in the form that it knows."""
+    if isinstance(logger, Continues):
+        start.folder.mkdir(parents=True, exist_ok=True)
+        logger.begin(start)
+    else:  # made before loggers were told where a run goes on
+        logger.start(start.run_folder, start.recipe)
+
+
+def _own_folders(root: Path, names: Sequence[str]) -> list[Path]:
+    """`root/NAME` for each logger, numbered where several have one name."""
+    return [
+        root / (name if names.index(name) == at else f"{name}-{names[:at].count(name) + 1}")
+        for at, name in enumerate(names)
+    ]
 
 
 def _complain(what: str, error: Exception) -> None:

@@ -219,10 +219,13 @@ class LossScale:
 
 @torch.no_grad()
 def evaluate(
-    objective: nn.Module, parts: Mapping[str, Callable[[], Iterable[Batch]]], device: torch.device
-) -> dict[str, float]:
+    objective: nn.Module,
+    parts: Mapping[str, Callable[[], Iterable[Batch]]],
+    device: torch.device,
+    leave: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Mean loss (and the stage's metrics) per unit of weight over all ranks' batches: `eval_loss` of all parts, and
-    `eval_<name>_loss` of each where there are several."""
+    `eval_<name>_loss` of each where there are several. None if `leave`, asked before each batch, says to end early."""
     objective.eval()
     metrics: dict[str, float] = {}
     whole: dict[str, float] = {}
@@ -230,6 +233,9 @@ def evaluate(
         sums: dict[str, Tensor] = {}
         weight = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches():
+            if leave():
+                objective.train()
+                return None
             result = objective(batch)
             weight += batch.weight
             for name, value in {"loss": result.total, **result.metrics}.items():

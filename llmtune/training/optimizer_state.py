@@ -1,9 +1,9 @@
-"""Optimiser state that belongs to a piece of a parameter: how it is named in a checkpoint, and how it is cut anew.
+"""Optimiser state that belongs to a shard of a parameter: how it is named in a checkpoint, and how it is cut anew.
 
 Most optimisers keep tensors shaped like the parameter, and torch cuts those for any number of ranks. Others keep
-something of their own for the piece a rank holds (8-bit codes with one scale for each block of that piece). Such state
-is stored under the piece's bounds, `optim/NAME/KEY/0:16,0:64`. Ranks that hold the same piece continue bit for bit; any
-other piece is put together from those that overlap it, if the optimiser is a `Repacks`.
+something of their own for the shard a rank holds (8-bit codes with one scale for each block of that shard). Such state
+is stored under the shard's bounds, `optim/NAME/KEY/0:16,0:64`. Ranks that hold the same shard continue bit for bit; any
+other shard is put together from those that overlap it, if the optimiser is a `Repacks`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 
 from llmtune.distributed.placement import local, local_box
 
@@ -47,18 +51,15 @@ def parse_box(text: str) -> Box:
     return tuple((int(start), int(stop)) for start, _, stop in bounds)
 
 
-def belongs_to_a_piece(state: Mapping[str, Any], parameter: Tensor) -> bool:
+def belongs_to_a_shard(state: Mapping[str, Any], parameter: Tensor) -> bool:
     """Whether any tensor of `state` is not simply one number for each of the parameter's."""
-    import torch
-    from torch.distributed.tensor import DTensor
-
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
     sharded = isinstance(parameter, DTensor)
     return any(isinstance(value, DTensor) != sharded or value.shape != parameter.shape for value in tensors)
 
 
 def overlap(one: Box, other: Box) -> Box | None:
-    """What two pieces of a parameter share; None for nothing."""
+    """What two shards of a parameter share; None for nothing."""
     shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return None if is_empty(shared) else shared
 
@@ -69,13 +70,11 @@ def within(inner: Box, outer: Box) -> tuple[slice, ...]:
 
 
 def repacked(
-    optimizer: Repacks, parameter: nn.Parameter, pieces: Mapping[Box, Mapping[str, str]], read: Callable[[str], Tensor]
+    optimizer: Repacks, parameter: nn.Parameter, shards: Mapping[Box, Mapping[str, str]], read: Callable[[str], Tensor]
 ) -> dict[str, Tensor]:
-    """State of this rank's piece, made of stored ones. `pieces` maps bounds to {state key: key in the checkpoint}."""
-    import torch
-
+    """State of this rank's shard, made of stored ones. `shards` maps bounds to {state key: key in the checkpoint}."""
     mine, values = box_of(parameter), {}
-    for theirs, keys in pieces.items():
+    for theirs, keys in shards.items():
         shared = overlap(mine, theirs)
         if shared is None:
             continue
@@ -90,8 +89,6 @@ def repacked(
 
 def stored_tensors(folder: Path) -> Callable[[str], Tensor]:
     """A reader of single whole tensors from the safetensors files in `folder`, by key."""
-    from safetensors import safe_open
-
     where = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,19 +23,21 @@ from llmtune.distributed.ranks import (
     tell_the_others,
     wait_for_all,
 )
+from llmtune.distributed.stopping import StopRequest
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.planning.make import make_plan
 from llmtune.recipe.parts import collect
 from llmtune.terminal import doing, say
-from llmtune.training import checkpoint
-from llmtune.training import run_folder as rundir
+from llmtune.training import checkpoint, resume, run_folder
 from llmtune.training.building import build_objective, make_training
-from llmtune.training.callbacks import StopRequest, TrainingCallbacks
+from llmtune.training.callbacks import TrainingCallbacks
 from llmtune.training.isolation import check_isolation, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
 from llmtune.training.log import Loggers, read_metrics
 from llmtune.training.loop import train
+from llmtune.training.measured import peak_memory_bytes
 from llmtune.training.optim import make_optimizer
+from llmtune.training.origins import WEIGHTS, base_weights, origins
 from llmtune.training.out_of_memory import explain_out_of_memory
 from llmtune.training.outcome import Outcome
 from llmtune.training.plot import plot_metrics
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
+    from llmtune.training.manifest import Manifest
     from llmtune.training.objective import Objective
 
 
@@ -65,9 +70,23 @@ def train_here(
 ) -> Outcome:
     """Plan, build, train and save in this process, as one of the ranks that the environment names.
 
-    Data are tokenised before any process group exists, so that no collective can time out on it.
+    Data are tokenised before any process group exists, so that no collective can time out on it. Raises Stopped where
+    SIGTERM or Ctrl-C ask for it and nothing has to be saved first.
     """
-    ranks = ranks_from_environment()
+    with StopRequest() as stop:
+        try:
+            return _train_here(recipe, registry, estimate, show, stop)
+        except BaseException:
+            if stop.ordered:  # on its way to here, libraries may have made another error of it
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _train_here(
+    recipe: Recipe, registry: Registry, estimate: Callable[[Plan], StepCost], show: Callable[..., Any],
+    stop: StopRequest,
+) -> Outcome:  # fmt: skip
+    started, ranks = time.monotonic(), ranks_from_environment()
     try:
         plan = plan_run(recipe, registry, ranks)
     except (LlmtuneError, OSError) as error:
@@ -80,7 +99,7 @@ def train_here(
         join(ranks, plan.device, recipe.train.ddp_timeout)
         fail_together(None)
         check_agreement(plan.facts())
-        return _train(plan, registry, estimate, show if ranks.first else _nothing)
+        return _train(plan, registry, estimate, show if ranks.first else _nothing, stop, started)
 
 
 def plan_run(recipe: Recipe, registry: Registry, ranks: Ranks) -> Plan:
@@ -89,8 +108,8 @@ def plan_run(recipe: Recipe, registry: Registry, ranks: Ranks) -> Plan:
     plan: Plan | None = None
     with collect(problems):
         plan = make_plan(recipe, registry, ranks, pick_device(recipe.train.device, ranks.local_rank))
-    problems += [PlanError(sentence) for sentence in rundir.output_problems(recipe)]
-    problems += [PlanError(sentence) for sentence in [rundir.occupied(recipe)] if sentence]
+    problems += [PlanError(sentence) for sentence in run_folder.output_problems(recipe)]
+    problems += [PlanError(sentence) for sentence in [run_folder.occupied(recipe)] if sentence]
     raise_all(problems)
     assert plan is not None
     return plan
@@ -100,33 +119,41 @@ def _nothing(*_: object) -> None:
     """Ranks other than the first say nothing."""
 
 
-def _train(plan: Plan, registry: Registry, estimate: Callable[[Plan], StepCost], show: Callable[..., Any]) -> Outcome:
+def _train(
+    plan: Plan, registry: Registry, estimate: Callable[[Plan], StepCost], show: Callable[..., Any], stop: StopRequest,
+    started: float,
+) -> Outcome:  # fmt: skip
     lock = FolderLock(plan.output_dir)
     try:
         start = _prepare(plan, lock)
-        plan = rundir.continued(plan, start)
+        plan = resume.continued(plan, start)
         show(str(plan))
         try:
-            outcome = _run(plan, registry, start.found, estimate(plan), show)
+            outcome = _run(plan, registry, start.found, estimate(plan), show, stop)
+            peak = max(from_all(peak_memory_bytes(plan.device)))
+            outcome = replace(outcome, peak_memory_bytes=peak, seconds=time.monotonic() - started)
         except BaseException as error:
             if plan.ranks.first:
-                rundir.write_status(plan.output_dir, "failed", error=f"{type(error).__name__}: {error}")
+                asked = isinstance(error, KeyboardInterrupt) or stop.ordered
+                said = {} if asked else {"error": f"{type(error).__name__}: {error}"}
+                run_folder.write_status(plan.output_dir, "interrupted" if asked else "failed", **said)
             raise
         if plan.ranks.first:
-            rundir.write_status(plan.output_dir, outcome.status, answers=outcome.answers)
+            facts = {"seconds": round(outcome.seconds, 1), "peak_memory_bytes": peak, **outcome.result}
+            run_folder.write_status(plan.output_dir, outcome.status, answers=outcome.answers, **facts)
         return outcome
     finally:
         lock.release()
 
 
-def _prepare(plan: Plan, lock: FolderLock) -> rundir.Start:
-    """Claim the output folder for this run, on every machine; how the run begins."""
+def _prepare(plan: Plan, lock: FolderLock) -> resume.Start:
+    """Lock the output folder for this run, on every machine; how the run begins."""
     launchers = {name for name in from_all(launcher()) if name}
 
-    def prepare() -> rundir.Start:
-        rundir.check_folder(plan.recipe, launchers)
+    def prepare() -> resume.Start:
+        run_folder.check_folder(plan.recipe, launchers)
         lock.take(LAG_S if launchers else 0.0)
-        return rundir.prepare_folder(plan, launchers)
+        return resume.prepare_folder(plan, launchers)
 
     start = _shared(prepare, plan)
     if plan.ranks.size > 1:
@@ -135,61 +162,85 @@ def _prepare(plan: Plan, lock: FolderLock) -> rundir.Start:
 
 
 def _run(
-    plan: Plan, registry: Registry, found: tuple[Path, checkpoint.Manifest] | None, cost: StepCost,
-    show: Callable[..., Any],
+    plan: Plan, registry: Registry, found: tuple[Path, Manifest] | None, cost: StepCost, show: Callable[..., Any],
+    stop: StopRequest,
 ) -> Outcome:  # fmt: skip
-    recipe, module = plan.recipe.train, plan.model.module
     first_step = found[1].step if found else 0
-    if isinstance(plan.data.batches, StreamLoader):  # reads and tokenises while the weights are loaded
-        once = plan.ranks.rank == plan.ranks.batch_rank * plan.ranks.size // plan.ranks.batch_ranks
-        quarantine = plan.output_dir / rundir.QUARANTINE if once else None
-        plan.data.batches.start(first_step, found[1].numbers["stream"] if found else None, quarantine)
-    doing.info("Loading the weights")
-    with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
-        objective = build_objective(plan.model)
+    stop.doing = "while weights were loaded, before this start has learnt anything"
+    objective, read = _build(plan, found, cost)
     optim = plan.parts.one("optim_config")
     with blaming(optim.full_label, "create"):
-        optimizer = make_optimizer(optim.built, module, recipe.learning_rate)
+        optimizer = make_optimizer(optim.built, plan.model.module, plan.recipe.train.learning_rate)
     training = make_training(plan, objective, optimizer, first_step)
     if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)
     if plan.ranks.layout.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective, "before")
-    with StopRequest() as stop:
-        loggers = start_loggers(plan, first_step)
-        keeper = TrainingCallbacks(
-            plan, objective, optimizer, loggers, registry.observers(), stop, cost.mfu, training.scaler
-        )
-        if found:
-            reshard(objective)
-            checkpoint.restore(found[0], found[1], module, optimizer, plan.ranks)
-            keeper.restore(found[1])
-            show(f"Continuing after step {first_step} from {found[0]}")
-        try:
-            if not keeper.stopped_early:
-                with explain_out_of_memory(plan.device, lambda: f"step {training.at}", cost.remedies):
-                    train(training, keeper)
-        finally:
-            if loggers is not None:
-                loggers.finish()
+    loggers = start_loggers(plan, first_step)
+    keeper = TrainingCallbacks(
+        plan, objective, optimizer, loggers, registry.observers(), stop, cost.mfu, training.scaler,
+        {**origins(plan), **read},
+    )  # fmt: skip
+    try:
+        with stop.finishing(lambda: f"finishing step {training.at or first_step + 1}, then saving"):
+            if found:
+                reshard(objective)
+                checkpoint.restore(found[0], found[1], plan.model.module, optimizer, plan.ranks)
+                keeper.restore(*found)
+                show(f"Continuing after step {first_step} from {found[0]}")
+                if isinstance(lost := keeper.best(), str):
+                    show(f"{lost}; from here on the best of the evaluations to come counts")
+            with explain_out_of_memory(plan.device, lambda: f"step {training.at}", cost.remedies):
+                last = first_step if keeper.catch_up(first_step) else train(training, keeper)
+    finally:
+        if loggers is not None:
+            loggers.finish()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
+    stop.doing = "while the result was written; the last step is saved"
+    with nullcontext() if keeper.saved_step == last else stop.finishing(lambda: "finishing the run"):
+        return _finish(plan, keeper, before, show)
+
+
+def _build(plan: Plan, found: tuple[Path, Manifest] | None, cost: StepCost) -> tuple[Objective, Mapping[str, str]]:
+    """The model with its weights, and what tells the files that they come from from others. Collective."""
+    if isinstance(plan.data.batches, StreamLoader):  # reads and tokenises while the weights are loaded
+        once = plan.ranks.rank == plan.ranks.batch_rank * plan.ranks.size // plan.ranks.batch_ranks
+        quarantine = plan.output_dir / run_folder.QUARANTINE if once else None
+        cursor = (found[1].step, found[1].numbers["stream"]) if found else (0, None)
+        plan.data.batches.start(*cursor, quarantine)
+    doing.info("Loading the weights")
+    with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
+        objective = build_objective(plan.model)
+    read = base_weights(plan, found[1].origins if found else {})
+    if plan.ranks.first:
+        run_folder.write_status(plan.output_dir, "running", model_fingerprint=read[WEIGHTS])
+    return objective, read
+
+
+def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Callable[..., Any]) -> Outcome:
+    """Answer the sample prompts again and write the result. Collective."""
+    objective, recipe, module = keeper.objective, plan.recipe.train, plan.model.module
     if isinstance(plan.data.batches, StreamLoader):
         show(plan.data.batches.summary())
     reshard(objective)
-    if best := keeper.best_folder():
-        checkpoint.restore(best, checkpoint.verify(best), module, None, plan.ranks)
+    best = keeper.best()
+    if isinstance(best, tuple):
+        checkpoint.restore(*best, module, None, plan.ranks)
         show(f"The best weights are those of step {keeper.best_step}")
+    elif best is not None:
+        show(f"{best}; the result has the weights of the last step")
+    checkpoint.require_finite(checkpoint.training_state(module, None)[0], plan.steps)
     after = sample_answers(plan, objective, "after")
     reshard(objective)
     doing.info("Writing the result")
-    write_result(plan.model, plan.output_dir / "model")
+    result = write_result(plan.model, plan.output_dir / "model")
     if plan.ranks.first and recipe.plot_loss:
         plot_metrics(read_metrics(plan.output_dir), plan.output_dir / "loss.png")
     wait_for_all()
     answers = [(question, old, new) for question, old, new in zip(recipe.sample_prompts, before, after, strict=True)]
-    return Outcome(plan, "done", objective, answers)
+    return Outcome(plan, "done", objective, answers, result)
 
 
 def _shared(work: Any, plan: Plan) -> Any:
@@ -208,13 +259,15 @@ def start_loggers(plan: Plan, first_step: int) -> Loggers | None:
     """metrics.jsonl, the console and the recipe's loggers, on rank 0."""
     if not plan.ranks.first:
         return None
+    parts = plan.parts.at("logger_config")
     loggers = Loggers(
         plan.output_dir,
-        [part.built for part in plan.parts.at("logger_config")],
+        [part.built for part in parts],
+        names=[part.plugin.name for part in parts],
         total_steps=plan.steps,
         resume_step=first_step,
     )
-    loggers.start(rundir.plain(plan.recipe.resolved))
+    loggers.start(run_folder.plain(plan.recipe.resolved))
     return loggers
 
 

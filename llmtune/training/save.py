@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import blaming
 from llmtune.distributed.placement import full
+from llmtune.folders import publish, size_and_hash
 from llmtune.model.edits import named_tensors
+from llmtune.training.run_folder import TRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,26 +56,38 @@ def write_adapter(plan: ModelPlan, folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_result(plan: ModelPlan, folder: Path) -> None:
-    """`model/` of a finished run, and `trained.safetensors` beside it for an adapter. Collective."""
-    model: Any = plan.module
+def write_result(plan: ModelPlan, folder: Path) -> dict[str, Any]:
+    """`model/` of a finished run, and `trained.safetensors` beside it for an adapter. Collective.
+
+    Both appear whole, flushed to disk. Returns, on rank 0, what run.json says of them: the files by their paths in the
+    run's folder, and the SHA-256 of `trained.safetensors`.
+    """
+    run, partial, model = folder.parent, folder.with_name(f".{folder.name}.partial"), plan.module
+    facts: dict[str, Any] = {}
+    if plan.ranks.first:
+        shutil.rmtree(partial, ignore_errors=True)
     if plan.is_adapter:
-        tensors = write_adapter(plan, folder)
+        tensors = write_adapter(plan, partial)
         if plan.ranks.first:
             from safetensors.torch import save_file
 
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()}, folder.parent / "trained.safetensors"
-            )
+            beside = run / f".{TRAINED}.partial"
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+            facts["trained_sha256"] = size_and_hash(beside)[1]
+            publish(beside, run / TRAINED)
     else:
         state = original_tensors(plan)
         if plan.ranks.first:
-            model.save_pretrained(folder, state_dict=untied(model, state))
+            model.save_pretrained(partial, state_dict=untied(model, state))
             # transformers writes down the type of the weights in memory, which is float32 in mixed precision.
             model.config.dtype = plan.precision.compute
-            model.config.save_pretrained(folder)
-    if plan.ranks.first:
-        save_tokenizer(plan, folder)
+            model.config.save_pretrained(partial)
+    if not plan.ranks.first:
+        return facts
+    save_tokenizer(plan, partial)
+    publish(partial, folder)
+    written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {**facts, "result": [str(path.relative_to(run)) for path in written]}
 
 
 def untied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmtune.contract.records import LoggerStart
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject
-from llmtune.training.log import Loggers
+from llmtune.training.log import Loggers, begin
 
 
 def laws(subject: Subject) -> list[Check]:
     """All of them."""
-    return [follows_a_run, takes_any_number, starts_again_on_the_same_folder, survives_a_run_that_never_started,
-            cannot_stop_a_run]  # fmt: skip
+    return [follows_a_run, takes_any_number, goes_on_where_the_run_does, keeps_to_its_folder,
+            survives_a_run_that_never_started, cannot_stop_a_run]  # fmt: skip
+
+
+def start_of(folder: Path, first_step: int = 0, recipe: Mapping[str, Any] | None = None) -> LoggerStart:
+    """What a logger is told of a run in `folder`."""
+    return LoggerStart(
+        folder=folder / "loggers" / "own", run_folder=folder, recipe=recipe or {"model": "m"}, first_step=first_step
+    )
 
 
 def follows_a_run(subject: Subject, folder: Path) -> None:
@@ -34,27 +43,49 @@ def follows_a_run(subject: Subject, folder: Path) -> None:
 def takes_any_number(subject: Subject, folder: Path) -> None:
     """Whole numbers, infinity, NaN, and metrics that were not there before are logged without an error."""
     logger = subject.built()
-    logger.start(folder, {"model": "some/model", "peft_config": {"name": "x", "r": 8}, "notes": None})
+    begin(logger, start_of(folder, recipe={"model": "some/model", "peft_config": {"name": "x", "r": 8}, "notes": None}))
     logger.log(1, {"loss": 1.5, "tokens": 128, "learning_rate": 1e-4})
     logger.log(2, {"loss": math.inf, "grad_norm": math.nan})
     logger.log(2, {"eval_loss": 1.25, "eval_accuracy": 0.5})
     logger.finish()
 
 
-def starts_again_on_the_same_folder(subject: Subject, folder: Path) -> None:
-    """A continued run starts a new logger in the folder of the old one."""
-    for step in (1, 2):
+def goes_on_where_the_run_does(subject: Subject, folder: Path) -> None:
+    """A run that was interrupted at step 4 and goes on after step 2 has each step once, with its last value.
+
+    The steps of `loss` are read with `reader(folder of the logger, folder of the run)`, where the test gives one.
+    """
+    for first_step, last in ((0, 4), (2, 5)):
         logger = subject.built()
-        logger.start(folder, {"model": "some/model"})
-        logger.log(step, {"loss": float(step)})
+        begin(logger, start_of(folder, first_step))
+        for step in range(first_step + 1, last + 1):
+            logger.log(step, {"loss": float(step)})
         logger.finish()
+        time.sleep(1.1)  # many formats tell files apart by the second of their names
+    if subject.reader is None:
+        return
+    steps = list(subject.reader(start_of(folder).folder, folder))
+    if steps != [1, 2, 3, 4, 5]:
+        fix = "Write `begin(start)` instead of `start`, and drop what was logged after `start.first_step`"
+        raise Broken(f"the steps of a continued run are {steps}", fix)
+
+
+def keeps_to_its_folder(subject: Subject, folder: Path) -> None:
+    """What it writes in the run's folder lies in the folder of its own, which goes where the run starts over."""
+    logger = subject.built()
+    begin(logger, start_of(folder))
+    logger.log(1, {"loss": 1.0})
+    logger.finish()
+    own = start_of(folder).folder
+    if other := [path for path in sorted(folder.rglob("*")) if path.is_file() and own not in path.parents]:
+        raise Broken(f"it wrote {other[0].relative_to(folder)}", "Write `begin(start)`, and files into `start.folder`")
 
 
 def survives_a_run_that_never_started(subject: Subject, folder: Path) -> None:
-    """`build` writes nothing, and `finish` without `start` raises nothing: a run may fail in between."""
+    """`build` writes nothing, and `finish` without `begin` raises nothing: a run may fail in between."""
     logger = subject.built()
     if found := sorted(folder.iterdir()):
-        raise Broken(f"`build` wrote {found[0].name}", "Write in `start`: building happens in `llmtune plan`, too")
+        raise Broken(f"`build` wrote {found[0].name}", "Write in `begin`: building happens in `llmtune plan`, too")
     logger.finish()
 
 
@@ -65,8 +96,8 @@ def cannot_stop_a_run(subject: Subject, folder: Path) -> None:
     class Breaks:
         """The logger until the second step."""
 
-        def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-            logger.start(folder, recipe)
+        def begin(self, start: LoggerStart) -> None:
+            begin(logger, start)
 
         def log(self, step: int, metrics: Mapping[str, float]) -> None:
             if step == 2:

@@ -13,7 +13,7 @@ class TensorBoardConfig:
     """Where TensorBoard's event files go."""
 
     log_dir: str | None = None
-    """Folder of the event files; null means `tensorboard` in the run's folder. `~` is your home."""
+    """Folder of the event files; null means `loggers/tensorboard` in the run's folder. `~` is your home."""
 
 
 def build(config: TensorBoardConfig) -> Any:

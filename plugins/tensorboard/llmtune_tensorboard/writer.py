@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from llmtune import LoggerStart
 
 from . import TensorBoardConfig
 
@@ -19,17 +20,18 @@ class TensorBoard:
         self.config = config
         self.writer: SummaryWriter | None = None
 
-    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        """Open an event file. A continued run adds another one; TensorBoard shows both as one run."""
-        log_dir = Path(self.config.log_dir).expanduser() if self.config.log_dir else folder / "tensorboard"
-        self.writer = SummaryWriter(str(log_dir))
+    def begin(self, start: LoggerStart) -> None:
+        """Open an event file. A continued run adds another one, which has TensorBoard drop what the earlier ones hold
+        of steps that are done again; so does a new run in a `log_dir` that an earlier one has used."""
+        log_dir = Path(self.config.log_dir).expanduser() if self.config.log_dir else start.folder
+        self.writer = SummaryWriter(str(log_dir), purge_step=start.first_step + 1)
         # Four spaces make a code block of every line.
-        text = json.dumps(recipe, indent=2, default=str)
+        text = json.dumps(start.recipe, indent=2, default=str)
         self.writer.add_text("recipe", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write every number of `metrics` at `step` and flush, so that a killed run loses nothing."""
-        assert self.writer is not None, "log before start"
+        assert self.writer is not None, "log before begin"
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

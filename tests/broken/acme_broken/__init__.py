@@ -55,7 +55,7 @@ POINTS = {
     "lr_scheduler_config": ("doubles", "counts_calls", "divides_by_zero", "starts_low", *(
         "undocumented", "out_of_bounds", "mutable", "draws_numbers", "sums_up_nothing", "has_no_entry",
     )),
-    "logger_config": ("hates_nan", "writes_early", "needs_a_start"),
+    "logger_config": ("hates_nan", "writes_early", "needs_a_start", "leaves_home"),
     "init_config": ("shifts_rows", "rounds"),
     "data_config": ("knows_no_kind", "lies_about_its_kind", "fails_on_gaps", "changes_rows", "counts_rows"),
 }  # fmt: skip
