@@ -15,9 +15,9 @@ import llmtune
 from llmtune.contract.errors import PlanError
 from llmtune.cost.advice import replan
 from llmtune.cost.flops import count
-from llmtune.cost.memory import CATEGORIES, Memory
-from llmtune.cost.text import cost_text
 from llmtune.planning.devices import GIB, describe
+from llmtune.planning.memory import CATEGORIES, Memory
+from llmtune.recipe.registry import Registry
 from tests.tiny import tiny_config, tiny_model_folder, tiny_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 32}
@@ -195,7 +195,7 @@ def test_what_is_said_to_fit_fits(make: Make) -> None:
     peak = make(1, "80GB", activation_checkpointing="none").cost.traced.at_peak.total
     device = f"{(0.8 * peak / GIB + 1) / 0.96:.4f}GB"
     cost = make(1, device, activation_checkpointing="none").cost
-    assert not cost.fits and "DOES NOT FIT" in cost_text(cost)
+    assert not cost.fits and "DOES NOT FIT" in repr(cost)
     named = {str(found.change): found for found in cost.advice.single}
     assert "activation_checkpointing: full, disable_gradient_checkpointing: false" in named
     assert any(found.fits for found in named.values())
@@ -213,7 +213,7 @@ def test_changes_are_added_up_where_none_is_enough(make: Make) -> None:
     assert not cost.fits
     assert not any(found.fits for found in cost.advice.single)
     if cost.advice.together is not None:
-        assert replan(cost.plan, cost.advice.together.change).cost.fits
+        assert replan(cost.plan, cost.advice.together.change, Registry()).cost.fits
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "freeze"])
@@ -231,7 +231,7 @@ def test_flops_are_those_that_torch_counts(make: Make, method: str) -> None:
     with FlopCounterMode(display=False) as counter:
         objective(batch).total.backward()
     tokens = batch.input_ids.numel()
-    expected = count(plan, cost.shape, causal=batch.input_ids.shape[1]).total
+    expected = count(plan.model, cost.shape, causal=batch.input_ids.shape[1]).total
     assert expected == pytest.approx(counter.get_total_flops() / tokens, rel=0.015)
 
 
@@ -246,7 +246,7 @@ def test_causal_attention_counts_half_and_recomputation_not_at_all(make: Make) -
     plain, again = make(activation_checkpointing="none").cost, make(activation_checkpointing="full").cost
     length, width, layers = 128, 4 * SIZES["head_dim"], SIZES["num_hidden_layers"]
     assert plain.shape.attended == (length + 1) / 2
-    whole = count(plain.plan, plain.shape, causal=length).forward
+    whole = count(plain.plan.model, plain.shape, causal=length).forward
     assert whole - plain.flops.forward == pytest.approx(4 * width * layers * (length - 1) / 2)
     assert again.flops.total == plain.flops.total and again.flops.recomputed > 0
     assert again.flops.expected_mfu < plain.flops.expected_mfu == 0.5
@@ -288,7 +288,7 @@ def test_devices() -> None:
 
 
 def test_a_device_without_bfloat16_gets_none(make: Make) -> None:
-    assert make(1, "t4").precision.compute == torch.float32
+    assert make(1, "t4").model.precision.compute == torch.float32
     with pytest.raises(PlanError, match="no bfloat16 units"):
         make(1, "t4", bf16=True)
 

@@ -206,9 +206,9 @@ def _plan(options: Any) -> None:
     if options.json:
         print(json.dumps(found.cost.as_dict(), indent=1))
         return
-    say(f"{found}\n\n{quick_text(found.cost)}")
+    say(f"{found}\n\n{found.cost.quick_text}")
     doing.info("Tracing a step without weights, to know its memory")
-    say(detail_text(found.cost))
+    say(found.cost.detail_text)
 
 
 def _chat(options: Any) -> None:

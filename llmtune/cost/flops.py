@@ -11,30 +11,21 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from llmtune.contract.structure import transformer_layers
-from llmtune.cost.shape import Shape
+from llmtune.model.sizes import sizes_of
+from llmtune.planning.memory_formulas import RECOMPUTED
 
 if TYPE_CHECKING:
-    from llmtune.planning.plan import Plan
+    from llmtune.planning.micro_batch import MicroBatch
+    from llmtune.planning.model_plan import ModelPlan
 
 HARDWARE_USE = 0.5
 """Share of the peak that a well-fed device reaches, recomputation counted: PaLM reports 57.8 % (with 46.2 % MFU), Llama
 3 between 38 and 43 % MFU. An assumption, not a prediction."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """One matrix that tokens are multiplied with."""
-
-    numbers: float
-    """Those that a token meets: for experts, the share it visits."""
-    trained: bool
-    layer: int
-    """-1 below the layers, their count above."""
-    share: float = 1.0
-    """Share of the tokens that meet it: the head sees those with a loss only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,67 +48,44 @@ class Flops:
         return HARDWARE_USE * self.total / (self.total + self.recomputed)
 
 
-def count(plan: Plan, shape: Shape, causal: float | None = None) -> Flops:
+def count(plan: ModelPlan, batch: MicroBatch, causal: float | None = None) -> Flops:
     """FLOPs per token of the plan's data. `causal` replaces the tokens that one attends to on average."""
-    layers = transformer_layers(plan.model.module)
-    found = list(matrices(plan, [name for name, _ in layers], shape))
-    trained = [layer for layer, (_, module) in enumerate(layers) if any(p.requires_grad for p in module.parameters())]
-    embedding = plan.model.module.get_input_embeddings()
+    layers, sizes = transformer_layers(plan.module), sizes_of(plan.module.config)
+    trained = [place for place, (_, layer) in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    embedding = plan.module.get_input_embeddings()
     below = embedding is not None and any(p.requires_grad for p in embedding.parameters())
     first = 0 if below else min(trained, default=len(layers))
-    attended = shape.attended if causal is None else causal
-    config = plan.model.module.config
-    scores = [4 * query_width(config) * window(config, layer, attended) for layer in range(len(layers))]
-    forward = sum(2 * m.numbers * m.share for m in found) + sum(scores)
-    backward = sum(2 * m.numbers * m.share * ((m.layer >= first) + m.trained) for m in found)
-    backward += 2 * sum(scores[first:])
-    inside = sum(2 * m.numbers for m in found if first <= m.layer < len(layers)) + sum(scores[first:])
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[plan.model.checkpointing]
-    return Flops(forward=forward, backward=backward, recomputed=again * inside)
+    forward = backward = inside = 0.0
+    for place, numbers, trains, share in _matrices(plan, [name for name, _ in layers], batch):
+        forward += 2 * numbers * share
+        backward += 2 * numbers * share * ((place >= first) + trains)
+        inside += 2 * numbers if first <= place < len(layers) else 0.0
+    attended = batch.attended if causal is None else causal
+    windows = (*sizes.windows, *[None] * len(layers))[: len(layers)]
+    scores = [4 * sizes.queries * min(attended, window or attended) for window in windows]
+    inside += sum(scores[first:])
+    return Flops(
+        forward=forward + sum(scores),
+        backward=backward + 2 * sum(scores[first:]),
+        recomputed=RECOMPUTED[plan.checkpointing] * inside,
+    )
 
 
-def matrices(plan: Plan, layers: list[str], shape: Shape) -> Iterator[Matrix]:
-    """All matrices of the model but lookup tables, quantised ones by their original size."""
-    model = plan.model.module
-    originals = {
-        now: plan.model.ledger.shapes[name]
-        for name, placed in plan.model.ledger.rules.items()
-        for now in placed.where.values()
-    }
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _matrices(plan: ModelPlan, layers: list[str], batch: MicroBatch) -> Iterator[tuple[int, float, bool, float]]:
+    """(place among the layers, numbers that a token meets, whether they train, share of the tokens that meet them) of
+    all matrices but lookup tables. Quantised ones have their original size; what is in no layer comes last."""
+    ledger, visited = plan.ledger, sizes_of(plan.module.config).visited
+    originals = {now: ledger.shapes[name] for name, placed in ledger.rules.items() for now in placed.where.values()}
+    head = plan.module.get_output_embeddings()
     heads = {id(p) for p in head.parameters()} if head is not None else set()
-    tables = {id(p) for m in model.modules() if type(m).__name__ == "Embedding" for p in m.parameters()} - heads
-    share = shape.targets / max(shape.tokens, 1)
-    for name, parameter in model.named_parameters():
+    lookups = [module for module in plan.module.modules() if isinstance(module, nn.Embedding)]
+    tables = {id(p) for module in lookups for p in module.parameters()} - heads
+    supervised = batch.targets / max(batch.tokens, 1)
+    for name, parameter in plan.module.named_parameters():
         size = originals.get(name, tuple(parameter.shape))
         if len(size) < 2 or id(parameter) in tables:
             continue
-        layer = next((i for i, prefix in enumerate(layers) if name.startswith(prefix + ".")), len(layers))
-        numbers = math.prod(size) * visited(name, size, model.config.get_text_config())
-        seen = share if id(parameter) in heads else 1.0
-        yield Matrix(numbers=numbers, trained=parameter.requires_grad, layer=layer, share=seen)
-
-
-def visited(name: str, size: tuple[int, ...], config: Any) -> float:
-    """Share of a matrix that one token meets: less than 1 for experts."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    if not experts or not chosen or not re.search(r"\bexperts\b", name):
-        return 1.0
-    return chosen / experts
-
-
-def query_width(config: Any) -> int:
-    """Width of all query heads together."""
-    text = config.get_text_config()
-    count = text.num_attention_heads
-    return count * (getattr(text, "head_dim", None) or text.hidden_size // count)
-
-
-def window(config: Any, layer: int, attended: float) -> float:
-    """Tokens attended to on average, within the layer's window if it has one."""
-    text = config.get_text_config()
-    size = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    sliding = kinds[layer] == "sliding_attention" if kinds and layer < len(kinds) else False
-    return min(attended, size) if size and sliding else attended
+        place = next((i for i, prefix in enumerate(layers) if name.startswith(prefix + ".")), len(layers))
+        met = visited if re.search(r"\bexperts\b", name) else 1.0
+        share = supervised if id(parameter) in heads else 1.0
+        yield place, math.prod(size) * met, parameter.requires_grad, share

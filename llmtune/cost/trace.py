@@ -18,18 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtune.contract.stages import Batch
 from llmtune.contract.structure import transformer_layers
-from llmtune.cost.closed import closed_form, logits_bytes
-from llmtune.cost.memory import Estimate, Memory
-from llmtune.cost.shape import Shape, fake_batch
 from llmtune.cost.tracker import Segment, Tracker, by_category
 from llmtune.distributed.placement import materialise
+from llmtune.planning.memory import Estimate, Memory
+from llmtune.planning.memory_formulas import estimate_memory, logits_bytes
 from llmtune.training.building import make_objective, make_training, spread
 from llmtune.training.loop import clip, forward_backward, global_norm
 from llmtune.training.objective import Context, Objective
 from llmtune.training.optim import make_optimizer
 
 if TYPE_CHECKING:
+    from llmtune.planning.micro_batch import MicroBatch
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.planning.plan import Plan
 
@@ -63,7 +64,7 @@ class Timeline:
     """Whether the optimiser could take a step on fake tensors, so that its state was counted."""
 
 
-def trace(plan: Plan, shape: Shape) -> Estimate:
+def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -76,8 +77,8 @@ def trace(plan: Plan, shape: Shape) -> Estimate:
         with FakeTensorMode(allow_non_fake_inputs=True):
             timeline = step(traced, objective, shape, runs)
     # A fused loss takes larger chunks on a GPU than on the CPU, where the trace takes place.
-    chunks = logits_bytes(plan, shape) - logits_bytes(traced, shape)
-    stateless = Memory() if timeline.has_state else Memory(optimizer=closed_form(plan, shape).most.optimizer)
+    chunks = logits_bytes(plan.model, shape) - logits_bytes(model, shape)
+    stateless = Memory() if timeline.has_state else Memory(optimizer=estimate_memory(plan, shape).most.optimizer)
     return unroll(timeline, everywhere=stateless, loss=Memory(logits=chunks))
 
 
@@ -128,7 +129,7 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return type(layer), parameters
 
 
-def step(plan: Plan, objective: Objective, shape: Shape, runs: list[LayerRun]) -> Timeline:
+def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRun]) -> Timeline:
     """Take one optimiser step. The optimiser's state is there beforehand, as it is from the second step on."""
     module: Any = plan.model.module
     materialise(module, plan.device)
@@ -139,7 +140,7 @@ def step(plan: Plan, objective: Objective, shape: Shape, runs: list[LayerRun]) -
     optimizer = stepped_optimizer(plan)
     unused: Any = optimizer  # the parts of the loop that are called here take no step
     training = make_training(plan, objective, unused)
-    micros = [fake_batch(shape, torch.zeros) for _ in range(min(2, shape.micro_steps))]
+    micros = [fake_batch(shape) for _ in range(min(2, shape.micro_steps))]
     large_norm = 2.0 * (training.max_grad_norm or 1.0)
     # Beforehand once: DTensor works out how each operation spreads, on tensors that are not the step's.
     clip(training, global_norm(parameters), large_norm)
@@ -182,6 +183,24 @@ def built(plan: ModelPlan) -> Objective:
     return objective
 
 
+def fake_batch(shape: MicroBatch) -> Batch:
+    """A micro-batch of this shape, without anything in it. A flat one is a single document."""
+
+    def whole(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64)
+
+    rows = (shape.rows, shape.length)
+    return Batch(
+        input_ids=whole(*rows),
+        labels=whole(*rows),
+        weight=float(shape.targets),
+        predict_at=whole(shape.targets),
+        targets=whole(shape.targets),
+        position_ids=whole(*rows) if shape.flat else None,
+        attention_mask=whole(*rows) if shape.masked else None,
+    )
+
+
 class Observer:
     """Cuts a tracked step at its layers, and tells the tracker what things are for."""
 
@@ -191,7 +210,7 @@ class Observer:
         self.tracker = tracker
         self.parameters = [parameter for parameter in plan.model.module.parameters() if parameter.requires_grad]
         self.forward = False
-        offloaded = getattr(plan.parts.one("dist_config").config, "offload_params", False)
+        offloaded = plan.parts.one("dist_config").built.in_host_memory
         self.kinds = {kind: "host" if offloaded else kind for kind in ("weights", "adapters", "gradients", "optimizer")}
         self.trained = self.kinds["adapters" if plan.model.is_adapter else "weights"]
         layers = [layer for _, layer in transformer_layers(plan.model.module)]

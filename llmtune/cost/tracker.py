@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from llmtune.cost.memory import Memory
+from llmtune.planning.memory import Memory
 
 COMMUNICATION = ("fsdp", "c10d", "_c10d_functional")
 """Namespaces of operations whose tensors travel between ranks."""

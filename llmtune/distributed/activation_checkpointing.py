@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
+Level = Literal["none", "selective", "full"]
+"""What a layer computes again in its backward pass instead of keeping it."""
 
-def checkpoint_activations(model: Any, kind: str) -> None:
+
+def checkpoint_activations(model: Any, kind: Level) -> None:
     """Let each transformer layer keep only its input (`full`), or the dearest results too (`selective`).
 
     The gradients are the same bit for bit: what is computed again is computed alike, dropout included.

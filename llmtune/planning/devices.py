@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.contract.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
+
+    from llmtune.planning.plan import Plan
 
 GIB = 2**30
 
@@ -101,15 +106,36 @@ def chosen_device(key: str, described: str | None, anywhere: bool) -> tuple[torc
     return device, this_device(device) if anywhere else None
 
 
+def device_of(plan: Plan) -> Device:
+    """The device that each rank of a plan has: the described one, or its share of this machine's."""
+    device = plan.target or this_device(plan.device)
+    if plan.target is None and device.kind == "cpu":
+        return replace(device, memory=device.memory // plan.ranks.size)
+    return device
+
+
+def size_text(count: float) -> str:
+    """`12.34 GiB`, `56.7 MiB`."""
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+
+
+def free_host_memory() -> int:
+    """Bytes of memory that a new process can use: what the machine has free, and the container's limit leaves."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        free = 1024 * int(found[1])
+    with contextlib.suppress(OSError, ValueError):  # no such files, or `max` in them, where nothing limits
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, free)
+
+
 def this_device(device: torch.device) -> Device:
     """The machine's own: its memory, and its speed where the table knows the name."""
-    import os
-
     import torch
 
     if device.type == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device(name="this machine's memory", memory=memory, kind="cpu")
+        return Device(name="this machine's free memory", memory=free_host_memory(), kind="cpu")
     properties = torch.cuda.get_device_properties(device)
     words = set(re.split(r"[\s-]+", properties.name.lower()))
     known = next((found for name, found in DEVICES.items() if name in words), None)

@@ -122,7 +122,6 @@ def plan_model(
         keys=recipe.model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, device=device, mode=mode,
         files=pretrained.files, precision=precision, context=context, tokenizer=pretrained.tokenizer, module=module,
         ledger=ledger, vocabulary=vocabulary, trainable=tuple(trainable), attention=attention, end_to_end=end_to_end,
-        checkpointing=train.checkpointing if mode == "train" else "none",
         compiled=mode == "train" and train.torch_compile, seed=train.seed, notes=notes,
     )  # fmt: skip
 

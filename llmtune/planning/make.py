@@ -8,11 +8,13 @@ from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.distributed.mesh import arrange
 from llmtune.model.precision import Precision, choose_precision
+from llmtune.model.sizes import sizes_of
 from llmtune.planning.data_plan import plan_data, prepare_for
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import batch_objections, metric_objections, stream_objections
 from llmtune.planning.plan import Plan
+from llmtune.planning.decisions import with_checkpointing
 from llmtune.recipe.parts import Parts, collect, find_parts
 from llmtune.terminal import doing
 
@@ -61,7 +63,8 @@ def make_plan(
     assert model is not None
     flat = model.end_to_end or recipe.data.isolates
     data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat)
-    return Plan(recipe=recipe, parts=parts, model=model, data=data, notes=parts.notes, target=target)
+    plan = Plan(recipe=recipe, parts=parts, model=model, data=data, notes=parts.notes, target=target)
+    return with_checkpointing(plan)
 
 
 def make_model_plan(
@@ -102,10 +105,10 @@ def foundations(
     pretrained: Pretrained | None = None
     with collect(model_problems):
         pretrained = read_pretrained(recipe, parts, ranks, described=target is not None, templated=templated)
-    with collect(problems):
-        train, capable = recipe.train, target.bf16 if target else None
-        precision = precision or choose_precision(device, train.bf16, train.fp16, train.pure_bf16, capable)
     if pretrained is None:
         raise_all([*problems, *model_problems])
     assert pretrained is not None
+    with collect(problems):
+        train, sizes, capable = recipe.train, sizes_of(pretrained.config), target.bf16 if target else None
+        precision = precision or choose_precision(device, train.bf16, train.fp16, train.pure_bf16, sizes, capable)
     return precision, pretrained

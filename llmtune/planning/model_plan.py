@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmtune.distributed.activation_checkpointing import Level
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,8 +59,10 @@ class ModelPlan:
     """transformers' name of the attention function."""
     end_to_end: bool = False
     """Whether that function tells documents apart by their bounds, so that they can lie end to end, without padding."""
-    checkpointing: Literal["full", "selective", "none"] = "none"
+    checkpointing: Level = "none"
     """What each layer computes again in its backward pass."""
+    checkpointing_why: str = ""
+    """The reason, where llmtune has chosen."""
     compiled: bool = False
     """Whether each layer is compiled."""
     seed: int = 0

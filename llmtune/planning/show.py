@@ -29,7 +29,9 @@ def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
     place = f"{counted(plan.ranks.size, 'rank')}{_arrangement(plan.ranks)}"
     rows += [
         ("Device", f"{plan.device.type}, {place}, {plan.precision.name}"),
+        *([("", plan.precision.why)] if plan.precision.why else []),
         ("Attention", f"{plan.attention}, {'documents end to end' if flat else 'padded rows'}"),
+        ("Memory", "; ".join(filter(None, [f"activation checkpointing {plan.checkpointing}", plan.checkpointing_why]))),
     ]
     return [f"{name:<12}{text}" for name, text in rows]
 

@@ -41,16 +41,16 @@ class TrainConfig:
     """Decides the order of samples, fresh weights and dropout."""
 
     bf16: bool | None = None
-    """Compute in bfloat16 with float32 trainable weights. All three precision keys left out: bfloat16 on GPUs that
-    have it, else float32."""
+    """Compute in bfloat16 with float32 trainable weights; false computes in float32. All three precision keys left out:
+    bfloat16 on GPUs that have it, on a CPU the one of the two in which it was measured to be faster."""
     fp16: bool | None = None
     """Compute in float16 with loss scaling and float32 trainable weights, for GPUs without bfloat16."""
     pure_bf16: bool = False
     """Keep trainable weights and optimiser state in bfloat16, too: half the memory, small updates get lost."""
-    activation_checkpointing: Literal["full", "selective", "none"] | None = None
+    activation_checkpointing: Literal["auto", "full", "selective", "none"] | None = "auto"
     """What a layer computes again in the backward pass instead of keeping it: `full` keeps its input alone, `selective`
     also attention results and every other matrix product, `none` computes nothing again (about a third faster than
-    full, far more memory). null is full."""
+    full, far more memory). `auto` or null is the least of it with which a step fits into the device's memory."""
     disable_gradient_checkpointing: bool = False
     """true is another way to write `activation_checkpointing: none`."""
     torch_compile: bool = False
@@ -103,9 +103,9 @@ class TrainConfig:
             raise ValueError("\n".join(problems))
 
     @property
-    def checkpointing(self) -> Literal["full", "selective", "none"]:
-        """`activation_checkpointing` with its default filled in."""
-        return "none" if self.disable_gradient_checkpointing else self.activation_checkpointing or "full"
+    def checkpointing(self) -> Literal["auto", "full", "selective", "none"]:
+        """`activation_checkpointing`, whichever way it is written."""
+        return "none" if self.disable_gradient_checkpointing else self.activation_checkpointing or "auto"
 
     def _contradictions(self) -> Iterator[str]:
         if self.warmup_steps and self.warmup_ratio:

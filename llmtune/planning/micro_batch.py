@@ -1,19 +1,20 @@
-"""The largest micro-batch a rank can meet."""
+"""The largest micro-batch a rank can meet: what memory must suffice for, whatever the order of rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtune.data.batch_loader import row_lengths
 
 if TYPE_CHECKING:
-    import torch
-
-    from llmtune.contract.stages import Batch
     from llmtune.planning.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class MicroBatch:
     """Sizes that memory depends on."""
 
     rows: int
@@ -39,24 +40,19 @@ class Shape:
         return self.rows * self.length
 
 
-def largest(plan: Plan) -> Shape:
-    """The micro-batch with the longest rows together: what memory must suffice for, whatever the order."""
-    import numpy as np
-
-    from llmtune.data.batch_loader import row_lengths
-
-    feed, train = plan.data.batches, plan.recipe.train
-    samples, units, flat = feed.samples, feed.units, feed.flat
+def largest(plan: Plan) -> MicroBatch:
+    """The micro-batch of the longest rows together, as many as `per_device_train_batch_size` says."""
+    batches, train = plan.data.batches, plan.recipe.train
+    samples, units, flat = batches.samples, batches.units, batches.flat
     rows = row_lengths(samples, units)
     size = min(train.per_device_train_batch_size, len(units))
     # A piece of a sample counts at most its own tokens.
     targets = np.minimum(units.sums(samples.supervised), units.tokens)
     longest = np.sort(units.tokens if flat else rows)[-size:]
     documents = (units.tokens if units.kind == "row" else samples.stops - samples.starts).astype(float)
-    share = plan.ranks.layout.context
-    total = float(units.tokens.sum())
+    share, total = plan.ranks.layout.context, float(units.tokens.sum())
     width = samples.width if units.kind == "sample" else 1
-    return Shape(
+    return MicroBatch(
         rows=1 if flat else size * width,
         length=-(-int(longest.sum() if flat else longest[-1]) // share),
         targets=-(-int(np.sort(targets)[-size:].sum()) // share),
@@ -65,24 +61,4 @@ def largest(plan: Plan) -> Shape:
         flat=flat,
         mean_tokens=total / len(units) * size,
         attended=float((documents * (documents + 1)).sum()) / 2 / max(total, 1.0),
-    )
-
-
-def fake_batch(shape: Shape, make: Any) -> Batch:
-    """A micro-batch of this shape, its tensors made by `make(*size, dtype)`. A flat one is a single document."""
-    import torch
-
-    from llmtune.contract.stages import Batch
-
-    def whole(*size: int) -> torch.Tensor:
-        return make(*size, dtype=torch.int64)
-
-    return Batch(
-        input_ids=whole(shape.rows, shape.length),
-        labels=whole(shape.rows, shape.length),
-        weight=float(shape.targets),
-        predict_at=whole(shape.targets),
-        targets=whole(shape.targets),
-        position_ids=whole(shape.rows, shape.length) if shape.flat else None,
-        attention_mask=whole(shape.rows, shape.length) if shape.masked else None,
     )

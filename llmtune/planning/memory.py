@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes by category. Sums and differences go category by category."""
+class Sums:
+    """Whole numbers under names; sums, differences and multiples go name by name."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+    def __sub__(self, other: Self) -> Self:
+        return self + other.times(-1)
+
+    def times(self, factor: int) -> Self:
+        """Each number multiplied."""
+        return type(self)(**{name: value * factor for name, value in asdict(self).items()})
+
+    def most(self, other: Self) -> Self:
+        """The larger of the two, name by name."""
+        return type(self)(**{name: max(value, getattr(other, name)) for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(Sums):
+    """Bytes by category."""
 
     weights: int = 0
     """The model's weights as this rank holds them (its shard), quantised ones with their statistics."""
@@ -30,20 +50,6 @@ class Memory:
     def total(self) -> int:
         """All categories on the device together."""
         return sum(asdict(self).values()) - self.host
-
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
-
-    def __sub__(self, other: Memory) -> Memory:
-        return self + other.times(-1)
-
-    def times(self, factor: int) -> Memory:
-        """Each category multiplied."""
-        return Memory(**{name: value * factor for name, value in asdict(self).items()})
-
-    def most(self, other: Memory) -> Memory:
-        """The larger of the two, category by category."""
-        return Memory(**{name: max(value, getattr(other, name)) for name, value in asdict(self).items()})
 
 
 CATEGORIES = tuple(field.name for field in fields(Memory) if field.name != "host")

@@ -1,0 +1,127 @@
+"""The number type of a run that names none: what the CPU multiplies fastest, measured once, said, and sound."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmtune
+from llmtune.contract.errors import PlanError
+from llmtune.model import cpu_speed
+from llmtune.model.precision import CPU_TYPE
+from llmtune.model.sizes import sizes_of
+from tests.by_hand import adapt_by_hand, base_by_hand, train_by_hand
+from tests.runs import recipe
+from tests.tiny import tiny_config
+
+LORA = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what this machine's CPU was found to do, in its own cache."""
+    monkeypatch.delenv(CPU_TYPE)
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
+
+    def remember(float32: float, bfloat16: float) -> None:
+        sizes = sizes_of(tiny_config())
+        found = {cpu_speed.machine_key(sizes): {"float32": float32, "bfloat16": bfloat16}}
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache" / "cpu_speed.json").write_text(json.dumps(found))
+
+    return remember
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "chosen"),
+    [(100e9, 220e9, "bfloat16 mixed with float32"), (150e9, 80e9, "float32"), (100e9, 110e9, "float32")],
+)
+def test_the_faster_type_is_chosen_and_both_figures_are_said(
+    float32: float, bfloat16: float, chosen: str, measured: Any, tiny_llama: str, chats: str, tmp_path: Path
+) -> None:
+    measured(float32, bfloat16)
+    plan = llmtune.plan(recipe(tiny_llama, chats, tmp_path / "run"))
+    assert plan.model.precision.name == chosen
+    assert f"{float32 / 1e9:.0f} GFLOP/s in float32 and {bfloat16 / 1e9:.0f} in bfloat16" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"bf16": False}, "float32"),
+        ({"bf16": True}, "bfloat16 mixed with float32"),
+        ({"fp16": True}, "float16 mixed with float32"),
+        ({"pure_bf16": True}, "bfloat16"),
+    ],
+)
+def test_a_type_that_the_recipe_names_is_used_and_nothing_measured(
+    keys: dict[str, bool], name: str, measured: Any, tiny_llama: str, chats: str, tmp_path: Path
+) -> None:
+    plan = llmtune.plan(recipe(tiny_llama, chats, tmp_path / "run", **keys))
+    assert plan.model.precision.name == name
+    assert not (tmp_path / "cache" / "cpu_speed.json").exists()
+    assert {key for key, value in plan.model.precision.keys.items() if value} == {k for k, v in keys.items() if v}
+
+
+def test_measuring_is_quick_and_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path))
+    sizes, threads = sizes_of(tiny_config(hidden_size=576, intermediate_size=1536)), torch.get_num_threads()
+    started = time.thread_time()
+    first = cpu_speed.cpu_speed(sizes)
+    middle = time.thread_time()
+    assert cpu_speed.cpu_speed(sizes) == first and first.float32 > 0 and first.bfloat16 > 0
+    assert middle - started < 0.4  # 0.2 s on a machine with nothing else to do
+    assert time.thread_time() - middle < 0.05
+    assert torch.get_num_threads() == threads
+
+
+def test_a_cache_that_cannot_be_used_costs_a_measurement_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path))
+    (tmp_path / "cpu_speed.json").write_text('{"half a fi')
+    assert cpu_speed.cpu_speed(sizes_of(tiny_config())).float32 > 0
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "file"))
+    assert cpu_speed.cpu_speed(sizes_of(tiny_config())).float32 > 0
+
+
+def test_the_environment_can_say_the_type(
+    tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "run")
+    monkeypatch.setenv(CPU_TYPE, "bfloat16")
+    plan = llmtune.plan(keys)
+    assert plan.model.precision.name == "bfloat16 mixed with float32" and CPU_TYPE in str(plan)
+    monkeypatch.setenv(CPU_TYPE, "float64")
+    with pytest.raises(PlanError, match=f'{CPU_TYPE}: found "float64" in the environment'):
+        llmtune.plan(keys)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_what_is_chosen_learns_what_float32_learns(
+    method: str, tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty steps with bfloat16 chosen for the recipe, against a float32 loop written by hand: within the 8
+    significant bits of bfloat16, and no drift."""
+    monkeypatch.setenv(CPU_TYPE, "bfloat16")
+    peft = {} if method == "full" else {"peft_config": LORA}
+    quant = {"quant_config": {"name": "bnb", "double_quantization": False}} if method == "qlora" else {}
+    keys = recipe(
+        tiny_llama, chats, tmp_path / "run", learning_rate=1e-3, max_steps=20, warmup_steps=3, logging_steps=1,
+        lr_scheduler_config="cosine", optim_config={"name": "adamw", "weight_decay": 0.1},
+    )  # fmt: skip
+    keys = {key: value for key, value in keys.items() if key != "peft_config"} | peft | quant
+    model = base_by_hand(keys)
+    if peft:
+        model = adapt_by_hand(model, LORA, dict(llmtune.build({**keys})[0].named_parameters()))
+    expected = [loss for loss, _ in train_by_hand(keys, model, llmtune.plan(keys))]
+    found = [row["loss"] for row in llmtune.train(keys).metrics if "loss" in row]
+    assert found == pytest.approx(expected, rel=2**-7)
+    assert found != pytest.approx(expected, rel=1e-6)  # it was not float32 after all
+    assert found[-1] < found[0]
