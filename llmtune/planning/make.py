@@ -10,11 +10,11 @@ from llmtune.distributed.mesh import arrange
 from llmtune.model.precision import Precision, choose_precision
 from llmtune.model.sizes import sizes_of
 from llmtune.planning.data_plan import plan_data, prepare_for
+from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import batch_objections, metric_objections, stream_objections
 from llmtune.planning.plan import Plan
-from llmtune.planning.decisions import with_checkpointing
 from llmtune.recipe.parts import Parts, collect, find_parts
 from llmtune.terminal import doing
 
