@@ -304,7 +304,7 @@ def test_joined_rows_train_as_transformers_own_blocks_of_text(place: Path, tmp_p
 
 @pytest.mark.parametrize("kind", [*KINDS, "kernel", "pairs"])
 def test_no_micro_batch_is_larger_than_the_plan_counts_on(kind: str, place: Path, tmp_path: Path) -> None:
-    from llmtune.cost.shape import largest
+    from llmtune.planning.micro_batch import largest
 
     keys = KINDS.get(kind, {"kernel_config": "auto"} if kind == "kernel" else {})
     plan = llmtune.plan(keys_of(place, tmp_path / "run", per_device_train_batch_size=3, **keys))
