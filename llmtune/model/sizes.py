@@ -31,7 +31,7 @@ def sizes_of(config: Any) -> ModelSizes:
     """The sizes of a model's config, whichever of transformers' names it uses for them."""
     text = config.get_text_config()
 
-    def first(*names: str, default: int = 0) -> int:
+    def first(*names: str, default: Any = 0) -> Any:
         # Families name one thing differently, and leave out what they do not have.
         return next((found for name in names if (found := getattr(text, name, None))), default)
 
@@ -39,7 +39,7 @@ def sizes_of(config: Any) -> ModelSizes:
     head = first("head_dim", default=width // heads)
     experts, chosen = first("num_local_experts", "num_experts"), first("num_experts_per_tok", default=1)
     one = first("moe_intermediate_size") if experts else 0
-    kinds, window = first("layer_types", default=()), first("sliding_window")  # type: ignore[arg-type]
+    kinds, window = first("layer_types", default=()), first("sliding_window")
     return ModelSizes(
         width=width,
         inner=(one or first("intermediate_size", "n_inner", default=4 * width)) * chosen,

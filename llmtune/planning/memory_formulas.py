@@ -268,8 +268,10 @@ def _product_inputs(layer: nn.Module) -> tuple[int, int]:
         products += sum({weight.shape[1] for weight in weights if weight.requires_grad})
         if isinstance(module, nn.Dropout) and module.p > 0:
             parts = name.split(".")
-            around = (layer.get_submodule(".".join(parts[:length])) for length in range(len(parts) - 1, 0, -1))
-            dropouts += next((int(found.in_features) for found in around if hasattr(found, "in_features")), 0)
+            around: Iterator[Any] = (
+                layer.get_submodule(".".join(parts[:length])) for length in range(len(parts) - 1, 0, -1)
+            )
+            dropouts += next((found.in_features for found in around if hasattr(found, "in_features")), 0)
     return products, dropouts
 
 
