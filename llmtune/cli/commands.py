@@ -200,7 +200,6 @@ def _plan(options: Any) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     load_libraries()
     from llmtune.api import plan_for
-    from llmtune.cost.text import detail_text, quick_text
 
     found = plan_for(recipe, Registry(), nproc=options.nproc, ranks=options.ranks, described=options.device)
     if options.json:
