@@ -51,7 +51,8 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict per line: step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second, eval_loss."""
+        """One dict per line: step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second,
+        peak_memory_bytes, and of an evaluation eval_loss."""
         from llmtune.training.log import read_metrics
 
         return read_metrics(self.output_dir)

@@ -11,7 +11,8 @@ import pytest
 
 import llmtune
 from llmtune.contract.errors import CheckpointError, PlanError
-from llmtune.training import step_folders
+from llmtune.recipe.recipe import load_recipe
+from llmtune.training import run_folder, step_folders
 from llmtune.training.run_folder import read_record
 from tests.runs import recipe
 from tests.test_resume import stop_after, trained
@@ -134,6 +135,20 @@ def test_what_loggers_wrote_goes_where_the_run_starts_over(which: str, place: di
     llmtune.train(keys)
     assert old.exists() == (which == "unfinished")  # which is continued
     assert len(list(old.parent.iterdir())) == 1 + old.exists()
+
+
+def test_a_start_that_was_killed_at_once_can_be_repeated(place: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for name in (".lock", "run.json.partial", ".probe-1"):
+        (folder / name).write_text("")
+    run_folder.check_folder(load_recipe({**place, "output_dir": str(folder)}))
+    (folder / "run.json").write_text(json.dumps({"packages": {"llmtune": "0.1"}, "result": ["model/../../mine"]}))
+    (tmp_path / "mine").write_text("mine")
+    run_folder.clear(folder)
+    (folder / "notes.txt").write_text("mine")
+    run_folder.check_folder(load_recipe({**place, "output_dir": str(folder)}))  # it is still a run's
+    assert (tmp_path / "mine").exists() and read_record(folder).keys() == {"status", "packages"}
 
 
 def test_a_record_that_a_power_cut_emptied(place: dict[str, Any], tmp_path: Path, capsys: Any) -> None:

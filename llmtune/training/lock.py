@@ -15,6 +15,8 @@ from llmtune.contract.errors import PlanError, listed
 from llmtune.distributed.ranks import from_all, from_first, wait_for_all
 
 LOCK = ".lock"
+PROBE = ".probe-"
+"""How the names of files begin that machines look for in each other's folder."""
 LAG_S = 5.0
 """How long a new file may take to appear on another machine, and a killed rank's lock to be let go of."""
 
@@ -73,7 +75,7 @@ class FolderLock:
 
 def require_shared(folder: Path, first: bool) -> None:
     """Raise PlanError on all ranks if a machine has another folder of that name. Collective."""
-    name = from_first(f".probe-{uuid.uuid4().hex}")
+    name = from_first(f"{PROBE}{uuid.uuid4().hex}")
     if first:
         (folder / name).touch()
     wait_for_all()

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.contract.errors import PlanError
 from llmtune.folders import write_durably
 from llmtune.recipe.secrets import hidden
-from llmtune.training.lock import LOCK, launcher
+from llmtune.training.lock import LOCK, PROBE, launcher
 from llmtune.training.plot import plotting_problem
 from llmtune.training.step_folders import delete_all, published
 
@@ -93,7 +94,9 @@ def output_dir(recipe: Recipe) -> Path:
 
 
 def _is_empty(folder: Path) -> bool:
-    return not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir())
+    """Whether nothing is there but what a start that was killed at once leaves behind."""
+    left = {LOCK, f"{RECORD}.partial"}
+    return not folder.is_dir() or all(path.name in left or path.name.startswith(PROBE) for path in folder.iterdir())
 
 
 def is_finished(folder: Path) -> bool:
@@ -108,8 +111,8 @@ def is_run(folder: Path) -> bool:
         return False
     if not path.stat().st_size:  # a power cut has emptied it
         return (folder / "resolved.yaml").exists()
-    packages = read_record(folder).get("packages")
-    return isinstance(packages, dict) and "llmtune" in packages
+    found = read_record(folder).get("packages")
+    return isinstance(found, dict) and "llmtune" in found
 
 
 def started_again(folder: Path, launchers: Set[str]) -> bool:
@@ -141,20 +144,24 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run of llmtune left in `folder`, and nothing else."""
+    """Delete what a run of llmtune left in `folder`, and nothing else. The folder stays known as a run's."""
     result = read_record(folder).get("result")
     delete_all(folder / "checkpoints")
-    _delete_tree(folder / LOGGERS)
-    _delete_tree(folder / ".model.partial")
+    for name in (LOGGERS, ".model.partial", ".model.former"):
+        _delete_tree(folder / name)
+    model = folder / "model"
     if result is None:  # the run did not come to its end, or an older llmtune kept no list
-        _delete_tree(folder / "model")
-    for name in [*(result or ()), *_FILES, RECORD]:
+        _delete_tree(model)
+    for name in result or ():
+        if (path := Path(name)).parts[0] == "model" and ".." not in path.parts:
+            (folder / path).unlink(missing_ok=True)
+    for name in (*_FILES, f".{TRAINED}.partial"):
         (folder / name).unlink(missing_ok=True)
-    for place in sorted((folder / "model").rglob("*"), reverse=True):
+    for place in (*sorted(model.rglob("*"), reverse=True), model):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
-    if (folder / "model").is_dir() and not any((folder / "model").iterdir()):
-        (folder / "model").rmdir()
+    # Last, and not deleted: after a kill before here the same command clears again, after one later it just starts.
+    write_durably(folder / RECORD, json.dumps({"status": "running", "packages": packages()}))
 
 
 def _delete_tree(folder: Path) -> None:
@@ -191,16 +198,17 @@ def plain(value: Any) -> Any:
 
 def write_records(plan: Plan, **more: Any) -> None:
     """Recipe as given, recipe resolved, and run.json with status `running`."""
-    folder = plan.output_dir
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    folder, files = plan.output_dir, plan.model.files
+    folder.mkdir(parents=True, exist_ok=True)
+    # First: a folder that has it is known as a run's, whatever a kill keeps from being written.
+    write_status(folder, "running", **versions(plan), **more, model_origin=files.origin, model_revision=files.revision)
+    (folder / "checkpoints").mkdir(exist_ok=True)
     write_durably(folder / "recipe.yaml", plan.recipe.text)
     write_durably(folder / "resolved.yaml", plan.recipe.to_yaml())
     if isinstance(plan.model.tokenizer.chat_template, str):
         write_durably(folder / "chat_template.jinja", plan.model.tokenizer.chat_template)
     if plan.data.prepared.stream is None:  # a stream adds its rows as it meets them
         write_quarantine(folder, plan.data.prepared.report.bad_rows)
-    files = plan.model.files
-    write_status(folder, "running", **versions(plan), **more, model_origin=files.origin, model_revision=files.revision)
 
 
 def write_quarantine(folder: Path, bad_rows: Sequence[Path]) -> None:
@@ -214,10 +222,9 @@ def write_quarantine(folder: Path, bad_rows: Sequence[Path]) -> None:
 
 def write_status(folder: Path, status: str, **more: Any) -> None:
     """Update run.json in one step, so that no reader sees half of it, nor finds it empty after a power cut."""
-    updated = datetime.now(UTC).isoformat(timespec="seconds")
-    write_durably(
-        folder / RECORD, json.dumps(read_record(folder) | {"status": status, "updated": updated} | more, indent=1)
-    )
+    record = {key: value for key, value in read_record(folder).items() if key != "error"}
+    record |= {"status": status, "updated": datetime.now(UTC).isoformat(timespec="seconds"), **more}
+    write_durably(folder / RECORD, json.dumps(record, indent=1))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -237,14 +244,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def versions(plan: Plan) -> Mapping[str, Any]:
     """Everything one would ask when a result cannot be repeated."""
-    packages = {}
-    for name in ("llmtune", "torch", "transformers", "peft", "bitsandbytes", "safetensors"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
-        "packages": packages,
+        "packages": packages(),
         "plugins": plan.parts.fingerprint(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -252,3 +253,12 @@ def versions(plan: Plan) -> Mapping[str, Any]:
         "ranks": plan.ranks.size,
         "command": [Path(sys.argv[0]).name, *(hidden(word) for word in sys.argv[1:])],
     }
+
+
+def packages() -> dict[str, str]:
+    """Versions of the packages that a result may depend on, as far as they are installed."""
+    found = {}
+    for name in ("llmtune", "torch", "transformers", "peft", "bitsandbytes", "safetensors"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
