@@ -30,7 +30,7 @@ class Run:
     ) -> None:
         self.output_dir = Path(folder)
         # Given only where true, as the key is not one that a run may decide.
-        self._trust = {"trust_remote_code": True} if trust_remote_code else {}
+        self._trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         self._answers = answers
         self._conversation: Any = None
         self._generation: dict[str, Any] = {}

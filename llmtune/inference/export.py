@@ -74,7 +74,8 @@ def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
     if name != "auto":
         return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     files = resolve_model(recipe.model, weights=True)
-    return stored_dtype(read_index(files.folder), load_model_config(files, recipe.model).dtype)
+    declared = load_model_config(files, recipe.model).dtype
+    return stored_dtype(read_index(files.folder), declared if isinstance(declared, torch.dtype) else None)
 
 
 def _target(export_dir: str | None) -> Path:
