@@ -73,7 +73,7 @@ def saved_apart(keys: dict[str, Any], folder: Path) -> int:
 
     plan, _ = start(keys)
     mine = folder / f"rank{plan.ranks.rank}"
-    write_result(plan, mine / "model")
+    write_result(plan.model, mine / "model")
     return sum(path.is_file() for path in mine.rglob("*"))
 
 
