@@ -265,7 +265,8 @@ def _product_inputs(layer: nn.Module) -> tuple[int, int]:
     products = dropouts = 0
     for name, module in layer.named_modules():
         weights = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
-        products += sum({weight.shape[1] for weight in weights if weight.requires_grad})
+        # A linear layer whose weights are stored in a form of their own may have none of that name.
+        products += sum({weight.shape[1] for weight in weights if weight is not None and weight.requires_grad})
         if isinstance(module, nn.Dropout) and module.p > 0:
             parts = name.split(".")
             around: Iterator[Any] = (
