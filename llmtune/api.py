@@ -197,12 +197,15 @@ def plan_for(
     """The plan of a recipe for this machine, or for `ranks` of a described device, with its cost."""
     from llmtune.cost.priced import PricedPlan
     from llmtune.distributed.ranks import Ranks
+    from llmtune.planning.decisions import as_decided
     from llmtune.planning.devices import chosen_device
     from llmtune.planning.make import make_plan
-    from llmtune.training.resume import previewed
+    from llmtune.training.resume import decided_before, previewed
 
     device, target = chosen_device(recipe.train.device, described, ranks is not None)
     size = ranks or nproc or (1 if described else default_ranks(recipe.train.device))
+    if target is None:
+        recipe = as_decided(recipe, decided_before(recipe))
     made = make_plan(recipe, registry, Ranks(size=size), device, target=target)
     return PricedPlan(**vars(previewed(made)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,14 @@ from llmtune.contract.errors import PlanError
 from llmtune.model import cpu_speed
 from llmtune.model.precision import CPU_TYPE
 from llmtune.model.sizes import sizes_of
+from llmtune.planning.decisions import SAFE
+from llmtune.planning.devices import GIB
+from llmtune.planning.memory_formulas import estimate_memory
+from llmtune.planning.micro_batch import largest
 from tests.by_hand import adapt_by_hand, base_by_hand, train_by_hand
 from tests.runs import recipe
+from tests.spawn import in_ranks
+from tests.test_resume import assert_equal_runs, stop_after
 from tests.tiny import tiny_config
 
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -125,3 +132,65 @@ def test_what_is_chosen_learns_what_float32_learns(
     assert found == pytest.approx(expected, rel=2**-7)
     assert found != pytest.approx(expected, rel=1e-6)  # it was not float32 after all
     assert found[-1] < found[0]
+
+
+def test_a_continued_run_keeps_its_type_on_a_machine_that_would_choose_another(
+    tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "straight", max_steps=4)
+    monkeypatch.setenv(CPU_TYPE, "bfloat16")
+    straight = llmtune.train(keys)
+    stopped = {**keys, "output_dir": str(tmp_path / "stopped")}
+    stop_after(stopped, 2)
+    monkeypatch.setenv(CPU_TYPE, "float32")
+    assert llmtune.plan(stopped).model.precision.name == "bfloat16 mixed with float32"
+    assert llmtune.plan(stopped, ranks=1, device="t4").model.precision.name == "float32"
+    continued = llmtune.train({**stopped, "save_steps": 1})
+    assert_equal_runs(straight.output_dir, continued.output_dir)
+    other = llmtune.plan({**keys, "output_dir": str(tmp_path / "other")})
+    assert other.model.precision.name == "float32"
+
+
+def ranks_of_two_machines(keys: dict[str, Any]) -> None:
+    os.environ[CPU_TYPE] = "bfloat16" if os.environ["RANK"] == "0" else "float32"
+    llmtune.train(keys)
+
+
+def test_the_first_rank_decides_for_all(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=2, gradient_accumulation_steps=1)
+    in_ranks(2, tmp_path / "ranks", ranks_of_two_machines, keys)
+    run = llmtune.load(tmp_path / "run")
+    named = recipe(tiny_llama, chats, tmp_path / "named", max_steps=2, gradient_accumulation_steps=1, bf16=True)
+    in_ranks(2, tmp_path / "more", train_quietly, named)
+    expected = [row["loss"] for row in llmtune.load(tmp_path / "named").metrics]
+    assert [row["loss"] for row in run.metrics] == expected
+
+
+def train_quietly(keys: dict[str, Any]) -> None:
+    llmtune.train(keys)
+
+
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_activation_checkpointing_goes_as_far_as_memory_asks(
+    level: str, tiny_llama: str, chats: str, tmp_path: Path
+) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "run", kernel_config=None, per_device_train_batch_size=8)
+    roomy = llmtune.plan(keys, ranks=1, device="80GB")
+    assert roomy.model.checkpointing == "none"
+    batch = largest(roomy)
+    peaks = {name: estimate_memory(roomy, batch, name).at_peak.total for name in ("none", "selective", "full")}
+    assert peaks["none"] > peaks["selective"] >= peaks["full"]
+    usable = {"none": peaks["none"], "full": peaks["full"]}[level] / SAFE * 1.01
+    device = f"{(usable / GIB + 1) / 0.96:.6f}GB"
+    plan = llmtune.plan(keys, ranks=1, device=device)
+    assert plan.model.checkpointing == level
+    assert f"activation checkpointing {level}; a step takes about" in str(plan)
+    named = llmtune.plan({**keys, "activation_checkpointing": "selective"}, ranks=1, device=device)
+    assert named.model.checkpointing == "selective"
+
+
+def test_what_a_run_decides_is_on_record(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    run = llmtune.train(recipe(tiny_llama, chats, tmp_path / "run", max_steps=1))
+    record = json.loads((run.output_dir / "run.json").read_text())
+    types = {"bf16": False, "fp16": False, "pure_bf16": False}
+    assert record["decided"] == {**types, "activation_checkpointing": "none"}

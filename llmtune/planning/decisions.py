@@ -1,9 +1,11 @@
-"""How much activation checkpointing a plan needs: only as much as its memory asks for."""
+"""What a plan decides for the machine where the recipe leaves it open: number types, and activation checkpointing only
+as far as memory asks for it. What was decided once holds for all ranks, and for the run when it is continued."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.distributed.activation_checkpointing import Level
 from llmtune.planning.devices import device_of, size_text
@@ -12,6 +14,7 @@ from llmtune.planning.micro_batch import largest
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
+    from llmtune.recipe.recipe import Recipe
 
 SAFE = 0.8
 """Share of a device that a step may take by the formulas, which are up to a fifth off."""
@@ -34,3 +37,18 @@ def with_checkpointing(plan: Plan) -> Plan:
 
 def _at(plan: Plan, level: Level, why: str) -> Plan:
     return replace(plan, model=replace(plan.model, checkpointing=level, checkpointing_why=why))
+
+
+def decided(plan: Plan) -> dict[str, Any]:
+    """The recipe keys that name what this plan uses, whoever chose it."""
+    return {**plan.model.precision.keys, "activation_checkpointing": plan.model.checkpointing}
+
+
+def as_decided(recipe: Recipe, before: Mapping[str, Any]) -> Recipe:
+    """The recipe with what was `decided` before in the place of what it leaves open. What it shows stays as given."""
+    train, keys = recipe.train, {}
+    if train.bf16 is None and not train.fp16 and not train.pure_bf16:
+        keys |= {name: before[name] for name in ("bf16", "fp16", "pure_bf16") if name in before}
+    if train.checkpointing == "auto" and "activation_checkpointing" in before:
+        keys["activation_checkpointing"] = before["activation_checkpointing"]
+    return replace(recipe, train=replace(train, **keys))

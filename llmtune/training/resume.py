@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import CheckpointError, PlanError, PluginError, listed, raise_all
 from llmtune.recipe.free_keys import FREE, SPLIT
@@ -68,7 +68,7 @@ def prepare_folder(plan: Plan, launchers: Set[str] = frozenset()) -> Start:
     rows = found.manifest.rows if found else record.get("rows") if again else None
     write_records(
         plan, launchers=sorted(launchers), rows=rows or plan.data.batches.order.batch,
-        resumed_from=_resumed_from(plan) or record.get("resumed_from"),
+        resumed_from=_resumed_from(plan.recipe) or record.get("resumed_from"),
     )  # fmt: skip
     return Start((found.folder, found.manifest) if found else None, rows, notes)
 
@@ -85,9 +85,21 @@ def _passed_over(damaged: Path, why: str, folder: Path) -> str:
     return f"passed over a damaged checkpoint{f', now {set_aside(damaged).name}' if own else ''}: {why}"
 
 
-def _resumed_from(plan: Plan) -> str | None:
+def decided_before(recipe: Recipe) -> dict[str, Any]:
+    """What was decided for the machine when the run was started that this recipe would continue, from its record."""
+    if is_replaced(recipe):
+        return {}
+    folder, place = output_dir(recipe), _resumed_from(recipe)
+    path = Path(place) if place else folder
+    for found in (folder, path, path.parent.parent):  # a run, or one of its checkpoints
+        if is_run(found) and published(found / "checkpoints") and (before := read_record(found).get("decided")):
+            return before
+    return {}
+
+
+def _resumed_from(recipe: Recipe) -> str | None:
     """The place outside of its own checkpoints that `resume_from_checkpoint` names."""
-    resume = plan.recipe.train.resume_from_checkpoint
+    resume = recipe.train.resume_from_checkpoint
     return str(Path(str(resume)).expanduser().resolve()) if resume and resume != "auto" else None
 
 
@@ -98,7 +110,7 @@ def checkpoint_to_continue(plan: Plan, again: bool = False) -> Found | None:
     newest one, if it has one.
     """
     resume, own = plan.recipe.train.resume_from_checkpoint, plan.output_dir / "checkpoints"
-    if place := _resumed_from(plan):
+    if place := _resumed_from(plan.recipe):
         again = again or read_record(plan.output_dir).get("resumed_from") == place
     if (again and published(own)) or resume == "auto":
         return newest(own)

@@ -17,6 +17,7 @@ from llmtune.distributed.ranks import (
     fail_together,
     first_does,
     from_all,
+    from_first,
     join,
     pick_device,
     ranks_from_environment,
@@ -25,6 +26,7 @@ from llmtune.distributed.ranks import (
 )
 from llmtune.distributed.stopping import StopRequest
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
+from llmtune.planning.decisions import as_decided, decided
 from llmtune.planning.make import make_plan
 from llmtune.recipe.parts import collect
 from llmtune.terminal import doing, say
@@ -99,11 +101,17 @@ def _train_here(
         join(ranks, plan.device, recipe.train.ddp_timeout)
         fail_together(None)
         check_agreement(plan.facts())
+        if (first := from_first(decided(plan))) != decided(plan):  # this machine is another one than the first rank's
+            plan = replace(plan_run(recipe, registry, ranks, first), data=plan.data)
         return _train(plan, registry, estimate, show if ranks.first else _nothing, stop, started)
 
 
-def plan_run(recipe: Recipe, registry: Registry, ranks: Ranks) -> Plan:
-    """The plan of a run that is about to start. Raises all problems, those of its folder among them, at once."""
+def plan_run(recipe: Recipe, registry: Registry, ranks: Ranks, before: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a run that is about to start. Raises all problems, those of its folder among them, at once.
+
+    What was decided `before` stays: by default when a run was started that this one continues.
+    """
+    recipe = as_decided(recipe, resume.decided_before(recipe) if before is None else before)
     problems: list[LlmtuneError] = []
     plan: Plan | None = None
     with collect(problems):

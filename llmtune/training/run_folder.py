@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import PlanError
 from llmtune.folders import write_durably
+from llmtune.planning.decisions import decided
 from llmtune.recipe.secrets import hidden
 from llmtune.training.lock import LOCK, PROBE, launcher
 from llmtune.training.plot import plotting_problem
@@ -201,7 +202,8 @@ def write_records(plan: Plan, **more: Any) -> None:
     folder, files = plan.output_dir, plan.model.files
     folder.mkdir(parents=True, exist_ok=True)
     # First: a folder that has it is known as a run's, whatever a kill keeps from being written.
-    write_status(folder, "running", **versions(plan), **more, model_origin=files.origin, model_revision=files.revision)
+    facts = {"model_origin": files.origin, "model_revision": files.revision, "decided": decided(plan)}
+    write_status(folder, "running", **versions(plan), **more, **facts)
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_durably(folder / "recipe.yaml", plan.recipe.text)
     write_durably(folder / "resolved.yaml", plan.recipe.to_yaml())
