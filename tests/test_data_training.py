@@ -23,6 +23,7 @@ from llmtune.testing import running, tiny_chats, tiny_tokenizer
 from llmtune.training.callbacks import StopRequest, TrainingCallbacks
 from llmtune.training.isolation import check_isolation
 from tests.by_hand import assert_same
+from tests.runs import recipe as small_recipe
 from tests.tiny import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -320,3 +321,12 @@ def test_no_micro_batch_is_larger_than_the_plan_counts_on(kind: str, place: Path
             assert shape.masked or batch.attention_mask is None
             sizes.append(batch.input_ids.numel())
     assert max(sizes) > 0.6 * shape.tokens, "nor is it much smaller"
+
+
+def test_a_step_has_no_more_micro_batches_than_there_are_rows(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    """A number with some zeros too many would otherwise make as many empty batches, and fill the memory with them."""
+    keys = small_recipe(tiny_llama, chats, tmp_path / "run", gradient_accumulation_steps=100_000_000, max_steps=1)
+    plan = llmtune.plan(keys)
+    assert "gradient_accumulation_steps: 100,000,000 -> 24, as the others would have no row" in str(plan)
+    assert len(plan.data.batches.step(0, plan.device)) == 24
+    assert llmtune.train(keys).metrics[0]["loss"] > 0

@@ -52,8 +52,9 @@ class BatchLoader:
         )
 
     def with_rows(self, rows: int, micro_steps: int) -> BatchLoader:
-        """The same with `rows` units a step, in `micro_steps` micro-batches on each rank."""
-        return replace(self, order=self.order.with_batch(rows), micro_steps=micro_steps)
+        """The same with `rows` units a step, in `micro_steps` micro-batches on each rank, but no more than there are
+        units: the others would be empty."""
+        return replace(self, order=self.order.with_batch(rows), micro_steps=min(micro_steps, len(self.units)))
 
     def step(self, step: int, device: torch.device) -> list[Batch]:
         """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""

@@ -79,4 +79,8 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
             "every step learns from all of them, and an epoch is one step. Lower gradient_accumulation_steps or "
             "per_device_train_batch_size for more steps an epoch"
         )
+        batches = batches.with_rows(rows, train.gradient_accumulation_steps)
+        if batches.micro_steps < train.gradient_accumulation_steps:
+            wanted, micros = train.gradient_accumulation_steps, batches.micro_steps
+            notes.append(f"gradient_accumulation_steps: {wanted:,} -> {micros}, as the others would have no row")
     return DataPlan(prepared=prepared, batches=batches, notes=tuple(notes))
