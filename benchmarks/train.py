@@ -1,11 +1,14 @@
 """How fast and how large is LoRA training, against a bare PyTorch + PEFT loop on the same tokens?
 
-    python benchmarks/train.py DATA.json [--model DIR_OR_ID] [--rows 96] [--repeats 3] [--write RESULT.md]
+    python benchmarks/train.py DATA.json [--model DIR_OR_ID] [--rows 96] [--repeats 3] [--write RESULT.md] [--peers]
 
 DATA is any data set that llmtune reads. Both sides train LoRA (r 8, all linear layers, no dropout), in float32 on a
 CPU or bfloat16 on a GPU, on the same rows in the same order, 8 rows a step; each run is its own process, so
 that peak memory is its own. Reported: the median over repeats of tokens per second, counted without padding and
 without the first step, and of peak resident (GPU: allocated) memory. The losses must agree, or nothing is reported.
+
+With `--peers` llmtune, LLaMA-Factory and TRL train the same Alpaca rows as they come: each with the number type,
+checkpointing, kernels and adapter that it chooses where nothing is said. `benchmarks/peers.py` makes their environments.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from peers import PEERS, run_peer
+
 ROWS_A_STEP = 8
 CUTOFF = 1024
 SIDES = ("bare loop, padded", "llmtune, padded", "llmtune, kernels", "llmtune, packed")
+DEFAULTS = "llmtune"
+"""The side that leaves everything to llmtune."""
 
 
 def recipe(options: argparse.Namespace, folder: str, side: str) -> dict[str, Any]:
@@ -35,14 +42,20 @@ def recipe(options: argparse.Namespace, folder: str, side: str) -> dict[str, Any
         "max_samples": options.rows,
         "cutoff_len": CUTOFF,
         "output_dir": folder,
-        "peft_config": {"name": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+        "peft_config": "lora",
         "per_device_train_batch_size": ROWS_A_STEP,
         "learning_rate": 1e-4,
         "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_steps": None,
+    }
+    if side == DEFAULTS:
+        return keys
+    keys |= {
+        "peft_config": {"name": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+        "bf16": None if on_gpu() else False,
         "disable_shuffling": True,
         "disable_gradient_checkpointing": True,
-        "save_steps": None,
-        "logging_steps": 1,
         "kernel_config": None if side == "llmtune, padded" else "auto",
     }
     if side == "llmtune, packed":
@@ -52,6 +65,12 @@ def recipe(options: argparse.Namespace, folder: str, side: str) -> dict[str, Any
             "per_device_train_batch_size": max(1, round(ROWS_A_STEP * mean_length(options) / CUTOFF)),
         }
     return keys
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def mean_length(options: argparse.Namespace) -> float:
@@ -165,6 +184,41 @@ def table(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def peers_table(options: argparse.Namespace) -> str:
+    """llmtune, LLaMA-Factory and TRL as they come, taking turns."""
+    import llmtune
+
+    rows = json.loads(Path(options.data).read_text())[: options.rows]
+    model = str(llmtune.plan(recipe(options, "unused", DEFAULTS)).model.files.folder)
+    job = {"model": model, "rows": rows, "cutoff": CUTOFF, "batch": ROWS_A_STEP, "template": options.template}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in (DEFAULTS, *PEERS)}
+    for turn in range(options.repeats):
+        for side in found:
+            found[side].append(measure(options, side) if side == DEFAULTS else run_peer(side, job))
+            done = found[side][-1]
+            print(f"turn {turn + 1}: {side} {done['tokens'] / done['seconds']:.0f} tokens/s", flush=True)
+    speed = {side: statistics.median(f["tokens"] / f["seconds"] for f in runs) for side, runs in found.items()}
+    lines = ["| as it comes | tokens/s | llmtune against it | peak memory | tokens timed |", "|---|---|---|---|---|"]
+    for side, runs in found.items():
+        memory = statistics.median(f["peak_bytes"] for f in runs) / 2**30
+        times = f"{speed[DEFAULTS] / speed[side]:.2f} x"
+        lines.append(f"| {side} | {speed[side]:.0f} | {times} | {memory:.2f} GiB | {runs[0]['tokens']:,} |")
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """The CPU by its own name, family and model: what a virtual machine shows of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    lines = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in lines.items()}
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    return (
+        f"{facts.get('model name')} (family {facts.get('cpu family')}, model {facts.get('model')}; {', '.join(units)})"
+    )
+
+
 def check(found: dict[str, list[dict[str, Any]]]) -> None:
     """Same rows, same losses: adapters start at zero effect, so the first loss agrees however A was drawn."""
     expected = found[SIDES[0]][0]["losses"]
@@ -183,6 +237,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", metavar="FILE")
+    parser.add_argument("--peers", action="store_true", help="against LLaMA-Factory and TRL as they come")
+    parser.add_argument("--template", default="smollm2", help="LLaMA-Factory's name of the model's template")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -190,13 +246,15 @@ def main() -> None:
         return
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    name = cpu_name()
+    device = torch.cuda.get_device_name() if on_gpu() else f"{name}, {torch.get_num_threads()} threads"
+    title = "llmtune, LLaMA-Factory and TRL as they come" if options.peers else "llmtune against a bare loop"
     text = (
-        f"# LoRA training: llmtune against a bare loop\n\n{device}, torch {torch.__version__}, Python "
+        f"# LoRA training: {title}\n\n{device}, torch {torch.__version__}, Python "
         f"{platform.python_version()}. {options.model}, {options.rows} rows of {Path(options.data).name}, "
-        f"medians of {options.repeats} runs.\n\n{table(options)}\n\n"
+        f"medians of {options.repeats} runs.\n\n{peers_table(options) if options.peers else table(options)}\n\n"
         f"Rerun: `python benchmarks/train.py {Path(options.data).name} --rows {options.rows} "
-        f"--repeats {options.repeats}`\n"
+        f"--repeats {options.repeats}{' --peers' if options.peers else ''}`\n"
     )
     print(text)
     if options.write:

@@ -31,7 +31,7 @@ def test_mixed_precision_computes_in_16_bits_and_learns_in_32(
     keys = recipe(tiny_llama, chats, tmp_path / "run", **METHODS[method])
     plan, training = start({**keys, key: True})
     outputs = set()
-    for layer in plan.model.model.layers:
+    for layer in plan.model.module.model.layers:
         layer.mlp.up_proj.register_forward_hook(lambda *arguments: outputs.add(arguments[-1].dtype))
     loss = one_step(training)["loss"].item()
     assert outputs == {TYPES[key]}

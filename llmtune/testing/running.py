@@ -28,7 +28,8 @@ def read_keys(config: type, keys: Mapping[str, Any]) -> tuple[Any, list[str]]:
 
 
 def tiny_recipe(folder: Path, family: str = "llama", sizes: Mapping[str, Any] | None = None, **keys: Any) -> dict:
-    """A recipe of 4 steps of 8 rows on a random model of 2 layers, made in `folder` if it is not there yet.
+    """A recipe of 4 steps of 8 rows on a random model of 2 layers, made in `folder` if it is not there yet, in float32
+    and without kernels.
 
     `sizes` are values of the model's config, `keys` recipe keys. Weights are large enough that changes show.
     """
@@ -45,6 +46,8 @@ def tiny_recipe(folder: Path, family: str = "llama", sizes: Mapping[str, Any] | 
         "dataset": str(chats),
         "output_dir": str(folder / "run"),
         "device": "cpu",
+        "bf16": False,
+        "kernel_config": None,
         "learning_rate": 0.05,
         "max_steps": 4,
         "per_device_train_batch_size": 4,

@@ -105,8 +105,7 @@ class Scene:
             "per_device_eval_batch_size": 2, "ddp_timeout": 60, "overwrite_output_dir": True,
             **FAMILIES[combo.family].keys,
         }  # fmt: skip
-        if combo.kernels != "none":
-            keys["kernel_config"] = combo.kernels
+        keys["kernel_config"] = None if combo.kernels == "none" else combo.kernels
         if quant := BASES[combo.base]:
             keys["quant_config"] = quant
         if peft := self.peft(combo):
