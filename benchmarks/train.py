@@ -213,10 +213,9 @@ def cpu_name() -> str:
         return platform.processor()
     lines = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
     facts = {key.strip(): value.strip() for key, value in lines.items()}
-    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
-    return (
-        f"{facts.get('model name')} (family {facts.get('cpu family')}, model {facts.get('model')}; {', '.join(units)})"
-    )
+    flags = facts.get("flags", "").split()
+    units = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
+    return f"{facts.get('model name')}, family {facts.get('cpu family')}, model {facts.get('model')} ({units})"
 
 
 def check(found: dict[str, list[dict[str, Any]]]) -> None:
