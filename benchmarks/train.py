@@ -8,7 +8,7 @@ that peak memory is its own. Reported: the median over repeats of tokens per sec
 without the first step, and of peak resident (GPU: allocated) memory. The losses must agree, or nothing is reported.
 
 With `--peers` llmtune, LLaMA-Factory and TRL train the same Alpaca rows as they come: each with the number type,
-checkpointing, kernels and adapter that it chooses where nothing is said. `benchmarks/peers.py` makes their environments.
+checkpointing, kernels and adapter that it chooses where nothing is said. `peers.py` makes their environments.
 """
 
 from __future__ import annotations
