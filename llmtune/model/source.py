@@ -48,7 +48,7 @@ def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False
     any, for a plan that is never trained.
     Raises LoadError: no such model, no network, no safetensors, damaged files.
     """
-    files = next(found for source in SOURCES if (found := source(config, weights)) is not None)
+    files = next(files for source in SOURCES if (files := source(config, weights)) is not None)
     _check_config_file(files.folder)
     if described and files.origin == "folder" and holds_no_weights(files.folder):
         return replace(files, note="The folder holds no weights: it can be planned, not trained.")
@@ -158,14 +158,14 @@ def load_model_config(files: ModelFiles, config: ModelConfig) -> PretrainedConfi
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(
+        model_config = AutoConfig.from_pretrained(
             files.folder, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise LoadError(f"{files.folder / 'config.json'}: {_first_line(error, config)}") from error
     if config.rope_scaling is not None:
-        scale_rope(found, config.rope_scaling)
-    return found
+        scale_rope(model_config, config.rope_scaling)
+    return model_config
 
 
 def _first_line(error: Exception, config: ModelConfig) -> str:

@@ -115,7 +115,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 
     Raises LoadError for each damaged file, for a tensor that two files hold, and for one that the index promises.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems = []
     names = weight_names(folder)
     for name in names:
@@ -124,19 +124,19 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         except LoadError as error:
             problems.append(error)
             continue
-        if twice := sorted(found.keys() & header.keys()):
+        if twice := sorted(tensors.keys() & header.keys()):
             problems.append(
                 LoadError(
-                    f"{folder}: {found[twice[0]].file} and {name} both hold the tensor {listed(twice, 3)}, so that it "
+                    f"{folder}: {tensors[twice[0]].file} and {name} both hold the tensor {listed(twice, 3)}, so it "
                     "is not clear which counts; leave only the files of one model in the folder"
                 )
             )
-        found |= header
+        tensors |= header
     raise_all(problems)
     index = folder / INDEX
-    if names != [WHOLE] and index.is_file() and (lacking := sorted(set(_weight_map(index)) - set(found))):
+    if names != [WHOLE] and index.is_file() and (lacking := sorted(set(_weight_map(index)) - set(tensors))):
         raise LoadError(f"{index}: names {lacking[0]}, which its file does not hold; {_AGAIN}")
-    return found
+    return tensors
 
 
 def stored_dtype(index: Mapping[str, StoredTensor], declared: torch.dtype | None) -> torch.dtype:
@@ -202,7 +202,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         stream.seek(8)
         header = stream.read(length)
     try:
-        found = {
+        tensors = {
             key: StoredTensor(file.name, facts["dtype"], tuple(facts["shape"]), *_place(facts, 8 + length))
             for key, facts in json.loads(header).items()
             if key != "__metadata__"
@@ -211,11 +211,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         known = "llmtune does not read" in str(error)
         cause = str(error) if known else f"it is no safetensors file: its header is damaged. {_AGAIN}"
         raise LoadError(f"{file} cannot be read: {cause}") from error
-    end = max((tensor.stop for tensor in found.values()), default=8 + length)
+    end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
         kind = "truncated" if end > size else "longer than its header says"
         raise LoadError(f"{file} cannot be read: it is {kind}: {end:,} bytes expected, {size:,} found. {_AGAIN}")
-    return found
+    return tensors
 
 
 def _place(facts: Mapping[str, Any], first: int) -> tuple[int, int]:

@@ -34,17 +34,17 @@ class Bnb:
 
     def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Swap the layers. Raises EditError if the model has no linear layer to quantise."""
-        found = list(quantisable(linear_layers(model)))
-        if not found:
+        linear = list(quantisable(linear_layers(model)))
+        if not linear:
             raise EditError(
                 f"quant_config: {type(model).__name__} has no linear layer besides its output head; remove quant_config"
             )
         make = self._four if self.config.quantization_bit == 4 else self._eight
-        before = sum(layer.weight.numel() * layer.weight.element_size() for _, layer in found)
-        weights = sum(layer.weight.numel() for _, layer in found)
+        before = sum(layer.weight.numel() * layer.weight.element_size() for _, layer in linear)
+        weights = sum(layer.weight.numel() for _, layer in linear)
         rules: list[LoadRule] = []
         stored = 0
-        for name, layer in found:
+        for name, layer in linear:
             new, rule = make(name, layer, context)
             new.bias = layer.bias
             new.train(layer.training)
@@ -54,7 +54,7 @@ class Bnb:
         # PEFT and other libraries look here to learn what they wrap.
         setattr(model, f"is_loaded_in_{self.config.quantization_bit}bit", True)
         line = (
-            f"{len(found)} linear layers -> {self._kind()}: {weights / 1e6:.1f}M weights, "
+            f"{len(linear)} linear layers -> {self._kind()}: {weights / 1e6:.1f}M weights, "
             f"{before / 1e6:.1f} -> {stored / 1e6:.1f} MB"
         )
         return ModelEdit(rules=rules, report=[line, *_stacks(model)])
@@ -83,9 +83,9 @@ class Bnb:
 
 def _stacks(model: nn.Module) -> list[str]:
     """A line on weights that are no linear layers, yet may be most of the model."""
-    found = [p for _, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1]
-    size = sum(p.numel() * p.element_size() for p in found)
-    return [f"{len(found)} stacks of experts stay in full precision: {size / 1e6:.1f} MB"] if found else []
+    stacks = [p for _, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1]
+    size = sum(p.numel() * p.element_size() for p in stacks)
+    return [f"{len(stacks)} stacks of experts stay in full precision: {size / 1e6:.1f} MB"] if stacks else []
 
 
 def quantisable(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:

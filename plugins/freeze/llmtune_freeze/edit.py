@@ -87,7 +87,7 @@ def match(wanted: tuple[str, ...], own: Mapping[str, str], key: str, place: str)
 
     Raises PlanError for a name that matches nothing, with the names there are.
     """
-    found: set[str] = set()
+    chosen: set[str] = set()
     for name in wanted:
         hits = {full for full, path in own.items() if f".{name}." in f".{path}."}
         if not hits:
@@ -99,8 +99,8 @@ def match(wanted: tuple[str, ...], own: Mapping[str, str], key: str, place: str)
             leaves = sorted({parent for parent in parents if parent})
             shown = ", ".join(leaves[:20]) + (f" and {len(leaves) - 20} more" if len(leaves) > 20 else "")
             raise PlanError(f'{key}: found "{name}", which names nothing in {place}.{hint} There are: {shown}')
-        found |= hits
-    return found
+        chosen |= hits
+    return chosen
 
 
 def around(paths: set[str]) -> set[str]:

@@ -129,12 +129,12 @@ class Lora:
         self.saved_config.modules_to_save = compact(model, saved) if saved else None
         self._inject(model, config, "default")
         require_adapted(model, layers, parameters)
-        parts = {name: found for name in model.state_dict() if (found := files.taken_apart(name))}
-        fresh = {name: FRESH[found.part] for name, found in parts.items() if found.part in FRESH}
+        parts = {name: tensor for name in model.state_dict() if (tensor := files.taken_apart(name))}
+        fresh = {name: FRESH[tensor.part] for name, tensor in parts.items() if tensor.part in FRESH}
         copies = {
-            name: f"{found.module}.original_module.{found.rest}"
-            for name, found in parts.items()
-            if found.part == "modules_to_save"
+            name: f"{tensor.module}.original_module.{tensor.rest}"
+            for name, tensor in parts.items()
+            if tensor.part == "modules_to_save"
         }
         after_load = [partial(set_magnitudes, adapter="default")] if recipe.use_dora else []
         report = [_summary(config, layers, parameters), *_left_out(left_out, stacks), *_saved_lines(model, saved)]
@@ -151,7 +151,7 @@ class Lora:
         folders = [files.adapter_folder(place, context) for place in places]
         configs = [files.read_config(folder) for folder in folders]
         self._check_several(configs, context)
-        found: dict[str, tuple[Path, str]] = {}
+        stored: dict[str, tuple[Path, str]] = {}
         report = []
         for number, (folder, config) in enumerate(zip(folders, configs, strict=True)):
             name = "default" if number == 0 else f"adapter_{number + 1}"
@@ -163,7 +163,7 @@ class Lora:
             config.inference_mode = False
             self._inject(model, config, name)
             held, base = files.files_of(model, name, folder)
-            found |= held
+            stored |= held
             mine = [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.r]
             layers = [path for path, module in mine if not isinstance(module, ParamWrapper)]
             stacks = [module.parameter_name for _, module in mine if isinstance(module, ParamWrapper)]
@@ -175,7 +175,7 @@ class Lora:
             self._use_side_by_side(model)
         after_load = [self.merge] if several and "quantized_base" not in context.capabilities else []
         return ModelEdit(
-            files=found, after_load=after_load, trainable=_is_adapter, report=report, tp_follow=_follow(model)
+            files=stored, after_load=after_load, trainable=_is_adapter, report=report, tp_follow=_follow(model)
         )
 
     def _check_several(self, configs: list[LoraConfig], context: RunContext) -> None:
@@ -223,11 +223,11 @@ def _is_adapter(name: str) -> bool:
 
 def require_adapted(model: nn.Module, layers: Sequence[str], parameters: Sequence[str]) -> None:
     """Raise PlanError if PEFT put adapters elsewhere than it was told."""
-    found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     # Several weights of one module have wrappers inside each other.
     stacks = {name.rpartition(".")[0] for name in parameters}
-    found = {name for name in found if name.removesuffix(".base_layer") not in stacks}
-    if wrong := sorted(found ^ set(layers)):
+    adapted = {name for name in adapted if name.removesuffix(".base_layer") not in stacks}
+    if wrong := sorted(adapted ^ set(layers)):
         raise PlanError(
             f"peft_config.target_modules: PEFT does not adapt {type(model).__name__} as told, it differs in "
             f"{files.describe(wrong)}; leave {short(wrong)[0]} out"

@@ -49,8 +49,8 @@ class AdapterTensor(NamedTuple):
 
 def taken_apart(name: str) -> AdapterTensor | None:
     """None for a tensor that belongs to the base model."""
-    found = _NAME.fullmatch(name)
-    return AdapterTensor(found["module"], found["part"], found["adapter"], found["rest"] or "") if found else None
+    match = _NAME.fullmatch(name)
+    return AdapterTensor(match["module"], match["part"], match["adapter"], match["rest"] or "") if match else None
 
 
 def adapter_folder(place: str, context: RunContext) -> Path:

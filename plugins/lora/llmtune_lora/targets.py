@@ -41,10 +41,10 @@ def adapted_layers(model: nn.Module, target_modules: str | Sequence[str], saved:
     """
     wanted = split_names(target_modules)
     possible = [name for name, module in model.named_modules() if adaptable(module)]
-    found: set[str] = set()
+    chosen: set[str] = set()
     for name in wanted:
         if name == "all":
-            found |= {
+            chosen |= {
                 layer for layer, module in linear_layers(model) if adaptable(module) and not _within(layer, saved)
             }
             continue
@@ -56,12 +56,12 @@ def adapted_layers(model: nn.Module, target_modules: str | Sequence[str], saved:
                 f"peft_config: {both[0]} is named by both target_modules and modules_to_save; a module has either an "
                 "adapter or a trained copy, so take it out of one"
             )
-        found |= set(hits)
-    if not found:
+        chosen |= set(hits)
+    if not chosen:
         raise PlanError(
             f'peft_config.target_modules: found nothing to adapt in {type(model).__name__}; name layers, or "all"'
         )
-    return [name for name in possible if name in found]
+    return [name for name in possible if name in chosen]
 
 
 def expressible(model: nn.Module, layers: Sequence[str], asked_for_all: bool) -> tuple[list[str], list[str]]:
@@ -90,13 +90,13 @@ def adapted_parameters(model: nn.Module, target_parameters: str | Sequence[str] 
     """Full names of the weights outside linear layers that get an adapter. Raises PlanError for a name that matches
     nothing."""
     stacks = stacked_weights(model)
-    found: list[str] = []
+    chosen: list[str] = []
     for name in split_names(target_parameters):
         hits = named(stacks, name)
         if not hits:
             raise PlanError(f"peft_config.target_parameters: {_unknown(name, short(stacks))}")
-        found += [hit for hit in hits if hit not in found]
-    return found
+        chosen += [hit for hit in hits if hit not in chosen]
+    return chosen
 
 
 def stacked_weights(model: nn.Module) -> list[str]:
@@ -112,7 +112,7 @@ def stacked_weights(model: nn.Module) -> list[str]:
 def saved_modules(model: nn.Module, modules_to_save: str | Sequence[str] | None) -> list[str]:
     """Full names of the modules to train in full. Raises PlanError for a name that matches nothing usable."""
     modules = dict(model.named_modules())
-    found: list[str] = []
+    chosen: list[str] = []
     for name in split_names(modules_to_save):
         hits = named(modules, name)
         if not hits:
@@ -122,8 +122,8 @@ def saved_modules(model: nn.Module, modules_to_save: str | Sequence[str] | None)
             raise PlanError(f"peft_config.modules_to_save: {_unknown(name, short(holders))}")
         for hit in hits:
             _check_copyable(hit, modules[hit])
-        found += [hit for hit in hits if hit not in found]
-    return found
+        chosen += [hit for hit in hits if hit not in chosen]
+    return chosen
 
 
 def classification_heads(model: nn.Module) -> list[str]:
