@@ -147,7 +147,9 @@ def copied(adapters: list[llmtune.Run], tiny_llama: str, tmp_path: Path) -> tupl
     run = Path(shutil.copytree(adapters[0].output_dir, tmp_path / "run"))
     text = (run / "resolved.yaml").read_text()
     (run / "resolved.yaml").write_text(text.replace(tiny_llama, str(base)))
-    note(run, model_fingerprint=fingerprint(base), trained_sha256=sha256_of(run / "trained.safetensors"))
+    record = json.loads((run / "run.json").read_text())
+    assert record["model_fingerprint"] == fingerprint(base)
+    assert record["trained_sha256"] == sha256_of(run / "trained.safetensors")
     return run, base
 
 
