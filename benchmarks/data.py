@@ -139,7 +139,8 @@ def throughput(options: argparse.Namespace) -> list[str]:
 
 def multi_turn(options: argparse.Namespace) -> list[str]:
     """Tokens that training takes: ours, each conversation once, and one sample for each assistant turn."""
-    from llmtune.data import DataConfig, Formats, Source, chunks, find, prepare, read_row
+    from llmtune.data import DataConfig, Source, chunks, find, prepare, read_row
+    from llmtune.data.formats.builtin import builtin_formats
     from llmtune.data.tool_format import read_tool_format, with_tools_as_text
 
     tokenizer = tokenizer_of(options.model)
@@ -150,7 +151,7 @@ def multi_turn(options: argparse.Namespace) -> list[str]:
         tokens = ours.tokens
     found = find(Source(path=options.chats), Path.cwd())
     rows = [row.data for chunk in chunks(found) for row in chunk.rows()]
-    chosen, written = Formats.builtin().of(found, rows[:100]), read_tool_format("hermes", Path.cwd())
+    chosen, written = builtin_formats().of(found, rows[:100]), read_tool_format("hermes", Path.cwd())
     once = expanded = turns = 0
     for row in rows:
         example = read_row(chosen, row)

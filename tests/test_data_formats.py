@@ -9,7 +9,8 @@ import pytest
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Example
-from llmtune.data import Chosen, Formats, Found, read_row
+from llmtune.data import Chosen, Found, read_row
+from llmtune.data.formats.builtin import builtin_formats
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}
 TOOL = {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}}
@@ -17,7 +18,7 @@ ASSISTANT_CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "f
 
 
 def chosen(name: str | dict[str, Any] | None, *rows: Any, **found: Any) -> Chosen:
-    return Formats.builtin().of(Found(spelling="x", name="x", format=name, **found), rows)
+    return builtin_formats().of(Found(spelling="x", name="x", format=name, **found), rows)
 
 
 def reading(name: str | dict[str, Any] | None, row: Any, **found: Any) -> Example:

@@ -11,6 +11,7 @@ from llmtune.contract.errors import DataError, LlmtuneError
 from llmtune.contract.examples import BadRow, Text
 from llmtune.data import Formats, Found, read_row
 from llmtune.data.formats import check_kind
+from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.formats.chats import ShareGpt
 from llmtune.data.formats.choose import facts_of
 from llmtune.data.formats.messages_in import TagsConfig
@@ -26,7 +27,7 @@ TAGS = {"role_tag": "who", "content_tag": "what", "user_tag": "client", "assista
 
 def read(row: Any, format: Any = None, formats: Formats | None = None, **found: Any) -> tuple[str, str, Any]:
     """(name of the format, what it was recognised by, the messages)."""
-    chosen = (formats or Formats.builtin()).of(Found(spelling="x", name="x", format=format, **found), [row])
+    chosen = (formats or builtin_formats()).of(Found(spelling="x", name="x", format=format, **found), [row])
     return chosen.name, chosen.why, getattr(read_row(chosen, row), "messages", None)
 
 
@@ -50,7 +51,7 @@ def test_tags_may_be_parameters_of_the_format() -> None:
 def test_tags_of_one_data_set_stand_beside_those_of_the_recipe() -> None:
     config = TagsConfig(role_tag="who", content_tag="what")
     formats = Formats(
-        known={}, find=Formats.builtin().find, default=ShareGpt(config), default_name="sharegpt",
+        known={}, find=builtin_formats().find, default=ShareGpt(config), default_name="sharegpt",
         default_config=config, default_facts=facts_of(config, "llmtune"),
     )  # fmt: skip
     assert read(SPOKEN, formats=formats, tags={"user_tag": "client", "assistant_tag": "bot"})[2] == PAIR
@@ -124,7 +125,7 @@ def test_what_keeps_rows_from_being_recognised_is_said(row: dict, message: str) 
 def test_labels_of_several_classes_are_no_truth_values() -> None:
     rows = [{"messages": PAIR, "label": label} for label in ("0", "1", "2")]
     with pytest.raises(DataError, match=r"several formats \(kto, openai\)"):
-        Formats.builtin().of(Found(spelling="x", name="x"), rows)
+        builtin_formats().of(Found(spelling="x", name="x"), rows)
     assert read(rows[0], "openai")[2] == PAIR
 
 
@@ -155,6 +156,6 @@ class Liar:
 
 
 def test_a_format_that_makes_other_examples_than_it_says_is_named() -> None:
-    formats = Formats(known={}, find=Formats.builtin().find, default=Liar(), default_name="liar")
+    formats = Formats(known={}, find=builtin_formats().find, default=Liar(), default_name="liar")
     with pytest.raises(DataError, match="liar says its rows become conversation, and made Text of one"):
         read({"body": "a"}, formats=formats)

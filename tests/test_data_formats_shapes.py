@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from llmtune.contract.examples import BadRow
-from llmtune.data import Formats, Found, read_row
+from llmtune.data import Found, read_row
+from llmtune.data.formats.builtin import builtin_formats
 
 ASK, ANSWER, OTHER = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
@@ -18,7 +19,7 @@ CALL = json.dumps(CALLED["function"])
 
 
 def read(row: Any, name: str | dict[str, Any] | None = None) -> Any:
-    formats = Formats.builtin()
+    formats = builtin_formats()
     return read_row(formats.of(Found(spelling="x", name="x", format=name), [row]), row)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmtune import PlanError
+from llmtune.data import plot as drawing
 from llmtune.training import plot
 
 pytest.importorskip("matplotlib")
@@ -53,7 +54,7 @@ def test_without_global_state() -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plot.plotting_problem() is None
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     assert "pip install llmtune[plot]" in (plot.plotting_problem() or "")
     with pytest.raises(PlanError, match=r"matplotlib, which is not installed; run `pip install llmtune\[plot\]`"):
         plot.plot_metrics(METRICS)

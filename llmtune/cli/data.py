@@ -144,7 +144,7 @@ def _preview(options: Any) -> None:
 
 def _stats(options: Any) -> None:
     if options.plot:
-        from llmtune.training.plot import plotting_problem
+        from llmtune.data.plot import plotting_problem
 
         if reason := plotting_problem():
             raise PlanError(f"plot: {reason}")

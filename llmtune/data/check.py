@@ -20,6 +20,7 @@ from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Example
 from llmtune.data.config import Source
 from llmtune.data.formats import Chosen, Formats, read_row
+from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.piece import Bad
 from llmtune.data.reading import Chunk, Found, Row, chunks, find
 from llmtune.data.workers import in_order
@@ -187,7 +188,7 @@ def check(
         raise DataError(f"{found.spelling}: 0 records; the file is empty")
     chosen = None
     if readable := [row.data for row in first if row.problem is None]:
-        chosen = (formats or Formats.builtin()).of(found, readable)
+        chosen = (formats or builtin_formats()).of(found, readable)
         result.format, result.why, result.kind = chosen.name, chosen.why, chosen.format.kind
     merge = _Merge(result, keep, on_bad)
     for seen in in_order(partial(_look, chosen), _chunks(found, limit), workers):

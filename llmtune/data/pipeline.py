@@ -15,6 +15,7 @@ from llmtune.contract.errors import DataError, listed
 from llmtune.contract.stages import LEARNS
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Formats
+from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.making import Making
 from llmtune.data.report import DataReport, PartReport
 from llmtune.data.streaming.stream import Stream, open_stream
@@ -68,7 +69,7 @@ def prepare(
         raise DataError("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
     if config.template is not None:
         choose_template(config.template, tokenizer, folder)
-    make = Making(config, tokenizer, folder, formats or Formats.builtin(), tuple(learns), stage, seed)
+    make = Making(config, tokenizer, folder, formats or builtin_formats(), tuple(learns), stage, seed)
     if config.streaming:
         opened = open_stream(make, seed)
         return Prepared(train=opened.first, evaluation=opened.evaluation, report=opened.report, stream=opened.stream)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtune.data.plot import plot_lengths
 from llmtune.terminal import Shown
 
 if TYPE_CHECKING:
@@ -154,8 +155,6 @@ class DataStats(Shown):
 
         Raises PlanError without matplotlib.
         """
-        from llmtune.training.plot import plot_lengths
-
         return plot_lengths(self.lengths, self.cutoff_len, path)
 
 

@@ -11,7 +11,6 @@ from llmtune.contract.errors import DataError, LlmtuneError, RecipeError, raise_
 from llmtune.contract.examples import KINDS
 
 if TYPE_CHECKING:
-    from llmtune.contract.records import Plugin
     from llmtune.data import DataReport, Prepared
     from llmtune.data.check import DataCheck
     from llmtune.data.formats import Formats
@@ -170,23 +169,16 @@ def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
 
 def known_formats(recipe: Recipe | None = None) -> Formats:
     """The formats of this installation; the one that `recipe` names is the default."""
-    from llmtune.data.formats.choose import Formats, detectable
-    from llmtune.recipe.builtin import data_config
     from llmtune.recipe.parts import find_parts, formats_of
     from llmtune.recipe.registry import Registry
 
     registry = Registry()
-    if recipe is not None:
-        problems: list[LlmtuneError] = []
-        parts = find_parts(recipe, registry, problems, ("data_config",))
-        raise_all(problems)
-        return formats_of(parts, registry)
-
-    def find(name: str) -> tuple[Plugin, str]:
-        offer = registry.find("data_config", name)
-        return offer.plugin, f"{offer.distribution} {offer.version}"
-
-    return Formats(known=detectable(data_config()), find=find)
+    if recipe is None:
+        return formats_of(None, registry)
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, ("data_config",))
+    raise_all(problems)
+    return formats_of(parts, registry)
 
 
 def _unstreamed(recipe: Recipe) -> tuple[Recipe, list[str]]:

@@ -42,13 +42,15 @@ class DataPlan:
 
 
 def prepare_for(
-    recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any, learns: Sequence[str] | None = None
-) -> Prepared:
-    """The recipe's data as tokens, if they are of the kinds `learns`; None: of those that its stage learns from."""
+    recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any, learns: Sequence[str] | None = None,
+    writes: bool = False,
+) -> Prepared:  # fmt: skip
+    """The recipe's data as tokens, if they are of the kinds `learns`; None: of those that its stage learns from.
+    Only a run `writes` to the folder that the recipe keeps tokens in."""
     stage = parts.one("stage_config")
     made = prepare(
         recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir, formats=formats_of(parts, registry),
-        learns=learns or learns_of(stage.built), stage=stage.plugin.name,
+        learns=learns or learns_of(stage.built), stage=stage.plugin.name, writes=writes,
     )  # fmt: skip
     return made.counting(stage.built.counts) if isinstance(stage.built, Counts) else made
 

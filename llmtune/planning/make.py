@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def make_plan(
-    recipe: Recipe, registry: Registry, ranks: Ranks, device: torch.device, target: Device | None = None
+    recipe: Recipe,
+    registry: Registry,
+    ranks: Ranks,
+    device: torch.device,
+    target: Device | None = None,
+    writes: bool = False,
 ) -> Plan:
     """Resolve `recipe` for training in `ranks` processes on `device`. Raises all problems found, at once.
 
@@ -47,7 +52,7 @@ def make_plan(
         raise_all(problems)  # one of the problems is why
     doing.info("Reading and tokenising the data")
     with collect(problems):
-        prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer)
+        prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer, writes=writes)
     raise_all(problems)
     assert prepared is not None and precision is not None
     model: ModelPlan | None = None

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from llmtune.contract.hookspecs import hookimpl
 from llmtune.contract.records import Plugin
-from llmtune.data.formats.chats import Alpaca, AlpacaConfig, Completion, OpenAi, ShareGpt
-from llmtune.data.formats.choose import Auto
-from llmtune.data.formats.messages_in import TagsConfig
-from llmtune.data.formats.pairs import KtoRows, PreferencePairs
-from llmtune.data.formats.plain import PlainConfig, PlainText, PromptOnly, TokenRows
+from llmtune.data.formats.builtin import FORMATS
 from llmtune.distributed.config import Fsdp2Config
 
 
@@ -34,23 +29,7 @@ def dist_config() -> list[Plugin]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AutoConfig:
-    """Each data set's format is found by looking at its first rows."""
-
-
 @hookimpl
 def data_config() -> list[Plugin]:
     """The shapes of rows that most data sets have."""
-    return [
-        Plugin(name="auto", config=AutoConfig, build=lambda config: Auto(), summary="Recognise each data set's format"),
-        Plugin(name="alpaca", config=AlpacaConfig, build=Alpaca, summary="instruction, input, output; history"),
-        Plugin(name="sharegpt", config=TagsConfig, build=ShareGpt, summary="conversations of from and value"),
-        Plugin(name="openai", config=TagsConfig, build=OpenAi, summary="messages of role and content, tool calls"),
-        Plugin(name="completion", config=TagsConfig, build=Completion, summary="prompt and completion"),
-        Plugin(name="preference", config=TagsConfig, build=PreferencePairs, summary="chosen and rejected answers"),
-        Plugin(name="kto", config=TagsConfig, build=KtoRows, summary="answers with a label, true or false"),
-        Plugin(name="prompt", config=TagsConfig, build=PromptOnly, summary="questions without answers"),
-        Plugin(name="text", config=PlainConfig, build=PlainText, summary="plain text"),
-        Plugin(name="tokens", config=PlainConfig, build=TokenRows, summary="rows that are tokenised already"),
-    ]
+    return list(FORMATS)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS, ExtensionPoint
+from llmtune.data.formats.builtin import FORMATS
+from llmtune.data.formats.choose import Formats, detectable, facts_of
 from llmtune.recipe.blocks import decode_block, find_named
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Plugin
-    from llmtune.data.formats import Formats
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Offer, Registry
 
@@ -126,18 +127,20 @@ def _build(offer: Offer, config: Any) -> Part:
     return replace(part, built=built)
 
 
-def formats_of(parts: Parts, registry: Registry) -> Formats:
-    """The formats that the recipe's data sets may have: those it names, and those that ship with llmtune."""
-    from llmtune.data.formats.choose import Formats, detectable, facts_of
-    from llmtune.recipe.builtin import data_config
+def formats_of(parts: Parts | None, registry: Registry) -> Formats:
+    """The formats that data sets may have: those that ship with llmtune, and any that a recipe or an entry of
+    `dataset` names. Without `parts` each data set's format is detected."""
 
     def find(name: str) -> tuple[Plugin, str]:
         offer = registry.find("data_config", name)
         return offer.plugin, f"{offer.distribution} {offer.version}"
 
+    known = detectable(FORMATS)
+    if parts is None:
+        return Formats(known=known, find=find)
     part = parts.one("data_config")
     return Formats(
-        known=detectable(data_config()), find=find, default=part.built, default_name=part.plugin.name,
+        known=known, find=find, default=part.built, default_name=part.plugin.name,
         default_config=part.config, default_facts=facts_of(part.config, part.package),
     )  # fmt: skip
 

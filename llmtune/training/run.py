@@ -115,7 +115,7 @@ def plan_run(recipe: Recipe, registry: Registry, ranks: Ranks, before: Mapping[s
     problems: list[LlmtuneError] = []
     plan: Plan | None = None
     with collect(problems):
-        plan = make_plan(recipe, registry, ranks, pick_device(recipe.train.device, ranks.local_rank))
+        plan = make_plan(recipe, registry, ranks, pick_device(recipe.train.device, ranks.local_rank), writes=True)
     problems += [PlanError(sentence) for sentence in run_folder.output_problems(recipe)]
     problems += [PlanError(sentence) for sentence in [run_folder.occupied(recipe)] if sentence]
     raise_all(problems)

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import PlanError
+from llmtune.data.plot import plotting_problem
 from llmtune.folders import write_durably
 from llmtune.planning.decisions import decided
 from llmtune.recipe.secrets import hidden
 from llmtune.training.lock import LOCK, PROBE, launcher
-from llmtune.training.plot import plotting_problem
 from llmtune.training.step_folders import delete_all, published
 
 if TYPE_CHECKING:

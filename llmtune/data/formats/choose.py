@@ -50,20 +50,6 @@ class Formats:
     default_facts: Any = None
     """The parameters and the package of `default`."""
 
-    @staticmethod
-    def builtin() -> Formats:
-        """What ships with llmtune, detecting."""
-        from llmtune.recipe.builtin import data_config
-
-        plugins = {plugin.name: plugin for plugin in data_config()}
-
-        def find(name: str) -> tuple[Plugin, str]:
-            if name not in plugins:
-                raise DataError(f'no format "{name}".{did_you_mean(name, plugins)} Known: {listed(plugins, 12)}')
-            return plugins[name], "llmtune"
-
-        return Formats(known=detectable(plugins.values()), find=find)
-
     def of(self, found: Found, rows: Sequence[Any]) -> Chosen:
         """The format of a data set whose first readable rows are `rows`.
 
