@@ -11,6 +11,7 @@ from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Example
 from llmtune.data import Chosen, Found, read_row
 from llmtune.data.formats.builtin import builtin_formats
+from tests.tiny import tiny_tokenizer
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}
 TOOL = {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}}
@@ -27,6 +28,10 @@ def reading(name: str | dict[str, Any] | None, row: Any, **found: Any) -> Exampl
 
 def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in pairs]
+
+
+def parts(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": type, "value": value} for type, value in pairs]
 
 
 def test_alpaca() -> None:
@@ -97,6 +102,48 @@ def test_openai_with_tools(arguments: Any) -> None:
     assert conversation.tools is None
 
 
+@pytest.mark.parametrize("key", ["value", "content", None])
+def test_content_in_parts(key: str | None) -> None:
+    def part(type: str, said: Any) -> dict[str, Any]:
+        return {"type": type, key or type: said}
+
+    conversation = reading(
+        "openai",
+        {
+            "messages": [
+                {"role": "user", "content": [part("text", "Add "), part("text", "2 and 1")], "loss_weight": 0.0},
+                {
+                    "role": "assistant",
+                    "content": [part("reasoning", "a su"), part("reasoning", "m"), part("tool_call", json.dumps(CALL))],
+                    "loss_weight": 0.5,
+                },
+                {"role": "tool", "content": [part("text", "3")]},
+                {"role": "assistant", "content": [part("text", "It is 3"), part("tool_call", CALL)], "loss_weight": 1},
+            ]
+        },
+    )
+    assert conversation.messages == [
+        {"role": "user", "content": "Add 2 and 1"},
+        {**ASSISTANT_CALL, "weight": 0.5, "reasoning_content": "a sum"},
+        {"role": "tool", "content": "3"},
+        {**ASSISTANT_CALL, "content": "It is 3"},
+    ]
+
+
+def test_parts_of_text_are_joined_as_templates_that_know_parts_join_them() -> None:
+    # As the templates of Qwen 2 VL, Idefics and others on the hub write lists of parts.
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": text} for text in ("Look:", " a", "\n", "b ")]
+    row = {"messages": [{"role": "user", "content": parts}, *turns(("assistant", "b"))]}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    written = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert tokenizer.apply_chat_template(reading("openai", row).messages, tokenize=False) == written
+
+
 def test_openai_messages_under_conversations() -> None:
     row = {"conversations": turns(("user", "a"), ("assistant", "b"))}
     found = chosen(None, row)
@@ -149,7 +196,47 @@ OK = ("assistant", "b")
             "openai",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, *turns(OK)]},
             "not only text",
-            "message 1 holds parts of type image_url",
+            "message 1 holds parts of type image_url, allowed are reasoning, text, tool_call",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": [{"type": "text", "txt": "a"}]}, *turns(OK)]},
+            "content is not text",
+            r"part 1 of message 1 \(text\) says null; needed is text under one of text, value, content",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": [{"type": "reasoning", "value": "a"}]}, *turns(OK)]},
+            "reasoning outside assistant",
+            r"message 1 \(user\)",
+        ),
+        (
+            "openai",
+            {
+                "messages": [
+                    *turns(("user", "a")),
+                    {"role": "assistant", "content": parts(("text", "b"), ("reasoning", "c"))},
+                ]
+            },
+            "parts out of order",
+            "parts in the order text, reasoning, allowed is reasoning, text, tool_call",
+        ),
+        (
+            "openai",
+            {"messages": [*turns(("user", "a")), {"role": "assistant", "content": parts(("tool_call", "add(1)"))}]},
+            "bad tool call",
+            "tool call 1 of message 2 is not JSON",
+        ),
+        (
+            "openai",
+            {
+                "messages": [
+                    *turns(("user", "a")),
+                    {"role": "assistant", "content": parts(("tool_call", CALL)), "tool_calls": [CALL]},
+                ]
+            },
+            "bad tool call",
+            "message 2 has tool_calls and parts of type tool_call, allowed is one of them",
         ),
         (
             "sharegpt",

@@ -143,6 +143,7 @@ def test_weights_by_all_their_names(given: dict, weight: float | None) -> None:
         {"messages": [ASK, ANSWER], "rejected_response": "b"},
         {"messages": [ASK, ANSWER], "rejected_response": [OTHER]},
         {"messages": [ASK, ANSWER], "rejected_messages": [ASK, OTHER]},
+        {"chosen_messages": [ASK, ANSWER], "rejected_messages": [ASK, OTHER]},
         {"messages": [ASK, ANSWER], "rejected_response": "b", "chosen": None, "rejected": None, "label": None},
     ],
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmtune.contract.errors import listed
 from llmtune.contract.examples import BadRow
@@ -24,17 +24,56 @@ def kind(value: Any) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def text_of(value: Any, place: str) -> str:
-    """Text, or the joined text parts of OpenAI's list form."""
+class Content(NamedTuple):
+    """What the `content` of a message says."""
+
+    text: str
+    reasoning: str = ""
+    calls: tuple[Any, ...] = ()
+    """Tool calls as they are written: objects, or their JSON text."""
+
+
+_PARTS = ("reasoning", "text", "tool_call")
+"""Types of the parts of a content, in the order in which templates write them."""
+
+
+def content_of(value: Any, place: str) -> Content:
+    """Text, or a list of parts. Parts of one type are joined with nothing between, as transformers' own templates do.
+
+    Raises:
+        BadRow: `value` is neither, a part is of another type, or the parts stand in an order that no template writes.
+    """
     if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(part, Mapping) and "type" in part for part in value):
-        other = sorted({str(part["type"]) for part in value} - {"text"})
-        if other:
-            raise BadRow("not only text", f"{place} holds parts of type {listed(other)}, allowed is text")
-        if all(isinstance(part.get("text"), str) for part in value):
-            return "".join(part["text"] for part in value)
-    raise BadRow("content is not text", f"{place} is {kind(value)}, allowed is text")
+        return Content(value)
+    if not isinstance(value, list) or not all(isinstance(part, Mapping) and "type" in part for part in value):
+        raise BadRow("content is not text", f"{place} is {kind(value)}, allowed is text")
+    if other := sorted({str(part["type"]) for part in value} - set(_PARTS)):
+        raise BadRow("not only text", f"{place} holds parts of type {listed(other)}, allowed are {listed(_PARTS)}")
+    parts = [(part["type"], _said(part, f"part {at} of {place}")) for at, part in enumerate(value, start=1)]
+    order = [name for name, said in parts if not isinstance(said, str) or said.strip()]
+    if order != sorted(order, key=_PARTS.index):
+        what = f"{place} has parts in the order {listed(order)}, allowed is {listed(_PARTS)}"
+        raise BadRow("parts out of order", what)
+    found = {name: [said for own, said in parts if own == name] for name in _PARTS}
+    return Content("".join(found["text"]), "".join(found["reasoning"]), tuple(found["tool_call"]))
+
+
+def _said(part: Mapping[str, Any], place: str) -> Any:
+    """What one part says, under whichever key it does."""
+    keys = (part["type"], "value", "content")
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
+    if not isinstance(value, str) and not (part["type"] == "tool_call" and isinstance(value, Mapping)):
+        what = f"{place} ({part['type']}) says {kind(value)}; needed is text under one of {listed(keys)}"
+        raise BadRow("content is not text", what)
+    return value
+
+
+def text_of(value: Any, place: str) -> str:
+    """Text, or the joined text parts of a content that has no other parts."""
+    found = content_of(value, place)
+    if found.reasoning or found.calls:
+        raise BadRow("not only text", f"{place} holds parts of reasoning or tool calls, allowed is text")
+    return found.text
 
 
 def _parsed(value: str, what: str, reason: str) -> Any:
@@ -65,6 +104,7 @@ def normal_tools(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:
+    call = _parsed(call, place, "bad tool call") if isinstance(call, str) else call
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("bad tool call", f"{place} has no function name, allowed is {{name, arguments}}")

@@ -23,7 +23,7 @@ from llmtune.data.messages import kind, normal_tools
 VARIABLES = ("enable_thinking", "chat_template_kwargs")
 HELD = ("messages", "conversations", "conversation")
 """Columns of messages with role and content."""
-PAIRED = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
+PAIRED = ("chosen", "rejected", "chosen_messages", "rejected_response", "rejected_messages", "kto_tag")
 """Columns of rows that hold more than a conversation."""
 _YES_OR_NO = ("true", "false", "yes", "no", "0", "1")
 

@@ -10,7 +10,7 @@ from typing import Any
 from llmtune.contract.errors import did_you_mean, listed
 from llmtune.contract.examples import BadRow, Message
 from llmtune.data.config import TEMPLATE_ARGUMENTS
-from llmtune.data.messages import kind, parse_calls, parse_thinking, text_of, tool_calls
+from llmtune.data.messages import Content, content_of, kind, parse_calls, parse_thinking, text_of, tool_calls
 from llmtune.data.spelled import as_names, misspelt
 
 FROM_VALUE = ("from", "value")
@@ -21,8 +21,8 @@ _ROLES = {
     "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
 _KEPT = ("name", "tool_call_id", "thinking")
-_WEIGHTS = ("weight", "loss_scale", "train", "loss")
-"""What others call the weight of a message: OpenAI, ms-swift, Axolotl, ms-swift."""
+_WEIGHTS = ("weight", "loss_weight", "loss_scale", "train", "loss")
+"""What others call the weight of a message: OpenAI, LLaMA-Factory, ms-swift, Axolotl, ms-swift."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What others call what the model thinks before it answers: DeepSeek and Qwen, gpt-oss, vLLM."""
 _OTHERS = (*FROM_VALUE, *ROLE_CONTENT, "tool_calls", "function_call", "name", "tool_call_id", *_REASONING, *_WEIGHTS)
@@ -103,19 +103,21 @@ class Reader:
         if wrong := misspelt(as_names(turn), (*keys, *_OTHERS)):
             what = f'message {number} has the key "{wrong[0]}". Did you mean "{wrong[1]}"?'
             raise BadRow("misspelt key of a message", what)
-        content, calls = turn.get(content_key), _calls(turn, number)
+        content = turn.get(content_key)
+        said = Content("") if content is None else content_of(content, f"message {number}")
+        calls = _calls(turn, said.calls, number)
         if content is None and not calls:
             what = f'no "{content_key}"' if content_key == "value" else f'neither "{content_key}" nor "tool_calls"'
             raise BadRow("null content", f"message {number} ({turn[role_key]}) has {what}, found {listed(turn)}")
-        text = "" if content is None else text_of(content, f"message {number}")
+        text = said.text
         if role == "call":
             thinking, text = parse_thinking(text)
-            role, text, calls = "assistant", thinking, parse_calls(text, number)
+            role, text, calls = "assistant", thinking, list(said.calls and calls) or parse_calls(text, number)
         if calls and role != "assistant":
             raise BadRow("tool calls outside assistant", f"message {number} ({role}) has tool_calls")
         message: Message = {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
         kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
-        return message | _weight(turn, role, number) | _texts(kept, number) | _reasoning(turn, number)
+        return message | _weight(turn, role, number) | _texts(kept, number) | _reasoning(turn, said, role, number)
 
     def _role(self, turn: Mapping[str, Any], keys: tuple[str, str], number: int) -> str:
         key = keys[0]
@@ -132,12 +134,15 @@ class Reader:
         return roles[role]
 
 
-def _calls(turn: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
-    """`tool_calls`, or the one `function_call` that OpenAI had before them."""
-    calls, single = turn.get("tool_calls"), turn.get("function_call")
-    if calls and single:
-        raise BadRow("bad tool call", f"message {number} has tool_calls and function_call, allowed is one of them")
-    return tool_calls(calls or [single], number) if calls or single else []
+def _calls(turn: Mapping[str, Any], parts: Sequence[Any], number: int) -> list[dict[str, Any]]:
+    """`tool_calls`, or the one `function_call` that OpenAI had before them, or the `parts` of the content."""
+    given = {"tool_calls": turn.get("tool_calls"), "parts of type tool_call": list(parts)}
+    if single := turn.get("function_call"):
+        given["function_call"] = [single]
+    found = {name: calls for name, calls in given.items() if calls}
+    if len(found) > 1:
+        raise BadRow("bad tool call", f"message {number} has {' and '.join(found)}, allowed is one of them")
+    return tool_calls(next(iter(found.values())), number) if found else []
 
 
 def _goes_on(before: Message, call: Message) -> bool:
@@ -153,9 +158,13 @@ def _texts(found: Mapping[str, Any], number: int) -> dict[str, str]:
     return dict(found)
 
 
-def _reasoning(turn: Mapping[str, Any], number: int) -> dict[str, str]:
+def _reasoning(turn: Mapping[str, Any], said: Content, role: str, number: int) -> dict[str, str]:
     """What was thought, as `reasoning_content`, which most templates read."""
     found = _texts({key: turn[key] for key in _REASONING if turn.get(key) is not None}, number)
+    if said.reasoning:
+        if role != "assistant":
+            raise BadRow("reasoning outside assistant", f"message {number} ({role}) has parts of type reasoning")
+        found["parts of type reasoning"] = said.reasoning
     if len(set(found.values())) > 1:
         raise BadRow("several reasonings", f"message {number} has {listed(found)} that differ, allowed is one of them")
     return {"reasoning_content": next(iter(found.values()))} if found else {}

@@ -22,11 +22,12 @@ class PreferencePairs:
 
     What they answer stands in `prompt` (text or messages), in `conversations` or `messages`, in `instruction` and
     `input`, or in what both begin with (UltraFeedback, TRL's implicit prompt). Also `messages`, whose last answer is
-    the chosen one, with `rejected_response` or `rejected_messages` (ms-swift).
+    the chosen one, with `rejected_response` or `rejected_messages` (ms-swift); and `chosen_messages` with
+    `rejected_messages` (LLaMA-Factory).
     """
 
     kind = "preference"
-    columns = ("chosen", "rejected", *_BEFORE, *_OTHER_SIDE)
+    columns = ("chosen", "rejected", "chosen_messages", *_BEFORE, *_OTHER_SIDE)
     required = ()
     needs = "chosen and rejected, or messages and rejected_response"
 
@@ -36,10 +37,14 @@ class PreferencePairs:
     def recognise(self, row: Mapping[str, Any]) -> str | None:
         if {"chosen", "rejected"} <= set(row):
             return "chosen and rejected"
+        if {"chosen_messages", "rejected_messages"} <= set(row):
+            return "chosen_messages and rejected_messages"
         other = next((column for column in _OTHER_SIDE if column in row), None)
         return f"messages and {other}" if other and "messages" in row else None
 
     def convert(self, row: Mapping[str, Any]) -> Preference:
+        if row.get("chosen_messages") is not None:
+            row = {**row, "chosen": row["chosen_messages"], "rejected": row.get("rejected_messages")}
         before = before_of(row, self.parts)
         if row.get("chosen") is None and any(row.get(column) is not None for column in _OTHER_SIDE):
             sides = self._beside(row, before)
