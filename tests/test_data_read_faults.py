@@ -45,7 +45,8 @@ WHOLE = {
     "header with an open quote": ("a.csv", b'a,"b\n1,2\n', r"a\.csv:1: not CSV .*; is a quote not closed"),
     "open quote": ("a.csv", b'a,b\n1,2\n1,"2\n3,4\n', r"a\.csv:3: not CSV .*; is a quote not closed"),
     "column twice": ("a.csv", b"a,a\n1,2\n", r"a\.csv:1: column names are empty or come twice \(a, a\)"),
-    "semicolons": ("a.csv", b"a;b\n1;2\n", r"a\.csv:1: columns seem to be separated by ';', allowed are commas"),
+    "bars": ("a.csv", b"a|b\n1|2\n", r"a\.csv:1: columns seem to be separated by '\|', allowed are commas, semicolons"),
+    "two separators": ("a.csv", b"a,b;c\n1,2;3\n", r"a\.csv:1: commas and semicolons may separate these columns"),
     "bad value in an array": ("a.json", b'[{"a": 1},\n{"a": tru}]', r"a\.json:2:7: not JSON: .*\{\"a\": >>>tru\}\]"),
     "array nested too deeply": ("a.json", b'[1,\n{"a":' + b"[" * 200_000, r"a\.json:2: a row is nested too deeply"),
 }

@@ -18,7 +18,7 @@ from pyarrow import feather, ipc, parquet
 
 from llmtune.contract.errors import DataError
 from llmtune.data import Row, Source, chunks, find
-from llmtune.data.reading import Position, content_key
+from llmtune.data.reading import Position, content_key, separated
 
 ROWS = [{"instruction": f"say {number}", "output": "é\n" * number} for number in range(1, 24)]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
@@ -138,6 +138,29 @@ def test_a_text_file_gives_a_row_a_line_with_its_own_number(tmp_path: Path) -> N
     assert found_rows(tmp_path / "a.txt") == [
         Row({"text": "one  "}, 1), Row({"text": "  zwei é"}, 3), Row({"text": "three"}, 4)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.csv", "question;answer\r\nWhat, now?;1,5\r\n", "semicolons"),
+        ("a.csv", '\ufeff"question";"answer"\r\n"What, now?";"1,5"\r\n', "semicolons"),
+        ("a.csv", "question\tanswer\nWhat, now?\t1,5\n", "tabs"),
+        ("a.csv", 'question,answer\n"What, now?","1,5"\n', ""),
+        ("a.csv", 'question,answer\n"What, now?","1,5"\n"a;b","c;\n;d"\n', ""),
+        ("a.tsv", 'question,answer\n"What, now?","1,5"\n', "commas"),
+    ],
+)
+def test_what_separates_columns_is_found_and_told(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text, "utf-8", newline="")
+    assert found_rows(tmp_path / name)[0].data == {"question": "What, now?", "answer": "1,5"}
+    found = find(Source(path=name), tmp_path)
+    assert separated(found) == (f"; columns are separated by {told}" if told else "")
+
+
+def test_a_name_that_holds_another_separator_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a;b,c\n1,2\n3,4\n", "utf-8")
+    assert [row.data for row in found_rows(tmp_path / "a.csv")] == [{"a;b": "1", "c": "2"}, {"a;b": "3", "c": "4"}]
 
 
 def test_rows_of_csv_are_numbered_by_the_line_they_begin_in(tmp_path: Path) -> None:

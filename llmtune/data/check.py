@@ -22,7 +22,7 @@ from llmtune.data.config import Source
 from llmtune.data.formats import Chosen, Formats, read_row
 from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.piece import Bad
-from llmtune.data.reading import Chunk, Found, Row, chunks, find
+from llmtune.data.reading import Chunk, Found, Row, chunks, find, separated
 from llmtune.data.workers import in_order
 from llmtune.terminal import Shown
 
@@ -189,7 +189,8 @@ def check(
     chosen = None
     if readable := [row.data for row in first if row.problem is None]:
         chosen = (formats or builtin_formats()).of(found, readable)
-        result.format, result.why, result.kind = chosen.name, chosen.why, chosen.format.kind
+        result.format, result.kind = chosen.name, chosen.format.kind
+        result.why = chosen.why + separated(found)
     merge = _Merge(result, keep, on_bad)
     for seen in in_order(partial(_look, chosen), _chunks(found, limit), workers):
         merge.add(seen)

@@ -17,7 +17,7 @@ from llmtune.data.cache import Place, key_of
 from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import Chosen, Formats, check_kind
 from llmtune.data.piece import Packed
-from llmtune.data.reading import Chunk, Found, Row, chunks, content_key, find
+from llmtune.data.reading import Chunk, Found, Row, chunks, content_key, find, separated
 from llmtune.data.report import SHOWN, SourceReport
 from llmtune.data.store import StoreWriter, Tokenised, read_about
 from llmtune.data.template import missing_tokens
@@ -147,7 +147,8 @@ class Making:
                     report.add_bad(f"{first[0].origin}{row.number}", "unreadable", row.problem or "")
             return
         chosen = self.formats.of(found, readable)
-        report.format, report.why, report.kind = chosen.name, chosen.why, chosen.format.kind
+        report.format, report.kind = chosen.name, chosen.format.kind
+        report.why = chosen.why + separated(found)
         check_kind(chosen.format.kind, self.learns, self.stage, found.spelling)
         config = self.config
         work = partial(self._encode, chosen)

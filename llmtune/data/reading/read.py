@@ -12,9 +12,11 @@ from llmtune.data.reading.found import Found
 from llmtune.data.reading.hub import hub_chunks
 from llmtune.data.reading.lines import line_chunks
 from llmtune.data.reading.rows import Chunk, Parsed, Position, Row
-from llmtune.data.reading.tables import arrow_chunks, csv_chunks, parquet_chunks
+from llmtune.data.reading.tables import SEPARATORS, arrow_chunks, csv_chunks, parquet_chunks, separator_of
 
 CHUNK_ROWS = 1000
+_HEAD_BYTES = 2**16
+"""The beginning of a file that tells what it holds."""
 
 
 def chunks(
@@ -40,6 +42,17 @@ def chunks(
             raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from None
 
 
+def separated(found: Found) -> str:
+    """What separates columns, in words to follow others, where it is not what the ending of a file says."""
+    for path in found.files:
+        if kind_of(path) == "csv":
+            with opened(path) as file:
+                sign = separator_of(path, file.read(_HEAD_BYTES))
+            if sign != ("\t" if ".tsv" in path.suffixes else ","):
+                return f"; columns are separated by {SEPARATORS[sign]}"
+    return ""
+
+
 def _file_chunks(path: Path, start: Position, rows: int) -> Iterator[Chunk]:
     kind = kind_of(path)
     if kind == "parquet":
@@ -49,11 +62,11 @@ def _file_chunks(path: Path, start: Position, rows: int) -> Iterator[Chunk]:
         yield from arrow_chunks(path, start, rows)
         return
     with opened(path) as file:
-        head = file.read(4096)
+        head = file.read(_HEAD_BYTES)
     check_encoding(path, head)
     with opened(path) as file:
         if kind == "csv":
-            yield from csv_chunks(path, file, start, rows)
+            yield from csv_chunks(path, file, start, rows, separator_of(path, head))
             return
         begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         # A file may hold an array or lines, whatever its ending says.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,11 +112,47 @@ def _batches(path: Path, batches: Iterator[Any], start: Position, number: int) -
         number += batch.num_rows
 
 
-def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int) -> Iterator[Parsed]:
-    """Rows of a comma- or tab-separated file with a line of column names. All values are text; empty stays empty."""
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What may stand between the columns of a CSV file; spreadsheets write semicolons where numbers have decimal commas."""
+
+
+def separator_of(path: Path, head: bytes) -> str:
+    """What separates the columns of the CSV file that begins with `head`: the sign that divides the first line; of
+    several, the one by which most lines after it have as many values.
+
+    Raises:
+        DataError: several fit alike.
+    """
+    usual = "\t" if ".tsv" in path.suffixes else ","
+    text = head.decode("utf-8-sig", "replace")
+    fits = {sign: share for sign in SEPARATORS if (share := _share_that_fits(text, sign))}
+    best = [sign for sign, share in fits.items() if share == max(fits.values())]
+    if len(best) > 1:
+        names = " and ".join(SEPARATORS[sign] for sign in best)
+        raise DataError(
+            f"{path}:1: {names} may separate these columns, and the first lines do not tell which; put names and "
+            "values that hold either in quotes, or save it with tabs as .tsv"
+        )
+    return best[0] if best else usual
+
+
+def _share_that_fits(text: str, sign: str) -> float:
+    """Share of the first records that have as many values as the first line, where `sign` divides that; else 0."""
+    sizes: list[int] = []
+    with suppress(csv.Error):
+        sizes += (
+            len(values) for values in csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True) if values
+        )
+    if not sizes or sizes[0] < 2:
+        return 0.0
+    return sizes.count(sizes[0]) / len(sizes)
+
+
+def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int, separator: str) -> Iterator[Parsed]:
+    """Rows of a CSV file with a line of column names. All values are text; empty stays empty."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 kB, is less than a long document
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+    reader = csv.reader(text, delimiter=separator, strict=True)
     columns = _column_names(path, reader)
     found: list[Row] = []
     while True:
@@ -143,9 +179,9 @@ def _column_names(path: Path, reader: Iterator[list[str]]) -> list[str]:
         raise DataError(f"{path}:1: not CSV ({error}); is a quote not closed?") from None
     if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
         raise DataError(f"{path}:1: column names are empty or come twice ({', '.join(columns)}); mend the first line")
-    if len(columns) == 1 and (sign := next((sign for sign in ",;\t|" if sign in columns[0]), None)):
-        allowed = "tabs in .tsv" if ".tsv" in path.suffixes else "commas in .csv, tabs in .tsv"
-        raise DataError(f"{path}:1: columns seem to be separated by {sign!r}, allowed are {allowed}; save it so")
+    if len(columns) == 1 and "|" in columns[0]:
+        allowed = ", ".join(SEPARATORS.values())
+        raise DataError(f"{path}:1: columns seem to be separated by '|', allowed are {allowed}; save it so")
     return columns
 
 
