@@ -297,3 +297,91 @@ def test_tokenised_data_trains_without_the_files_it_came_from(tmp_path: Path) ->
     assert alone.digest == made.digest
     with pytest.raises(DataError, match=r"tokenized_path: .* tokenised otherwise \(other cutoff_len\)"):
         prepare(DataConfig(**keys, cutoff_len=7), tiny_tokenizer(), seed=3, base_dir=tmp_path)
+
+
+def test_who_only_looks_leaves_the_chosen_folder_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", alpaca(20))
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.txt").write_text("mine")
+    config = DataConfig(dataset="rows.jsonl", tokenized_path=".")
+    for writes in (False, True):
+        with pytest.raises(DataError, match="dataset holds mine.txt, which llmtune did not write"):
+            prepare(config, tiny_tokenizer(), seed=0, base_dir=tmp_path, writes=writes)
+    config = DataConfig(dataset="rows.jsonl", tokenized_path="kept")
+    looked = prepare(config, tiny_tokenizer(), seed=0, base_dir=tmp_path, writes=False)
+    assert not (tmp_path / "kept").exists()
+    made = prepare(config, tiny_tokenizer(), seed=0, base_dir=tmp_path)
+    assert (tmp_path / "kept" / "dataset" / "ids.bin").exists() and made.digest == looked.digest
+
+
+FORMAT = """
+from dataclasses import dataclass
+from llmtune import Plugin, hookimpl
+from shouting.words import told
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    "Rows of one column."
+
+class Shouting:
+    kind, columns, required = "text", ("word",), ("word",)
+    def recognise(self, row):
+        return "word" if "word" in row else None
+    def convert(self, row):
+        from llmtune import Text
+        return Text(text=told(row["word"]))
+
+@hookimpl
+def data_config():
+    return [Plugin(name="shouting", config=Config, build=lambda config: Shouting())]
+"""
+PROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "shouting"
+version = "1.0"
+[project.entry-points.llmtune]
+shouting = "shouting"
+"""
+READ = """
+import json, site, sys
+site.addsitedir(sys.argv[1])
+from pathlib import Path
+from llmtune.data import DataConfig, prepare
+from llmtune.recipe.parts import formats_of
+from llmtune.recipe.registry import Registry
+from tests.tiny import tiny_tokenizer
+tokenizer, found = tiny_tokenizer(), []
+for keys in json.loads(sys.argv[2]):
+    config = DataConfig(dataset={"path": "words.jsonl", "format": "shouting"}, **keys)
+    samples = prepare(config, tokenizer, seed=0, base_dir=Path(sys.argv[1]), formats=formats_of(None, Registry())).train
+    found.append(tokenizer.decode(samples.sample(0)[0]))
+print(json.dumps(found))
+"""
+
+
+def test_a_format_that_is_changed_where_it_is_developed_makes_other_tokens(tmp_path: Path) -> None:
+    package = tmp_path / "source" / "shouting"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FORMAT)
+    (tmp_path / "source" / "pyproject.toml").write_text(PROJECT)
+    write(tmp_path / "words.jsonl", [{"word": "word"}] * 3)
+    root = Path(__file__).parents[1]
+    words = package / "words.py"
+    words.write_text("def told(word):\n    return word * 2\n")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path)]
+    subprocess.run([*pip, "-e", str(tmp_path / "source")], check=True)
+
+    def read(**keys: Any) -> list[str]:
+        command = [sys.executable, "-c", READ, str(tmp_path), json.dumps([keys, {}])]
+        return json.loads(subprocess.check_output(command, cwd=root, text=True))
+
+    first = read()
+    assert first[0].startswith("wordword") and first == read()
+    words.write_text("def told(word):\n    return word * 3\n")
+    for keys in ({}, {"overwrite_cache": True}):
+        assert all(text.startswith("wordwordword") for text in read(**keys))
+    words.write_text("def told(word):\n    return word * 2\n")
+    assert read() == first

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
 from llmtune.contract.errors import DataError
-from llmtune.data import Row, Source, chunks, find
+from llmtune.data import Row, Source, chunks, find, hashes
 from llmtune.data.reading import Position, content_key, separated
 
 ROWS = [{"instruction": f"say {number}", "output": "é\n" * number} for number in range(1, 24)]
@@ -230,6 +230,7 @@ def test_the_content_key_follows_the_content_and_not_the_place(tmp_path: Path, m
     import os
 
     monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "_SETTLED_S", -1.0)
 
     def key(name: str) -> str:
         return content_key(find(Source(path=name), tmp_path))
@@ -252,4 +253,5 @@ def test_the_content_key_follows_the_content_and_not_the_place(tmp_path: Path, m
         patch.setattr(Path, "open", opened)
         assert key("a.jsonl") == first
     (tmp_path / "a.jsonl").write_text('{"a": 3}\n')
-    assert key("a.jsonl") != first
+    os.utime(tmp_path / "a.jsonl", old)
+    assert key("a.jsonl") != first, "neither size nor time of modification tells"

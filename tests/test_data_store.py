@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from llmtune.contract.errors import DataError
+from llmtune.data import hashes
 from llmtune.data.cache import Place, key_of
 from llmtune.data.piece import Bad, Packed, Piece, TokenRow
 from llmtune.data.report import Losses, SourceReport
@@ -205,6 +207,68 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(DataError, match=r"key: damaged \(.*ids.bin has .* bytes, .* were written\); delete the folder"):
         place(tmp_path / "key").get(Make(tmp_path / "log"))
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "numbers.bin"])
+def test_a_store_that_was_changed_is_named(tmp_path: Path, name: str) -> None:
+    place(tmp_path / "key").get(Make(tmp_path / "log"))
+    file = tmp_path / "key" / name
+    before, content = file.stat(), bytearray(file.read_bytes())
+    place(tmp_path / "key").get(Make(tmp_path / "log"))
+    content[9] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=rf"key: damaged \(.*{name} is not as it was written\); delete the folder"):
+        place(tmp_path / "key").get(Make(tmp_path / "log"))
+    assert place(tmp_path / "key", overwrite=True).get(Make(tmp_path / "log")).samples
+
+
+def test_a_store_that_stays_as_it_is_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(tmp_path / "key").get(Make(tmp_path / "log"))
+    monkeypatch.setattr(hashes, "_SETTLED_S", -1.0)
+    place(tmp_path / "key").get(Make(tmp_path / "log"))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was read"))
+    place(tmp_path / "key").get(Make(tmp_path / "log"))
+
+
+@pytest.mark.parametrize("about", [None, "{}", "[]", "not JSON", '{"facts": {"a": 1}}'])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_files_of_others_is_never_replaced(tmp_path: Path, about: str | None, overwrite: bool) -> None:
+    folder = tmp_path / "key"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    if about is not None:
+        (folder / "about.json").write_text(about)
+    with pytest.raises(DataError, match=r"tokenized_path: .*key holds .*mine\.txt, which llmtune did not write, so it"):
+        place(folder, chosen=True, overwrite=overwrite).get(Make(tmp_path / "log"))
+    assert (folder / "mine.txt").read_text() == "mine" and not (tmp_path / "log").exists()
+
+
+def test_a_file_beside_the_tokens_is_not_deleted_with_them(tmp_path: Path) -> None:
+    folder, make = tmp_path / "key", Make(tmp_path / "log")
+    place(folder, chosen=True).get(make)
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"holds mine\.txt, which llmtune did not write"):
+        place(folder, chosen=True, overwrite=True).get(make)
+    place(folder, chosen=True).get(make)  # they can still be read
+    assert make.times == 1 and (folder / "mine.txt").exists()
+
+
+def test_hidden_folders_of_others_beside_a_store_stay(tmp_path: Path) -> None:
+    others = [tmp_path / ".key.mine.tmp", tmp_path / ".key.1", tmp_path / ".key.1.tmpx"]
+    for other in others:
+        other.mkdir()
+    place(tmp_path / "key", chosen=True).get(Make(tmp_path / "log"))
+    assert all(other.is_dir() for other in others)
+
+
+def test_what_the_cache_holds_is_copied_and_not_made_again(tmp_path: Path) -> None:
+    make = Make(tmp_path / "log")
+    cached = place(tmp_path / "cache" / "key")
+    first = cached.get(make)
+    own = place(tmp_path / "mine" / "dataset", chosen=True, copy_of=cached)
+    assert own.get(make).samples.digest == first.samples.digest and make.times == 1
+    assert (tmp_path / "mine" / "dataset" / "ids.bin").is_file()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

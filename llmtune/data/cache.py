@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.contract.errors import DataError
-from llmtune.data.store import StoreWriter, Tokenised, open_store, read_about
+from llmtune.contract.errors import DataError, listed
+from llmtune.data.store import StoreWriter, Tokenised, foreign_files, open_store, read_about
 
 _FAILED = "failed.json"
 _SPEAK_AFTER_S = 10.0
@@ -37,11 +38,14 @@ class Place:
     shared: bool
     """Whether all machines see it, so that one of them works for all."""
     overwrite: bool
+    copy_of: Place | None = None
+    """Where the same store may lie already, to be copied instead of being made again."""
 
     def get(self, make: Callable[[StoreWriter], None]) -> Tokenised:
         """The store, made now if it is not there. Raises what `make` raises, and DataError."""
-        if not self.overwrite and self._found():
-            return self._open()
+        if self.has():
+            return self.open()
+        self.check_ours()
         try:
             with self._locked() as waited:
                 if not (self._found() and (not self.overwrite or self._just_made())):
@@ -52,7 +56,7 @@ class Place:
                 f"{self.folder}: tokenised data cannot be written ({error.strerror or error}); set {key} to a folder "
                 "with room that can be written to"
             ) from None
-        return self._open()
+        return self.open(checked=True)
 
     def _found(self) -> bool:
         """Whether the wanted store is there; DataError where a folder of the recipe's choice holds another."""
@@ -70,13 +74,26 @@ class Place:
             "another folder, or set overwrite_cache: true"
         )
 
-    def _open(self) -> Tokenised:
+    def open(self, checked: bool = False) -> Tokenised:
+        """The store that is there, compared with what was written unless it was `checked`. DataError if damaged."""
         try:
-            return open_store(self.folder)
+            return open_store(self.folder, checked)
         except (ValueError, KeyError, OSError) as error:
             raise DataError(
                 f"{self.folder}: damaged ({error}); delete the folder, or set overwrite_cache: true"
             ) from None
+
+    def has(self) -> bool:
+        """Whether the wanted store is there and is to be used."""
+        return not self.overwrite and self._found()
+
+    def check_ours(self) -> None:
+        """DataError where the recipe's folder holds anything that llmtune did not write: it would be replaced."""
+        if self.chosen and (foreign := foreign_files(self.folder)):
+            raise DataError(
+                f"tokenized_path: {self.folder} holds {listed(foreign, 3)}, which llmtune did not write, so it is not "
+                "replaced; name another folder"
+            )
 
     def _just_made(self) -> bool:
         """Whether another rank of this launch made it."""
@@ -111,13 +128,18 @@ class Place:
         note = self.folder.with_name(f".{self.folder.name}.{_FAILED}")
         if waited and _launch():
             _raise_as_noted(note)
-        for left in self.folder.parent.glob(f".{self.folder.name}.*.tmp"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        ours = re.compile(rf"\.{re.escape(self.folder.name)}\.\d+(\.old)?\.tmp")
+        for left in self.folder.parent.iterdir() if self.folder.parent.is_dir() else ():
+            if ours.fullmatch(left.name):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         new = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
         new.mkdir(parents=True)
         try:
-            writer = StoreWriter(folder=new, facts=self.facts, made_by=_launch())
-            make(writer)
+            if self.copy_of is not None and self.copy_of.has():
+                self.copy_of.open()
+                shutil.copytree(self.copy_of.folder, new, dirs_exist_ok=True)
+            else:
+                make(StoreWriter(folder=new, facts=self.facts, made_by=_launch()))
         except BaseException as error:
             if isinstance(error, DataError) and _launch():
                 note.write_text(json.dumps({"launch": _launch(), "error": str(error)}), "utf-8")

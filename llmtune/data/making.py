@@ -16,6 +16,7 @@ from llmtune.contract.errors import DataError, listed
 from llmtune.data.cache import Place, key_of
 from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import Chosen, Formats, check_kind
+from llmtune.data.hashes import own_code_hash
 from llmtune.data.piece import Packed
 from llmtune.data.reading import Chunk, Found, Row, chunks, content_key, find, separated
 from llmtune.data.report import SHOWN, SourceReport
@@ -55,6 +56,8 @@ class Making:
     learns: tuple[str, ...]
     stage: str
     seed: int
+    writes: bool = True
+    """Whether `tokenized_path` may be written to."""
 
     @cached_property
     def tokeniser(self) -> Tokeniser:
@@ -74,21 +77,29 @@ class Making:
             if kept is None:
                 raise
             found, content = [], kept["facts"]["data"]  # tokenised elsewhere; the files need not be here
-        facts = {**self.facts(), "data": content}
-        place = Place(
-            folder=at or cache_root() / "data" / key_of(facts),
-            facts=facts,
-            chosen=at is not None,
-            shared=config.data_shared_file_system,
-            overwrite=config.overwrite_cache and bool(found),
+        result = self._place({**self.facts(), "llmtune_code": own_code_hash(), "data": content}, at, bool(found)).get(
+            partial(self._fill, key, found)
         )
-        result = place.get(partial(self._fill, key, found))
         for source in result.sources:
             check_kind(source.kind, self.learns, self.stage, source.name)
         self.check(key, result)
         # Data that was tokenised elsewhere takes as many rows as were asked for there.
         counts = [each.num_samples for each in found or result.sources]
         return replace(result, samples=pick(result.samples, counts, self.seed))
+
+    def _place(self, facts: dict[str, Any], chosen: Path | None, anew: bool) -> Place:
+        """Where the tokens are kept: in the folder that the recipe has `chosen`, else in the cache. Who only looks
+        leaves the recipe's folder as it is. Only where they can be made `anew` may they be overwritten."""
+        config = self.config
+        folder, overwrite = cache_root() / "data" / key_of(facts), config.overwrite_cache and anew
+        place = Place(
+            folder=folder, facts=facts, chosen=False, shared=config.data_shared_file_system, overwrite=overwrite
+        )
+        if chosen is None:
+            return place
+        own = replace(place, folder=chosen, chosen=True, copy_of=place)
+        own.check_ours()
+        return own if self.writes or own.has() else place
 
     def _content(self, found: Found) -> dict[str, Any]:
         files = [str(path) for path in found.files]

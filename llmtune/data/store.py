@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from llmtune.data.hashes import file_hash
 from llmtune.data.piece import Packed
 from llmtune.data.report import Losses, SourceReport
 from llmtune.data.tokens import TokenSamples
@@ -97,13 +98,16 @@ class StoreWriter:
         for file in self._files.values():
             file.close()
         digest = hashlib.sha256(
-            "".join(f"{name}{self._hashes[name].hexdigest()}" for name in sorted(self._hashes)).encode()
+            "".join(
+                f"{name}{self._hashes[name].hexdigest()}" for name in sorted(_CONTENT) if name in self._hashes
+            ).encode()
         )
         about = {
             "arrays": dict(self.written), "width": self.width or 1, "kind": self.kind, "set_names": list(names),
             "origins": self.origins, "digest": digest.hexdigest(), "losses": vars(self.losses),
             "ends": {str(token): count for token, count in self.ends.items()},
             "sources": [vars(source) for source in sources], "facts": self.facts, "made_by": self.made_by,
+            "hashes": {name: found.hexdigest() for name, found in self._hashes.items()},
         }  # fmt: skip
         (self.folder / ABOUT).write_text(json.dumps(about), "utf-8")
 
@@ -117,8 +121,7 @@ class StoreWriter:
         raw = np.ascontiguousarray(values, dtype=TYPES[name]).data
         self._file(name, f"{name}.bin").write(raw)
         self.written[name] += len(values)
-        if name in _CONTENT:
-            self._hashes.setdefault(name, hashlib.sha256()).update(raw)
+        self._hashes.setdefault(name, hashlib.sha256()).update(raw)
 
     def _file(self, name: str, spelling: str) -> BinaryIO:
         if name not in self._files:
@@ -127,20 +130,35 @@ class StoreWriter:
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What a finished store says of itself, or None."""
+    """What a finished store says of itself; None where there is none, or something else."""
     try:
-        return json.loads((folder / ABOUT).read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        about = json.loads((folder / ABOUT).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return about if isinstance(about, dict) and {"facts", "arrays"} <= set(about) else None
 
 
-def open_store(folder: Path) -> Tokenised:
-    """Map a finished store. ValueError if it is damaged."""
+def foreign_files(folder: Path) -> list[str]:
+    """Names of what lies in a folder and is not part of a store, all of it where there is no store."""
+    ours = {ABOUT, BAD_ROWS, *(f"{name}.bin" for name in TYPES)} if read_about(folder) else set()
+    return sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
+
+
+def open_store(folder: Path, checked: bool = False) -> Tokenised:
+    """Map a finished store. Unless it was `checked`, its files are read once and compared with what was written; a file
+    that is as it was then is not read again.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     about = read_about(folder)
     if about is None:
         raise ValueError(f"{folder} holds no {ABOUT}")
     empty = {name: np.zeros(0, TYPES[name]) for name in TYPES if name not in ("weights", "labels")}
     mapped = {name: _mapped(folder / f"{name}.bin", name, count) for name, count in about["arrays"].items()}
+    for name, written in {} if checked else about.get("hashes", {}).items():
+        if file_hash(folder / f"{name}.bin") != written:
+            raise ValueError(f"{folder / f'{name}.bin'} is not as it was written")
     arrays: dict[str, Any] = empty | mapped
     files, numbers, origins = arrays.pop("files"), arrays.pop("numbers"), about["origins"]
     samples = TokenSamples(

@@ -11,6 +11,7 @@ from llmtune.contract.examples import BadRow, DataFormat, Example, SaysWhatItNee
 from llmtune.contract.records import Plugin
 from llmtune.contract.schema import decode
 from llmtune.data.formats.row import Chosen, read_row
+from llmtune.data.hashes import code_hash
 from llmtune.data.reading import Found
 from llmtune.data.spelled import as_names, is_like, misspelt
 
@@ -71,9 +72,14 @@ class Formats:
         return _chosen(found, form, name, why, rows)
 
     def facts(self, found: Found) -> Any:
-        """What the tokens of a data set depend on here, besides what `found` says itself."""
-        name = found.format if isinstance(found.format, str | None) else found.format.get("name")
-        return [self.default_name, self.default_facts] if name is None else self.find(str(name))[1]
+        """What the tokens of a data set depend on here, besides what `found` says itself: the format's parameters, its
+        package, and the code of a package other than llmtune."""
+        block = found.format
+        if block is None:
+            return [self.default_name, self.default_facts, _code(self.default)]
+        name = str(block if isinstance(block, str) else block.get("name"))
+        form = self.default if name == "auto" else self._made(found, name, self._config(found, name, block))
+        return [self.find(name)[1], _code(form)]
 
     def _plugin(self, found: Found, name: Any) -> Plugin:
         if not isinstance(name, str):
@@ -139,6 +145,13 @@ def _chosen(found: Found, form: DataFormat, name: str, why: str, rows: Sequence[
     if lost and there:
         why += f"; none of the first {len(rows)} rows has {listed(lost.values())}"
     return Chosen(format=form, name=name, why=why, columns=found.columns, exclusive=found.exclusive)
+
+
+def _code(form: Any) -> str:
+    """A hash of the code that a format is of, as its version stays the same while it is developed; empty for what ships
+    with llmtune, whose own code counts for all data."""
+    module = type(form).__module__
+    return "" if module.startswith("llmtune.") else code_hash(module)
 
 
 def facts_of(config: Any, package: str) -> Any:
