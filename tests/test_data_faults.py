@@ -55,6 +55,7 @@ BAD_ROWS: dict[str, bytes] = {
     "content is null": lines(GOOD, chat(("user", None), ("assistant", "b"))),
     "arguments of a tool call are not JSON": lines(GOOD, called("{a: 1}")),
     "a row has a picture": lines(GOOD, {**GOOD, "images": ["a.jpg"]}),
+    "a message has a part that is a picture": lines(GOOD, chat(("user", [{"type": "image_url"}]), ("assistant", "b"))),
 }
 """Files that stop a run."""
 
@@ -195,3 +196,15 @@ def test_a_batch_without_a_trained_token_weighs_nothing() -> None:
 
     batch = collate([(np.arange(4), np.zeros(4, bool))], flat=False, pad_id=0)
     assert batch.weight == 0 and len(batch.targets) == 0
+
+
+def test_plan_and_preview_write_nothing_where_the_recipe_keeps_tokens(tiny_llama: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"instruction": f"q{n}", "output": "a"}) + "\n" for n in range(4))
+    )
+    keys = recipe(tiny_llama, str(tmp_path / "rows.jsonl"), tmp_path / "run", tokenized_path=str(tmp_path / "kept"))
+    llmtune.plan(keys)
+    llmtune.preview(keys)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    llmtune.train(keys)
+    assert (tmp_path / "kept" / "dataset" / "ids.bin").exists()
