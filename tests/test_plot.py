@@ -53,8 +53,8 @@ def test_without_global_state() -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plot.plotting_problem() is None
+    assert drawing.plotting_problem() is None
     monkeypatch.setattr(drawing, "find_spec", lambda name: None)
-    assert "pip install llmtune[plot]" in (plot.plotting_problem() or "")
+    assert "pip install llmtune[plot]" in (drawing.plotting_problem() or "")
     with pytest.raises(PlanError, match=r"matplotlib, which is not installed; run `pip install llmtune\[plot\]`"):
         plot.plot_metrics(METRICS)

@@ -22,8 +22,8 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, remembered while the file stays as it is. The time of its last change of any kind (ctime)
     tells of an edit that kept the size and set back the time of modification. Raises OSError."""
     state = path.stat()
-    known = [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
-    memo = cache_root() / "hashes" / hashlib.sha256(known[0].encode()).hexdigest()[:32]
+    known: list[str | int] = [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    memo = cache_root() / "hashes" / hashlib.sha256(str(known[0]).encode()).hexdigest()[:32]
     try:
         noted = json.loads(memo.read_text("utf-8"))
         if noted[:-1] == known:
