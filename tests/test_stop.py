@@ -146,6 +146,20 @@ def test_a_second_ctrl_c_in_a_save_ends_with_one_line(
     assert llmtune.load(tmp_path / "run").status == "interrupted"
 
 
+def test_a_request_that_is_swallowed_still_ends_the_process() -> None:
+    """As where Python ignores what is raised in a hook of fork; a process that is stopped where it hangs, too."""
+    code = (
+        "import os, signal, time\n"
+        "from llmtune.distributed import stopping\n"
+        "stopping._PATIENCE_S = 0.2\n"
+        "with stopping.StopRequest():\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
+        "    except stopping.Stopped: pass\n"
+        "    time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 75
+
+
 def children(parent: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):

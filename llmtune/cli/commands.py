@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"llmtune: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        from llmtune.distributed.stopping import EXIT_INTERRUPTED, Stopped
+        from llmtune.distributed.stopping import EXIT_INTERRUPTED, Stopped, end_children
 
+        end_children()
         if isinstance(error, Stopped):
             _once(f"llmtune: {error}")
             return EXIT_INTERRUPTED

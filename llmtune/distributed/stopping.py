@@ -15,6 +15,8 @@ from typing import Any
 
 EXIT_INTERRUPTED = 75
 """Stopped on request, with all saved that there was; a scheduler may run the same command again (EX_TEMPFAIL)."""
+_PATIENCE_S = 10.0
+"""How long a process may take to come to its end once SIGTERM has asked for it and nothing has to be saved."""
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent ends."""
 
@@ -38,6 +40,7 @@ class StopRequest:
         self.ordered = False
         self._finishing: list[Callable[[], str]] = []
         self._before: dict[int, Any] = {}
+        self._deadline: threading.Timer | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -48,6 +51,8 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     @contextmanager
     def finishing(self, what: Callable[[], str]) -> Iterator[None]:
@@ -66,6 +71,10 @@ class StopRequest:
         if again:
             return
         if not self._finishing:
+            if number == signal.SIGTERM:  # what is interrupted may hang, as a pool of processes that was just starting
+                self._deadline = threading.Timer(_PATIENCE_S, os._exit, (EXIT_INTERRUPTED,))
+                self._deadline.daemon = True
+                self._deadline.start()
             raise Stopped(f"stopped {self.doing}; run the same command again to continue")
         _say(f"{self._finishing[-1]()}; Ctrl-C again to stop now")
 
@@ -76,6 +85,12 @@ def _say(sentence: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
             os.write(2, f"\nllmtune: {sentence}\n".encode())
+
+
+def end_children() -> None:
+    """End the processes that this one has forked and not waited for: the interpreter would wait for them at its end."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
