@@ -44,6 +44,7 @@ def _forward(rotate: Rotate) -> Callable[..., tuple[Tensor, Tensor | None]]:
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape_BT = hidden_states.shape[:-1]
@@ -53,8 +54,9 @@ def _forward(rotate: Rotate) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if hasattr(self, "q_norm"):  # Qwen 3 norms each head
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache  # transformers renamed it in the course of version 5
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         eager = sys.modules[type(self).plain_class.__module__].eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         dropout = self.attention_dropout if self.training else 0.0
