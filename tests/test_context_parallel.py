@@ -248,7 +248,9 @@ def refuses_mixing(keys: dict[str, Any]) -> None:
     join(plan.ranks, device)
     objective = build_objective(plan.model)
     check_split(objective, plan.ranks, device)
-    plan.model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output + output.roll(1, 1))
+    plan.model.module.model.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: output + output.roll(1, 1)
+    )
     with pytest.raises(llmtune.PlanError, match="LlamaForCausalLM mixes tokens outside of attention"):
         check_split(objective, plan.ranks, device)
 

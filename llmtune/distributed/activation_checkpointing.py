@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Level = Literal["none", "selective", "full"]
 """What a layer computes again in its backward pass instead of keeping it."""
@@ -31,15 +31,10 @@ def _keep_dear_results() -> Any:
     Kept are attention results, which are dear for their size, and every other matrix product; all else is computed
     again. That is half of what no checkpointing keeps, for about half of what full checkpointing computes again.
     """
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
     return create_selective_checkpoint_contexts(_policy())
 
 
 def _policy() -> Callable[..., Any]:
-    import torch
-    from torch.utils.checkpoint import CheckpointPolicy
-
     attention, products = attention_ops(), {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
     counts = {"forward": 0, "again": 0}
 
@@ -58,8 +53,6 @@ def _policy() -> Callable[..., Any]:
 
 def attention_ops() -> set[torch._ops.OpOverload]:
     """torch's scaled dot product attention on every kind of device, where this torch has it."""
-    import torch
-
     names = (
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",

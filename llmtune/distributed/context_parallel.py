@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.contract.errors import PlanError
 
@@ -31,11 +35,6 @@ Attention = Callable[..., tuple[Tensor, Any]]
 
 def attend_over_ranks(model: Any, layout: ParallelDims, device: torch.device) -> None:
     """Let the model's attention exchange pieces of rows between the ranks of a group. Collective."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     sizes = (layout.replicate * layout.shard, layout.context, layout.tensor)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("batch", "context", "tensor"))
     inner = model.config._attn_implementation

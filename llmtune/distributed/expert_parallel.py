@@ -9,6 +9,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import transformers
+from packaging.version import Version
+from torch.distributed.device_mesh import init_device_mesh
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -40,11 +44,11 @@ def expert_modules(model: Any) -> list[str]:
 
 
 def too_old() -> str | None:
-    """transformers' version, if it is one that cannot spread experts."""
-    import transformers
-    from packaging.version import Version
-
-    return transformers.__version__ if Version(transformers.__version__) < Version(f"{SINCE}.0.dev0") else None
+    """What is wrong with transformers' version, if it is one that cannot spread experts."""
+    version = transformers.__version__
+    if Version(version) >= Version(f"{SINCE}.0.dev0"):
+        return None
+    return f"needs transformers {SINCE} or newer, but this is {version}"
 
 
 def spread_experts(model: Any, layout: ParallelDims, mesh: Any) -> list[tuple[nn.Module, Any]]:
@@ -53,9 +57,8 @@ def spread_experts(model: Any, layout: ParallelDims, mesh: Any) -> list[tuple[nn
     `mesh` is that of all parameters. Returns the modules that hold experts, each with the mesh of the ranks that hold
     the same ones (and, where the model is replicated, their copies): what FSDP2 has to shard them over.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    # Semi-public, the one place that uses it: nothing public spreads experts of a model that transformers did not load.
+    # Semi-public, and not in every version (`too_old`). Nothing public spreads experts of a model that transformers did
+    # not load.
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
     same = layout.shard * layout.tensor // layout.expert

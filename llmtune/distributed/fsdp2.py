@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
 from llmtune.contract.records import ParallelDims, RunContext
 from llmtune.distributed.config import Fsdp2Config
 from llmtune.distributed.expert_parallel import spread_experts
@@ -50,9 +53,6 @@ class Fsdp2:
             )
 
     def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, context: RunContext) -> None:
-        import torch
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-
         # Two dimensions are HSDP: sharded over the last, replicated over the first.
         replicated = "replicate" in mesh.mesh_dim_names
         options: dict[str, Any] = {"mesh": mesh["replicate", "shard"] if replicated else mesh["shard"]}
@@ -72,8 +72,6 @@ class Fsdp2:
 
     def _shard_experts(self, root: Any, mesh: Any, layout: ParallelDims, options: dict[str, Any]) -> None:
         """Experts in groups of their own, over the ranks that hold the same ones."""
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
         for module, same in spread_experts(root.model, layout, mesh):
             fully_shard(
                 module, **{**options, "mesh": same}, reshard_after_forward=bool(self.config.reshard_after_forward)
@@ -89,8 +87,6 @@ class Fsdp2:
 
     def before_backward(self, root: nn.Module, last: bool) -> None:
         """Reduce gradients after the last micro-batch only, unless the recipe wants them sharded in between."""
-        from torch.distributed.fsdp import FSDPModule
-
         if isinstance(root, FSDPModule):
             root.set_requires_gradient_sync(last or self.config.accumulate_sharded)
 
@@ -100,8 +96,6 @@ def reshard(root: nn.Module) -> None:
 
     Until then `named_parameters` gives the gathered copies: neither what the optimiser updates, nor what stays.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

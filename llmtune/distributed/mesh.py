@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.device_mesh import init_device_mesh
+
 from llmtune.contract.errors import PlanError
 from llmtune.contract.records import ParallelDims
 from llmtune.distributed.ranks import Ranks
@@ -28,8 +30,6 @@ def parameter_mesh(layout: ParallelDims, device: torch.device) -> Any:
 
     Ranks that split rows between them (context) hold different shards of the parameters, like any others.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
     sizes = {"replicate": layout.replicate, "shard": layout.shard * layout.context, "tensor": layout.tensor}
     kept = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     return init_device_mesh(device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
 def local_box(tensor: Tensor) -> tuple[slice, ...] | None:
     """This rank's piece of a sharded tensor as slices of the full one; None for a tensor held whole."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(tensor, DTensor):
         return None
-    # torch.distributed.tensor._utils: the one function that knows uneven and nested shards.
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+    # Private to torch, and the one function that knows uneven and nested shards.
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
@@ -36,8 +36,6 @@ def local_rows(tensor: Tensor) -> tuple[int, int] | None:
 
 def shard_group(tensor: Tensor) -> Any:
     """The process group whose ranks hold the pieces of a sharded tensor, in order; None for a tensor held whole."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(tensor, DTensor):
         return None
     dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
@@ -47,8 +45,6 @@ def shard_group(tensor: Tensor) -> Any:
 
 def local(tensor: Tensor) -> Tensor:
     """The piece in this rank's memory; shares storage with `tensor`."""
-    from torch.distributed.tensor import DTensor
-
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
@@ -57,8 +53,6 @@ def put(tensor: Tensor, value: Tensor, whole: bool = True, grown: bool = False) 
 
     `grown`: the tensor has more rows than `value`, which goes into the first ones.
     """
-    import torch
-
     box = local_box(tensor)
     if whole and box is not None:
         value = value[box]
@@ -69,8 +63,6 @@ def put(tensor: Tensor, value: Tensor, whole: bool = True, grown: bool = False) 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on CPU. Collective for sharded tensors: every rank must call it."""
-    from torch.distributed.tensor import DTensor
-
     tensor = tensor.detach()
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.to("cpu", copy=True)
@@ -81,9 +73,6 @@ def materialise(model: nn.Module, device: torch.device, shards: torch.device | N
 
     Shards go to `shards` where that is given: host memory, for parameters that stay there.
     """
-    import torch
-    from torch.distributed.tensor import DTensor
-
     ties = _tied_places(model)
 
     def real(tensor: Tensor) -> Tensor:
@@ -109,10 +98,6 @@ def _tied_places(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
     """Run with torch's CPU generator seeded from `parts` alone, and leave it as it was."""
-    import hashlib
-
-    import torch
-
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -121,9 +106,5 @@ def seeded(*parts: object) -> Iterator[None]:
 
 def seeded_step(*parts: int) -> None:
     """Seed torch's generators on all devices from `parts`, for the randomness of one micro-batch."""
-    import hashlib
-
-    import torch
-
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

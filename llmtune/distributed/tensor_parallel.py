@@ -12,11 +12,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+
 from llmtune.contract.structure import transformer_layers
 from llmtune.distributed.expert_parallel import expert_modules
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 BY_OUTPUTS = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}
 """Styles that give each rank rows of the weight, so some of the outputs; whether all ranks then need all of them."""
@@ -40,8 +44,6 @@ def styles(model: Any) -> dict[str, str]:
 
 def is_linear(module: Any) -> bool:
     """Whether the module computes what torch's linear layer computes."""
-    from torch import nn
-
     return type(module).forward is nn.Linear.forward and "forward" not in vars(module)
 
 
@@ -75,9 +77,6 @@ def split(model: Any, direct: Mapping[str, str], follow: Mapping[str, str], mesh
 
 def split_linear(layer: nn.Linear, style: str, mesh: Any) -> None:
     """Shard a linear layer's weight, and sum over ranks where its product is a part of the whole."""
-    from torch.distributed.tensor import Shard
-    from torch.nn import functional as F
-
     by_outputs = style in BY_OUTPUTS
     _place(layer, "weight", mesh, Shard(0 if by_outputs else 1))
     if by_outputs and layer.bias is not None:
@@ -96,8 +95,6 @@ def split_linear(layer: nn.Linear, style: str, mesh: Any) -> None:
 
 def share(module: nn.Module, mesh: Any) -> None:
     """Sum the gradients of a module's own parameters over ranks that each use them on other activations."""
-    from torch.distributed.tensor import Partial, Replicate
-
     if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
         return
     for name in list(module._parameters):
@@ -118,9 +115,6 @@ def share(module: nn.Module, mesh: Any) -> None:
 
 
 def _place(module: nn.Module, name: str, mesh: Any, placement: Any) -> None:
-    from torch import nn
-    from torch.distributed.tensor import distribute_tensor
-
     parameter = module._parameters[name]
     if parameter is not None:
         # src_data_rank=None: nothing is sent; values come with the checkpoint.
@@ -134,28 +128,20 @@ def _local(parameter: Any) -> Any:
 
 def with_summed_gradient(x: Tensor, mesh: Any) -> Tensor:
     """`x`, the same on all ranks, for a product of which each rank computes a part: gradients add up."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def summed(part: Tensor, mesh: Any) -> Tensor:
     """The sum of all ranks' parts, on all ranks."""
-    from torch.distributed.tensor import DTensor, Partial
-
     return DTensor.from_local(part, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def gathered(part: Tensor, mesh: Any) -> Tensor:
     """All ranks' features side by side, on all ranks."""
-    from torch.distributed.tensor import DTensor, Shard
-
     return DTensor.from_local(part, mesh, [Shard(part.dim() - 1)], run_check=False).full_tensor()
 
 
 def own_part(x: Tensor, mesh: Any) -> Tensor:
     """This rank's features of `x`, which is the same on all ranks."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
     whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     return whole.redistribute(placements=[Shard(x.dim() - 1)]).to_local()

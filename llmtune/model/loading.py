@@ -7,15 +7,29 @@ and this rank's piece is kept. The largest tensor bounds what is held besides th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
 from llmtune.contract.errors import EditError, LoadError, listed
 from llmtune.contract.records import ReadsOnFirst
-from llmtune.distributed.placement import local_box, local_rows, materialise, put, seeded, shard_group
+from llmtune.distributed.placement import local, local_box, local_rows, materialise, put, seeded, shard_group
 from llmtune.distributed.ranks import first_does
 from llmtune.model.edits import Ledger, PlacedRule, named_tensors, persistent_names
 from llmtune.model.new_rows import fill_rows
@@ -24,7 +38,6 @@ from llmtune.model.tensor_reader import FolderReader
 from llmtune.model.weight_files import StoredTensor
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from llmtune.contract.records import Init
@@ -49,8 +62,6 @@ class Original:
     def stacks(self) -> bool:
         """Whether the converter stacks tensors, and joins several stacks (gate and up projections) elsewhere than along
         the stack: then row i is made of the i-th tensors alone."""
-        from transformers.core_model_loading import Concatenate, MergeModulelist
-
         first, *rest = self.converter.operations
         return (
             type(first) is MergeModulelist
@@ -64,9 +75,6 @@ def match_keys(model: Any, keys: list[str], names: set[str]) -> tuple[list[Origi
 
     Returns what to read, in checkpoint order, and the keys that match nothing.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
     mapping = get_model_conversion_mapping(model) or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -176,8 +184,6 @@ class WeightLoader:
         return {name for name, now in self.ledger.direct.items() if id(self.tensors[now]) in have}
 
     def _initialise_head(self, name: str) -> None:
-        import torch
-
         tensor = self.tensors[self.ledger.direct[name]]
         value = torch.zeros(tensor.shape)
         if value.dim() > 1:
@@ -270,9 +276,6 @@ class WeightLoader:
             self.done.add(now)
 
     def _fill_new(self) -> None:
-        import torch
-        from safetensors import safe_open
-
         for name, fill in self.ledger.fresh.items():
             tensor = self.tensors[name]
             with seeded(self.seed, name):
@@ -307,8 +310,6 @@ def only_first_reads(init: Init) -> bool:
 
 
 def _piece_of(tensor: Tensor) -> Tensor:
-    from llmtune.distributed.placement import local
-
     return local(tensor).detach()
 
 
@@ -333,9 +334,6 @@ class _SourcePart:
         return local_rows(tensor) or (0, tensor.shape[0])
 
     def concatenate(self, piece: Tensor) -> Tensor:
-        import torch
-        import torch.distributed as dist
-
         tensors = (self._loader.tensors[now] for now in self._placed.where.values())
         group = next((group for tensor in tensors if (group := shard_group(tensor)) is not None), None)
         if group is None:
@@ -351,6 +349,4 @@ class _SourcePart:
 
 
 def _without(keys: list[str], patterns: Any) -> list[str]:
-    import re
-
     return [key for key in keys if not any(re.search(pattern, key) for pattern in patterns or ())]

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
 from llmtune.contract.errors import PlanError, listed
 from llmtune.distributed.placement import local, local_box
 from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from llmtune.model.edits import Ledger
@@ -71,8 +74,6 @@ def fill_rows(vocabulary: Vocabulary, ledger: Ledger, tensors: Mapping[str, Tens
     noise of 3e-5 of their spread; here they are the mean itself, which no number of ranks changes. What tells two new
     tokens apart, they learn from the first step on, as each is met in other places.
     """
-    import torch
-
     fresh = torch.tensor(vocabulary.fresh)
     places = [tensors[ledger.direct[name]] for name in vocabulary.places]
     for tensor in {id(tensor): tensor for tensor in places}.values():  # a tied one once
@@ -87,10 +88,6 @@ def fill_rows(vocabulary: Vocabulary, ledger: Ledger, tensors: Mapping[str, Tens
 def mean_of_rows(tensor: Tensor, stop: int, device: torch.device) -> Tensor:
     """Mean over the rows [0, stop) of a tensor of which this rank may hold a piece, in float64; (D,), or this rank's
     part of it. Collective where rows are sharded. Summed in float64, so that the order of ranks does not show."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
     piece, box = local(tensor).detach(), local_box(tensor)
     first = box[0].start if box else 0
     total = torch.zeros(piece.shape[1:], dtype=torch.float64, device=device)

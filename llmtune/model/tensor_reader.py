@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import torch
+
 from llmtune.contract.errors import LoadError
 from llmtune.model.weight_files import StoredTensor, read_index, torch_type
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -51,8 +52,6 @@ class FolderReader(ExitStack):
         return self._read(tensor, tensor.start + start * width, tensor.start + max(start, stop) * width, shape)
 
     def _read(self, tensor: StoredTensor, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
-        import torch
-
         path = self.folder / tensor.file
         buffer = torch.empty(stop - start, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from llmtune.contract.errors import LoadError, listed
 from llmtune.model.edits import persistent_names
 from llmtune.model.loading import match_keys
@@ -56,9 +59,6 @@ def tied_in_conflict(model: Any, names: set[str], reader: FolderReader) -> list[
 
 def part(model: Any, names: list[str]) -> None:
     """Give each of the tied tensors `names` of a meta model a tensor of its own, in the model and in its config."""
-    import torch
-    from torch import nn
-
     for name in names:
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
@@ -70,8 +70,6 @@ def part(model: Any, names: list[str]) -> None:
 
 
 def _equal(reader: FolderReader, one: str, other: str) -> bool:
-    import torch
-
     shape = reader.shape(one)
     if shape != reader.shape(other):
         return False

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from llmtune.contract.errors import PlanError
+from llmtune.distributed.ranks import pick_device
 
 if TYPE_CHECKING:
-    import torch
-
     from llmtune.planning.plan import Plan
 
 GIB = 2**30
@@ -95,10 +96,6 @@ def describe(text: str) -> Device:
 
 def chosen_device(key: str, described: str | None, anywhere: bool) -> tuple[torch.device, Device | None]:
     """torch's device to plan for, and the description where it is one: of another machine, or (`anywhere`) this one."""
-    import torch
-
-    from llmtune.distributed.ranks import pick_device
-
     if described is not None:
         target = describe(described)
         return torch.device(target.kind), target
@@ -132,8 +129,6 @@ def free_host_memory() -> int:
 
 def this_device(device: torch.device) -> Device:
     """The machine's own: its memory, and its speed where the table knows the name."""
-    import torch
-
     if device.type == "cpu":
         return Device(name="this machine's free memory", memory=free_host_memory(), kind="cpu")
     properties = torch.cuda.get_device_properties(device)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers import GenerationConfig
+
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import RunContext
@@ -134,8 +136,6 @@ _ROPE_NOTE = (
 
 def make_skeleton(keys: ModelConfig, pretrained: Pretrained, precision: Precision) -> tuple[Ledger, Vocabulary | None]:
     """The model without weights, with a row for each token, in the ledger that will follow its edits."""
-    from transformers import GenerationConfig
-
     attention, config, vocabulary = attention_name(keys), pretrained.config, pretrained.vocabulary
     kwargs = {"trust_remote_code": True} if keys.trust_remote_code else {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmtune.distributed.expert_parallel import BY_EXPERT, EXCHANGE, SINCE, expert_modules, expert_plan, too_old
+from llmtune.distributed.expert_parallel import BY_EXPERT, EXCHANGE, expert_modules, expert_plan, too_old
 from llmtune.distributed.tensor_parallel import BY_INPUTS, BY_OUTPUTS, SHARED, base_layer, is_linear, styles
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ def expert_objections(model: Any, ledger: Ledger, layout: ParallelDims) -> Itera
     if size == 1:
         return
     plan = expert_plan(model)
-    if version := too_old():
-        yield f"ep_size is {size}, which needs transformers {SINCE} or newer, but this is {version}; use 1 or update it"
+    if sentence := too_old():
+        yield f"ep_size is {size}, which {sentence}; use 1 or update it"
     elif layout.context > 1:
         yield f"ep_size is {size} beside cp_size {layout.context}, which are not combined; set one of them to 1"
     elif EXCHANGE not in plan.values():

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from llmtune.contract.errors import DivergedError, listed
 from llmtune.distributed.placement import local, seeded_step
@@ -143,8 +144,6 @@ def set_learning_rate(run: Training, step: int) -> float:
 
 def global_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients over all ranks and shards, each number counted once; a scalar on the device."""
-    from torch.distributed.tensor import DTensor
-
     # Gradients that are spread alike are summed together: torch cannot mix meshes in one operation.
     alike: dict[Any, list[Tensor]] = {}
     for grad in (p.grad for p in parameters if p.grad is not None):

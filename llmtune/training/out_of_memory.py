@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+import torch
 
 from llmtune.contract.errors import LlmtuneError, OutOfMemoryError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @contextmanager
@@ -20,8 +18,6 @@ def explain_out_of_memory(
 
     `place` says where the run is, such as `step 3`; `remedies` gives the lines.
     """
-    import torch
-
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save_file
+
 from llmtune.contract.errors import blaming
 from llmtune.distributed.placement import full
 from llmtune.folders import publish, size_and_hash
@@ -69,8 +71,6 @@ def write_result(plan: ModelPlan, folder: Path) -> dict[str, Any]:
     if plan.is_adapter:
         tensors = write_adapter(plan, partial)
         if plan.ranks.first:
-            from safetensors.torch import save_file
-
             beside = run / f".{TRAINED}.partial"
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
             facts["trained_sha256"] = size_and_hash(beside)[1]
