@@ -56,7 +56,15 @@ DEFERRED = {
 }
 """Why an import may stand inside a function: the only reasons there are."""
 TOKENIZER_FILES = {
-    f"llmtune.{name}" for name in ("inference.inspect", "model.source", "model.gguf", "model.hub", "model.weight_files")
+    f"llmtune.{name}"
+    for name in (
+        "inference.inspect",
+        "model.source",
+        "model.gguf",
+        "model.hub",
+        "model.skeleton",
+        "model.weight_files",
+    )
 }
 """Files outside of `data` that looking at data takes."""
 MAY_BE_ABSENT = {"matplotlib", "rich", "tqdm", "fcntl", "IPython", "transformers.distributed.expert_parallel"}

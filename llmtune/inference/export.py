@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from huggingface_hub import save_torch_state_dict
+
 from llmtune.contract.errors import PlanError, blaming
 from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
@@ -22,7 +25,6 @@ from llmtune.training.building import build_objective
 from llmtune.training.save import untied
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from llmtune.planning.model_plan import ModelPlan
@@ -46,7 +48,6 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
             f"{path}: there is nothing to merge; name a run of llmtune or one of its checkpoints, or add to a base the "
             'adapter that is to be merged: "peft_config={name: lora, adapter_name_or_path: FOLDER}"'
         )
-    import torch
 
     overrides = {**overrides, "quant_config": None, "kernel_config": None}
     alone = recipe_of(path, **{key: value for key, value in overrides.items() if not key.startswith("peft_config")})
@@ -69,8 +70,6 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
 
 def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
     """`infer_dtype` of an export: `auto` is the type that the files of the recipe's model have."""
-    import torch
-
     if name != "auto":
         return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     files = resolve_model(recipe.model, weights=True)
@@ -96,8 +95,6 @@ def probe_ids(tokenizer: Any) -> Tensor:
 
 def logits(model: Any, ids: Tensor) -> Tensor:
     """Float32 logits (1, T, V) of the model in eval mode."""
-    import torch
-
     model.eval()
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits.float()
@@ -105,8 +102,6 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 def base_logits(recipe: Recipe) -> Tensor:
     """What the base model says, before any training. It is gone on return, so that one model at a time is held."""
-    import torch
-
     plan = make_model_plan(recipe, Registry(), Ranks(), pick_device("cpu"), "infer", torch.float32)
     build_objective(plan)
     said = logits(plan.module, probe_ids(plan.tokenizer))
@@ -131,8 +126,6 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
 
 def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig) -> None:
     """Files of at most `export_size` GB (safetensors, or pickles), config, tokenizer; optionally to the hub."""
-    from huggingface_hub import save_torch_state_dict
-
     model, size = plan.module, f"{keys.export_size}GB"
     cast(model, dtype)
     model.config.dtype = dtype

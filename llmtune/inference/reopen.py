@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors.torch import load_file
+
 from llmtune.contract.errors import CheckpointError, LoadError, PlanError
 from llmtune.contract.records import Reopens
 from llmtune.distributed.placement import put
@@ -199,8 +201,6 @@ def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
 
     Raises CheckpointError where nothing was saved, or the file is damaged.
     """
-    from safetensors.torch import load_file
-
     run, folder = saved
     if folder is None and (file := run / "trained.safetensors").exists():
         written = run_folder.read_record(run).get("trained_sha256")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import initialization
-
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -24,6 +21,9 @@ def build_skeleton(auto_class: Any, config: Any, dtype: torch.dtype, attention: 
     Buffers that no checkpoint holds (rotary frequencies, position ids) are computed by the model's own
     initialisation, exactly as `from_pretrained` does it. Modules that a model keeps in float32 stay so.
     """
+    import torch
+    from transformers import initialization
+
     if attention is not None:
         kwargs["attn_implementation"] = attention
     with torch.device("meta"), initialization.meta_device_safe_creation_ops():
@@ -50,6 +50,8 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
 
 def _kept(model: Any, dtype: torch.dtype) -> list[tuple[nn.Parameter, torch.dtype]]:
     """Parameters that a model of this kind holds in another type where the rest is in `dtype`."""
+    import re
+
     patterns = {
         re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)"): kept
         for pattern, kept in (model._get_dtype_plan(dtype) or {}).items()
@@ -64,6 +66,8 @@ def _kept(model: Any, dtype: torch.dtype) -> list[tuple[nn.Parameter, torch.dtyp
 
 def _compute_buffers(model: Any) -> None:
     """Give non-persistent buffers their values, through the model's own `initialize_weights`."""
+    import torch
+
     # Everything else is marked as done, so that only these buffers are initialised.
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True

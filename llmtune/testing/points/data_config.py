@@ -11,6 +11,8 @@ from typing import Any
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import KINDS, BadRow
+from llmtune.data.formats import Chosen, read_row
+from llmtune.data.workers import in_order
 from llmtune.testing.contract import Broken, Check, Subject
 
 SPOILT: tuple[Any, ...] = (None, 3, 0.5, True, "", " ", [], {}, [None], [3], [{}], {"a": 1})
@@ -83,8 +85,6 @@ def leaves_rows_alone(subject: Subject, folder: Path) -> None:
 
 def depends_on_the_row_alone(subject: Subject, folder: Path) -> None:
     """A row becomes the same example each time, in any order, by any instance and in any process."""
-    from llmtune.data.workers import in_order
-
     rows = _rows(subject)
     first = [_told(subject.built(), row) for row in rows]
     form = subject.built()
@@ -104,8 +104,6 @@ def _rows(subject: Subject) -> Sequence[Mapping[str, Any]]:
 
 def _read(form: Any, name: str, row: Mapping[str, Any]) -> Any:
     """The example that a run makes of the row, or the BadRow it is refused with."""
-    from llmtune.data.formats import Chosen, read_row
-
     try:
         return read_row(Chosen(format=form, name=name, why=""), row)
     except BadRow as bad:

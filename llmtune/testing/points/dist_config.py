@@ -8,11 +8,12 @@ from typing import Any
 
 from llmtune.contract.errors import PlanError
 from llmtune.contract.records import ParallelDims
-from llmtune.model.edits import persistent_names
+from llmtune.model.edits import named_tensors, persistent_names
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
 from llmtune.testing.ranks import in_ranks
+from llmtune.training.building import make_objective, spread
 
 
 def laws(subject: Subject) -> list[Check]:
@@ -46,9 +47,6 @@ def spreads_structure_only(subject: Subject, folder: Path) -> None:
 
 def _spread(keys: dict[str, Any]) -> str:
     """Run on each rank: what is wrong after spreading, or nothing."""
-    from llmtune.model.edits import named_tensors
-    from llmtune.training.building import make_objective, spread
-
     plan = running.plan_model(keys)
     before = {name: tuple(tensor.shape) for name, tensor in named_tensors(plan.module).items()}
     spread(plan, make_objective(plan))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmtune.distributed.placement import seeded_step
 from llmtune.model.edits import named_tensors, persistent_names
@@ -173,8 +174,6 @@ def compare_gradients(
 
 def saves_a_plain_model(subject: Subject, folder: Path) -> None:
     """A model trained whole is saved under its original names, and transformers reads it back with the same answers."""
-    from transformers import AutoModelForCausalLM
-
     _, plan = running.train_and_keep(subject.keys(folder))
     saved = AutoModelForCausalLM.from_pretrained(plan.output_dir / "model", dtype=torch.float32).to(plan.device)
     ids = probe(plan.model)

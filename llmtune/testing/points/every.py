@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmtune.contract.errors import PluginError
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.schema import convert, describe, document, field_types, json_schema
+from llmtune.recipe.packages import CORE, installed
 from llmtune.testing.contract import Broken, Check, Subject, names
+from llmtune.testing.running import registry
 
 if TYPE_CHECKING:
     from llmtune.recipe.registry import Offer
@@ -34,8 +39,6 @@ def laws(subject: Subject) -> list[Check]:
 
 def is_discovered(subject: Subject, folder: Path) -> None:
     """A recipe finds the plugin through an entry point of its own name, with its hook keeping to the specification."""
-    from llmtune.recipe.packages import CORE, installed
-
     offer = _offer(subject)
     entries = {name for source in installed() if source.module == offer.module for name in source.names}
     if offer.module != CORE.module and subject.name not in entries:
@@ -115,8 +118,6 @@ def reads_its_keys(subject: Subject, folder: Path) -> None:
 
 def builds_without_side_effects(subject: Subject, folder: Path) -> None:
     """`build` draws no random numbers, changes no default of torch, and can be called twice."""
-    import torch
-
     before = _global_state()
     plugin, config = _offer(subject).plugin, subject.config()
     first, second = plugin.build(config), plugin.build(config)
@@ -139,10 +140,6 @@ def keeps_its_protocol(subject: Subject, folder: Path) -> None:
 
 
 def _global_state() -> dict[str, Any]:
-    import random
-
-    import torch
-
     return {
         "torch's random state": torch.get_rng_state(),
         "Python's random state": random.getstate(),
@@ -154,8 +151,6 @@ def _global_state() -> dict[str, Any]:
 
 
 def _offer(subject: Subject) -> Offer:
-    from llmtune.testing.running import registry
-
     found = registry()
     try:
         return found.find(subject.point, subject.name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmtune.model.tensor_reader import FolderReader
 from llmtune.testing import running
@@ -43,7 +45,6 @@ def loads_the_checkpoint(subject: Subject, folder: Path) -> None:
     for changes in ({}, {"tie_word_embeddings": True}):
         place = folder / ("tied" if changes else "untied")
         place.mkdir()
-        from dataclasses import replace
 
         keys = replace(subject, sizes={**subject.sizes, **changes}).keys(place)
         _compare(running.whole_state(keys), Path(keys["model"]), "1 rank")
@@ -57,8 +58,6 @@ def loads_the_same_on_ranks(subject: Subject, folder: Path) -> None:
 
 
 def _compare(state: Mapping[str, Tensor], model: Path, where: str) -> None:
-    from transformers import AutoModelForCausalLM
-
     theirs: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     expected = theirs.state_dict()
     if odd := [name for name, tensor in expected.items() if not same_bytes(state[name], tensor)]:

@@ -9,6 +9,7 @@ from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject
 from llmtune.testing.points import edits
 from llmtune.testing.points.edits import compare_gradients, distance, first_gradients, logits, probe
+from llmtune.training.isolation import check_isolation
 
 
 def laws(subject: Subject) -> list[Check]:
@@ -61,7 +62,5 @@ def _compare(subject: Subject, folder: Path, changes: dict[str, Any]) -> None:
 
 def keeps_documents_apart(subject: Subject, folder: Path) -> None:
     """A document's hidden states do not depend on the document before it, where rows are laid end to end."""
-    from llmtune.training.isolation import check_isolation
-
     plan, objective = running.build(subject.keys(folder, packing=True))
     check_isolation(objective, plan.device, packing=True)

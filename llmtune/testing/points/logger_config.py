@@ -13,7 +13,7 @@ from typing import Any
 from llmtune.contract.records import LoggerStart
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject
-from llmtune.training.log import Loggers, begin
+from llmtune.training.log import Loggers, begin, read_metrics
 
 
 def laws(subject: Subject) -> list[Check]:
@@ -116,7 +116,6 @@ def cannot_stop_a_run(subject: Subject, folder: Path) -> None:
         loggers.finish()
     if errors.getvalue().count("failed and is off") != 1:
         raise Broken(f"it was reported {errors.getvalue().count('failed')} times", "Raise errors, do not exit")
-    from llmtune.training.log import read_metrics
 
     if [row["step"] for row in read_metrics(folder)] != [1, 2, 3]:
         raise Broken("metrics.jsonl in the run's folder is damaged", "Write to files of your own")

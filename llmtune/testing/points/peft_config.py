@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from llmtune.contract.records import Adapter
+from llmtune.inference.export import export
+from llmtune.inference.reopen import open_model
 from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
 from llmtune.testing.points.edits import distance, logits, probe, same_bytes
+from llmtune.training.save import trained_tensors
 
 FIRST_PARTY = {"init_config": None, "stage_config": None}
 """A run is reopened by llmtune's own parts: references exist for the laws only."""
@@ -64,10 +69,6 @@ def trains_what_it_claims(subject: Subject, folder: Path) -> None:
 
 def _not_saved(plan: Plan, built: Adapter, claimed: set[str], folder: Path) -> list[str]:
     """Trained tensors of the original model whose values are in no file that `save` writes."""
-    from safetensors.torch import load_file
-
-    from llmtune.training.save import trained_tensors
-
     if not (base := claimed & set(plan.model.ledger.direct.values())):
         return []
     tensors = trained_tensors(plan.model)
@@ -112,8 +113,6 @@ def resumes_exactly(subject: Subject, folder: Path) -> None:
 
 def reopens_as_trained(subject: Subject, folder: Path) -> None:
     """A finished run opens again and answers as the model did when training ended; training changed its answers."""
-    from llmtune.inference.reopen import open_model
-
     _, plan = running.train_and_keep(subject.keys(folder))
     trained = logits(plan.model.module, probe(plan.model))
     model, _ = open_model(plan.output_dir, dtype=torch.float32, device=subject.device, **FIRST_PARTY)
@@ -143,10 +142,6 @@ def others_read_what_it_saves(subject: Subject, folder: Path) -> None:
 
 def merges_into_a_plain_model(subject: Subject, folder: Path) -> None:
     """`llmtune export` writes a model that transformers reads without the plugin, with the trained model's answers."""
-    from transformers import AutoModelForCausalLM
-
-    from llmtune.inference.export import export
-
     _, plan = running.train_and_keep(subject.keys(folder))
     trained = logits(plan.model.module, probe(plan.model))
     merged_at = export(plan.output_dir, export_dir=str(folder / "merged"), infer_dtype="float32", **FIRST_PARTY)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtune.contract.stages import Batch, StageLoss
+from llmtune.data.batches import to_device
 from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
@@ -139,8 +140,6 @@ def learns(subject: Subject, folder: Path) -> None:
 
 
 def _batch(plan: Plan, rows: list[int], flat: bool = False) -> Batch:
-    from llmtune.data.batches import to_device
-
     batches: Any = plan.data.batches
     return to_device(replace(batches, flat=flat or batches.flat).batch(rows), plan.device)
 
