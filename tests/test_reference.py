@@ -11,7 +11,7 @@ import pytest
 
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.recipe.reference import recipe_schema, write_reference
-from llmtune.recipe.registry import Registry, Source
+from llmtune.recipe.registry import PackageSource, Registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ def first_party() -> Iterator[Registry]:
         for name, module in project["entry-points"]["llmtune"].items():
             names.setdefault(module, []).append(name)
         sources += [
-            Source(module=module, distribution=project["name"], version=project["version"], names=tuple(several))
+            PackageSource(module=module, distribution=project["name"], version=project["version"], names=tuple(several))
             for module, several in names.items()
         ]
         folders.append(str(path.parent))

@@ -39,13 +39,11 @@ BREACHES: set[tuple[str, str]] = {
 """Imports upward that are still there, as (importing module, imported module)."""
 
 CIRCLES: set[frozenset[str]] = {
-    frozenset({"llmtune.cost.advice", "llmtune.cost.estimate", "llmtune.cost.text"}),
     frozenset({"llmtune.data.formats.choose", "llmtune.recipe.builtin"}),
-    frozenset({"llmtune.recipe.blocks", "llmtune.recipe.recipe"}),
 }
 """Modules that import each other in a circle still."""
 
-HOMONYMS = {"AutoConfig", "Batch", "NextToken", "Parsed", "Part", "Piece", "Reader", "Source", "Text"}
+HOMONYMS = {"Batch", "Parsed", "Part", "Piece", "Reader"}
 """Names that several classes have still."""
 
 DEFERRED = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.cost.advice import Advice, advise
 from llmtune.cost.figures import Figures
 from llmtune.cost.text import detail_text, quick_text, remedy_lines, table_html
-from llmtune.planning.devices import device_of
+from llmtune.planning.devices import device_of_rank
 from llmtune.planning.micro_batch import largest
 
 if TYPE_CHECKING:
@@ -54,4 +54,5 @@ class Cost(Figures):
 
 def estimate(plan: Plan) -> Cost:
     """The cost of a plan."""
-    return Cost(plan=plan, shape=largest(plan), device=device_of(plan))
+    device = device_of_rank(plan.target, plan.device, plan.ranks)
+    return Cost(plan=plan, shape=largest(plan), device=device)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.distributed.activation_checkpointing import Level
-from llmtune.planning.devices import device_of, size_text
+from llmtune.planning.devices import device_of_rank, size_text
 from llmtune.planning.memory_formulas import estimate_memory
 from llmtune.planning.micro_batch import largest
 
@@ -25,7 +25,7 @@ def with_checkpointing(plan: Plan) -> Plan:
     train = plan.recipe.train
     if train.checkpointing != "auto":
         return _at(plan, train.checkpointing, "")
-    batch, room = largest(plan), device_of(plan).usable
+    batch, room = largest(plan), device_of_rank(plan.target, plan.device, plan.ranks).usable
     # Compiled layers cannot be computed again in part.
     levels: tuple[Level, ...] = ("none", "full") if train.torch_compile else ("none", "selective", "full")
     for level in levels:

@@ -15,7 +15,7 @@ from llmtune.contract.errors import PlanError
 from llmtune.distributed.ranks import pick_device
 
 if TYPE_CHECKING:
-    from llmtune.planning.plan import Plan
+    from llmtune.distributed.ranks import Ranks
 
 GIB = 2**30
 
@@ -103,12 +103,12 @@ def chosen_device(key: str, described: str | None, anywhere: bool) -> tuple[torc
     return device, this_device(device) if anywhere else None
 
 
-def device_of(plan: Plan) -> Device:
-    """The device that each rank of a plan has: the described one, or its share of this machine's."""
-    device = plan.target or this_device(plan.device)
-    if plan.target is None and device.kind == "cpu":
-        return replace(device, memory=device.memory // plan.ranks.size)
-    return device
+def device_of_rank(target: Device | None, device: torch.device, ranks: Ranks) -> Device:
+    """The device that each rank has: the described one, or its share of this machine's."""
+    if target is not None:
+        return target
+    found = this_device(device)
+    return replace(found, memory=found.memory // ranks.size) if found.kind == "cpu" else found
 
 
 def size_text(count: float) -> str:

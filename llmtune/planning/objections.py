@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmtune.distributed.ranks import Ranks
     from llmtune.model.edits import Ledger
     from llmtune.model.vocabulary import Vocabulary
-    from llmtune.recipe.parts import Part, Parts
+    from llmtune.recipe.parts import BuiltPlugin, Parts
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.train_config import TrainConfig
 
@@ -26,7 +26,7 @@ NOUNS = {"preference": "preferences", "labelled": "labelled answers", "prompt": 
 """Kinds of samples whose sequences mean something only as a whole."""
 
 
-def plugin_objections(part: Part, context: RunContext, module: Any) -> list[LlmtuneError]:
+def plugin_objections(part: BuiltPlugin, context: RunContext, module: Any) -> list[LlmtuneError]:
     """What a plugin has to say against this recipe, as errors that carry its extension point."""
     if not isinstance(part.built, Checks):
         return []

@@ -13,7 +13,6 @@ from llmtune.recipe.places import Places
 from llmtune.recipe.text import split
 
 if TYPE_CHECKING:
-    from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Offer, Registry
 
 SEVERAL = tuple(name for name, point in POINTS.items() if point.several)
@@ -77,12 +76,8 @@ def place_in(point: str, index: int, count: int) -> str:
     return f"{point}[{index}]" if count > 1 else point
 
 
-def decode_block(recipe: Recipe, point: str, index: int, config: type) -> tuple[Any, list[RecipeError]]:
+def decode_block(blocks: Blocks, places: Places, point: str, index: int, config: type) -> tuple[Any, list[RecipeError]]:
     """The parameters of one block as its plugin's dataclass, or None with everything that is wrong with them."""
-    return _decode(recipe.blocks, recipe.places, point, index, config)
-
-
-def _decode(blocks: Blocks, places: Places, point: str, index: int, config: type) -> tuple[Any, list[RecipeError]]:
     name, parameters = blocks[point][index]
     at = place_in(point, index, len(blocks[point]))
     made, wrong = decode(config, parameters, at)
@@ -117,7 +112,7 @@ def wrong_blocks(blocks: Blocks, places: Places) -> list[RecipeError | PluginErr
         for index in range(len(several)):
             try:
                 offer = find_named(registry, places, point, index, blocks)
-                problems += _decode(blocks, places, point, index, offer.plugin.config)[1]
+                problems += decode_block(blocks, places, point, index, offer.plugin.config)[1]
             except PluginError as error:
                 problems.append(error)
     return problems

@@ -22,7 +22,7 @@ OBSERVE = "LLMTUNE_OBSERVERS"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class PackageSource:
     """A module that offers plugins, with the package it comes from."""
 
     module: str
@@ -40,11 +40,11 @@ class Source:
         return f"{self.distribution} {self.version}"
 
 
-CORE = Source(module="llmtune.recipe.builtin", distribution="llmtune", version=__version__, names=())
+CORE = PackageSource(module="llmtune.recipe.builtin", distribution="llmtune", version=__version__, names=())
 """What ships with the core; its names are not in any metadata."""
 
 
-def installed() -> list[Source]:
+def installed() -> list[PackageSource]:
     """The modules named in packages' metadata, in the order of package names. Imports nothing."""
     found: dict[tuple[str, str], list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
@@ -53,7 +53,7 @@ def installed() -> list[Source]:
     for (distribution, module), entries in sorted(found.items()):
         dist = entries[0].dist
         sources.append(
-            Source(
+            PackageSource(
                 module=module,
                 distribution=distribution,
                 version=dist.version if dist else "?",
@@ -64,7 +64,7 @@ def installed() -> list[Source]:
     return sources
 
 
-def usable(source: Source, name: str) -> None:
+def usable(source: PackageSource, name: str) -> None:
     """PluginError if metadata alone says that `name` of this package cannot be used."""
     if blocked(source, name):
         raise PluginError(f'"{name}" of {source.label} is blocked by {BLOCK}; take it out of that variable to use it')
@@ -87,7 +87,7 @@ def unmet(text: str) -> str | None:
     return None if wanted.specifier.contains(found, prereleases=True) else f"found {found}"
 
 
-def wants_other_llmtune(source: Source) -> str | None:
+def wants_other_llmtune(source: PackageSource) -> str | None:
     """A sentence if the package's own requirements exclude this llmtune."""
     for text in source.requires:
         try:
@@ -104,7 +104,7 @@ def wants_other_llmtune(source: Source) -> str | None:
     return None
 
 
-def blocked(source: Source, name: str) -> bool:
+def blocked(source: PackageSource, name: str) -> bool:
     """Whether the environment variable names this plugin or its package."""
     entries = split_names(os.environ.get(BLOCK))
     return name in entries or canonicalize_name(source.distribution) in {canonicalize_name(entry) for entry in entries}

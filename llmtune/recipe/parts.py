@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class BuiltPlugin:
     """One plugin that a recipe uses."""
 
     point: str
@@ -47,19 +47,19 @@ class Part:
 class Parts:
     """All parts of a recipe, by extension point."""
 
-    def __init__(self, parts: Sequence[Part], notes: Sequence[str] = ()) -> None:
+    def __init__(self, parts: Sequence[BuiltPlugin], notes: Sequence[str] = ()) -> None:
         self.all = tuple(parts)
         self.notes = tuple(notes)
         """What a plan has to say of plugins that would be there by default."""
 
-    def at(self, point: str) -> list[Part]:
+    def at(self, point: str) -> list[BuiltPlugin]:
         return [part for part in self.all if part.point == point]
 
     def of(self, points: Sequence[str]) -> Parts:
         """The parts of some extension points."""
         return Parts([part for part in self.all if part.point in points])
 
-    def one(self, point: str) -> Part:
+    def one(self, point: str) -> BuiltPlugin:
         """The part of a point that must have exactly one."""
         return self.at(point)[0]
 
@@ -88,7 +88,7 @@ def find_parts(
     recipe: Recipe, registry: Registry, problems: list[LlmtuneError], points: Sequence[str] = EXTENSION_POINTS
 ) -> Parts:
     """Resolve, decode, build and check every plugin the recipe names. What fails is added to `problems`."""
-    found: list[Part] = []
+    found: list[BuiltPlugin] = []
     notes: list[str] = []
     for point in points:
         if point not in recipe.blocks:
@@ -98,7 +98,7 @@ def find_parts(
         for index in range(len(recipe.blocks[point])):
             with collect(problems):
                 offer = find_named(registry, recipe.places, point, index, recipe.blocks)
-                config, wrong = decode_block(recipe, point, index, offer.plugin.config)
+                config, wrong = decode_block(recipe.blocks, recipe.places, point, index, offer.plugin.config)
                 problems += wrong
                 if config is not None:
                     found.append(_build(offer, config))
@@ -106,7 +106,7 @@ def find_parts(
     return Parts(found, [f"{note}. Until then the recipe does without" for note in notes])
 
 
-def _default_part(point: ExtensionPoint, registry: Registry) -> list[Part]:
+def _default_part(point: ExtensionPoint, registry: Registry) -> list[BuiltPlugin]:
     """The plugin of a point that the recipe leaves out, if the point has one then."""
     if point.default is None:
         return []
@@ -114,9 +114,9 @@ def _default_part(point: ExtensionPoint, registry: Registry) -> list[Part]:
     return [_build(offer, offer.plugin.config())]
 
 
-def _build(offer: Offer, config: Any) -> Part:
+def _build(offer: Offer, config: Any) -> BuiltPlugin:
     """PluginError where `build` raises, or returns what does not keep to the protocol of its extension point."""
-    part = Part(
+    part = BuiltPlugin(
         point=offer.point, plugin=offer.plugin, distribution=offer.distribution, version=offer.version, config=config,
         built=None,
     )  # fmt: skip
@@ -145,7 +145,7 @@ def formats_of(parts: Parts | None, registry: Registry) -> Formats:
     )  # fmt: skip
 
 
-def clashes(parts: Sequence[Part]) -> list[PlanError]:
+def clashes(parts: Sequence[BuiltPlugin]) -> list[PlanError]:
     """Capability words that are needed and not given, or given and refused; one sentence naming both sides."""
     problems = []
     for part in parts:

@@ -27,7 +27,7 @@ from llmtune.recipe.free_keys import environment
 from llmtune.recipe.keys import CONFIGS, about_unknown, top_level_keys
 from llmtune.recipe.places import Places
 from llmtune.recipe.secrets import blank, blank_text, escaped
-from llmtune.recipe.text import Text, not_finite, show, split
+from llmtune.recipe.text import RecipeText, not_finite, show, split
 from llmtune.recipe.train_config import TrainConfig
 
 PATHS = (
@@ -162,11 +162,11 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return made
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Text]:
+def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, RecipeText]:
     if not isinstance(source, (str, os.PathLike)):
         if OmegaConf.is_config(source):
             source = OmegaConf.to_container(source, resolve=False)  # type: ignore[assignment]
-        return "recipe", Text(recipe_text.plain(source, "recipe"))
+        return "recipe", RecipeText(recipe_text.plain(source, "recipe"))
     path = Path(source).expanduser()
     origin = os.fspath(source)
     if not path.is_file():
@@ -187,7 +187,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Text
     return origin, recipe_text.parse(text, origin, as_json=path.suffix.lower() == ".json")
 
 
-def _check_mapping(found: Text, origin: str) -> None:
+def _check_mapping(found: RecipeText, origin: str) -> None:
     tree = found.tree
     if not tree:
         raise_all(found.problems)

@@ -24,7 +24,7 @@ from llmtune.recipe.packages import (
     CORE,
     GROUP,
     OBSERVE,
-    Source,
+    PackageSource,
     blocked,
     installed,
     unmet,
@@ -32,7 +32,7 @@ from llmtune.recipe.packages import (
     wants_other_llmtune,
 )
 
-__all__ = ["Listed", "Offer", "Registry", "Source", "fingerprint", "print_listing", "question"]
+__all__ = ["Listed", "Offer", "PackageSource", "Registry", "fingerprint", "print_listing", "question"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,10 @@ class Offer:
 class Registry:
     """The plugins of this environment. Making one reads metadata; nothing is imported."""
 
-    def __init__(self, sources: Iterable[Source] | None = None) -> None:
+    def __init__(self, sources: Iterable[PackageSource] | None = None) -> None:
         self.sources = [CORE, *(installed() if sources is None else sources)]
-        self._loaded: dict[Source, _Module | PluginError] = {}
-        self._used: list[Source] = []
+        self._loaded: dict[PackageSource, _Module | PluginError] = {}
+        self._used: list[PackageSource] = []
 
     def find(self, point: str, name: str) -> Offer:
         """The plugin that a recipe names. Raises PluginError: unknown, broken, blocked, made for another llmtune,
@@ -115,7 +115,7 @@ class Registry:
                     rows[rows.index(row)] = dataclasses.replace(row, state="duplicate", reason=reason)
         return rows
 
-    def _rows(self, source: Source) -> list[Listed]:
+    def _rows(self, source: PackageSource) -> list[Listed]:
         def row(state: str, point: str, name: str, reason: object = "", **more: Any) -> Listed:
             return Listed(
                 point=point, name=name, package=source.distribution, version=source.version, state=state,
@@ -158,7 +158,7 @@ class Registry:
             rows.append(row("ok", "observe", name) if watches else row("broken", "", name, reason))
         return rows
 
-    def _module(self, source: Source) -> _Module:
+    def _module(self, source: PackageSource) -> _Module:
         """The imported module, once; its error is remembered, too."""
         if source not in self._loaded:
             try:
@@ -189,7 +189,7 @@ class Registry:
 class _Module:
     """An imported plugin module, its hooks checked against the specifications."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: PackageSource) -> None:
         self.source = source
         self.manager = pluggy.PluginManager(GROUP)
         self.manager.add_hookspecs(HOOKS)
@@ -256,7 +256,7 @@ def check_plugin(offer: Offer) -> None:
         raise PluginError(f"{label} needs {what}; run: pip install {command}")
 
 
-def _state(source: Source, plugin: Plugin) -> tuple[str, str]:
+def _state(source: PackageSource, plugin: Plugin) -> tuple[str, str]:
     if source is not CORE and plugin.name not in source.names:
         return "broken", f"{source.label} has no entry point of this name, so no recipe can find it"
     if plugin.api != API_VERSION:
@@ -264,7 +264,7 @@ def _state(source: Source, plugin: Plugin) -> tuple[str, str]:
     return "ok", ""
 
 
-def _offer(source: Source, point: str, plugin: Plugin) -> Offer:
+def _offer(source: PackageSource, point: str, plugin: Plugin) -> Offer:
     return Offer(
         point=point, plugin=plugin, distribution=source.distribution, version=source.version, module=source.module
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtune.contract.errors import RecipeError
 from llmtune.recipe import text as recipe_text
-from llmtune.recipe.text import Text, split
+from llmtune.recipe.text import RecipeText, split
 
 _SECRET = re.compile(
     r"(?i)(^|_)(api_?keys?|(access|private)_?key|secret\w*|passw(or)?d|passphrase|credentials?|token$)($|_)"
@@ -43,7 +43,7 @@ def blank(value: Any, secret: bool = False) -> Any:
     return None if secret and not str(value).startswith("${") else value
 
 
-def blank_text(found: Text, tree: Mapping[str, Any]) -> str:
+def blank_text(found: RecipeText, tree: Mapping[str, Any]) -> str:
     """The file's text with secret values replaced by null."""
     text = found.text
     secret = {span for path, span in found.spans.items() if any(is_secret(str(part)) for part in path)}

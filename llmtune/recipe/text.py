@@ -51,7 +51,7 @@ for _name, _pattern in _NUMBERS.items():
 
 
 @dataclass
-class Text:
+class RecipeText:
     """Plain values, and where they stand."""
 
     tree: Any
@@ -64,14 +64,14 @@ class Text:
     """What was refused, and left out of the tree."""
 
 
-def parse(text: str, origin: str, *, as_json: bool = False) -> Text:
+def parse(text: str, origin: str, *, as_json: bool = False) -> RecipeText:
     """Read the text of a recipe. Raises RecipeError with the place where the text cannot be read on; what can be
     left out is in `problems`."""
     if len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
         raise RecipeError(f"{origin}: longer than {MOST_BYTES:,} bytes; a recipe is a short file, is this another one?")
     if as_json:
         return _parse_json(text, origin)
-    reader = _Reader(origin)
+    reader = _TreeReader(origin)
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -84,7 +84,7 @@ def parse(text: str, origin: str, *, as_json: bool = False) -> Text:
     except RecursionError:
         raise RecipeError(f"{origin}: nested deeper than {DEEPEST} levels; recipes are flat") from None
     tree = reader.read(node, ()) if node is not None else None
-    return Text(tree, reader.places, reader.spans, text, reader.problems)
+    return RecipeText(tree, reader.places, reader.spans, text, reader.problems)
 
 
 def parse_value(text: str, origin: str) -> Any:
@@ -99,7 +99,7 @@ def dump(tree: Mapping[str, Any]) -> str:
     return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-class _Reader:
+class _TreeReader:
     """Turns YAML nodes into plain values; collects what it refuses."""
 
     def __init__(self, origin: str) -> None:
@@ -173,7 +173,7 @@ class _Reader:
         return None
 
 
-def _parse_json(text: str, origin: str) -> Text:
+def _parse_json(text: str, origin: str) -> RecipeText:
     doubled: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,8 +194,8 @@ def _parse_json(text: str, origin: str) -> Text:
     try:  # JSON is YAML as long as it holds no tabs; without places the errors still name the key
         places = parse(text, origin)
     except RecipeError:
-        places = Text(None)
-    return Text(plain(tree, origin), places.places, places.spans, text, places.problems or problems)
+        places = RecipeText(None)
+    return RecipeText(plain(tree, origin), places.places, places.spans, text, places.problems or problems)
 
 
 def plain(value: Any, origin: str, path: KeyPath = ()) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 from llmtune import __version__
 from llmtune.contract.hookspecs import hookimpl
 from llmtune.contract.records import Plugin
-from llmtune.recipe.packages import Source
+from llmtune.recipe.packages import PackageSource
 
-REFERENCE = Source(module=__name__, distribution="llmtune.testing", version=__version__, names=("reference",))
+REFERENCE = PackageSource(module=__name__, distribution="llmtune.testing", version=__version__, names=("reference",))
 """Where the registry of the laws finds them."""
 
 
@@ -51,7 +51,7 @@ def peft_config() -> list[Plugin]:
 @hookimpl
 def stage_config() -> list[Plugin]:
     """Next-token loss."""
-    return _plugin("NextToken", "Summed next-token loss")
+    return _plugin("ReferenceLoss", "Summed next-token loss")
 
 
 @hookimpl

@@ -44,7 +44,7 @@ class Vectors:
         """Nothing: the base itself was trained."""
 
 
-class NextToken:
+class ReferenceLoss:
     """A `Stage`: summed cross-entropy of the tokens that count."""
 
     def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss:

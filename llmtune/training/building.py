@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llmtune.contract.records import Distribute, Init
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.planning.plan import Plan
-    from llmtune.recipe.parts import Part
+    from llmtune.recipe.parts import BuiltPlugin
 
 
 def build_objective(plan: ModelPlan) -> Objective:
@@ -80,7 +80,7 @@ def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optim
 class NamedSchedule:
     """A schedule whose errors carry the plugin's name."""
 
-    part: Part
+    part: BuiltPlugin
 
     def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
         """Multiplier of the learning rate."""

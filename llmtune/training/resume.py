@@ -24,7 +24,7 @@ from llmtune.training.run_folder import (
     started_again,
     write_records,
 )
-from llmtune.training.step_folders import Found, newest, published, set_aside, sweep
+from llmtune.training.step_folders import SoundCheckpoint, newest, published, set_aside, sweep
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -103,7 +103,7 @@ def _resumed_from(recipe: Recipe) -> str | None:
     return str(Path(str(resume)).expanduser().resolve()) if resume and resume != "auto" else None
 
 
-def checkpoint_to_continue(plan: Plan, again: bool = False) -> Found | None:
+def checkpoint_to_continue(plan: Plan, again: bool = False) -> SoundCheckpoint | None:
     """The verified checkpoint that `resume_from_checkpoint` means: a path, or with `auto` this folder's newest.
 
     A run that its launcher has started `again`, or that was continued from that path before, continues from its own
@@ -122,7 +122,7 @@ def checkpoint_to_continue(plan: Plan, again: bool = False) -> Found | None:
         if found is None:
             raise CheckpointError(f"resume_from_checkpoint: the run {resume} has no checkpoint")
     else:
-        found = Found(path, verify(path))
+        found = SoundCheckpoint(path, verify(path))
     later = [step.name for step in published(own) if int(step.name.removeprefix("step-")) > found.manifest.step]
     if later:
         raise CheckpointError(

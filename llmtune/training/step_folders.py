@@ -22,7 +22,7 @@ _LEFT = re.compile(r"\.step-\d{8,}\.(partial|deleted)")
 _ASIDE = re.compile(r"step-\d{8,}\.damaged(-\d+)?")
 
 
-class Found(NamedTuple):
+class SoundCheckpoint(NamedTuple):
     """The newest sound checkpoint of a run."""
 
     folder: Path
@@ -46,7 +46,7 @@ def _named(root: Path, name: re.Pattern[str]) -> list[Path]:
     return [path for path in entries if name.fullmatch(path.name) and path.is_dir()]
 
 
-def newest(root: Path) -> Found | None:
+def newest(root: Path) -> SoundCheckpoint | None:
     """The newest checkpoint that verifies; None where there is none at all.
 
     Raises CheckpointError if there are checkpoints and none is sound: starting over silently would lose a run.
@@ -54,7 +54,7 @@ def newest(root: Path) -> Found | None:
     damaged = []
     for folder in reversed(published(root)):
         try:
-            return Found(folder, verify(folder), damaged)
+            return SoundCheckpoint(folder, verify(folder), damaged)
         except CheckpointError as error:
             damaged.append((folder, str(error)))
     if damaged:
