@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmtune.contract.stages import Batch
 from llmtune.contract.structure import transformer_layers
@@ -66,8 +68,6 @@ class Timeline:
 
 def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     module, runs = cut(deepcopy(plan.model.module))
     context = replace(plan.model.context, device="cpu")
     model = replace(plan.model, module=module, device=torch.device("cpu"), context=context, compiled=False)
@@ -85,8 +85,6 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
 @contextmanager
 def fake_group(plan: Plan) -> Iterator[None]:
     """A process group of the plan's size in which nothing is ever sent."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     if plan.ranks.size == 1 and not plan.parts.one("dist_config").built.in_host_memory:
         yield
         return

@@ -314,7 +314,7 @@ def _piece_of(tensor: Tensor) -> Tensor:
 
 
 class _SourcePart:
-    """`TensorSlice` of one source, read in pieces or here already: what a rule asks to convert only this rank's rows."""
+    """`TensorSlice` of a source, read in pieces or here already: what a rule asks to convert only this rank's rows."""
 
     def __init__(self, loader: WeightLoader, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:
         self._loader, self._placed, self._key, self._value = loader, placed, key, value

@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmtune.contract.errors import PlanError
+from llmtune.model.cpu_speed import cpu_speed
 
 if TYPE_CHECKING:
-    import torch
-
     from llmtune.model.sizes import ModelSizes
 
 
@@ -63,8 +64,6 @@ def choose_precision(
     from Ampere on gets bfloat16 mixed with float32. A CPU gets what multiplies a model of these `sizes` fastest, which
     is measured. Mixed precision is sound in either case: weights that train, their updates and all sums stay float32.
     """
-    import torch
-
     if capable is None:
         capable = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if (bf16 or pure_bf16) and not capable:
@@ -86,8 +85,6 @@ def choose_precision(
 
 
 def _fastest_on_this_cpu(plain: Precision, mixed: Precision, sizes: ModelSizes) -> Precision:
-    from llmtune.model.cpu_speed import cpu_speed
-
     if wish := os.environ.get(CPU_TYPE):
         choices = {"float32": plain, "bfloat16": mixed}
         if wish not in choices:
@@ -101,8 +98,6 @@ def _fastest_on_this_cpu(plain: Precision, mixed: Precision, sizes: ModelSizes) 
 
 def stored_dtype(precision: Precision, wish: str | None) -> torch.dtype:
     """Type of trainable parameters, after a plugin's `store_trainable`; without autocast there is only one type."""
-    import torch
-
     if not precision.autocast:
         return precision.trainable
     match wish:
@@ -115,8 +110,6 @@ def stored_dtype(precision: Precision, wish: str | None) -> torch.dtype:
 
 def torch_dtype(name: str, config: Any) -> torch.dtype:
     """`infer_dtype`: a name, or `auto` for the type the checkpoint declares (float32 becomes bfloat16 on a GPU)."""
-    import torch
-
     if name != "auto":
         return getattr(torch, name)
     declared = getattr(config, "dtype", None) or torch.float32

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune import __version__
 from llmtune.planning.show import data_lines, edit_lines, epoch_text, model_lines
 from llmtune.terminal import Shown
 
@@ -74,8 +75,6 @@ class Plan(Shown):
 
     def facts(self) -> dict[str, Any]:
         """What all ranks must agree on."""
-        from llmtune import __version__
-
         evaluation = self.data.prepared.evaluation
         return {
             "llmtune": __version__,

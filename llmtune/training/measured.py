@@ -5,17 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory so far: what torch has allocated on a GPU; on a CPU, what this process has held in RAM."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would tell the parent's peak after a fork
