@@ -32,17 +32,6 @@ ROOMS = {
 }
 """In their order. `testing`, the laws for authors of plugins, stands beside them and may import all but `cli`."""
 
-BREACHES: set[tuple[str, str]] = {
-    ("llmtune.data.formats.choose", "llmtune.recipe.builtin"),
-    ("llmtune.data.stats", "llmtune.training.plot"),
-}
-"""Imports upward that are still there, as (importing module, imported module)."""
-
-CIRCLES: set[frozenset[str]] = {
-    frozenset({"llmtune.data.formats.choose", "llmtune.recipe.builtin"}),
-}
-"""Modules that import each other in a circle still."""
-
 HOMONYMS = {"Batch", "Parsed", "Part", "Piece", "Reader"}
 """Names that several classes have still."""
 
@@ -148,7 +137,7 @@ def test_no_room_imports_a_later_one() -> None:
         for each in imports(module)
         if (here := room(module)) and (there := room(each.module)) and order.index(there) > order.index(here)
     }
-    assert found == BREACHES
+    assert not found
 
 
 def test_nothing_imports_the_laws_or_the_command_line() -> None:
@@ -162,7 +151,7 @@ def test_nothing_imports_the_laws_or_the_command_line() -> None:
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     graph = {module: {each.module for each in imports(module)} & set(modules()) - {module} for module in modules()}
-    assert set(circles(graph)) == CIRCLES
+    assert not list(circles(graph))
 
 
 def circles(graph: Mapping[str, set[str]]) -> Iterator[frozenset[str]]:

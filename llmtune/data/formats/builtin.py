@@ -14,12 +14,12 @@ from llmtune.data.formats.plain import PlainConfig, PlainText, PromptOnly, Token
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoConfig:
+class DetectedConfig:
     """Each data set's format is found by looking at its first rows."""
 
 
 FORMATS = (
-    Plugin(name="auto", config=AutoConfig, build=lambda config: Auto(), summary="Recognise each data set's format"),
+    Plugin(name="auto", config=DetectedConfig, build=lambda config: Auto(), summary="Recognise each data set's format"),
     Plugin(name="alpaca", config=AlpacaConfig, build=Alpaca, summary="instruction, input, output; history"),
     Plugin(name="sharegpt", config=TagsConfig, build=ShareGpt, summary="conversations of from and value"),
     Plugin(name="openai", config=TagsConfig, build=OpenAi, summary="messages of role and content, tool calls"),
