@@ -203,6 +203,14 @@ def test_a_finished_run_is_not_overwritten_by_accident(tiny_llama: str, chats: s
     assert llmtune.train({**keys, "overwrite_output_dir": True}).status == "done"
 
 
+def test_a_plan_beside_a_finished_run_is_shown_with_a_note(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=1)
+    llmtune.train(keys)
+    plan = llmtune.plan(keys, ranks=64, device="h100")
+    assert f"Note: a run would not start. output_dir: {tmp_path / 'run'} holds a finished run" in str(plan)
+    assert plan.cost.device.name == "h100"
+
+
 def test_retention_keeps_the_newest_and_the_best(tiny_llama: str, chats: str, tmp_path: Path) -> None:
     keys = recipe(
         tiny_llama, chats, tmp_path / "run", save_steps=1, save_total_limit=2, max_steps=6, learning_rate=0.5,

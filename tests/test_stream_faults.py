@@ -17,7 +17,7 @@ from llmtune.contract.errors import DataError
 from llmtune.data.reading import Found
 from llmtune.data.streaming.blocks import BlockReader
 from llmtune.data.streaming.crew import WorkerPool
-from llmtune.data.streaming.mixed import Mixed, Reader
+from llmtune.data.streaming.mixed import Mixed, RowReader
 from tests.streams import CPU, feed, origins, prepared, rows, run, write
 
 BAD = {"instruction": "Say nothing."}
@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     with path.open("wb") as file:
         for _ in range(16):
             file.write(line * 1000)
-    mixed = Mixed([Reader(0, Found(spelling="large", name="large", files=(path,)))], "concat", None, 0)
+    mixed = Mixed([RowReader(0, Found(spelling="large", name="large", files=(path,)))], "concat", None, 0)
     reader = BlockReader(mixed, buffer_size=512, seed=0, shuffle=True, batch=8, lanes=(0, 4))
     read = held = 0
     tracemalloc.start()

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmtune.data.batches import Document, collate, split_row, to_device
 from llmtune.data.order import Order, deal, padding_share, split
-from llmtune.data.units import Piece, Units, make_units
+from llmtune.data.units import SampleSlice, Units, make_units
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pa
     return split_row(batch, ranks)
 
 
-def joined(samples: TokenSamples, pieces: Sequence[Piece]) -> Document:
+def joined(samples: TokenSamples, pieces: Sequence[SampleSlice]) -> Document:
     """Consecutive tokens of several samples as one document.
 
     Where all of a sample trains, as of plain text, so does its first token: something stands before it here.

@@ -262,7 +262,7 @@ class _Merge:
         return f"{label}{self.numbers[row]}"
 
 
-class _Part(NamedTuple):
+class _FirstRows(NamedTuple):
     """Some rows of a chunk."""
 
     origin: str
@@ -272,7 +272,7 @@ class _Part(NamedTuple):
         return iter(self.found)
 
 
-def _chunks(found: Found, limit: int | None) -> Iterator[Chunk | _Part]:
+def _chunks(found: Found, limit: int | None) -> Iterator[Chunk | _FirstRows]:
     # A hub data set is not downloaded whole for its first rows.
     for chunk in chunks(found, rows=_ROWS, streaming=limit is not None):
         if limit is None:
@@ -280,12 +280,12 @@ def _chunks(found: Found, limit: int | None) -> Iterator[Chunk | _Part]:
             continue
         rows = list(islice(chunk.rows(), limit))
         limit -= len(rows)
-        yield _Part(chunk.origin, rows)
+        yield _FirstRows(chunk.origin, rows)
         if not limit:
             return
 
 
-def _look(chosen: Chosen | None, chunk: Chunk | _Part) -> Seen:
+def _look(chosen: Chosen | None, chunk: Chunk | _FirstRows) -> Seen:
     """One chunk, in whichever process."""
     seen = Seen(origin=chunk.origin)
     for row in chunk.rows():

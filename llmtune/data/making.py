@@ -165,10 +165,10 @@ class Making:
         work = partial(self._encode, chosen)
         yield from in_order(work, self._chunks(found), config.preprocessing_num_workers)
 
-    def _encode(self, chosen: Chosen, chunk: Chunk | Parsed) -> Packed:
+    def _encode(self, chosen: Chosen, chunk: Chunk | ParsedRows) -> Packed:
         return self.tokeniser.encode(chosen, chunk.rows(), chunk.origin).packed()
 
-    def _chunks(self, found: Found) -> Iterator[Chunk | Parsed]:
+    def _chunks(self, found: Found) -> Iterator[Chunk | ParsedRows]:
         """Rows in the sizes that processes take them, `max_samples` of them at most."""
         size, limit = self.config.preprocessing_batch_size, self.config.row_limit
         for chunk in chunks(found, rows=min(size, limit or size)):
@@ -177,7 +177,7 @@ class Making:
                 continue
             rows = list(islice(chunk.rows(), limit))  # how many rows there are in it, only reading them tells
             limit -= len(rows)
-            yield Parsed(chunk.origin, rows)
+            yield ParsedRows(chunk.origin, rows)
             if not limit:
                 return
 
@@ -219,7 +219,7 @@ class Making:
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedRows:
     """Rows of a chunk that were read already."""
 
     origin: str

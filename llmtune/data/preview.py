@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from llmtune.data.tokens import TokenSamples
-    from llmtune.data.units import Piece, Units
+    from llmtune.data.units import SampleSlice, Units
 
 _NAMES = {1: ("",), 2: ("chosen", "rejected")}
 _OPEN, _CLOSE = "[[", "]]"
@@ -184,7 +184,7 @@ def _sequences(samples: TokenSamples, index: int, spelling: Spelling) -> list[Sh
     return found
 
 
-def _piece(samples: TokenSamples, piece: Piece, spelling: Spelling, first: bool) -> list[ShownSequence]:
+def _piece(samples: TokenSamples, piece: SampleSlice, spelling: Spelling, first: bool) -> list[ShownSequence]:
     """What of a sample is in a row of concatenated ones; nothing stands before the row's first token."""
     from llmtune.data.batch_loader import joined
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmtune.data.tokens import TokenSamples
 
 
-class Piece(NamedTuple):
+class SampleSlice(NamedTuple):
     """Tokens `first` to `stop` of a sample; the whole sample where `stop` is None."""
 
     sample: int
@@ -54,12 +54,15 @@ class Units:
         """Samples that the unit has pieces of, in order."""
         return self.samples[self.bounds[unit] : self.bounds[unit + 1]].tolist()
 
-    def pieces(self, unit: int) -> list[Piece]:
+    def pieces(self, unit: int) -> list[SampleSlice]:
         """The unit's pieces in order."""
         part = slice(int(self.bounds[unit]), int(self.bounds[unit + 1]))
         if self.first is None or self.stops is None:
-            return [Piece(sample) for sample in self.samples[part].tolist()]
-        return [Piece(*each) for each in np.stack([self.samples[part], self.first[part], self.stops[part]], 1).tolist()]
+            return [SampleSlice(sample) for sample in self.samples[part].tolist()]
+        return [
+            SampleSlice(*each)
+            for each in np.stack([self.samples[part], self.first[part], self.stops[part]], 1).tolist()
+        ]
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """(units,) what the units' samples have together of `values` (samples,); a piece of a sample counts whole."""

@@ -16,7 +16,7 @@ from llmtune.data.reading.rows import Parsed, Position, Row, excerpt
 
 
 @dataclass(frozen=True)
-class Batch:
+class ArrowChunk:
     """Rows of an Arrow table, which become Python objects where they are used."""
 
     origin: str
@@ -58,7 +58,7 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def parquet_chunks(path: Path, start: Position, rows: int) -> Iterator[Batch]:
+def parquet_chunks(path: Path, start: Position, rows: int) -> Iterator[ArrowChunk]:
     """Rows of a Parquet file; row groups before `start` are not read."""
     from pyarrow import parquet
 
@@ -74,7 +74,7 @@ def parquet_chunks(path: Path, start: Position, rows: int) -> Iterator[Batch]:
         yield from _batches(path, batches, start, number)
 
 
-def arrow_chunks(path: Path, start: Position, rows: int) -> Iterator[Batch]:
+def arrow_chunks(path: Path, start: Position, rows: int) -> Iterator[ArrowChunk]:
     """Rows of an Arrow IPC file or stream, Feather included."""
     from pyarrow import ipc
 
@@ -103,12 +103,12 @@ def _arrow_bytes(path: Path, name: str) -> Iterator[Any]:
         raise DataError(f"{path}: not {name}, or a damaged one ({what}); copy it again") from None
 
 
-def _batches(path: Path, batches: Iterator[Any], start: Position, number: int) -> Iterator[Batch]:
+def _batches(path: Path, batches: Iterator[Any], start: Position, number: int) -> Iterator[ArrowChunk]:
     for batch in batches:
         if number + batch.num_rows > start.before:
             batch = batch.slice(max(0, start.before - number))
             number = max(number, start.before)
-            yield Batch(f"{path}:row ", start._replace(before=number + batch.num_rows), batch, number + 1)
+            yield ArrowChunk(f"{path}:row ", start._replace(before=number + batch.num_rows), batch, number + 1)
         number += batch.num_rows
 
 

@@ -16,10 +16,10 @@ from llmtune.data.report import Losses
 from llmtune.data.streaming.picked import Picked
 from llmtune.data.tokenise import Tokeniser
 from llmtune.data.tokens import TokenSamples
-from llmtune.data.units import Piece, Units, make_units
+from llmtune.data.units import SampleSlice, Units, make_units
 
 
-class Part(NamedTuple):
+class CellRows(NamedTuple):
     """Rows of a cell that come from one chunk."""
 
     source: int
@@ -64,7 +64,7 @@ class Unit(NamedTuple):
     """Rows of the stream from one place of the cell to the next."""
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[SampleSlice]:
         return self.cell.units.pieces(self.number)
 
     @property
@@ -90,7 +90,7 @@ class CellMaker:
     def __init__(self, config: DataConfig, tokeniser: Tokeniser, chosen: Sequence[Chosen], kind: str) -> None:
         self.config, self.tokeniser, self.chosen, self.kind = config, tokeniser, chosen, kind
 
-    def __call__(self, parts: Sequence[Part]) -> Cell:
+    def __call__(self, parts: Sequence[CellRows]) -> Cell:
         """Tokenise the rows of a cell and make units of its samples."""
         done = [self.tokenised(part) for part in parts]
         samples, config = joined(done, self.kind), self.config
@@ -111,7 +111,7 @@ class CellMaker:
             ends=sum((part.packed.ends for part in done), Counter[int]()),
         )  # fmt: skip
 
-    def tokenised(self, part: Part) -> Done:
+    def tokenised(self, part: CellRows) -> Done:
         rows = part.rows.rows()
         packed = self.tokeniser.encode(self.chosen[part.source], rows, part.rows.origin).packed()
         return Done(part.source, packed, dict(zip((row.number for row in rows), part.places, strict=True)))

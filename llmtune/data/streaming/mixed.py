@@ -27,7 +27,7 @@ class Spot:
         self.places = usable(chunk)
 
 
-class Reader:
+class RowReader:
     """Rows of one data set, one pass after the other. The first `held` rows of each pass are left out."""
 
     def __init__(self, number: int, found: Found, held: int = 0, limit: int | None = None) -> None:
@@ -102,7 +102,7 @@ class Mixed:
     """Rows of several data sets as `mix_strategy` has them: one after the other, or drawn in turn until the first of
     them is used up (`interleave_under`) or until all are, those used up starting again (`interleave_over`)."""
 
-    readers: list[Reader]
+    readers: list[RowReader]
     strategy: str
     probabilities: Sequence[float] | None
     seed: int
@@ -181,7 +181,7 @@ class Mixed:
         self._moved.add(number)
         return number
 
-    def _require_drawn(self, reader: Reader) -> None:
+    def _require_drawn(self, reader: RowReader) -> None:
         """DataError if a data set that has ended gave no row."""
         if not self.drawn:
             raise DataError(f'mix_strategy: "{reader.found.name}" has no rows to draw; leave it out, or set concat')

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from llmtune.data.reading import Chunk, Row
 from llmtune.data.reading.lines import Lines
-from llmtune.data.reading.tables import Batch, table_rows
+from llmtune.data.reading.tables import ArrowChunk, table_rows
 
 
 class Picked(Protocol):
@@ -48,7 +48,7 @@ def pick(chunk: Chunk, places: Sequence[int]) -> Picked:
             [begins[place] for place in places],
             None if chunk.ended else chunk.first + len(chunk.found) - 1,
         )
-    if isinstance(chunk, Batch):
+    if isinstance(chunk, ArrowChunk):
         table = chunk.table.take(list(places))
         return PickedTable(chunk.origin, table, [chunk.first + place for place in places])
     found = list(chunk.rows())

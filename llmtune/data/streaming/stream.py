@@ -18,8 +18,8 @@ from llmtune.data.reading import Found, find
 from llmtune.data.report import DataReport, Losses, PartReport, SourceReport
 from llmtune.data.store import Tokenised
 from llmtune.data.streaming.blocks import BlockReader
-from llmtune.data.streaming.cells import CellMaker, Done, Part, joined
-from llmtune.data.streaming.mixed import Mixed, Reader, Spot
+from llmtune.data.streaming.cells import CellMaker, CellRows, Done, joined
+from llmtune.data.streaming.mixed import Mixed, RowReader, Spot
 from llmtune.data.streaming.picked import pick
 from llmtune.data.tokens import TokenSamples
 
@@ -61,7 +61,7 @@ class Stream:
         """All rows from the beginning, those of `lanes` of a step's `batch` held."""
         config = self.config
         readers = [
-            Reader(number, each, held, limit)
+            RowReader(number, each, held, limit)
             for number, (each, held, limit) in enumerate(zip(self.found, self.held, self.limits, strict=True))
         ]
         mixed = Mixed(readers, config.mix_strategy, config.interleave_probs, self.seed)
@@ -145,7 +145,7 @@ class _Look:
     """The first rows of a data set: those that are evaluated on, and some that train."""
 
     def __init__(self, make: Making, found: Found, held: int, limit: int | None) -> None:
-        reader = Reader(0, found, 0, limit)
+        reader = RowReader(0, found, 0, limit)
         rows = _taken(reader, held + LOOK_ROWS)
         for _ in range(_COUNT_ROWS if found.hub is None else 0):
             if reader.ended():
@@ -174,7 +174,7 @@ class _Look:
         return chosen
 
 
-def _taken(reader: Reader, most: int) -> list[tuple[Spot, int]]:
+def _taken(reader: RowReader, most: int) -> list[tuple[Spot, int]]:
     rows = []
     while len(rows) < most and not reader.ended():
         rows.append(reader.take())
@@ -194,14 +194,14 @@ def _tokenised(maker: CellMaker, looks: Sequence[_Look], rows: Sequence[Sequence
     return done
 
 
-def _parts(source: int, rows: Sequence[tuple[Spot, int]], first: int) -> list[Part]:
+def _parts(source: int, rows: Sequence[tuple[Spot, int]], first: int) -> list[CellRows]:
     """Rows by the chunks they are of, counted from `first`."""
     wanted: dict[int, tuple[Spot, list[int], list[int]]] = {}
     for at, (spot, place) in enumerate(rows, start=first):
         _, places, order = wanted.setdefault(id(spot), (spot, [], []))
         places.append(place)
         order.append(at)
-    return [Part(source, pick(spot.chunk, places), order) for spot, places, order in wanted.values()]
+    return [CellRows(source, pick(spot.chunk, places), order) for spot, places, order in wanted.values()]
 
 
 def check_keys(config: DataConfig) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmtune.contract.errors import DataError
 from llmtune.data.streaming.blocks import Beginning, Block, BlockReader
-from llmtune.data.streaming.cells import Cell, Part, Unit
+from llmtune.data.streaming.cells import Cell, CellRows, Unit
 from llmtune.data.streaming.crew import WorkerPool
 
 EMPTY_ROWS = 1 << 14
@@ -179,11 +179,11 @@ class Supply:
                 self._changed.wait()
         return None
 
-    def _parts(self, lane: Lane) -> list[Part]:
+    def _parts(self, lane: Lane) -> list[CellRows]:
         """The rows of a lane's next cell, by the chunks they come from."""
         rows = self._first(lane, lane.sent) + np.arange(self.cell_rows) * self.stride
         self._read_to(int(rows[-1]), int(min(self._first(each, each.sent) for each in self.lanes.values())))
-        found: list[Part] = []
+        found: list[CellRows] = []
         for block in self._blocks:
             (places,) = np.nonzero((rows >= block.begin.first) & (rows < block.stop))
             if not len(places):
@@ -192,7 +192,7 @@ class Supply:
             for part in np.unique(block.part[held]):
                 chosen = np.flatnonzero(block.part[held] == part)
                 source, picked = block.parts[part]
-                found.append(Part(source, picked.pick(block.place[held][chosen].tolist()), places[chosen].tolist()))
+                found.append(CellRows(source, picked.pick(block.place[held][chosen].tolist()), places[chosen].tolist()))
         return found
 
     def _read_to(self, row: int, oldest: int) -> None:
