@@ -104,12 +104,12 @@ def test_a_run_finishes_although_its_newest_checkpoint_is_damaged(
 
 def test_lost_best_weights_are_told(tiny_llama: str, chats: str, tmp_path: Path, capsys: Any) -> None:
     keys = recipe(
-        tiny_llama, chats, tmp_path / "run", max_steps=4, learning_rate=1.0, save_steps=1, eval_dataset=chats,
+        tiny_llama, chats, tmp_path / "run", max_steps=4, learning_rate=1e-30, save_steps=1, eval_dataset=chats,
         eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
     )  # fmt: skip
     stop_after(keys, 3)
     best = checkpoint.read_manifest(tmp_path / "run" / "checkpoints" / "step-00000003").numbers["best_step"]
-    assert best in (1, 2)
+    assert best == 1  # evaluations that learn nothing are all alike
     victim = next((tmp_path / "run" / "checkpoints" / f"step-{best:08d}" / "state").glob("*.safetensors"))
     victim.write_bytes(b"")
     capsys.readouterr()
