@@ -72,14 +72,12 @@ def stream_llmtune(options: argparse.Namespace, tokenizer: Any, packed: bool) ->
     )  # fmt: skip
     made = prepare(config, tokenizer, seed=0)
     assert made.stream is not None
-    feed = StreamLoader.make(
+    feed = StreamLoader.over(
         made.stream, made.train, per_device=BATCH, micro_steps=1, ranks=Ranks(), flat=packed, pad_id=0
     )
     try:
         for step in itertools.count():
             (batch,) = feed.step(step, torch.device("cpu"))
-            if feed.error is not None:
-                raise feed.error
             yield len(batch.targets)
     finally:
         feed.close()

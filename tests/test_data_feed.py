@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmtune.contract.stages import Batch
-from llmtune.data import TokenSamples
+from llmtune.data import DataConfig, TokenSamples
 from llmtune.data.batch_loader import BatchLoader, evaluation_batches
 from llmtune.distributed.ranks import Ranks
 
@@ -23,8 +23,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "grouped": {"group_by_length": True},
     "flat": {"flat": True},
     "packed": {"packing": True},
-    "joined": {"packing": True, "neat": False},
-    "joined-flat": {"packing": True, "neat": False, "flat": True},
+    "joined": {"packing": True, "neat_packing": False},
+    "joined-flat": {"packing": True, "neat_packing": False, "flat": True},
 }
 
 
@@ -37,11 +37,10 @@ def text(count: int = 41, seed: int = 0, **more: Any) -> TokenSamples:
 
 
 def feed_of(samples: TokenSamples, ranks: int = 1, **keys: Any) -> BatchLoader:
-    options: dict[str, Any] = {
-        "packing": False, "cutoff_len": 32, "per_device": 2, "micro_steps": 3, "seed": 5, "shuffle": True,
-        "flat": False, "pad_id": 0,
-    }  # fmt: skip
-    return BatchLoader.make(samples, ranks=Ranks(size=ranks), **{**options, **keys})
+    shape: dict[str, Any] = {"per_device": 2, "micro_steps": 3, "flat": False}
+    shape |= {key: keys.pop(key) for key in shape if key in keys}
+    config = DataConfig(**{"cutoff_len": 32, "group_by_length": False, **keys})
+    return BatchLoader.make(samples, config, ranks=Ranks(size=ranks), seed=5, pad_id=0, **shape)
 
 
 def on_all_ranks(feed: BatchLoader, step: int) -> Iterator[Batch]:
@@ -113,7 +112,9 @@ def test_a_kernel_that_needs_no_padding_changes_no_step() -> None:
 def test_joined_rows_see_what_stands_before_them() -> None:
     samples = text()
     for flat in (False, True):
-        feed = feed_of(samples, packing=True, neat=False, flat=flat, micro_steps=1, shuffle=False, per_device=4)
+        feed = feed_of(
+            samples, packing=True, neat_packing=False, flat=flat, micro_steps=1, disable_shuffling=True, per_device=4
+        )
         batch = feed.step(0, CPU)[0]
         rows = batch.input_ids.reshape(4, 32)
         assert rows.reshape(-1).tolist() == list(range(1, 129)), "documents end to end"
@@ -128,7 +129,9 @@ def test_only_answers_stay_trained_where_rows_are_joined() -> None:
     pairs = [(np.arange(10 * n + 1, 10 * n + 11), np.arange(10) >= 6) for n in range(8)]
     weights = np.tile(np.array([1, 1, 1, 1, 1, 1, 0.5, 0.5, 2, 2], np.float32), 8)
     samples = TokenSamples.from_lists(pairs, range(8), weights=weights)
-    feed = feed_of(samples, packing=True, neat=False, cutoff_len=32, per_device=3, micro_steps=1, shuffle=False)
+    feed = feed_of(
+        samples, packing=True, neat_packing=False, cutoff_len=32, per_device=3, micro_steps=1, disable_shuffling=True
+    )
     (batch,) = feed.step(0, CPU)
     trained = [token for number in range(8) for token in range(10 * number + 7, 10 * number + 11)]
     expected = [token for token in trained if token not in (33, 65)]  # a row's first token has nothing before it

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llmtune import Batch, StageContext, StageLoss
 from llmtune.contract.records import ParallelDims
-from llmtune.data import TokenSamples
+from llmtune.data import DataConfig, TokenSamples
 from llmtune.data.batch_loader import BatchLoader
 from llmtune.distributed.placement import full
 from llmtune.distributed.ranks import Ranks
@@ -73,8 +73,8 @@ class Losses:
 
 def feed_for(kind: str, packing: bool, ranks: Ranks, micro_steps: int) -> BatchLoader:
     return BatchLoader.make(
-        answers(kind), packing=packing, cutoff_len=64, per_device=4 // (ranks.size * micro_steps), seed=1, shuffle=True,
-        micro_steps=micro_steps, ranks=ranks, flat=packing, pad_id=0, group_by_length=True,
+        answers(kind), DataConfig(packing=packing, cutoff_len=64), per_device=4 // (ranks.size * micro_steps), seed=1,
+        micro_steps=micro_steps, ranks=ranks, flat=packing, pad_id=0,
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.contract.errors import DataError
-from llmtune.data import TokenSamples, concatenate, pack
-from llmtune.data.units import make_units, whole
+from llmtune.data import DataConfig, TokenSamples, concatenate, pack
+from llmtune.data.units import make_units, pack_in_order, whole
 
 
 def packs(lengths: Any, room: int) -> list[tuple[int, ...]]:
@@ -37,6 +37,23 @@ def test_packing_keeps_every_sample_once_and_no_pack_overflows(lengths: list[int
     units = pack(lengths, room)
     assert units.tokens.tolist() == [sum(lengths[sample] for sample in row) for row in found]
     assert units.sums(np.arange(len(lengths))).tolist() == [sum(row) for row in found]
+
+
+@given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 120))
+def test_packs_in_order_are_full_and_keep_the_order(lengths: list[int], room: int) -> None:
+    units = pack_in_order(lengths, room)
+    found = [units[unit] for unit in range(len(units))]
+    assert [sample for row in found for sample in row] == list(range(len(lengths)))
+    tokens = [sum(lengths[sample] for sample in row) for row in found]
+    assert tokens == units.tokens.tolist() and all(each <= room for each in tokens)
+    assert all(each + lengths[after[0]] > room for each, after in zip(tokens, found[1:], strict=False))
+
+
+def test_without_shuffling_packed_steps_follow_the_files() -> None:
+    """Best fit would put the samples 0 and 2 into one step, and 1 and 6 into the next."""
+    lengths = [30, 60, 30, 60, 60, 30, 30]
+    units = make_units(samples(lengths), DataConfig(packing=True, cutoff_len=64, disable_shuffling=True), 0)
+    assert [units[unit] for unit in range(len(units))] == [[0], [1], [2], [3], [4], [5, 6]]
 
 
 def one_by_one(lengths: list[int], room: int) -> list[int]:
@@ -107,12 +124,12 @@ def test_the_order_of_joined_documents_is_drawn_and_parts_of_one_text_stay_toget
 def test_pairs_stay_whole() -> None:
     """A pack has room for two answers of `cutoff_len`, as a padded pair has; joined rows would mix the two."""
     pairs = samples([7, 8, 2, 3, 8, 8], rows=[0, 1, 2], width=2, kind="preference")
-    units = make_units(pairs, packing=True, neat=True, cutoff_len=8, seed=0, shuffle=True)
+    units = make_units(pairs, DataConfig(packing=True, cutoff_len=8), 0)
     assert units.room == 16 and [units[unit] for unit in range(len(units))] == [[0], [1], [2]]
-    roomy = make_units(pairs, packing=True, neat=True, cutoff_len=10, seed=0, shuffle=True)
+    roomy = make_units(pairs, DataConfig(packing=True, cutoff_len=10), 0)
     assert [roomy[unit] for unit in range(len(roomy))] == [[0, 1], [2]] and roomy.tokens.tolist() == [20, 16]
     with pytest.raises(DataError, match="neat_packing: found false, but the two answers"):
-        make_units(pairs, packing=True, neat=False, cutoff_len=8, seed=0, shuffle=True)
+        make_units(pairs, DataConfig(packing=True, neat_packing=False, cutoff_len=8), 0)
 
 
 def test_whole_samples_are_units_of_their_own() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,12 @@ from llmtune.data.order import Order, deal, padding_share, split
 from llmtune.data.units import SampleSlice, Units, make_units
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from llmtune.contract.stages import Batch
+    from llmtune.data.config import DataConfig
     from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
 
@@ -32,34 +35,53 @@ class BatchLoader:
     micro_steps: int
     flat: bool
     pad_id: int
-    error: ClassVar[None] = None
-    """All data were read before the run; nothing of them can fail now."""
 
     @classmethod
     def make(
-        cls, samples: TokenSamples, *, packing: bool, cutoff_len: int, per_device: int, micro_steps: int, ranks: Ranks,
-        seed: int, shuffle: bool, flat: bool, pad_id: int, neat: bool = True, group_by_length: bool = False,
+        cls, samples: TokenSamples, config: DataConfig, *, per_device: int, micro_steps: int, ranks: Ranks, seed: int,
+        flat: bool, pad_id: int,
     ) -> BatchLoader:  # fmt: skip
-        units = make_units(samples, packing=packing, neat=neat, cutoff_len=cutoff_len, seed=seed, shuffle=shuffle)
-        flat = flat or units.kind == "pack"
-        lengths = row_lengths(samples, units)
+        """`per_device` units in each of `micro_steps` micro-batches of a rank."""
+        units = make_units(samples, config, seed)
         # Whatever the layout: a kernel that needs no padding must not change which rows meet in a step.
-        grouped = group_by_length and units.kind == "sample"
+        lengths = row_lengths(samples, units) if config.group_by_length and units.kind == "sample" else None
         batch = per_device * micro_steps * ranks.batch_ranks
-        order = Order(len(units), batch, seed, shuffle, lengths if grouped else None)
         return cls(
-            samples=samples, units=units, order=order, ranks=ranks, micro_steps=micro_steps, flat=flat, pad_id=pad_id
-        )
+            samples=samples, units=units, order=Order(len(units), batch, seed, not config.disable_shuffling, lengths),
+            ranks=ranks, micro_steps=micro_steps, flat=flat or units.kind == "pack", pad_id=pad_id,
+        )  # fmt: skip
 
     def with_rows(self, rows: int, micro_steps: int) -> BatchLoader:
         """The same with `rows` units a step, in `micro_steps` micro-batches on each rank, but no more than there are
         units: the others would be empty."""
         return replace(self, order=self.order.with_batch(rows), micro_steps=min(micro_steps, len(self.units)))
 
+    def start_workers(self) -> None:
+        """Nothing to do: all data were tokenised before. A stream starts its processes here."""
+
+    def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None, bad_rows: Path | None = None) -> None:
+        """Nothing to do, as the number of a step says where a run goes on. A stream needs the `cursor` of the
+        checkpoint, and the file that rows which cannot be used are appended to."""
+
+    def cursor(self) -> dict[str, Any] | None:
+        """What a run must know to go on besides the number of the step, in plain numbers and texts."""
+        return None
+
+    def summary(self) -> str:
+        """What became of data that were read during the run."""
+        return ""
+
+    def close(self) -> None:
+        """Nothing to do: no data are being read."""
+
     def step(self, step: int, device: torch.device) -> list[Batch]:
         """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""
+        return self.batches(self.order.step_units(step), device)
+
+    def batches(self, units: Sequence[int], device: torch.device) -> list[Batch]:
+        """This rank's micro-batches of the units of a step."""
         pieces = self.micro_steps * self.ranks.batch_ranks
-        units = deal(self.order.step_units(step), self._lengths, padded=not self.flat, pieces=pieces)
+        units = deal(units, self._lengths, padded=not self.flat, pieces=pieces)
         mine = split(units, self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
         return [to_device(self.batch(units), device) for units in mine]
 

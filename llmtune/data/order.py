@@ -51,20 +51,23 @@ class Order:
         if self._latest is None or self._latest[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             units = rng.permutation(self.units) if self.shuffle else np.arange(self.units)
-            self._latest = (epoch, units if self.group_by is None else self._grouped(units, self.group_by, rng))
+            if self.group_by is not None:
+                together = min(GROUPED_STEPS, self.units // self.batch // 4)
+                units = grouped(units, self.group_by, self.batch, rng, together)
+            self._latest = (epoch, units)
         return self._latest[1]
 
-    def _grouped(self, units: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Sort every `GROUPED_STEPS` steps' worth of units by length, and draw the order of the steps thus made.
 
-        What is left for a last, smaller step stays as it was drawn: it must not be the longest or shortest units.
-        """
-        whole = self.units // self.batch * self.batch
-        together = max(1, min(GROUPED_STEPS, whole // self.batch // 4))
-        groups = np.arange(whole) // (self.batch * together)
-        drawn = units[:whole][np.lexsort((lengths[units[:whole]], groups))]
-        steps = rng.permutation(whole // self.batch)
-        return np.concatenate([drawn.reshape(-1, self.batch)[steps].reshape(-1), units[whole:]])
+def grouped(units: np.ndarray, lengths: np.ndarray, batch: int, rng: np.random.Generator, together: int) -> np.ndarray:
+    """Sort every `together` steps' worth of units by length, and draw the order of the steps thus made.
+
+    What is left for a last, smaller step stays as it was drawn: it must not be the longest or shortest units.
+    """
+    whole = len(units) // batch * batch
+    groups = np.arange(whole) // (batch * max(1, together))
+    drawn = units[:whole][np.lexsort((lengths[units[:whole]], groups))]
+    steps = rng.permutation(whole // batch)
+    return np.concatenate([drawn.reshape(-1, batch)[steps].reshape(-1), units[whole:]])
 
 
 def split(units: Sequence[int], rank: int, ranks: int, micro_steps: int) -> list[list[int]]:

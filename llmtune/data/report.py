@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llmtune.data.tokens import TokenSamples
 
@@ -32,6 +33,11 @@ class SourceReport:
     """Rows that cannot be used, by reason."""
     examples: list[str] = field(default_factory=list)
     """The first few bad rows, spelt out with their origin."""
+
+    @staticmethod
+    def restored(spelt: dict[str, Any]) -> SourceReport:
+        """The report whose fields were written as JSON."""
+        return replace(SourceReport(**spelt), bad=Counter(spelt["bad"]))
 
     def add_bad(self, origin: str, reason: str, detail: str) -> None:
         """Count a bad row; the first ones are kept to be shown."""

@@ -171,17 +171,11 @@ def open_store(folder: Path, checked: bool = False) -> Tokenised:
     )
     return Tokenised(
         samples=samples,
-        sources=[_report(source) for source in about["sources"]],
+        sources=[SourceReport.restored(source) for source in about["sources"]],
         losses=Losses(**about["losses"]),
         ends=Counter({int(token): count for token, count in about["ends"].items()}),
         bad_rows=folder / BAD_ROWS,
     )
-
-
-def _report(spelt: dict[str, Any]) -> SourceReport:
-    report = SourceReport(**spelt)
-    report.bad = Counter(report.bad)
-    return report
 
 
 def _mapped(path: Path, name: str, count: int) -> np.ndarray:

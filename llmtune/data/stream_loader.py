@@ -1,39 +1,45 @@
-"""Batches of a streamed run: the same steps as `BatchLoader` gives, of data that are read while the model trains.
+"""Batches of a streamed run, of data that are read and tokenised while the model trains.
 
-A step's batch has as many lanes as it has rows; lane l gives its next unit to every step. A rank has the lanes of its
-part of the batch, and tokenises no other rows. Where each lane is, a few numbers, stands in every checkpoint.
+The rows of the stream are cut into chunks. Each becomes samples and units as a whole data set would, and a step takes
+the units that come next, from the following chunk once one is used up. All ranks know all units, and each tokenises its
+share of the rows: where a new chunk begins, they exchange what they made.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from llmtune.data.batch_loader import joined
-from llmtune.data.batches import Document, collate, split_row, to_device
+from llmtune.contract.errors import DataError
+from llmtune.data.batch_loader import BatchLoader, row_lengths
 from llmtune.data.making import check_bad_rows
-from llmtune.data.order import deal, split
+from llmtune.data.order import Order, grouped
 from llmtune.data.report import Losses, SourceReport
-from llmtune.data.streaming.blocks import check_size
-from llmtune.data.streaming.cells import Cell, Unit
-from llmtune.data.streaming.crew import WorkerPool, processors
-from llmtune.data.streaming.supply import Supply
+from llmtune.data.streaming.chunks import PIECE_ROWS, Ahead, OwnPieces, TokenPiece, in_turn, own_pieces
+from llmtune.data.streaming.rows import check_size
+from llmtune.data.tokens import TokenSamples
 from llmtune.data.units import Units, make_units
-from llmtune.distributed.ranks import from_all
+from llmtune.data.workers import WorkerPool, rank_workers
+from llmtune.distributed.ranks import fail_together, from_all
 
 if TYPE_CHECKING:
     import torch
 
     from llmtune.contract.stages import Batch
     from llmtune.data.streaming.stream import Stream
-    from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
+
+Result = TypeVar("Result")
+
+EMPTY_ROWS = 1 << 14
+"""Rows that follow each other and may give no sample; more are an error, so that no run looks for data for ever."""
 
 
 @dataclass(frozen=True)
@@ -45,226 +51,290 @@ class StreamOrder:
     steps_per_epoch: None = None
 
 
-@dataclass
-class _Open:
-    """A stream that is being read."""
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive rows of one epoch, tokenised."""
 
-    crew: WorkerPool
-    supply: Supply | None = None
-    step: int = 0
-    """The step whose units were given last, plus one."""
-    units: list[Unit] = field(default_factory=list)
-    """Of that step."""
+    made: OwnPieces
+    loader: BatchLoader
+    """Over the samples and units of the rows."""
+    order: np.ndarray
+    """(units,) the order in which the units are used."""
+    filled: int
+    """Units that a step had when the chunk began."""
+
+    def epoch(self, used: int, known: int | None) -> float:
+        """Epochs of the stream after `used` units; told by bytes until the rows of an epoch are `known`."""
+        begin, share = self.made.begin, used / max(1, len(self.order))
+        if size := begin["epoch_rows"] or known:
+            rows = begin["before"] + begin["used"] + share * len(self.made.places)
+            return begin["mixed"]["epoch"] + rows / size
+        first, last = self.made.progress
+        return begin["mixed"]["epoch"] + first + share * (last - first)
 
 
 @dataclass(kw_only=True)
-class StreamLoader:
+class Reading:
+    """A stream that is being read."""
+
+    pool: WorkerPool
+    reports: list[SourceReport]
+    losses: Losses = field(default_factory=Losses)
+    ahead: Ahead | None = None
+    chunk_rows: int = 0
+    bad_rows: Path | None = None
+    bad_bytes: int = 0
+    """Bytes of `bad_rows`."""
+    pieces: int = 0
+    """Pieces that all ranks have tokenised."""
+    chunk: Chunk | None = None
+    used: int = 0
+    """Units of the chunk that were used."""
+    entered: dict[str, Any] | None = None
+    """The cursor that a continued run begins at, until its first chunk is there."""
+    step: int = 0
+    latest: tuple[BatchLoader, list[int]] | None = None
+    """What the step before `step` was made of: its units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamLoader(BatchLoader):
     """Batches of a training run. `samples` and `units` are those of the first rows, for estimates."""
 
     stream: Stream
-    samples: TokenSamples
-    units: Units
-    order: StreamOrder
-    ranks: Ranks
-    micro_steps: int
-    flat: bool
-    pad_id: int
-    error: Exception | None = None
-    """Why this rank has no more data; all ranks learn of it in the step, see `share_of_tokens`."""
-    padding: float = 0.0
-    reports: list[SourceReport] = field(default_factory=list)
-    """What became of the rows that this rank has used."""
-    losses: Losses = field(default_factory=Losses)
-    quarantine: Path | None = None
-    _open: _Open | None = None
+    order: StreamOrder  # pyrefly: ignore[bad-override]
+    padding: float = 0.0  # pyrefly: ignore[bad-override]
+    exchange: Callable[[Any], list[Any]] = from_all
+    """A picklable object of every rank, in rank order, from each rank's own."""
+    _reading: list[Reading] = field(default_factory=list)
+    """Of the stream once it is being read; then one."""
 
     @classmethod
-    def make(
+    def over(
         cls, stream: Stream, first: TokenSamples, *, per_device: int, micro_steps: int, ranks: Ranks, flat: bool,
         pad_id: int,
     ) -> StreamLoader:  # fmt: skip
-        """DataError if the data are known to have fewer rows than a step."""
-        config = stream.config
-        units = make_units(
-            first, packing=config.packing, neat=config.neat_packing, cutoff_len=config.cutoff_len, seed=0, shuffle=False
-        )
+        """`per_device` units in each of `micro_steps` micro-batches of a rank. DataError if the data are known to have
+        fewer rows than a step."""
+        units = make_units(first, stream.config, stream.seed)
         batch = per_device * micro_steps * ranks.batch_ranks
         if stream.rows is not None:
             check_size(stream.rows, batch)
         return cls(
             stream=stream, samples=first, units=units, order=StreamOrder(batch), ranks=ranks, micro_steps=micro_steps,
             flat=flat or units.kind == "pack", pad_id=pad_id,
-            reports=[SourceReport(name=found.spelling) for found in stream.found],
         )  # fmt: skip
 
     def with_rows(self, rows: int, micro_steps: int) -> StreamLoader:
         """The same with `rows` units a step, in `micro_steps` micro-batches on each rank."""
         return replace(self, order=StreamOrder(rows), micro_steps=micro_steps)
 
-    def hire(self) -> None:
+    def start_workers(self) -> None:
         """Start the processes that tokenise; best before this one joins others."""
-        if self._open is None:
-            count = self.stream.config.preprocessing_num_workers or processors()
-            self._open = _Open(WorkerPool(self.stream.maker, count))
+        if not self._reading:
+            count = self.stream.config.preprocessing_num_workers or rank_workers()
+            reports = [SourceReport(name=found.spelling) for found in self.stream.found]
+            self._reading.append(Reading(pool=WorkerPool(self.stream.maker, count), reports=reports))
 
-    def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None, quarantine: Path | None = None) -> None:
-        """Begin to read, at first or where `cursor` says; rows that cannot be used go to the file `quarantine`."""
-        self.hire()
-        self.quarantine = quarantine or self.quarantine
-        assert self._open is not None and self._open.supply is None
-        lanes, batch = self.lanes, self.order.batch
-        rows = cursor["cell_rows"] if cursor else self.stream.cell_rows(batch, self.samples.width)
-        # Enough cells wait to keep all processes busy, however few lanes there are.
-        ahead = 1 + -(-2 * (self.stream.config.preprocessing_num_workers or processors()) // max(1, len(lanes)))
-        self._open.supply = Supply(
-            self.stream.reader(batch, lanes), self._open.crew, lanes, rows, ahead, self._count,
-            grouped=self.stream.grouped,
-        )  # fmt: skip
-        self._open.supply.start(cursor)
-        self._open.step = first_step
+    def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None, bad_rows: Path | None = None) -> None:
+        """Begin to read, at the beginning or where `cursor` says. `bad_rows` is cut back to what it held there."""
+        self.start_workers()
+        reading = self._reading[0]
+        rows = self.stream.shuffled(self.order.batch)
+        reading.chunk_rows = self.stream.chunk_rows(self.order.batch, self.samples.width)
+        reading.step, reading.bad_rows, reading.entered = first_step, bad_rows, cursor
+        if cursor is not None:
+            rows.restore(cursor["begin"])
+            reading.chunk_rows, reading.bad_bytes = cursor["chunk_rows"], cursor["bad_bytes"]
+            reading.reports = [SourceReport.restored(spelt) for spelt in cursor["reports"]]
+            reading.losses = Losses(**cursor["losses"])
+        if bad_rows is not None and bad_rows.exists():
+            os.truncate(bad_rows, min(bad_rows.stat().st_size, reading.bad_bytes))
+        ranks = self.ranks
+        pieces = own_pieces(rows.runs(reading.chunk_rows), reading.pool, self.stream.seed, ranks.rank, ranks.size)
+        reading.ahead = Ahead(pieces)
 
     def close(self) -> None:
         """Stop reading and end the processes."""
-        if self._open is not None:
-            if self._open.supply is not None:
-                self._open.supply.close()
-            self._open.crew.close()
-            self._open = None
+        for reading in self._reading:
+            reading.pool.close()
+            if reading.ahead is not None:
+                reading.ahead.close()
+        self._reading.clear()
 
     def cursor(self) -> dict[str, Any]:
-        """Where all ranks' lanes are, in plain numbers. Collective."""
-        return merged(from_all(self.own_cursor()))
-
-    def own_cursor(self) -> dict[str, Any]:
-        """Where this rank's lanes are."""
-        supply = self._supply()
-        return {**supply.cursor(), "cell_rows": supply.cell_rows}
-
-    def epoch(self, step: int) -> float:
-        """Epochs that were used, told by the first lane; by bytes read until the rows of an epoch are known."""
-        return round(self._supply().epoch(self.stream.rows), 4)
-
-    def origin(self, sample: int) -> str:
-        """Where a sample of the latest step comes from; `sample` is its row of the stream."""
-        for unit in self._open.units if self._open is not None else []:
-            for piece in unit.pieces:
-                if unit.row(piece.sample) == sample:
-                    return unit.cell.samples.origin(piece.sample)
-        return f"row {sample} of the stream"
-
-    @cached_property
-    def lanes(self) -> list[int]:
-        """This rank's lanes, in the order in which its micro-batches have them."""
-        mine = split(range(self.order.batch), self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
-        return [lane for micro in mine for lane in micro]
+        """Where the stream is, and what became of its rows so far; the same on all ranks, however many they are."""
+        reading = self._started()
+        chunk, used = reading.chunk, reading.used
+        assert chunk is not None, "asked after a step"
+        ended = used == len(chunk.order)
+        return {
+            "begin": chunk.made.end if ended else chunk.made.begin,
+            "used": 0 if ended else used,
+            "filled": 0 if ended else chunk.filled,
+            "chunk_rows": reading.chunk_rows,
+            "reports": deepcopy([vars(report) for report in reading.reports]),
+            "losses": deepcopy(vars(reading.losses)),
+            "bad_bytes": reading.bad_bytes,
+        }
 
     def step(self, step: int, device: torch.device) -> list[Batch]:
-        """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them.
+        """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them. Collective.
 
-        Steps come one after the other; the latest may be asked for again. Where this rank's data fail, its batches are
-        empty and `error` is set.
+        Steps come one after the other; the latest may be asked for again. DataError, on all ranks, where the data of
+        one of them fail.
         """
-        supply = self._supply()
-        assert self._open is not None
-        if step == self._open.step and self.error is None:
-            try:
-                self._open.units = [supply.next(lane, step) for lane in self.lanes]
-                self._open.step = step + 1
-            except Exception as error:  # raised on all ranks, once the others have met this one
-                self.error, self._open.units = error, []
-        elif step != self._open.step - 1 and self.error is None:
-            raise ValueError(f"step {step} of a stream whose next one is {self._open.step}")
-        units = self._open.units
-        lengths = np.array([unit.tokens if self.flat else unit.length for unit in units], np.int64)
-        order = deal(range(len(units)), lengths, padded=not self.flat, pieces=self.micro_steps)
-        micros = split(order, 0, 1, self.micro_steps)
-        return [to_device(self.batch([units[at] for at in micro]), device) for micro in micros]
+        reading = self._started()
+        if step == reading.step:
+            reading.latest = self._gathered()
+            reading.step += 1
+        if step != reading.step - 1 or reading.latest is None:
+            raise ValueError(f"step {step} of a stream whose next one is {reading.step}")
+        loader, units = reading.latest
+        return loader.batches(units, device)
 
-    def batch(self, units: Sequence[Unit]) -> Batch:
-        """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split."""
-        documents: list[Document] = []
-        desirable: list[bool] = []
-        for unit in units:
-            samples, pieces = unit.cell.samples, unit.pieces
-            if unit.cell.units.kind == "row":
-                documents.append(joined(samples, pieces))
-                continue
-            for sample in (piece.sample for piece in pieces):
-                parts = samples.sequences(sample)
-                weights = samples.weights
-                documents += [
-                    Document(samples.ids[part], samples.mask[part], None if weights is None else weights[part])
-                    for part in parts
-                ]
-                if samples.labels is not None:
-                    desirable += [bool(samples.labels[sample])] * len(parts)
-        rows = dict.fromkeys(unit.row(piece.sample) for unit in units for piece in unit.pieces)
-        labelled = self.samples.labels is not None
-        batch = collate(
-            documents, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(rows), width=self.samples.width,
-            desirable=desirable if labelled else None, counts_samples=self.samples.counts_samples,
-        )  # fmt: skip
-        return split_row(batch, self.ranks)
+    def tokens(self, step: int) -> int:
+        """Tokens (without padding) in the latest step, all ranks."""
+        loader, units = self._latest()
+        return int(loader.units.tokens[units].sum())
 
-    def share_of_tokens(self, step: int) -> float:
-        """What the tokens of this rank's rows add to the step's, once for a tensor group; NaN where its data failed."""
-        if self.error is not None:
-            return float("nan")
-        assert self._open is not None
-        return sum(unit.tokens for unit in self._open.units) / self.ranks.layout.context
+    def epoch(self, step: int) -> float:
+        """Epochs that were used by the latest step; told by bytes until the rows of an epoch are known."""
+        reading = self._started()
+        return round(reading.chunk.epoch(reading.used, self.stream.rows), 4) if reading.chunk is not None else 0.0
+
+    def origin(self, sample: int) -> str:
+        """Where a sample of the latest step comes from."""
+        return self._latest()[0].samples.origin(sample)
 
     def summary(self) -> str:
-        """What became of the rows that all ranks have used. Collective."""
-        everyone = dict(from_all((self.ranks.batch_rank, (self.reports, self.losses))))
-        losses = sum((each for _, each in everyone.values()), Losses())
-        lines = []
-        for number, own in enumerate(self.reports):
-            whole = SourceReport(name=own.name)
-            for reports, _ in everyone.values():
-                whole.rows += reports[number].rows
-                whole.samples += reports[number].samples
-                whole.bad += reports[number].bad
-                whole.examples = [*whole.examples, *reports[number].examples][:5]
-            lines.append(f"{whole.name}: {whole.rows:,} rows read, {whole.samples:,} samples")
-            if whole.bad:
-                lines += [f"skipped from {whole.name}: {line}" for line in whole.bad_lines()]
+        """What became of the rows that were used."""
+        reading, lines = self._started(), []
+        for report in reading.reports:
+            lines.append(f"{report.name}: {report.rows:,} rows read, {report.samples:,} samples")
+            if report.bad:
+                lines += [f"skipped from {report.name}: {line}" for line in report.bad_lines()]
+        losses = reading.losses
         if losses.no_target:
             lines.append(f"dropped: {losses.no_target:,} samples without a trained token")
         if losses.truncated or losses.too_long:
             lines.append(f"cutoff_len: {losses.truncated:,} samples cut, {losses.too_long:,} left out")
         return "\n".join(lines)
 
-    def _supply(self) -> Supply:
-        if self._open is None or self._open.supply is None:
+    def _started(self) -> Reading:
+        if not self._reading or self._reading[0].ahead is None:
             self.start()
-        assert self._open is not None and self._open.supply is not None
-        return self._open.supply
+        return self._reading[0]
 
-    def _count(self, cell: Cell) -> None:
-        """Account for a cell that is about to be used. DataError for rows that the recipe does not let pass."""
-        for source, count in cell.read.items():
-            self.reports[source].rows += count
-            self.reports[source].samples += cell.kept[source]
-        self.losses += cell.losses
-        for source, bad in cell.bad:
-            self.reports[source].add_bad(bad.origin, bad.reason, bad.detail)
-        for source in {source for source, _ in cell.bad}:
-            check_bad_rows(self.stream.config, self.reports[source])
-        if cell.bad and self.quarantine is not None:
-            lines = [
-                json.dumps(
-                    {"origin": bad.origin, "reason": bad.reason, "detail": bad.detail, "row": bad.row},
-                    ensure_ascii=False, default=str,
+    def _latest(self) -> tuple[BatchLoader, list[int]]:
+        latest = self._started().latest
+        assert latest is not None, "asked after a step"
+        return latest
+
+    def _gathered(self) -> tuple[BatchLoader, list[int]]:
+        """The next step's units, and a loader that has them all."""
+        reading, parts, wanted = self._started(), [], self.order.batch
+        empty = 0
+        while wanted:
+            if reading.chunk is None or reading.used == len(reading.chunk.order):
+                self._next_chunk(self.order.batch - wanted)
+            chunk = reading.chunk
+            assert chunk is not None
+            units = chunk.order[reading.used : reading.used + wanted]
+            reading.used += len(units)
+            wanted -= len(units)
+            if len(units):
+                parts.append((chunk.loader, units))
+            empty = 0 if len(units) else empty + len(chunk.made.places)
+            if empty >= EMPTY_ROWS:
+                raise DataError(
+                    f"streaming: {empty:,} rows in a row gave no sample with a token to train on; look at them with "
+                    "`llmtune data check`, or raise cutoff_len"
                 )
-                for _, bad in cell.bad
-            ]  # fmt: skip
-            with self.quarantine.open("ab") as file:  # in one piece, as other ranks write there, too
-                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+        return _across(parts)
+
+    def _next_chunk(self, filled: int) -> None:
+        """Go on to the next chunk, of which `filled` units of a step were there before. Collective."""
+        reading = self._started()
+        assert reading.ahead is not None
+        made = together(reading.ahead.next)
+        pieces = in_turn(self.exchange(made.own), reading.pieces)
+        reading.pieces += len(pieces)
+        cursor, reading.entered = reading.entered, None
+        reading.used = cursor["used"] if cursor else 0
+        filled = cursor["filled"] if cursor else filled
+        samples = TokenSamples.concatenated(
+            [piece.samples for piece in pieces], range(0, PIECE_ROWS * len(pieces), PIECE_ROWS),
+            place=made.places.__getitem__,
+        )  # fmt: skip
+        units = make_units(samples, self.stream.config, self.stream.seed)
+        unused = Order(max(1, len(units)), self.order.batch, self.stream.seed)
+        loader = BatchLoader(
+            samples=samples, units=units, order=unused, ranks=self.ranks, micro_steps=self.micro_steps, flat=self.flat,
+            pad_id=self.pad_id,
+        )  # fmt: skip
+        order = self._order(loader, filled, made.begin)
+        reading.chunk = Chunk(made=made._replace(own=[]), loader=loader, order=order, filled=filled)
+        if not reading.used:  # else it was counted before the run was continued
+            together(lambda: self._count(pieces))
+
+    def _order(self, loader: BatchLoader, filled: int, begin: dict[str, Any]) -> np.ndarray:
+        """(units,) the order of a chunk's units. Those that fill up the step that was begun stay as they are."""
+        units = np.arange(len(loader.units))
+        if not self.stream.grouped:
+            return units
+        batch, first = self.order.batch, -filled % self.order.batch
+        place = (begin["mixed"]["epoch"], begin["before"], begin["used"])
+        rng = np.random.default_rng([self.stream.seed, 2**31 + 5, *place])
+        lengths = row_lengths(loader.samples, loader.units)
+        return np.concatenate([units[:first], grouped(units[first:], lengths, batch, rng, len(units) // batch)])
+
+    def _count(self, pieces: Sequence[TokenPiece]) -> None:
+        """Account for a chunk that is about to be used. DataError for rows that the recipe does not let pass."""
+        reading = self._reading[0]
+        bad = [each for piece in pieces for each in piece.bad]
+        for piece in pieces:
+            piece.account(reading.reports)
+            reading.losses += piece.losses
+        for source in {source for source, _ in bad}:
+            check_bad_rows(self.stream.config, reading.reports[source])
+        lines = [json.dumps(row._asdict(), ensure_ascii=False, default=str) for _, row in bad]
+        text = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+        reading.bad_bytes += len(text)
+        if text and reading.bad_rows is not None:
+            with reading.bad_rows.open("ab") as file:
+                file.write(text)
 
 
-def merged(cursors: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cursor of all lanes, from those of all ranks."""
-    found = [each for each in cursors if each["lanes"]]
-    lanes = {number: [number, cell, place] for each in found for number, cell, place in each["lanes"]}
-    oldest = min((each["begin"] for each in found), key=lambda begin: begin["first"])
-    return {"lanes": [lanes[number] for number in sorted(lanes)], "begin": oldest, "cell_rows": found[0]["cell_rows"]}
+def together(work: Callable[[], Result]) -> Result:
+    """The result of `work`; or, on every rank, the error that one of them met. Collective."""
+    result: list[Result] = []
+    error: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as met:
+        error = met
+    fail_together(error)
+    return result[0]
+
+
+def _across(parts: Sequence[tuple[BatchLoader, np.ndarray]]) -> tuple[BatchLoader, list[int]]:
+    """Units of several chunks as those of one loader."""
+    loaders = [loader for loader, _ in parts]
+    if len(parts) == 1:
+        return loaders[0], parts[0][1].tolist()
+    samples = [loader.samples for loader in loaders]
+    rows = np.cumsum([0, *(int(each.rows.max(initial=-1)) + 1 for each in samples)])
+    units_before = np.cumsum([0, *(len(loader.units) for loader in loaders)])
+
+    def place(row: int) -> str:
+        part = int(np.searchsorted(rows, row, "right")) - 1
+        return samples[part].place(row - int(rows[part]))  # type: ignore[misc]
+
+    samples_before = np.cumsum([0, *map(len, samples)])[:-1].tolist()
+    whole = replace(
+        loaders[0],
+        samples=TokenSamples.concatenated(samples, rows[:-1].tolist(), place=place),
+        units=Units.concatenated([loader.units for loader in loaders], samples_before),
+    )
+    return whole, [int(unit + n) for (_, units), n in zip(parts, units_before, strict=False) for unit in units]

@@ -69,6 +69,35 @@ class TokenSamples:
             **more,
         )
 
+    @staticmethod
+    def concatenated(parts: Sequence[TokenSamples], rows_before: Sequence[int] = (), **more: Any) -> TokenSamples:
+        """The samples of all `parts`, which are of one kind; `rows_before[i]` rows stand before those of part i (0)."""
+        parts = parts or [TokenSamples.from_lists([], [])]
+        counts = [len(part.ids) for part in parts]
+        shifts = np.repeat(np.cumsum(counts) - counts, [len(part.starts) for part in parts])
+        rows = np.repeat(rows_before or [0], [len(part) for part in parts] if rows_before else 1)
+        weights = labels = None
+        if any(part.weights is not None for part in parts):
+            filled = [np.ones(len(p.ids), np.float32) if p.weights is None else p.weights for p in parts]
+            weights = np.concatenate(filled)
+        if any(part.labels is not None for part in parts):
+            labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+        return replace(
+            parts[0],
+            ids=np.concatenate([part.ids for part in parts]),
+            mask=np.concatenate([part.mask for part in parts]),
+            starts=np.concatenate([part.starts for part in parts]) + shifts,
+            stops=np.concatenate([part.stops for part in parts]) + shifts,
+            trained=np.concatenate([part.trained for part in parts]),
+            rows=np.concatenate([part.rows for part in parts]) + rows,
+            sets=np.concatenate([np.zeros(len(p), np.int32) if p.sets is None else p.sets for p in parts]),
+            weights=weights,
+            labels=labels,
+            width=max((part.width for part in parts if len(part)), default=1),
+            digest="",
+            **more,
+        )
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from llmtune.contract.errors import DataError
 
 if TYPE_CHECKING:
+    from llmtune.data.config import DataConfig
     from llmtune.data.tokens import TokenSamples
 
 
@@ -64,6 +65,21 @@ class Units:
             for each in np.stack([self.samples[part], self.first[part], self.stops[part]], 1).tolist()
         ]
 
+    @staticmethod
+    def concatenated(parts: Sequence[Units], samples_before: Sequence[int]) -> Units:
+        """All units of some parts of one kind; `samples_before[i]` samples stand before those of part i."""
+        counts = [len(part.samples) for part in parts]
+        pieces_before = np.cumsum(counts) - counts
+        split = parts[0].first is not None
+        return replace(
+            parts[0],
+            samples=np.concatenate([part.samples + n for part, n in zip(parts, samples_before, strict=True)]),
+            bounds=np.concatenate([[0], *(part.bounds[1:] + n for part, n in zip(parts, pieces_before, strict=True))]),
+            tokens=np.concatenate([part.tokens for part in parts]),
+            first=np.concatenate([part.first for part in parts if part.first is not None]) if split else None,
+            stops=np.concatenate([part.stops for part in parts if part.stops is not None]) if split else None,
+        )
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """(units,) what the units' samples have together of `values` (samples,); a piece of a sample counts whole."""
         return np.add.reduceat(values[self.samples], self.bounds[:-1]) if len(self) else np.zeros(0, values.dtype)
@@ -74,17 +90,18 @@ class Units:
         return float(self.tokens.sum()) / max(1, len(self) * self.room) if self.room else 1.0
 
 
-def make_units(samples: TokenSamples, *, packing: bool, neat: bool, cutoff_len: int, seed: int, shuffle: bool) -> Units:
-    """The units that the keys `packing` and `neat_packing` ask for. A pair's pack has room for two `cutoff_len`."""
-    if not packing:
+def make_units(samples: TokenSamples, config: DataConfig, seed: int) -> Units:
+    """The units that `packing` and `neat_packing` ask for, in the order of the samples where `disable_shuffling` does.
+    A pair's pack has room for two `cutoff_len`."""
+    if not config.packing:
         return whole(samples.lengths)
-    if neat:
-        return pack(samples.lengths, cutoff_len * samples.width)
+    if config.neat_packing:
+        return (pack_in_order if config.disable_shuffling else pack)(samples.lengths, config.cutoff_len * samples.width)
     if samples.width > 1:
         raise DataError(
             "neat_packing: found false, but the two answers of a preference must not be joined; set it true"
         )
-    return concatenate(samples, cutoff_len, seed if shuffle else None)
+    return concatenate(samples, config.cutoff_len, None if config.disable_shuffling else seed)
 
 
 def whole(lengths: np.ndarray) -> Units:
@@ -104,9 +121,7 @@ def pack(lengths: Sequence[int] | np.ndarray, room: int) -> Units:
     Returns:
         Packs ordered by their first sample, and samples ascending within each.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if lengths.size and int(lengths.max()) > room:
-        raise DataError(f"packing: a sample of {int(lengths.max())} tokens does not fit into {room}; raise cutoff_len")
+    lengths = _fitting(lengths, room)
     order = np.argsort(-lengths, kind="stable")
     packs, count = _best_fit(lengths[order], room)
     # The first sample of each pack decides the pack's number.
@@ -120,6 +135,27 @@ def pack(lengths: Sequence[int] | np.ndarray, room: int) -> Units:
     bounds = np.concatenate([[0], np.cumsum(np.bincount(of_sample, minlength=count))])
     tokens = np.bincount(of_sample, weights=lengths, minlength=count).astype(np.int64)
     return Units(kind="pack", samples=samples, bounds=bounds, tokens=tokens, room=room)
+
+
+def pack_in_order(lengths: Sequence[int] | np.ndarray, room: int) -> Units:
+    """Put whole samples into packs of at most `room` tokens, each pack as many as fit of those that come next."""
+    lengths = _fitting(lengths, room)
+    ends = np.cumsum(lengths)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        before = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, before + room, side="right")))
+    return Units(
+        kind="pack", samples=np.arange(len(lengths)), bounds=np.array(bounds), room=room,
+        tokens=np.diff(np.append(0, ends)[bounds]),
+    )  # fmt: skip
+
+
+def _fitting(lengths: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size and int(lengths.max()) > room:
+        raise DataError(f"packing: a sample of {int(lengths.max())} tokens does not fit into {room}; raise cutoff_len")
+    return lengths
 
 
 def _best_fit(falling: np.ndarray, room: int) -> tuple[np.ndarray, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,39 +22,86 @@ Result = TypeVar("Result")
 _ALONE = 2
 """Items that are done here unless processes are asked for: starting them takes longer."""
 _MOST = 32
+_MOST_A_RANK = 8
 _work: Callable[[Any], Any] | None = None  # in a worker: what it does with each item
 
 
-def in_order(work: Callable[[Item], Result], items: Iterator[Item], workers: int | None = None) -> Iterator[Result]:
-    """`work` of each item, in the order of `items`, by `workers` processes (absent: one for each processor).
+def processors() -> int:
+    """The number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
-    `work` is inherited by forking, so it need not be picklable; items and results must be. Where the system cannot
-    fork, all is done here.
+
+def rank_workers() -> int:
+    """Processes that each rank starts where the recipe does not say: its share of the machine's processors."""
+    return max(1, min(_MOST_A_RANK, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+class WorkerPool:
+    """`count` processes that do `work`; where the system cannot fork, this one does it.
+
+    They are forked at once, so that `work` need not be picklable; items and results must be. Start a pool before a
+    process group is joined: a fork holds its sockets open, so that others would not notice when this rank dies. The
+    processes end with `close`, or when this one is gone, however it ended.
     """
-    first = list(islice(items, _ALONE + 1))
-    items = chain(first, items)
-    count = workers or min(_MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    few = workers is None and len(first) <= _ALONE
-    if count == 1 or few or "fork" not in multiprocessing.get_all_start_methods():
-        yield from map(work, items)
-        return
-    with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _start, (work,)) as pool:
-        waiting: deque[Future[Result]] = deque()
+
+    def __init__(self, work: Callable[[Any], Any], count: int) -> None:
+        self._work, self.count = work, count
+        self._pool: ProcessPoolExecutor | None = None
+        if "fork" in multiprocessing.get_all_start_methods():
+            self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _start, (work,))
+            self._pool.submit(os.getpid).result()
+
+    def in_order(self, items: Iterator[Any]) -> Iterator[Any]:
+        """`work` of each item, in the order of `items`, a few ahead of what is asked for. What `items` or `work` raises
+        is raised in its turn."""
+        if self._pool is None:
+            yield from map(self._work, items)
+            return
+        waiting: deque[Future[Any]] = deque()
         try:
-            for item in items:
-                waiting.append(pool.submit(_do, item))
-                if len(waiting) > 2 * count:  # enough to keep all busy, little enough to hold
+            for future in self._submitted(self._pool, items):
+                waiting.append(future)
+                if len(waiting) > 2 * self.count:  # enough to keep all busy, little enough to hold
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError(
                 "preprocessing_num_workers: a process that tokenises died, as when memory runs out; "
-                f"set fewer than {count}, or a smaller preprocessing_batch_size"
+                f"set fewer than {self.count}, or a smaller preprocessing_batch_size or buffer_size"
             ) from None
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _submitted(self, pool: ProcessPoolExecutor, items: Iterator[Any]) -> Iterator[Future[Any]]:
+        try:
+            for item in items:
+                yield pool.submit(_do, item)
+        except Exception as error:  # raised in its turn, after the results of the items before it
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            yield failed
+
+    def close(self) -> None:
+        """End the processes once they are done with the items they have."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def in_order(work: Callable[[Item], Result], items: Iterator[Item], workers: int | None = None) -> Iterator[Result]:
+    """`work` of each item, in the order of `items`, by `workers` processes (absent: one for each processor)."""
+    first = list(islice(items, _ALONE + 1))
+    items = chain(first, items)
+    count = workers or min(_MOST, processors())
+    if count == 1 or (workers is None and len(first) <= _ALONE):
+        yield from map(work, items)
+        return
+    pool = WorkerPool(work, count)
+    try:
+        yield from pool.in_order(items)
+    finally:
+        pool.close()
 
 
 def progress(what: str, unit: str) -> Any:
@@ -66,7 +114,7 @@ def progress(what: str, unit: str) -> Any:
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    # Whoever stops a run tells all its processes, and this one does as the first one says.
+    # Whoever stops a run tells all its processes; what is asked to save first still needs its data.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     die_with_parent()
@@ -76,4 +124,16 @@ def _start(work: Callable[[Any], Any]) -> None:
 
 def _do(item: Any) -> Any:
     assert _work is not None
-    return _work(item)
+    try:
+        return _work(item)
+    except Exception as error:
+        raise _portable(error) from None
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or what it says where it cannot travel between processes: the pool would break on it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -84,10 +84,7 @@ def preview_of(recipe: Recipe, n: int = 3, rows: Sequence[int | str] = (), packs
     recipe, notes = _unstreamed(recipe)
     prepared, tokenizer = prepare_data(recipe)
     if packs:
-        units = make_units(
-            prepared.train, packing=True, neat=data.neat_packing, cutoff_len=data.cutoff_len, seed=train.seed,
-            shuffle=not data.disable_shuffling,
-        )  # fmt: skip
+        units = make_units(prepared.train, data, train.seed)
         return make_pack_preview(prepared.train, units, tokenizer, count=n)
     parts = [("training", prepared.train)]
     if prepared.evaluation is not None:
@@ -203,9 +200,7 @@ def _fill(recipe: Recipe, prepared: Prepared) -> tuple[Rows | None, Rows]:
     samples = mixed(prepared.train, data, train.seed)
     packed = None
     if samples.kind != "prompt":
-        units = make_units(
-            samples, packing=True, neat=data.neat_packing, cutoff_len=data.cutoff_len, seed=train.seed, shuffle=True
-        )
+        units = make_units(samples, replace(data, packing=True), train.seed)
         packed = Rows(rows=len(units), fill=units.fill)
     units = whole(samples.lengths)
     lengths = row_lengths(samples, units)

@@ -27,7 +27,7 @@ class DataPlan:
 
     prepared: Prepared
     """The tokens to train and to evaluate on, and what became of the rows that they come from."""
-    batches: BatchLoader | StreamLoader
+    batches: BatchLoader
     """The loader that gives each step its micro-batches."""
     notes: tuple[str, ...] = ()
 
@@ -61,7 +61,7 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
     # Any id will do: padding is masked by position and never a target.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     if prepared.stream is not None:
-        batches = StreamLoader.make(
+        batches = StreamLoader.over(
             prepared.stream, prepared.train, per_device=train.per_device_train_batch_size,
             micro_steps=train.gradient_accumulation_steps, ranks=ranks, flat=flat, pad_id=pad,
         )  # fmt: skip
@@ -69,10 +69,8 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
     samples = mixed(prepared.train, data, train.seed)
     notes = [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, prepared.train)] if found]
     batches = BatchLoader.make(
-        samples, packing=data.packing, neat=data.neat_packing, cutoff_len=data.cutoff_len,
-        per_device=train.per_device_train_batch_size, micro_steps=train.gradient_accumulation_steps, ranks=ranks,
-        seed=train.seed, shuffle=not data.disable_shuffling, flat=flat, pad_id=pad,
-        group_by_length=data.group_by_length,
+        samples, data, per_device=train.per_device_train_batch_size, micro_steps=train.gradient_accumulation_steps,
+        ranks=ranks, seed=train.seed, flat=flat, pad_id=pad,
     )  # fmt: skip
     units, rows = len(batches.units), batches.order.batch
     if units < rows:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS
+from llmtune.data.streaming.stream import unstreamable
 from llmtune.distributed.mesh import arrange
 from llmtune.model.precision import Precision, choose_precision
 from llmtune.model.sizes import sizes_of
@@ -13,7 +14,7 @@ from llmtune.planning.data_plan import plan_data, prepare_for
 from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.model_plan import Mode, ModelPlan
-from llmtune.planning.objections import batch_objections, metric_objections, stream_objections
+from llmtune.planning.objections import batch_objections, metric_objections
 from llmtune.planning.plan import Plan
 from llmtune.recipe.parts import Parts, collect, find_parts
 from llmtune.terminal import doing
@@ -46,9 +47,10 @@ def make_plan(
     ranks = arranged(ranks, parts, problems)
     doing.info("Reading the model's configuration and tokenizer")
     precision, pretrained = foundations(recipe, parts, ranks, device, problems, target=target, templated=False)
-    problems += [PlanError(sentence) for sentence in stream_objections(recipe)]
+    obstacles = unstreamable(recipe.data, recipe.train.max_steps, recipe.train.eval_strategy)
+    problems += obstacles
     prepared: Prepared | None = None
-    if not (parts.at("data_config") and parts.at("stage_config")):
+    if obstacles or not (parts.at("data_config") and parts.at("stage_config")):
         raise_all(problems)  # one of the problems is why
     doing.info("Reading and tokenising the data")
     with collect(problems):

@@ -1,4 +1,4 @@
-"""What speaks against a recipe before it runs (plugins, packing, new tokens, streams), each objection in a sentence."""
+"""What speaks against a recipe before it runs (plugins, packing, new tokens), each objection in a sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from llmtune.model.edits import Ledger
     from llmtune.model.vocabulary import Vocabulary
     from llmtune.recipe.parts import BuiltPlugin, Parts
-    from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.train_config import TrainConfig
 
 NOUNS = {"preference": "preferences", "labelled": "labelled answers", "prompt": "prompts"}
@@ -45,16 +44,6 @@ def metric_objections(train: TrainConfig, stage: Stage, sets: Sequence[str]) -> 
     near = did_you_mean(metric, known)
     if metric not in known and (near or (compares and isinstance(stage, Measures))):
         yield f'metric_for_best_model: found "{metric}", allowed is one of {listed(known)}.{near}'
-
-
-def stream_objections(recipe: Recipe) -> Iterator[str]:
-    """Keys that do not go with data of unknown size."""
-    if not recipe.data.streaming:
-        return
-    if not recipe.train.max_steps:
-        yield "max_steps: not given, but streaming does not know how many rows an epoch has; set max_steps"
-    if recipe.train.eval_strategy == "epoch":
-        yield "eval_strategy: found epoch, whose end streaming does not know; set eval_strategy: steps and eval_steps"
 
 
 def batch_objections(kind: str, data: DataConfig, ranks: Ranks) -> Iterator[str]:

@@ -16,7 +16,6 @@ from llmtune import __version__
 from llmtune.contract.errors import CheckpointError, PlanError, listed
 from llmtune.contract.records import Evaluated, Event, Saved, StepDone
 from llmtune.data.batch_loader import evaluation_batches
-from llmtune.data.stream_loader import StreamLoader
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, total
 from llmtune.distributed.stopping import StopRequest
@@ -208,7 +207,7 @@ class TrainingCallbacks:
             "left_evaluation": self.left_evaluation,
             "window": [asdict(stats) for stats in self.window],
             "loss_scale": self.scaler.state() if self.scaler else None,
-            "stream": self.plan.data.batches.cursor() if isinstance(self.plan.data.batches, StreamLoader) else None,
+            "stream": self.plan.data.batches.cursor(),
         }
 
     def restore(self, folder: Path, manifest: Manifest) -> None:

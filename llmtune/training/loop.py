@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from llmtune.contract.errors import DivergedError, listed
 from llmtune.distributed.placement import local, seeded_step
-from llmtune.distributed.ranks import Ranks, fail_together, total
+from llmtune.distributed.ranks import Ranks, total
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from llmtune.contract.records import Distribute, Schedule
     from llmtune.contract.stages import Batch
     from llmtune.data.batch_loader import BatchLoader
-    from llmtune.data.stream_loader import StreamLoader
 
 TOKENS = ""
 """Name of the count of tokens among a step's sums, which no metric of a stage can have."""
@@ -58,7 +57,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     distribute: Distribute
-    batches: BatchLoader | StreamLoader
+    batches: BatchLoader
     ranks: Ranks
     device: torch.device
     total_steps: int
@@ -96,8 +95,6 @@ def train(run: Training, watcher: Watcher) -> int:
         sums[TOKENS] = torch.tensor(run.batches.share_of_tokens(step), device=run.device, dtype=torch.float64)
         loss, grad_norm, metrics = read_back(run, sums, norm)
         tokens = metrics.pop(TOKENS)
-        if math.isnan(tokens):  # some rank's data failed while others computed
-            fail_together(run.batches.error)
         if run.scaler is not None and run.scaler.overflowed(grad_norm):
             run.optimizer.zero_grad(set_to_none=True)
             continue

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
-from llmtune.data.stream_loader import StreamLoader
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
     check_agreement,
@@ -95,9 +94,8 @@ def _train_here(
         tell_the_others(error, recipe.train.ddp_timeout)
         raise
     batches = plan.data.batches
-    with closing(batches) if isinstance(batches, StreamLoader) else nullcontext() as stream:
-        if stream is not None:
-            stream.hire()
+    with closing(batches):
+        batches.start_workers()
         join(ranks, plan.device, recipe.train.ddp_timeout)
         fail_together(None)
         check_agreement(plan.facts())
@@ -213,11 +211,10 @@ def _run(
 
 def _build(plan: Plan, found: tuple[Path, Manifest] | None, cost: StepCost) -> tuple[Objective, Mapping[str, str]]:
     """The model with its weights, and what tells the files that they come from from others. Collective."""
-    if isinstance(plan.data.batches, StreamLoader):  # reads and tokenises while the weights are loaded
-        once = plan.ranks.rank == plan.ranks.batch_rank * plan.ranks.size // plan.ranks.batch_ranks
-        quarantine = plan.output_dir / run_folder.QUARANTINE if once else None
-        cursor = (found[1].step, found[1].numbers["stream"]) if found else (0, None)
-        plan.data.batches.start(*cursor, quarantine)
+    # A stream reads and tokenises while the weights are loaded.
+    quarantine = plan.output_dir / run_folder.QUARANTINE if plan.ranks.first else None
+    cursor = (found[1].step, found[1].numbers["stream"]) if found else (0, None)
+    plan.data.batches.start(*cursor, quarantine)
     doing.info("Loading the weights")
     with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
         objective = build_objective(plan.model)
@@ -230,8 +227,8 @@ def _build(plan: Plan, found: tuple[Path, Manifest] | None, cost: StepCost) -> t
 def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Callable[..., Any]) -> Outcome:
     """Answer the sample prompts again and write the result. Collective."""
     objective, recipe, module = keeper.objective, plan.recipe.train, plan.model.module
-    if isinstance(plan.data.batches, StreamLoader):
-        show(plan.data.batches.summary())
+    if told := plan.data.batches.summary():
+        show(told)
     reshard(objective)
     best = keeper.best()
     if isinstance(best, tuple):

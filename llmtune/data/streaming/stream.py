@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmtune.contract.errors import DataError
+from llmtune.contract.errors import DataError, raise_all
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Chosen, check_kind
-from llmtune.data.making import LOOKED_AT, Making, account, check_bad_rows, one_kind, unique
+from llmtune.data.making import LOOKED_AT, Making, check_bad_rows, one_kind, unique
 from llmtune.data.reading import Found, find
-from llmtune.data.report import DataReport, Losses, PartReport, SourceReport
+from llmtune.data.report import DataReport, PartReport, SourceReport
 from llmtune.data.store import Tokenised
-from llmtune.data.streaming.blocks import BlockReader
-from llmtune.data.streaming.cells import CellMaker, CellRows, Done, joined
-from llmtune.data.streaming.mixed import Mixed, RowReader, Spot
-from llmtune.data.streaming.picked import pick
+from llmtune.data.streaming.chunks import PieceMaker, RowPiece, TokenPiece
+from llmtune.data.streaming.rows import Mixed, RowReader, ShuffledRows, StreamRow
 from llmtune.data.tokens import TokenSamples
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 LOOK_ROWS = 256
 """First rows of each data set that are tokenised before the run, for estimates."""
 _COUNT_ROWS = 4096
 """Rows of files that are counted before the run: smaller data sets are known whole."""
 _EDGE_BYTES = 1 << 16
-_CELL_ROWS = 64
-"""Rows that are tokenised, and sorted by length, together where nothing is packed."""
-_CELL_PACKS = 32
-"""Packs that rows are enough for where they are packed together: the last one is half full on average, 1.6 % of 32."""
-_MOST_CELL_ROWS = 1024
+_CHUNK_UNITS = 64
+"""Packs that a chunk's rows are enough for, or, without packing, steps whose rows are sorted by length together. The
+last pack is half full on average, 0.8 % of 64."""
+_MOST_CHUNK_ROWS = 4096
+_ORDER = 2
+"""Counts up when the same stream gives other steps than before."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +43,7 @@ class Stream:
     """Most rows of each data set."""
     held: Sequence[int]
     """First rows of each data set that are evaluated on."""
-    maker: CellMaker
+    maker: PieceMaker
     seed: int
     rows: int | None
     """Rows of an epoch, where the data are so few that they were counted."""
@@ -57,18 +52,17 @@ class Stream:
     digest: str
     """SHA-256 of names, sizes and edges of the files, and of all that tokens depend on besides."""
 
-    def reader(self, batch: int, lanes: Iterable[int]) -> BlockReader:
-        """All rows from the beginning, those of `lanes` of a step's `batch` held."""
+    def shuffled(self, batch: int) -> ShuffledRows:
+        """All rows from the beginning, for steps of `batch` units."""
         config = self.config
         readers = [
             RowReader(number, each, held, limit)
             for number, (each, held, limit) in enumerate(zip(self.found, self.held, self.limits, strict=True))
         ]
         mixed = Mixed(readers, config.mix_strategy, config.interleave_probs, self.seed)
-        return BlockReader(
-            mixed, buffer_size=config.buffer_size, seed=self.seed, shuffle=not config.disable_shuffling, batch=batch,
-            lanes=lanes,
-        )  # fmt: skip
+        return ShuffledRows(
+            mixed, buffer_size=config.buffer_size, seed=self.seed, shuffle=not config.disable_shuffling, least=batch
+        )
 
     @property
     def grouped(self) -> bool:
@@ -76,13 +70,15 @@ class Stream:
         config = self.config
         return config.group_by_length and not config.packing and not config.disable_shuffling
 
-    def cell_rows(self, batch: int, width: int) -> int:
-        """Rows of a lane that are tokenised, and packed, together: not more than a lane has in an epoch."""
-        rows = _CELL_ROWS
-        if self.config.packing:
-            wanted = _CELL_PACKS * self.config.cutoff_len * width / max(1.0, self.row_tokens)
-            rows = min(_MOST_CELL_ROWS, max(1, round(wanted)))
-        return rows if self.rows is None else max(1, min(rows, self.rows // batch))
+    def chunk_rows(self, batch: int, width: int) -> int:
+        """Rows that are made into units together, for steps of `batch` units: not more than are worth holding."""
+        units, most = _CHUNK_UNITS, _MOST_CHUNK_ROWS
+        if not self.config.packing:
+            # Few rows make several chunks, or every epoch would have the same steps.
+            steps = _CHUNK_UNITS if self.rows is None else min(_CHUNK_UNITS, self.rows // (4 * batch))
+            units = most = min(most, batch * max(1, steps))
+        fitting = round(units * self.config.cutoff_len * width / max(1.0, self.row_tokens))
+        return max(1, min(most, fitting))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,30 +98,29 @@ def open_stream(make: Making, seed: int) -> Streamed:
         DataError: something cannot be read or used, or does not go with streaming.
     """
     config, entries = make.config, sources(make.config.dataset)
-    check_keys(config)
+    raise_all(unstreamable(config))
     found = [find(entry, make.base_dir, config.dataset_dir) for entry in entries]
     limits = [least(config.row_limit, each.num_samples) for each in found]
     held = shares(int(config.val_size), len(found), config.interleave_probs)
-    looks = [_Look(make, each, count, limit) for each, count, limit in zip(found, held, limits, strict=True)]
-    kind = one_kind("dataset", [look.report for look in looks])
-    maker = CellMaker(config, make.tokeniser, [look.chosen for look in looks], kind)
-    apart = _tokenised(maker, looks, [look.held for look in looks])
-    parts = _tokenised(maker, looks, [look.train for look in looks])
-    for look in looks:
-        check_bad_rows(config, look.report)
-    first = joined(parts, kind)
+    looks = [_Look(make, *each) for each in zip(range(len(found)), found, held, limits, strict=True)]
+    reports = [look.report for look in looks]
+    maker = PieceMaker(config, make.tokeniser, [look.chosen for look in looks], one_kind("dataset", reports))
+    apart, first = (
+        _tokenised(maker, reports, [row for look in looks for row in rows(look)], seed)
+        for rows in (lambda look: look.held, lambda look: look.train)
+    )
+    for report in reports:
+        check_bad_rows(config, report)
     sizes = [look.rows for look in looks]
     stream = Stream(
         config=config, found=found, limits=limits, held=held, seed=seed, maker=maker, digest=_digest(make, found),
         rows=None if None in sizes or config.mix_strategy != "concat" else sum(size or 0 for size in sizes),
-        row_tokens=first.tokens / max(1, sum(len(look.train) for look in looks)),
+        row_tokens=first.samples.tokens / max(1, first.read.total()),
     )  # fmt: skip
-    losses = sum((part.packed.losses for part in [*parts, *apart]), Losses())
-    ends = sum((part.packed.ends for part in [*parts, *apart]), Counter[int]())
-    reports = [look.report for look in looks]
-    make.check("dataset", Tokenised(samples=first, sources=reports, losses=losses, ends=ends, bad_rows=Path()))
+    losses, ends = first.losses + apart.losses, first.ends + apart.ends
+    make.check("dataset", Tokenised(samples=first.samples, sources=reports, losses=losses, ends=ends, bad_rows=Path()))
     names = tuple(unique([each.name for each in found]))
-    evaluation = replace(joined(apart, kind), set_names=names) if any(held) else None
+    evaluation = replace(apart.samples, set_names=names) if any(held) else None
     if eval_entries := sources(config.eval_dataset, "eval_dataset"):
         whole = make.tokenised("eval_dataset", eval_entries)
         evaluation, losses, reports = whole.samples, losses + whole.losses, [*reports, *whole.sources]
@@ -133,24 +128,21 @@ def open_stream(make: Making, seed: int) -> Streamed:
         sources=reports,
         losses=losses,
         cutoff_len=config.cutoff_len,
-        train=PartReport.of(first),
+        train=PartReport.of(first.samples),
         evaluation=PartReport.of(evaluation) if evaluation is not None else None,
         end_of_turn=tuple(make.tokenizer.convert_ids_to_tokens(token) for token, _ in ends.most_common()),
         notes=_notes(stream),
     )
-    return Streamed(stream=stream, first=first, evaluation=evaluation, report=report)
+    return Streamed(stream=stream, first=first.samples, evaluation=evaluation, report=report)
 
 
 class _Look:
     """The first rows of a data set: those that are evaluated on, and some that train."""
 
-    def __init__(self, make: Making, found: Found, held: int, limit: int | None) -> None:
-        reader = RowReader(0, found, 0, limit)
+    def __init__(self, make: Making, number: int, found: Found, held: int, limit: int | None) -> None:
+        reader = RowReader(number, found, 0, limit)
         rows = _taken(reader, held + LOOK_ROWS)
-        for _ in range(_COUNT_ROWS if found.hub is None else 0):
-            if reader.ended():
-                break
-            reader.take()
+        _taken(reader, _COUNT_ROWS if found.hub is None else 0)
         self.rows = reader.taken - held if reader.ended() else None
         """How many there are to train on, where they were counted."""
         if self.rows is not None and self.rows < 1:
@@ -160,13 +152,12 @@ class _Look:
         self.report = SourceReport(name=found.spelling)
         self.chosen = self._choose(make, found, rows[:LOOKED_AT])
 
-    def _choose(self, make: Making, found: Found, rows: Sequence[tuple[Spot, int]]) -> Chosen:
-        parsed = [(part.rows.origin, row) for part in _parts(0, rows, 0) for row in part.rows.rows()]
-        readable = [row.data for _, row in parsed if row.problem is None]
+    def _choose(self, make: Making, found: Found, rows: Sequence[StreamRow]) -> Chosen:
+        readable = [each.row.data for each in rows if each.row.problem is None]
         if not readable:  # nothing to tell the format by
-            self.report.rows = len(parsed)
-            for origin, row in parsed:
-                self.report.add_bad(f"{origin}{row.number}", "unreadable", row.problem or "")
+            self.report.rows = len(rows)
+            for each in rows:
+                self.report.add_bad(each.place, "unreadable", each.row.problem or "")
             check_bad_rows(make.config, self.report)
         chosen = make.formats.of(found, readable)
         self.report.format, self.report.why, self.report.kind = chosen.name, chosen.why, chosen.format.kind
@@ -174,47 +165,40 @@ class _Look:
         return chosen
 
 
-def _taken(reader: RowReader, most: int) -> list[tuple[Spot, int]]:
+def _taken(reader: RowReader, most: int) -> list[StreamRow]:
     rows = []
     while len(rows) < most and not reader.ended():
         rows.append(reader.take())
     return rows
 
 
-def _tokenised(maker: CellMaker, looks: Sequence[_Look], rows: Sequence[Sequence[tuple[Spot, int]]]) -> list[Done]:
-    """Some rows of each data set, counted in its report."""
-    done: list[Done] = []
-    at = 0
-    for number, (look, chosen) in enumerate(zip(looks, rows, strict=True)):
-        parts = [maker.tokenised(part) for part in _parts(number, chosen, at)]
-        at += len(chosen)
-        done += parts
-        for part in parts:
-            account(look.report, part.packed)
-    return done
+def _tokenised(maker: PieceMaker, reports: Sequence[SourceReport], rows: list[StreamRow], seed: int) -> TokenPiece:
+    """Some rows of all data sets, counted in their reports."""
+    made = maker(RowPiece(words=(seed,), rows=rows))
+    made.account(reports)
+    made.samples = replace(made.samples, place=[row.place for row in rows].__getitem__)
+    return made
 
 
-def _parts(source: int, rows: Sequence[tuple[Spot, int]], first: int) -> list[CellRows]:
-    """Rows by the chunks they are of, counted from `first`."""
-    wanted: dict[int, tuple[Spot, list[int], list[int]]] = {}
-    for at, (spot, place) in enumerate(rows, start=first):
-        _, places, order = wanted.setdefault(id(spot), (spot, [], []))
-        places.append(place)
-        order.append(at)
-    return [CellRows(source, pick(spot.chunk, places), order) for spot, places, order in wanted.values()]
-
-
-def check_keys(config: DataConfig) -> None:
-    """DataError for keys that do not go with streaming."""
-    if 0 < config.val_size < 1:
-        raise DataError(
+def unstreamable(config: DataConfig, max_steps: int | None = 1, eval_strategy: str | bool = "no") -> list[DataError]:
+    """What of a recipe does not go with data of unknown size, if they are streamed."""
+    found = []
+    if config.streaming and 0 < config.val_size < 1:
+        found.append(
             f"val_size: found {config.val_size}, a share of a stream, whose size is not known; allowed are a number of "
             "rows (the first ones), or eval_dataset"
         )
-    if config.tokenized_path is not None:
-        raise DataError("tokenized_path: streaming keeps no tokens; leave it out, or set streaming: false")
-    if config.dataset is None:
-        raise DataError("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
+    if config.streaming and config.tokenized_path is not None:
+        found.append("tokenized_path: streaming keeps no tokens; leave it out, or set streaming: false")
+    if config.streaming and config.dataset is None:
+        found.append("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
+    if config.streaming and not max_steps:
+        found.append("max_steps: not given, but streaming does not know how many rows an epoch has; set max_steps")
+    if config.streaming and eval_strategy == "epoch":
+        found.append(
+            "eval_strategy: found epoch, whose end streaming does not know; set eval_strategy: steps and eval_steps"
+        )
+    return [DataError(sentence) for sentence in found]
 
 
 def shares(rows: int, sets: int, probabilities: Sequence[float] | None) -> list[int]:
@@ -232,8 +216,10 @@ def least(*limits: int | None) -> int | None:
 
 
 def _digest(make: Making, found: Sequence[Found]) -> str:
-    content = [[each.name, each.format, each.columns, each.tags, describe(each)] for each in found]
-    facts = json.dumps([make.facts(), content], sort_keys=True, default=str)
+    content = [
+        [each.name, each.format, each.columns, each.tags, describe(each), make.formats.facts(each)] for each in found
+    ]
+    facts = json.dumps([_ORDER, make.facts(), content], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
