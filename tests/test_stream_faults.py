@@ -15,7 +15,7 @@ import pytest
 
 from llmtune.contract.errors import DataError
 from llmtune.data.reading import Found
-from llmtune.data.streaming.rows import Mixed, Reader, ShuffledRows
+from llmtune.data.streaming.rows import Mixed, RowReader, ShuffledRows
 from llmtune.data.workers import WorkerPool
 from tests.streams import CPU, feed, origins, prepared, rows, run, write
 
@@ -206,7 +206,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     with path.open("wb") as file:
         for _ in range(16):
             file.write(line * 1000)
-    mixed = Mixed([Reader(0, Found(spelling="large", name="large", files=(path,)))], "concat", None, 0)
+    mixed = Mixed([RowReader(0, Found(spelling="large", name="large", files=(path,)))], "concat", None, 0)
     stream = ShuffledRows(mixed, buffer_size=512, seed=0, shuffle=True, least=8).runs(64)
     read = 0
     tracemalloc.start()

@@ -52,7 +52,7 @@ class StreamOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class StreamChunk:
     """Consecutive rows of one epoch, tokenised."""
 
     made: OwnPieces
@@ -87,7 +87,7 @@ class Reading:
     """Bytes of `bad_rows`."""
     pieces: int = 0
     """Pieces that all ranks have tokenised."""
-    chunk: Chunk | None = None
+    chunk: StreamChunk | None = None
     used: int = 0
     """Units of the chunk that were used."""
     entered: dict[str, Any] | None = None
@@ -274,7 +274,7 @@ class StreamLoader(BatchLoader):
             pad_id=self.pad_id,
         )  # fmt: skip
         order = self._order(loader, filled, made.begin)
-        reading.chunk = Chunk(made=made._replace(own=[]), loader=loader, order=order, filled=filled)
+        reading.chunk = StreamChunk(made=made._replace(own=[]), loader=loader, order=order, filled=filled)
         if not reading.used:  # else it was counted before the run was continued
             together(lambda: self._count(pieces))
 
