@@ -33,7 +33,7 @@ ROOMS = {
 """In their order. `testing`, the laws for authors of plugins, stands beside them and may import all but `cli`."""
 
 DEFERRED = {
-    "start-up": "`import llmtune`, `--help`, `plugins`, `schema` and the entry modules of plugins load no torch.",
+    "start-up": "`import llmtune`, `--help`, `plugins`, `schema`, `llmtune.testing` and entry modules load no torch.",
     "tokenizer": "Looking at data takes a tokenizer; torch and the rest of training stay out of it.",
     "first line": "Whoever starts several ranks sees a line before torch is loaded.",
     "may be absent": "The package is an extra, belongs to another system, or has the module in newer versions only.",
@@ -204,8 +204,9 @@ def reason(module: str, imported: str) -> str | None:
     """Why an import may stand inside a function; None where it may not."""
     if imported in MAY_BE_ABSENT or imported.partition(".")[0] in MAY_BE_ABSENT:
         return "may be absent"
-    entry = module == "llmtune.testing.reference"
-    if entry or (module in light() and (imported not in light() or room(module) in ("api", "cli"))):
+    if module in light() and (imported not in light() or room(module) in ("api", "cli")):
+        return "start-up"
+    if module.startswith("llmtune.testing") and not module.startswith("llmtune.testing.points"):
         return "start-up"
     if module == "llmtune.distributed.launch":
         return "first line"

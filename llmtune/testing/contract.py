@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llmtune.contract.errors import LlmtuneError, PluginError, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS
-from llmtune.testing.running import REFERENCES, read_keys, registry, tiny_recipe
+from llmtune.testing.running import REFERENCES, tiny_recipe
 
 Check = Callable[..., None]
 """`check(subject, folder)`, documented by its law, raises `Broken`."""
@@ -86,6 +86,8 @@ class Subject:
 
     def config(self) -> Any:
         """The plugin's own config object."""
+        from llmtune.testing.running import read_keys, registry
+
         made, problems = read_keys(registry().find(self.point, self.name).plugin.config, self.parameters)
         if problems:
             raise Broken(f"its parameters are refused: {listed(problems)}", "Correct the parameters of the test")
@@ -93,6 +95,8 @@ class Subject:
 
     def built(self) -> Any:
         """What the plugin's `build` returns."""
+        from llmtune.testing.running import registry
+
         return registry().find(self.point, self.name).plugin.build(self.config())
 
 

@@ -12,9 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.multiprocessing as mp
-
 GRACE_S = 10.0
 """How long ranks may go on after another has failed."""
 PRELOADED = ["torch.distributed.fsdp", "transformers.modeling_utils", "peft", "llmtune.training.run", __name__]
@@ -55,6 +52,9 @@ def in_ranks(
 def _context() -> Any:
     """Forks of a process that has imported what takes long and has done nothing else; where there may be GPUs, which do
     not survive a fork once something has asked for them, or no such process can be had, new interpreters."""
+    import torch
+    import torch.multiprocessing as mp
+
     if torch.cuda.is_available() or "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
@@ -95,6 +95,7 @@ def _one(
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    import torch
 
     torch.set_num_threads(1)
     try:

@@ -8,32 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmtune.contract.schema import decode
-from llmtune.cost import estimate
-from llmtune.distributed.placement import full
-from llmtune.distributed.ranks import join, pick_device, ranks_from_environment
-from llmtune.model.edits import named_tensors
-from llmtune.planning.make import make_model_plan, make_plan
-from llmtune.recipe.packages import installed
-from llmtune.recipe.recipe import load_recipe
-from llmtune.recipe.registry import Registry
-from llmtune.testing.reference import REFERENCE
 from llmtune.testing.tiny import tiny_chats, tiny_model_folder
-from llmtune.training.building import build_objective
-from llmtune.training.log import read_metrics
-from llmtune.training.run import train_here
-from llmtune.training.save import trained_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmtune.planning.model_plan import Mode, ModelPlan
     from llmtune.planning.plan import Plan
+    from llmtune.recipe.registry import Registry
     from llmtune.training.objective import Objective
 
 
 def read_keys(config: type, keys: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """A plugin's config from the keys of a recipe's block: (config, []), or (None, what is wrong with the keys)."""
+    from llmtune.contract.schema import decode
+
     made, problems = decode(config, keys)
     return made, [f"{problem.key}: {problem.message}" for problem in problems]
 
@@ -83,17 +72,29 @@ class Trained(NamedTuple):
 
 def registry() -> Registry:
     """Every installed plugin and the references."""
+    from llmtune.recipe.packages import installed
+    from llmtune.recipe.registry import Registry
+    from llmtune.testing.reference import REFERENCE
+
     return Registry([*installed(), REFERENCE])
 
 
 def plan(keys: Mapping[str, Any]) -> Plan:
     """The plan of a recipe, for the ranks that the environment names."""
+    from llmtune.distributed.ranks import pick_device, ranks_from_environment
+    from llmtune.planning.make import make_plan
+    from llmtune.recipe.recipe import load_recipe
+
     recipe, ranks = load_recipe(keys), ranks_from_environment()
     return make_plan(recipe, registry(), ranks, pick_device(recipe.train.device, ranks.local_rank))
 
 
 def plan_model(keys: Mapping[str, Any], mode: Mode = "train") -> ModelPlan:
     """The plan of a recipe's model, for the ranks that the environment names."""
+    from llmtune.distributed.ranks import pick_device, ranks_from_environment
+    from llmtune.planning.make import make_model_plan
+    from llmtune.recipe.recipe import load_recipe
+
     if mode == "train":
         return plan(keys).model
     recipe, ranks = load_recipe(keys), ranks_from_environment()
@@ -113,6 +114,9 @@ def build(keys: Mapping[str, Any], mode: Mode = "train") -> tuple[ModelPlan, Obj
 
 
 def _built(made: ModelPlan) -> Objective:
+    from llmtune.distributed.ranks import join
+    from llmtune.training.building import build_objective
+
     join(made.ranks, made.device)
     return build_objective(made)
 
@@ -124,6 +128,12 @@ def train(keys: Mapping[str, Any]) -> Trained:
 
 def train_and_keep(keys: Mapping[str, Any]) -> tuple[Trained, Plan]:
     """The same, with the plan whose model was trained."""
+    from llmtune.cost import estimate
+    from llmtune.recipe.recipe import load_recipe
+    from llmtune.training.log import read_metrics
+    from llmtune.training.run import train_here
+    from llmtune.training.save import trained_tensors
+
     with contextlib.redirect_stdout(io.StringIO()):
         outcome = train_here(load_recipe(keys), registry(), estimate, show=lambda *_: None)
     tensors = trained_tensors(outcome.plan.model)
@@ -133,5 +143,8 @@ def train_and_keep(keys: Mapping[str, Any]) -> tuple[Trained, Plan]:
 
 def whole_state(keys: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor of a recipe's model once its weights are loaded, whole. Collective."""
+    from llmtune.distributed.placement import full
+    from llmtune.model.edits import named_tensors
+
     made, _ = build(keys)
     return {name: full(tensor) for name, tensor in named_tensors(made.module).items()}

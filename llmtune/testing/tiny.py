@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CHATML = (
     "{%- if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -43,6 +38,9 @@ _TEXT = [
 
 def tiny_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 384) -> PreTrainedTokenizerFast:
     """Byte-level BPE with ChatML's special tokens; `<|im_end|>` ends turns, `<|endoftext|>` pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -63,6 +61,8 @@ def tiny_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 384) ->
 def tiny_config(family: str = "llama", vocab_size: int = 384, **changes: Any) -> Any:
     """Config of a random model of `family` (llama, qwen2, qwen3, mistral, gemma2, ...): 2 layers, 32 wide, 4 heads,
     2 key-value heads. `changes` replace single values."""
+    from transformers import AutoConfig
+
     values = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -82,6 +82,9 @@ def tiny_config(family: str = "llama", vocab_size: int = 384, **changes: Any) ->
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 causal language model, the same for the same seed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
@@ -101,6 +104,8 @@ def tiny_model_folder(
 
 def tiny_chats(folder: Path, rows: int = 24) -> Path:
     """Write `rows` short conversations of different lengths, some with two turns, as OpenAI messages in JSON lines."""
+    import json
+
     made = []
     for number in range(rows):
         messages = [
