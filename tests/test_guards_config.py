@@ -35,14 +35,16 @@ def test_values_have_the_types_that_they_are_written_in(tmp_path: Path) -> None:
     words = ["peft_config.text='7'", "peft_config.whole=-2", "peft_config.number=1e-4", "peft_config.switch=true"]
     expected = AnyConfig(text="7", whole=-2, number=1e-4, switch=True)
     for source, overrides in ((yaml, []), (as_json, []), ({"model": "m", "peft_config": "made_up"}, words)):
-        made, wrong = decode_block(load_recipe(source, overrides), "peft_config", 0, AnyConfig)
+        recipe = load_recipe(source, overrides)
+        made, wrong = decode_block(recipe.blocks, recipe.places, "peft_config", 0, AnyConfig)
         assert (made, wrong) == (expected, [])
 
 
 @pytest.mark.parametrize("key", ["whole", "number", "switch"])
 def test_text_is_not_made_into_what_it_looks_like(key: str) -> None:
     block = {"name": "made_up", key: "7"}
-    made, (wrong,) = decode_block(load_recipe({"model": "m", "peft_config": block}), "peft_config", 0, AnyConfig)
+    recipe = load_recipe({"model": "m", "peft_config": block})
+    made, (wrong,) = decode_block(recipe.blocks, recipe.places, "peft_config", 0, AnyConfig)
     assert made is None and f'peft_config.{key}: found "7"' in str(wrong)
 
 

@@ -25,7 +25,7 @@ def problems(point: str, block: dict[str, Any]) -> list[str]:
     """What is wrong with a block that names a plugin."""
     found = load_recipe({"model": "m", point: block})
     plugin = Registry().find(point, block["name"]).plugin
-    return [str(error) for error in decode_block(found, point, 0, plugin.config)[1]]
+    return [str(error) for error in decode_block(found.blocks, found.places, point, 0, plugin.config)[1]]
 
 
 @pytest.mark.parametrize(("point", "name"), NAMED)

@@ -266,7 +266,7 @@ class AdapterConfig:
 def test_blocks_are_decoded_with_their_places(tmp_path: Path) -> None:
     def decoded(text: str, *overrides: str) -> tuple[Any, list[str]]:
         recipe = load_recipe(write(tmp_path, text), overrides)
-        made, wrong = decode_block(recipe, "peft_config", 0, AdapterConfig)
+        made, wrong = decode_block(recipe.blocks, recipe.places, "peft_config", 0, AdapterConfig)
         return made, [str(error).replace(f"{tmp_path}/", "") for error in wrong]
 
     assert decoded("model: m\npeft_config: {name: ad, r: 3}") == (AdapterConfig(r=3), [])
