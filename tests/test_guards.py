@@ -1,4 +1,4 @@
-"""docs/guards.md and the tests it names belong together."""
+"""tests/guards.md and the tests it names belong together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NAMED = re.findall(
-    r"`((?:tests|plugins)/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
+    r"`((?:tests|plugins)/[\w/]+\.py)::(\w+)`", (ROOT / "tests" / "guards.md").read_text(encoding="utf-8")
 )
 
 
@@ -23,7 +23,7 @@ def test_every_guarantee_names_a_test_that_exists() -> None:
 
 
 def test_every_row_names_one() -> None:
-    rows = [line for line in (ROOT / "docs" / "guards.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    rows = [line for line in (ROOT / "tests" / "guards.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     rows = [row for row in rows if not row.startswith(("| what", "|---"))]
     assert len(rows) == len(NAMED) and all(row.count("|") == 4 for row in rows)
 
