@@ -197,3 +197,48 @@ def test_help_and_check_load_no_torch(good: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "check" in done.stdout and "preview" in done.stdout and "stats" in done.stdout
+
+
+def test_rows_that_a_template_does_not_write_are_found_where_a_model_is_given(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    called = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2"},
+    ]
+    path = write(tmp_path / "calls.jsonl", [chat("q", "a"), {"messages": called}])
+    alone = llmtune.check_data(path)
+    assert alone.ok and not alone.rendered and "not checked: what the chat template of a model refuses" in str(alone)
+    found = llmtune.check_data(path, model=tiny_llama, template="zephyr")
+    assert found.rendered and not found.unchecked
+    assert found.reasons == {"text not rendered": 1} and found.bad[0].origin == f"{path}:2"
+    with pytest.raises(DataError, match="text not rendered"):  # as training says
+        llmtune.preview({"model": tiny_llama, "template": "zephyr", "dataset": path})
+    assert llmtune.check_data(path, model=tiny_llama, template="zephyr", tool_format="hermes").ok
+    assert main(["data", "check", path, f"model={tiny_llama}", "template=zephyr"]) == DataError.exit_code
+    recipe = tmp_path / "calls.yaml"
+    keys = {"model": tiny_llama, "dataset": path, "template": "zephyr", "tool_format": "hermes"}
+    recipe.write_text(json.dumps(keys))
+    assert main(["data", "check", str(recipe)]) == 0
+    assert main(["data", "check", str(recipe), "tool_format=null"]) == DataError.exit_code
+    assert "is not in the rendering" in capsys.readouterr().out
+
+
+def test_a_recipe_whose_model_cannot_be_had_says_what_was_not_checked(
+    good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(f"model: {tmp_path / 'nowhere'}\ndataset: {good}\n")
+    assert main(["data", "check", str(recipe)]) == 0
+    assert "not checked: what the chat template of a model refuses; the recipe's model" in capsys.readouterr().out
+
+
+def test_columns_are_named_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "faq.csv"
+    table.write_text("question;reply\nWhy?;So.\n", encoding="utf-8")
+    assert main(["data", "check", str(table), "columns={instruction: question, output: reply}", "format=alpaca"]) == 0
+    assert "every row can be used" in capsys.readouterr().out
+    assert llmtune.check_data(table, format="alpaca", columns={"instruction": "question", "output": "reply"}).ok

@@ -6,11 +6,13 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+import llmtune
 from llmtune.contract.errors import DataError
 from llmtune.data import Row, Source, chunks, find
 
@@ -136,6 +138,25 @@ def test_hub_ids_go_to_the_datasets_library(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         rows_of("hub:owner/set", tmp_path)
+
+
+def test_a_hub_data_set_is_fetched_as_the_recipe_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: str
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load_dataset(name: str, subset: str | None, **more: Any) -> list[dict[str, Any]]:
+        asked.append(more)
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        return [{"messages": turns}] * 12
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    keys = {"model": tiny_llama, "dataset": "hub:owner/set", "cache_dir": str(tmp_path), "token": "hf_secret"}
+    assert len(llmtune.plan(keys).data.prepared.train) == 12
+    llmtune.check_data("hub:owner/set", model=tiny_llama, cache_dir=str(tmp_path), token="hf_secret")
+    assert asked and all((more["cache_dir"], more["token"]) == (str(tmp_path), "hf_secret") for more in asked)
 
 
 def test_parquet_nulls_read_like_absent_columns(tmp_path: Path) -> None:

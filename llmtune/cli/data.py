@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from llmtune.contract.errors import DataError, PlanError, RecipeError
 if TYPE_CHECKING:
     from llmtune.data.check import DataCheck
     from llmtune.data.config import Source
-    from llmtune.data.formats import Formats
 
 _RECIPES = (".yaml", ".yml")
 _DATA = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".txt", ".gz", ".zst")
@@ -27,11 +27,16 @@ def add_commands(commands: Any) -> None:
     inner = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     check = _command(inner, "check", _check, "Read every row and list those that cannot be used", (
-        "Needs no model. The exit code is 3 if a row cannot be used."
+        "Given a recipe, or model=NAME, rows are rendered with the model's template, too. The exit code is 3 if a row "
+        "cannot be used."
     ))  # fmt: skip
     check.add_argument(
         "source", metavar="SOURCE", help="a file, folder, glob, hub:owner/name, name in dataset_info.json, or recipe"
     )
+    check.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="keys of the data set (columns={instruction: question}) or of a recipe (model=NAME template=qwen3)",
+    )  # fmt: skip
     check.add_argument("--format", metavar="NAME", help="of the rows (default: detected)")
     check.add_argument("--dataset-dir", metavar="FOLDER", help="where dataset_info.json is")
     check.add_argument("--limit", type=_count, metavar="N", help="read the first N rows only")
@@ -83,7 +88,7 @@ def _check(options: Any) -> int:
 
     from llmtune.data.check import Bad, check, quarantine_line
 
-    entries, base_dir, folder, formats = _sources(options)
+    entries, base_dir, folder, facts = _sources(options)
     results: list[DataCheck] = []
     with ExitStack() as stack:
         file = stack.enter_context(Path(options.quarantine).open("w", encoding="utf-8")) if options.quarantine else None
@@ -99,7 +104,7 @@ def _check(options: Any) -> int:
                 dataset_dir=folder,
                 limit=options.limit,
                 keep=None if options.all else 20,
-                formats=formats,
+                **facts,
                 on_bad=put_aside,
             )
             results.append(found)
@@ -114,20 +119,31 @@ def _check(options: Any) -> int:
     return 0 if all(results) else DataError.exit_code
 
 
-def _sources(options: Any) -> tuple[Sequence[Source], Path, str | None, Formats]:
-    """The data sets to check, where relative paths count from, where names are looked up, and known formats."""
+def _sources(options: Any) -> tuple[Sequence[Source], Path, str | None, dict[str, Any]]:
+    """The data sets to check, where relative paths count from, where names are looked up, and what `check` needs to
+    know of formats and of a model."""
     from llmtune.data.config import Source, sources
-    from llmtune.inference.inspect import known_formats
+    from llmtune.inference.inspect import known_formats, render_facts
 
     if not options.source.endswith(_RECIPES):
-        return [Source(path=options.source)], Path.cwd(), options.dataset_dir, known_formats()
+        from llmtune.recipe.recipe import load_recipe, parse_overrides
+
+        keys, own = parse_overrides(options.overrides), {field.name for field in fields(Source)}
+        entry = {"path": options.source, **{key: value for key, value in keys.items() if key in own}}
+        keys = {key: value for key, value in keys.items() if key not in own}
+        facts = {"formats": known_formats()}
+        if keys:
+            load_libraries()
+            facts = render_facts(load_recipe({"dataset": [entry], **keys}))
+        return sources((entry,)), Path.cwd(), options.dataset_dir, facts
     from llmtune.recipe.recipe import load_recipe
 
-    recipe = load_recipe(options.source, [])
+    recipe = load_recipe(options.source, options.overrides)
     found = [*sources(recipe.data.dataset), *sources(recipe.data.eval_dataset, "eval_dataset")]
+    load_libraries()
     if not found:
         raise DataError(f"{options.source}: names no dataset; name one, or check a file")
-    return found, recipe.base_dir, options.dataset_dir or recipe.data.dataset_dir, known_formats(recipe)
+    return found, recipe.base_dir, options.dataset_dir or recipe.data.dataset_dir, render_facts(recipe)
 
 
 def _preview(options: Any) -> None:

@@ -1,4 +1,5 @@
-"""Every row of a data set read and converted as training would, without a model: what it is, and what is wrong."""
+"""Every row of a data set read and converted as training would, and rendered where a model is known: what it is, and
+what is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,9 +23,12 @@ from llmtune.data.config import Source
 from llmtune.data.formats import Chosen, Formats, read_row
 from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.piece import Bad
-from llmtune.data.reading import Chunk, Found, Row, chunks, find, separated
+from llmtune.data.reading import Chunk, Found, HubAccess, Row, chunks, find, separated
 from llmtune.data.workers import in_order
 from llmtune.terminal import Shown
+
+if TYPE_CHECKING:
+    from llmtune.data.tokenise import Tokeniser
 
 LOOKED_AT = 100
 """Rows that the format is detected from."""
@@ -113,6 +117,10 @@ class DataCheck(Shown):
     """Good rows that may not be what was meant, by what is strange about them."""
     firsts: dict[str, str] = field(default_factory=dict)
     """What each note means in the first row that it is true of."""
+    rendered: bool = False
+    """Whether each row was also rendered and tokenised as a model's training would."""
+    unchecked: str = ""
+    """What was not looked at, and how it is."""
 
     @property
     def ok(self) -> bool:
@@ -134,6 +142,7 @@ class DataCheck(Shown):
         lines = [f"{self.name}: {_rows(self.rows)}{files}", f"  format: {told}"]
         lines += [f"  kind: {self.kind}"] if self.kind else []
         lines += [f"  {name}: {text}" for name, text in self._facts() if text]
+        lines += [f"  not checked: {self.unchecked}"] if self.unchecked else []
         if self.ok:
             return "\n".join([*lines, "  every row can be used"])
         lines.append(f"  cannot be used: {_rows(self.reasons.total())} ({_counts(self.reasons)})")
@@ -169,15 +178,19 @@ def check(
     formats: Formats | None = None,
     on_bad: Callable[[Bad], object] | None = None,
     workers: int | None = None,
+    tokeniser: Tokeniser | None = None,
+    access: HubAccess | None = None,
+    why_not: str = "name a recipe, or a model: model=NAME",
 ) -> DataCheck:
-    """Read and convert the first `limit` rows of a data set (all, if None).
+    """Read and convert the first `limit` rows of a data set (all, if None); render them, too, with a `tokeniser`.
 
-    The first `keep` bad rows are kept (all, if None); `on_bad` is told of each.
+    Without one, the result says that templates were not asked, and `why_not`. The first `keep` bad rows are kept (all,
+    if None); `on_bad` is told of each.
 
     Raises:
         DataError: a file cannot be read, holds nothing, or no format fits.
     """
-    found = find(source, base_dir, dataset_dir)
+    found = find(source, base_dir, dataset_dir, access)
     result = DataCheck(name=found.spelling, files=len(found.files))
     first = list(
         islice(
@@ -191,8 +204,11 @@ def check(
         chosen = (formats or builtin_formats()).of(found, readable)
         result.format, result.kind = chosen.name, chosen.format.kind
         result.why = chosen.why + separated(found)
+        result.rendered = tokeniser is not None
+        if tokeniser is None and result.kind not in ("text", "tokens"):
+            result.unchecked = f"what the chat template of a model refuses; {why_not}"
     merge = _Merge(result, keep, on_bad)
-    for seen in in_order(partial(_look, chosen), _chunks(found, limit), workers):
+    for seen in in_order(partial(_look, chosen, tokeniser), _chunks(found, limit), workers):
         merge.add(seen)
     merge.finish()
     return result
@@ -285,15 +301,21 @@ def _chunks(found: Found, limit: int | None) -> Iterator[Chunk | _FirstRows]:
             return
 
 
-def _look(chosen: Chosen | None, chunk: Chunk | _FirstRows) -> Seen:
+def _look(chosen: Chosen | None, tokeniser: Tokeniser | None, chunk: Chunk | _FirstRows) -> Seen:
     """One chunk, in whichever process."""
-    seen = Seen(origin=chunk.origin)
-    for row in chunk.rows():
+    seen, rows, refused = Seen(origin=chunk.origin), list(chunk.rows()), {}
+    if chosen is not None and tokeniser is not None:
+        refused = {bad.origin: bad for bad in tokeniser.encode(chosen, rows, chunk.origin).bad}
+    for row in rows:
         seen.rows += 1
         try:
             if row.problem is not None or chosen is None:
                 raise BadRow("unreadable", row.problem or "no row shows what the format is")
-            seen.add(read_row(chosen, row.data), chunk.origin, row.number)
+            example = read_row(chosen, row.data)
+            if (bad := refused.get(f"{chunk.origin}{row.number}")) is not None:
+                seen.bad.append(bad)
+            else:
+                seen.add(example, chunk.origin, row.number)
         except BadRow as bad:
             seen.bad.append(Bad(f"{chunk.origin}{row.number}", bad.reason, bad.detail, row.data))
     return seen

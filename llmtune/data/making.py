@@ -18,7 +18,7 @@ from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import Chosen, Formats, check_kind
 from llmtune.data.hashes import own_code_hash
 from llmtune.data.piece import Packed
-from llmtune.data.reading import Chunk, Found, Row, chunks, content_key, find, separated
+from llmtune.data.reading import Chunk, Found, HubAccess, Row, chunks, content_key, find, separated
 from llmtune.data.report import SHOWN, SourceReport
 from llmtune.data.store import StoreWriter, Tokenised, read_about
 from llmtune.data.template import missing_tokens
@@ -58,10 +58,15 @@ class Making:
     seed: int
     writes: bool = True
     """Whether `tokenized_path` may be written to."""
+    access: HubAccess | None = None
 
     @cached_property
     def tokeniser(self) -> Tokeniser:
         return Tokeniser(self.config, self.tokenizer, read_tool_format(self.config.tool_format, self.base_dir))
+
+    def find(self, entries: Sequence[Source]) -> list[Found]:
+        """The data sets, wherever they are. Raises DataError where one is not."""
+        return [find(entry, self.base_dir, self.config.dataset_dir, self.access) for entry in entries]
 
     def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
         """The data sets of one key, from the cache or made now."""
@@ -69,7 +74,7 @@ class Making:
         at = self.base_dir / Path(chosen).expanduser() / key if chosen else None
         kept = read_about(at) if at is not None else None
         try:
-            found = [find(entry, self.base_dir, config.dataset_dir) for entry in entries]
+            found = self.find(entries)
             if not found:
                 raise DataError(f"{key}: not given, and tokenized_path {config.tokenized_path} holds no tokenised data")
             content = [self._content(each) for each in found]

@@ -17,6 +17,7 @@ from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Formats
 from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.making import Making
+from llmtune.data.reading import HubAccess
 from llmtune.data.report import DataReport, PartReport
 from llmtune.data.streaming.stream import Stream, open_stream
 from llmtune.data.template import choose_template, missing_tokens
@@ -56,12 +57,14 @@ def prepare(
     learns: Sequence[str] = LEARNS,
     stage: str = "the stage",
     writes: bool = True,
+    access: HubAccess | None = None,
 ) -> Prepared:
     """Read, render and tokenise what `config` names, or take it from the cache.
 
     The tokenizer gets the recipe's template, so that saving it and chatting use the one that was trained. Relative
     paths count from `base_dir`, else from the current folder. `learns` are the kinds of rows that `stage` can use.
-    Unless it `writes`, the folder `tokenized_path` is read and never written to, and the cache is used instead.
+    Data sets of the hub are fetched with `access`. Unless it `writes`, the folder `tokenized_path` is read and never
+    written to, and the cache is used instead.
 
     Raises:
         DataError: something cannot be read or used; all bad rows of a data set are counted in one message.
@@ -71,7 +74,9 @@ def prepare(
         raise DataError("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
     if config.template is not None:
         choose_template(config.template, tokenizer, folder)
-    make = Making(config, tokenizer, folder, formats or builtin_formats(), tuple(learns), stage, seed, writes)
+    make = Making(
+        config, tokenizer, folder, formats or builtin_formats(), tuple(learns), stage, seed, writes, access
+    )  # fmt: skip
     if config.streaming:
         opened = open_stream(make, seed)
         return Prepared(train=opened.first, evaluation=opened.evaluation, report=opened.report, stream=opened.stream)

@@ -29,25 +29,49 @@ def check_data(
     source: str | Path | Mapping[str, Any],
     *,
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
     dataset_dir: str | Path | None = None,
     limit: int | None = None,
     keep: int | None = 20,
     workers: int | None = None,
+    **recipe_keys: Any,
 ) -> DataCheck:
-    """Read and convert every row of a data set, without a model.
+    """Read and convert every row of a data set; with `model="..."`, render it with that model's template, too.
 
-    `source` is spelt like an entry of `dataset`. The first `limit` rows are read, the first `keep` bad ones are kept;
+    `source` is spelt like an entry of `dataset`, further keywords are keys of a recipe (`template`, `cutoff_len`).
+    The first `limit` rows are read, the first `keep` bad ones are kept;
     None: all. Raises DataError where a file cannot be read or no format fits.
     """
     from llmtune.data.check import check
     from llmtune.data.config import sources
+    from llmtune.recipe.recipe import load_recipe
 
-    (found,) = sources((dict(source) if isinstance(source, Mapping) else str(source),))
-    if format is not None:
-        found = replace(found, format=format)
-    return check(
-        found, Path.cwd(), dataset_dir=dataset_dir, limit=limit, keep=keep, formats=known_formats(), workers=workers
-    )
+    entry = dict(source) if isinstance(source, Mapping) else {"path": str(source)}
+    entry |= {key: value for key, value in {"format": format, "columns": columns}.items() if value is not None}
+    (found,) = sources((entry,))
+    more: dict[str, Any] = {"formats": known_formats()}
+    if recipe_keys:
+        more = render_facts(load_recipe({"dataset": [entry], **recipe_keys}))
+    return check(found, Path.cwd(), dataset_dir=dataset_dir, limit=limit, keep=keep, workers=workers, **more)
+
+
+def render_facts(recipe: Recipe) -> dict[str, Any]:
+    """What `check` needs to render rows as a run of `recipe` would: keywords of it. Where the model cannot be had, the
+    reason stands in for the tokeniser."""
+    from llmtune.data.making import Making
+    from llmtune.data.template import choose_template
+    from llmtune.model.source import load_tokenizer, resolve_model
+    from llmtune.planning.data_plan import access_of
+
+    formats, access = known_formats(recipe), access_of(recipe)
+    try:
+        tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
+        if recipe.data.template is not None:
+            choose_template(recipe.data.template, tokenizer, recipe.base_dir)
+    except LlmtuneError as error:
+        return {"formats": formats, "access": access, "why_not": f"the recipe's model cannot be asked: {error}"}
+    making = Making(recipe.data, tokenizer, recipe.base_dir, formats, KINDS, "", recipe.train.seed, access=access)
+    return {"formats": formats, "access": access, "tokeniser": making.tokeniser}
 
 
 def preview(

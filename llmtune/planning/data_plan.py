@@ -11,6 +11,7 @@ from llmtune.contract.stages import Counts, learns_of
 from llmtune.data import prepare
 from llmtune.data.batch_loader import BatchLoader
 from llmtune.data.mixing import counts, mixed
+from llmtune.data.reading import HubAccess
 from llmtune.data.stream_loader import StreamLoader
 from llmtune.recipe.parts import Parts, formats_of
 
@@ -50,9 +51,15 @@ def prepare_for(
     stage = parts.one("stage_config")
     made = prepare(
         recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir, formats=formats_of(parts, registry),
-        learns=learns or learns_of(stage.built), stage=stage.plugin.name, writes=writes,
+        learns=learns or learns_of(stage.built), stage=stage.plugin.name, writes=writes, access=access_of(recipe),
     )  # fmt: skip
     return made.counting(stage.built.counts) if isinstance(stage.built, Counts) else made
+
+
+def access_of(recipe: Recipe) -> HubAccess:
+    """How the recipe's data sets are fetched from the hub."""
+    cache = recipe.model.cache_dir
+    return HubAccess(cache_dir=None if cache is None else str(cache), token=recipe.model.token)
 
 
 def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool) -> DataPlan:

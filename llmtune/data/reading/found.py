@@ -13,6 +13,14 @@ from llmtune.data.reading.registry import described
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubAccess:
+    """How data sets of the hub are fetched; the keys `cache_dir` and `token` of a recipe."""
+
+    cache_dir: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """A data set: where its rows are, and what is known of them before one is read."""
 
@@ -38,9 +46,12 @@ class Found:
     ranking: bool = False
     """Whether a registry says that rows are preferences."""
     num_samples: int | None = None
+    access: HubAccess = field(default_factory=HubAccess)
 
 
-def find(source: Source, base_dir: Path, dataset_dir: Path | str | None = None) -> Found:
+def find(
+    source: Source, base_dir: Path, dataset_dir: Path | str | None = None, access: HubAccess | None = None
+) -> Found:
     """Look `source` up: in `dataset_info.json`, among the files, else on the hub.
 
     A name that `dataset_info.json` holds is taken from there. What the recipe's own entry says wins over it.
@@ -68,6 +79,7 @@ def find(source: Source, base_dir: Path, dataset_dir: Path | str | None = None) 
         name=source.name or (spelling if entry is not None else _short(spelling)),
         files=() if isinstance(place, str) else tuple(place),
         hub=place if isinstance(place, str) else None,
+        access=access or HubAccess(),
         **{**known, **{key: value for key, value in own.items() if value}},
     )
 

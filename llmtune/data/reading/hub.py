@@ -54,7 +54,10 @@ def load(found: Found, streaming: bool = False) -> Any:
     except ImportError:
         raise DataError(f"{told}, which needs the datasets library; run `pip install datasets`") from None
     try:
-        return _loaded(datasets, found.hub, found.subset, found.split, found.folder, streaming)
+        more: dict[str, Any] = {"streaming": True} if streaming else {}
+        more |= {"data_dir": found.folder} if found.folder else {}
+        more |= {key: value for key, value in vars(found.access).items() if value is not None}
+        return _loaded(datasets, found.hub, found.subset, found.split, **more)
     except Exception as error:  # whatever the hub, the network or the data set's own files raise
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -64,7 +67,5 @@ def load(found: Found, streaming: bool = False) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _loaded(datasets: Any, name: str, subset: str | None, split: str, folder: str | None, streaming: bool) -> Any:
-    more = {"streaming": True} if streaming else {}
-    more |= {"data_dir": folder} if folder else {}
+def _loaded(datasets: Any, name: str, subset: str | None, split: str, **more: Any) -> Any:
     return datasets.load_dataset(name, subset, split=split, **more)

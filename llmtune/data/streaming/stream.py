@@ -13,7 +13,7 @@ from llmtune.contract.errors import DataError, raise_all
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Chosen, check_kind
 from llmtune.data.making import LOOKED_AT, Making, check_bad_rows, one_kind, unique
-from llmtune.data.reading import Found, find
+from llmtune.data.reading import Found
 from llmtune.data.report import DataReport, PartReport, SourceReport
 from llmtune.data.store import Tokenised
 from llmtune.data.streaming.chunks import PieceMaker, RowPiece, TokenPiece
@@ -99,7 +99,7 @@ def open_stream(make: Making, seed: int) -> Streamed:
     """
     config, entries = make.config, sources(make.config.dataset)
     raise_all(unstreamable(config))
-    found = [find(entry, make.base_dir, config.dataset_dir) for entry in entries]
+    found = make.find(entries)
     limits = [least(config.row_limit, each.num_samples) for each in found]
     held = shares(int(config.val_size), len(found), config.interleave_probs)
     looks = [_Look(make, *each) for each in zip(range(len(found)), found, held, limits, strict=True)]
