@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmtune.contract.stages import Batch
-from llmtune.data import DataConfig, TokenSamples
+from llmtune.data import DataConfig, TokenSamples, concatenate
 from llmtune.data.batch_loader import BatchLoader, evaluation_batches
 from llmtune.distributed.ranks import Ranks
 
@@ -194,3 +194,14 @@ def test_tokens_mapped_read_only_are_only_read(tmp_path: Path) -> None:
         for step in range(feed.order.steps_per_epoch):
             for batch, other in zip(feed.step(step, CPU), expected.step(step, CPU), strict=True):
                 assert torch.equal(batch.input_ids, other.input_ids) and torch.equal(batch.labels, other.labels)
+
+
+def test_rows_of_nothing_but_prompts_are_left_out() -> None:
+    """Prompts of 70 tokens and answers of 10, cut into rows of 16: most rows would be steps that learn nothing."""
+    ids, mask = np.arange(80, dtype=np.int32), np.arange(80) >= 70
+    samples = TokenSamples.from_lists([(ids, mask)] * 12, range(12))
+    loader = feed_of(samples, packing=True, neat_packing=False, cutoff_len=16)
+    every = replace(loader, units=concatenate(samples, 16, 5))
+    weights = [every.batch([unit]).weight for unit in range(len(every.units))]
+    assert loader.units.bare == weights.count(0) > 30
+    assert [loader.batch([unit]).weight for unit in range(len(loader.units))] == [each for each in weights if each]

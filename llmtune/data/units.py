@@ -47,6 +47,8 @@ class Units:
     """(pieces,) int64, where it ends."""
     room: int = 0
     """Most tokens of a pack or row."""
+    bare: int = 0
+    """Rows that were left out, as no token in them trains."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -101,7 +103,7 @@ def make_units(samples: TokenSamples, config: DataConfig, seed: int) -> Units:
         raise DataError(
             "neat_packing: found false, but the two answers of a preference must not be joined; set it true"
         )
-    return concatenate(samples, config.cutoff_len, None if config.disable_shuffling else seed)
+    return without_bare(samples, concatenate(samples, config.cutoff_len, None if config.disable_shuffling else seed))
 
 
 def whole(lengths: np.ndarray) -> Units:
@@ -215,6 +217,29 @@ def concatenate(samples: TokenSamples, room: int, seed: int | None) -> Units:
         kind="row", samples=order[place], first=first, stops=first + sizes, room=room,
         bounds=np.append(np.searchsorted(begins, np.arange(rows) * room), len(begins)),
         tokens=np.minimum(room, total - np.arange(rows) * room),
+    )  # fmt: skip
+
+
+def without_bare(samples: TokenSamples, units: Units) -> Units:
+    """The rows in which a token trains. Where prompts are longer than a row, rows of nothing but a prompt would make
+    steps that learn nothing and log a loss of 0."""
+    if units.first is None or units.stops is None:
+        return units
+    at_start = np.zeros(len(units.samples), bool)
+    at_start[units.bounds[:-1]] = True
+    # Of a piece that begins a row the first token is predicted by nothing; of a whole sample `trained` tells at once.
+    whole = (units.first == 0) & (units.stops == samples.lengths[units.samples])
+    trains = whole & (samples.trained[units.samples] > 0)
+    for piece in np.flatnonzero(~whole).tolist():
+        begin = int(samples.starts[units.samples[piece]])
+        part = slice(begin + int(units.first[piece]) + int(at_start[piece]), begin + int(units.stops[piece]))
+        trains[piece] = samples.mask[part].any()
+    keep = np.add.reduceat(trains, units.bounds[:-1], dtype=np.int64) > 0 if len(units) else np.zeros(0, bool)
+    pieces = np.repeat(keep, np.diff(units.bounds))
+    return replace(
+        units, samples=units.samples[pieces], first=units.first[pieces], stops=units.stops[pieces],
+        bounds=np.append(0, np.cumsum(np.diff(units.bounds)[keep])), tokens=units.tokens[keep],
+        bare=int(len(keep) - keep.sum()),
     )  # fmt: skip
 
 

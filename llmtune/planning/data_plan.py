@@ -80,6 +80,11 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
         ranks=ranks, seed=train.seed, flat=flat, pad_id=pad,
     )  # fmt: skip
     units, rows = len(batches.units), batches.order.batch
+    if bare := batches.units.bare:
+        notes.append(
+            f"neat_packing: {bare:,} of {units + bare:,} rows are left out, as no token in them trains: their samples "
+            "have prompts longer than a row. Raise cutoff_len, or set neat_packing: true"
+        )
     if units < rows:
         notes.append(
             f"the data are {units} {batches.units.kind}{'' if units == 1 else 's'}, fewer than the {rows} of a step: "
