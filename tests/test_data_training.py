@@ -330,3 +330,13 @@ def test_a_step_has_no_more_micro_batches_than_there_are_rows(tiny_llama: str, c
     assert "gradient_accumulation_steps: 100,000,000 -> 24, as the others would have no row" in str(plan)
     assert len(plan.data.batches.step(0, plan.device)) == 24
     assert llmtune.train(keys).metrics[0]["loss"] > 0
+
+
+def test_samples_beyond_the_models_positions_are_told(tmp_path: Path) -> None:
+    keys = running.tiny_recipe(tmp_path, sizes={"max_position_embeddings": 16})
+    assert "more than the 16 positions that the model was made for; set rope_scaling, or cutoff_len: 16" in str(
+        llmtune.plan(keys)
+    )
+    assert "positions that the model" not in str(
+        llmtune.plan(keys, model=running.tiny_recipe(tmp_path / "other")["model"])
+    )

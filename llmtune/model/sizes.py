@@ -21,6 +21,8 @@ class ModelSizes:
     keys: int
     """Numbers of all key heads together."""
     vocabulary: int
+    positions: int
+    """Tokens that the model's positions were made for, `rope_scaling` counted; 0 where the config does not say."""
     visited: float
     """The share of the experts that a token visits; 1 where there are none."""
     windows: tuple[int | None, ...]
@@ -47,6 +49,7 @@ def sizes_of(config: Any) -> ModelSizes:
         queries=heads * head,
         keys=first("num_key_value_heads", default=heads) * head,
         vocabulary=first("vocab_size"),
+        positions=first("max_position_embeddings", "n_positions"),
         visited=chosen / experts if experts else 1.0,
         windows=tuple(window or None if kind == "sliding_attention" else None for kind in kinds),
     )

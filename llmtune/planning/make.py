@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS
@@ -20,6 +20,8 @@ from llmtune.recipe.parts import Parts, collect, find_parts
 from llmtune.terminal import doing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from llmtune.data import Prepared
@@ -70,8 +72,19 @@ def make_plan(
     assert model is not None
     flat = model.end_to_end or recipe.data.isolates
     data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat)
-    plan = Plan(recipe=recipe, parts=parts, model=model, data=data, notes=parts.notes, target=target)
+    notes = (*parts.notes, *beyond_positions(prepared.train.longest, pretrained.config))
+    plan = Plan(recipe=recipe, parts=parts, model=model, data=data, notes=notes, target=target)
     return with_checkpointing(plan)
+
+
+def beyond_positions(longest: int, config: Any) -> Iterator[str]:
+    """A word on samples that are longer than the model was made for."""
+    positions = sizes_of(config).positions
+    if positions and longest > positions:
+        yield (
+            f"cutoff_len: the longest sample has {longest:,} tokens, more than the {positions:,} positions that the "
+            f"model was made for; set rope_scaling, or cutoff_len: {positions}"
+        )
 
 
 def make_model_plan(
