@@ -41,7 +41,7 @@ def rows(found: Estimate) -> list[tuple[str, str, str]]:
     """Title, at the peak, and at most, by category."""
     lines = [("", f"in {MOMENTS.get(found.moment, found.moment)}", "at most")]
     for name in CATEGORIES:
-        now, most = getattr(found.at_peak, name), getattr(found.most, name)
+        now, most = vars(found.at_peak)[name], vars(found.most)[name]
         if most:
             lines.append((TITLES.get(name, name), size_text(now), size_text(most)))
     lines.append(("peak", size_text(found.at_peak.total), ""))

@@ -75,9 +75,9 @@ class Seen:
         messages = _messages(example)
         self.roles.update(message["role"] for message in messages)
         if messages:
-            lost = len(getattr(example, "rejected", ()))
+            lost = len(vars(example).get("rejected", ()))
             self.turns[sum(message["role"] == "assistant" for message in messages[: len(messages) - lost])] += 1
-        if (label := getattr(example, "label", None)) is not None:
+        if (label := vars(example).get("label")) is not None:
             self.answers["wanted" if label else "not wanted"] += 1
         for note, found in _notes(example, texts):
             self.notes[note] += 1
@@ -324,7 +324,7 @@ def _look(chosen: Chosen | None, tokeniser: Tokeniser | None, chunk: Chunk | _Fi
 def _messages(example: Example) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in ("prompt", "messages", "chosen", "rejected"):
-        found += getattr(example, name, ())
+        found += vars(example).get(name, ())
     return found
 
 

@@ -141,7 +141,7 @@ class DataConfig:
         _require(whole, "max_bad_records", self.max_bad_records, "a share below 1 or a whole number of rows")
         self._check_mixing()
         for key in ("dataset", "eval_dataset"):
-            sources(getattr(self, key), key, ValueError)
+            sources(vars(self)[key], key, ValueError)
 
     def _check_mixing(self) -> None:
         probabilities, count = self.interleave_probs, len(sources(self.dataset, "dataset", ValueError))

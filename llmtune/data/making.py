@@ -133,7 +133,7 @@ class Making:
             "tool_format": self.tokeniser.renderer.tool_format,
             "concatenated": self.tokeniser.cutoff is None,
             "day": date.today().isoformat() if dated else None,
-            **{key: getattr(config, key) for key in _KEYS},
+            **{key: vars(config)[key] for key in _KEYS},
         }
 
     def _fill(self, key: str, found: Sequence[Found], writer: StoreWriter) -> None:

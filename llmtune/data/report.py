@@ -98,7 +98,7 @@ class Losses:
     """Conversations that became several samples because the template writes earlier turns differently."""
 
     def __add__(self, other: Losses) -> Losses:
-        sums = {key: value + getattr(other, key) for key, value in vars(self).items()}
+        sums = {key: value + vars(other)[key] for key, value in vars(self).items()}
         return Losses(**{**sums, "no_target_origins": sums["no_target_origins"][:SHOWN]})
 
 

@@ -11,7 +11,7 @@ class Sums:
     """Whole numbers under names; sums, differences and multiples go name by name."""
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return type(self)(**{name: value + vars(other)[name] for name, value in asdict(self).items()})
 
     def __sub__(self, other: Self) -> Self:
         return self + other.times(-1)
@@ -22,7 +22,7 @@ class Sums:
 
     def most(self, other: Self) -> Self:
         """The larger of the two, name by name."""
-        return type(self)(**{name: max(value, getattr(other, name)) for name, value in asdict(self).items()})
+        return type(self)(**{name: max(value, vars(other)[name]) for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -279,7 +279,7 @@ def _absolute(model: str) -> str:
 def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Every key with its value, safe to write down and to read back."""
     made = {
-        item.name: escaped(recipe_text.plain(getattr(config, item.name), "recipe"))
+        item.name: escaped(recipe_text.plain(vars(config)[item.name], "recipe"))
         for config in configs
         for item in dataclasses.fields(config)
     }

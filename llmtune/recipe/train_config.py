@@ -110,7 +110,7 @@ class TrainConfig:
     def _contradictions(self) -> Iterator[str]:
         if self.warmup_steps and self.warmup_ratio:
             yield f"warmup_ratio: found {self.warmup_ratio} beside warmup_steps {self.warmup_steps}; give one"
-        precisions = [name for name in ("bf16", "fp16", "pure_bf16") if getattr(self, name)]
+        precisions = [name for name in ("bf16", "fp16", "pure_bf16") if vars(self)[name]]
         if len(precisions) > 1:
             yield f"{precisions[1]}: found true beside {precisions[0]}; only one of bf16, fp16, pure_bf16 can be true"
         if self.disable_gradient_checkpointing and self.activation_checkpointing in ("full", "selective"):
@@ -127,7 +127,7 @@ class TrainConfig:
             yield f"eval_steps: found {found}; set eval_strategy: steps"
         if self.eval_strategy == "no":
             for name in ("load_best_model_at_end", "early_stopping_patience"):
-                if getattr(self, name):
+                if vars(self)[name]:
                     off = "false" if name == "load_best_model_at_end" else "null"
                     yield f"{name}: needs evaluations to compare; set eval_strategy to steps or epoch, or this to {off}"
         if not self.metric_for_best_model.startswith("eval_"):

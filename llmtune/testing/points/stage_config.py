@@ -113,7 +113,7 @@ def changes_nothing(subject: Subject, folder: Path) -> None:
     after = named_tensors(plan.model.module)
     if moved := [name for name, tensor in before.items() if not same_bytes(after[name], tensor)]:
         raise Broken(f"{names(moved)} changed", "A stage only computes")
-    if moved := [name for name, value in parts.items() if not torch.equal(value, getattr(batch, name))]:
+    if moved := [name for name, value in parts.items() if not torch.equal(value, vars(batch)[name])]:
         raise Broken(f"the batch's {names(moved)} changed", "Work on copies")
     if modes != {name: module.training for name, module in plan.model.module.named_modules()}:
         raise Broken("modules were switched between training and evaluation", "Switch them back")
