@@ -75,3 +75,16 @@ def test_the_same_batches(tmp_path: Path, kind: str, packing: bool) -> None:
                     if name != "sample_ids" and not equal(value, getattr(other, name))
                 ]  # fmt: skip
                 assert not differing
+
+
+def test_a_step_weighs_what_the_stage_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(24))
+    made = prepare(
+        DataConfig(dataset=str(path), streaming=True, cutoff_len=96, preprocessing_num_workers=1),
+        tiny_tokenizer(),
+        seed=0,
+    )
+    for unit in ("tokens", "samples"):
+        with feed(made.counting(unit)) as streamed:
+            (batch,) = streamed.step(0, CPU)
+            assert batch.weight == (4 if unit == "samples" else len(batch.targets)) and len(batch.targets) > 4

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmtune.contract.errors import DataError
+from llmtune.contract.examples import Text
 from llmtune.data.reading import Found
+from llmtune.data.streaming.chunks import PieceMaker
 from llmtune.data.streaming.rows import Mixed, RowReader, ShuffledRows
 from llmtune.data.workers import WorkerPool
-from tests.streams import CPU, feed, origins, prepared, rows, run, write
+from tests.streams import CPU, feed, on_ranks, origins, prepared, rows, run, tokens, write
 
 BAD = {"instruction": "Say nothing."}
 
@@ -47,6 +52,70 @@ def test_bad_rows_that_are_skipped_are_counted_and_kept(tmp_path: Path) -> None:
         ("a.jsonl:311", "no output"), ("a.jsonl:312", "unreadable"),
     }  # fmt: skip
     assert "rows (" in summary and "no output 1" in summary and "unreadable 1" in summary
+
+
+def test_a_continued_run_lists_and_counts_bad_rows_once(tmp_path: Path) -> None:
+    """A run is ended between two checkpoints, after it wrote down rows that the continued one meets again."""
+    found: list[Any] = rows(600)
+    for number in (530, 390, 310):
+        found.insert(number, BAD)
+    made = prepared(write(tmp_path / "a.jsonl", found), on_bad_record="skip", disable_shuffling=True)
+    path = tmp_path / "quarantine.jsonl"
+    with feed(made) as one:
+        one.start(bad_rows=path)
+        for step in range(100):
+            origins(one, step)
+        cursor = json.loads(json.dumps(one.cursor()))
+        for step in range(100, 145):
+            origins(one, step)
+        straight, text = one.summary(), path.read_text()
+    assert len(text.splitlines()) == 3
+    with feed(made) as one:
+        one.start(100, cursor, path)
+        for step in range(100, 145):
+            origins(one, step)
+        assert path.read_text() == text and one.summary() == straight
+
+
+def test_bad_rows_of_all_ranks_and_before_a_resume_are_limited_together(tmp_path: Path) -> None:
+    """Twelve bad rows are too many, though no rank and no part of the run meets more than ten."""
+    found: list[Any] = rows(900)
+    for number in range(310, 900, 50):
+        found.insert(number, BAD)
+    made = prepared(
+        write(tmp_path / "a.jsonl", found), on_bad_record="skip", max_bad_records=10, disable_shuffling=True
+    )
+    _, cursor = run(made, range(120))
+    assert 2 < sum(cursor["reports"][0]["bad"].values()) < 10
+    with pytest.raises(DataError, match="more than max_bad_records=10"):
+        run(made, range(120, 220), cursor)
+    with pytest.raises(DataError, match="more than max_bad_records=10"):
+        on_ranks(made, 3, range(220))
+
+
+class Shaky:
+    """A format that draws random numbers while it reads rows."""
+
+    kind, columns, required = "text", ("instruction", "output"), ("instruction",)
+
+    def __init__(self, _: object) -> None:
+        pass
+
+    def convert(self, row: dict[str, Any]) -> Text:
+        return Text(text=f"{row['instruction']} {random.random()} {np.random.random()}")
+
+
+def test_a_format_that_draws_random_numbers_goes_on_with_the_same(tmp_path: Path) -> None:
+    made = prepared(write(tmp_path / "a.jsonl", rows(120)))
+    chosen = [replace(each, format=Shaky(None)) for each in made.stream.maker.chosen]
+    maker = PieceMaker(made.stream.config, made.stream.maker.tokeniser, chosen, made.stream.maker.kind)
+    made = replace(made, stream=replace(made.stream, maker=maker))
+    straight, _ = run(made, range(40), look=tokens)
+    assert straight[0] != straight[30]
+    _, cursor = run(made, range(17), look=tokens)
+    assert run(made, range(17, 40), cursor, look=tokens)[0] == straight[17:]
+    random.seed(5)
+    assert run(made, range(3), look=tokens)[0] == straight[:3]
 
 
 def test_more_bad_rows_than_the_recipe_lets_pass(tmp_path: Path) -> None:
@@ -222,8 +291,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 def test_a_hub_set_is_streamed_by_datasets(tmp_path: Path) -> None:
     """A folder stands in for the hub: the library reads both by the same call."""
-    from dataclasses import replace
-
     from llmtune.data.streaming.stream import describe
 
     write(tmp_path / "set" / "train.jsonl", rows(600))

@@ -112,7 +112,7 @@ class DataConfig:
     """Read, tokenise and shuffle while training, for data larger than disk or memory. Needs `max_steps`; `val_size` is
     a number of rows, the first ones."""
     buffer_size: Annotated[int, Ge(1)] = 16384
-    """Rows that streaming shuffles at a time, as they are read: each rank holds its share of them."""
+    """Rows that streaming shuffles at a time, as they are read: each rank holds all of them."""
     preprocessing_num_workers: Annotated[int, Ge(1)] | None = None
     """Processes that tokenise; absent takes the processors there are, one for small data. With `streaming` each rank
     has as many; absent shares the processors, at most 8 a rank."""

@@ -265,7 +265,7 @@ class StreamLoader(BatchLoader):
         filled = cursor["filled"] if cursor else filled
         samples = TokenSamples.concatenated(
             [piece.samples for piece in pieces], range(0, PIECE_ROWS * len(pieces), PIECE_ROWS),
-            place=made.places.__getitem__,
+            place=made.places.__getitem__, counts=self.samples.counts,
         )  # fmt: skip
         units = make_units(samples, self.stream.config, self.stream.seed)
         unused = Order(max(1, len(units)), self.order.batch, self.stream.seed)
