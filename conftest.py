@@ -12,6 +12,9 @@ import pytest
 # cores, they wait for each other and take three times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Numbers are compared to the digit, so the machine's CPU must not choose them. In the environment, for ranks and
+# command lines that tests start.
+os.environ["LLMTUNE_CPU_DTYPE"] = "float32"
 
 _own_cache = None
 if "LLMTUNE_CACHE" not in os.environ:  # the processes that test in parallel inherit it

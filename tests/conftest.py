@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-
-# Numbers are compared to the digit, so the machine's CPU must not choose them. In the environment, for ranks and
-# command lines that tests start.
-os.environ["LLMTUNE_CPU_DTYPE"] = "float32"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
