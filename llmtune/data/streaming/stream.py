@@ -25,9 +25,11 @@ LOOK_ROWS = 256
 _COUNT_ROWS = 4096
 """Rows of files that are counted before the run: smaller data sets are known whole."""
 _EDGE_BYTES = 1 << 16
-_CHUNK_UNITS = 64
-"""Packs that a chunk's rows are enough for, or, without packing, steps whose rows are sorted by length together. The
-last pack is half full on average, 0.8 % of 64."""
+_CHUNK_PACKS = 64
+"""Packs that a chunk's rows are enough for. The last one is half full on average, 0.8 % of 64."""
+_CHUNK_STEPS = 32
+"""Steps whose rows are a chunk, and sorted by length together, where nothing is packed: the first batch waits for them.
+"""
 _MOST_CHUNK_ROWS = 4096
 _ORDER = 2
 """Counts up when the same stream gives other steps than before."""
@@ -72,10 +74,10 @@ class Stream:
 
     def chunk_rows(self, batch: int, width: int) -> int:
         """Rows that are made into units together, for steps of `batch` units: not more than are worth holding."""
-        units, most = _CHUNK_UNITS, _MOST_CHUNK_ROWS
+        units, most = _CHUNK_PACKS, _MOST_CHUNK_ROWS
         if not self.config.packing:
             # Few rows make several chunks, or every epoch would have the same steps.
-            steps = _CHUNK_UNITS if self.rows is None else min(_CHUNK_UNITS, self.rows // (4 * batch))
+            steps = _CHUNK_STEPS if self.rows is None else min(_CHUNK_STEPS, self.rows // (4 * batch))
             units = most = min(most, batch * max(1, steps))
         fitting = round(units * self.config.cutoff_len * width / max(1.0, self.row_tokens))
         return max(1, min(most, fitting))
