@@ -23,11 +23,13 @@ if "LLMTUNE_CACHE" not in os.environ:  # the processes that test in parallel inh
 MOST_WORKERS = 8
 """A test may start four ranks of 0.5 GB each, so more at once are a matter of memory."""
 
-LONG = (
-    "test_tensor_parallel", "test_expert_parallel", "test_loading", "test_matrix", "test_families", "test_resume",
-    "test_nodes", "test_parity", "test_stranger", "test_testing", "test_context_parallel", "test_cost",
+SLOW = (
+    "test_cost", "test_tensor_parallel", "test_nodes", "test_expert_parallel", "test_families", "test_distribute",
+    "test_context_parallel", "test_matrix", "test_stranger", "test_resume", "test_api", "test_testing", "test_stop",
+    "test_stream_order", "test_use", "test_resume_ranks", "test_claim", "test_vocabulary", "test_docs", "test_loading",
+    "test_lora_contract", "test_stream_runs", "test_stream_faults", "test_exhausted", "test_bad_input",
 )  # fmt: skip
-"""Files of a minute and more, the longest first."""
+"""Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -38,9 +40,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files come first, so that no process ends with one when the others are done."""
-    order = {name: number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+    """Long files are marked as slow, and come first, so that no process ends with one when the others are done."""
+    order = {name: number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
+    for item in items:
+        if item.path.stem in order:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_unconfigure() -> None:

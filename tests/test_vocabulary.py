@@ -291,7 +291,7 @@ def test_rows_that_are_not_there_or_would_not_learn_are_refused(
 
 
 def test_the_plan_says_what_grows_and_counts_it(models: dict[str, str], notes: str, tmp_path: Path) -> None:
-    keys = keys_for(models["untied"], notes, tmp_path / "run")
+    keys = {**keys_for(models["untied"], notes, tmp_path / "run"), "kernel_config": None}
     grown, plain = llmtune.plan(keys), llmtune.plan({**keys, "new_special_tokens": None, "resize_vocab": False})
     used, rows = len(tiny_tokenizer()), grown.model.module.config.vocab_size
     text = str(grown)
