@@ -27,7 +27,9 @@ SLOW = (
     "test_cost", "test_tensor_parallel", "test_nodes", "test_expert_parallel", "test_families", "test_distribute",
     "test_context_parallel", "test_matrix", "test_stranger", "test_resume", "test_api", "test_testing", "test_stop",
     "test_stream_order", "test_use", "test_resume_ranks", "test_claim", "test_vocabulary", "test_docs", "test_loading",
-    "test_lora_contract", "test_stream_runs", "test_stream_faults", "test_exhausted", "test_bad_input",
+    "test_lora_contract", "test_stream_runs", "test_stream_faults", "test_exhausted", "test_bad_input", "test_terminal",
+    "test_notebook", "test_kernels_contract", "test_optim", "test_bnb_contract", "test_source_remote",
+    "test_guards_structure", "test_guards_ranks", "test_data_pairs", "test_precision", "test_data_prepare",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 

@@ -110,6 +110,7 @@ def one_rank(tiny_llama: str, chats: str, tmp_path_factory: pytest.TempPathFacto
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "init"), TWO)
 def test_two_ranks_learn_what_one_learns(method: str, init: str, two_ranks: Path, one_rank: dict[str, Any]) -> None:
     assert_same(numbers(llmtune.load(two_ranks / f"{method}-{init}")), one_rank[method])

@@ -60,7 +60,7 @@ def test_the_commands_to_try_next_work_here(screen: Screen) -> None:
 
 
 def test_a_plan_fits_and_says_the_same_in_a_pipe(tiny_llama: str, chats: str, tmp_path: Path) -> None:
-    (tmp_path / "small.json").write_text(json.dumps(recipe(tiny_llama, chats, tmp_path / "run", kernel_config="auto")))
+    (tmp_path / "small.json").write_text(json.dumps(recipe(tiny_llama, chats, Path("run"), kernel_config="auto")))
     screen = on_terminal(["-m", "llmtune", "plan", "small.json"], folder=tmp_path)
     assert screen.code == 0 and screen.lines == screen.unbroken
     assert "Fits: " in screen.text
