@@ -55,6 +55,14 @@ def test_it_says_what_is_being_done_until_the_first_step(screen: Screen) -> None
     ]  # fmt: skip
 
 
+def test_it_ends_with_the_time_and_the_memory_measured_and_planned(screen: Screen) -> None:
+    said = re.search(
+        r"^Took \d+:\d\d in all, and at most (\d+\.\d\d) GiB with .* \((\d+\.\d\d) GiB planned",
+        " ".join(screen.text[screen.text.index("Took ") :].split()),
+    )
+    assert said and float(said[1]) > float(said[2])
+
+
 def test_the_commands_to_try_next_work_here(screen: Screen) -> None:
     assert "  llmtune chat 'my run'\n  llmtune export 'my run' export_dir='my run/merged'" in screen.text
 

@@ -27,3 +27,5 @@ class Outcome:
     """Time of this process, from the start of planning to the end."""
     peak_memory_bytes: int = 0
     """The most memory that a rank has taken: on its GPU, or of this machine's on a CPU."""
+    planned_memory_bytes: int = 0
+    """What the plan expected the tensors of a rank to take at most, by formulas."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llmtune.terminal import columns, say
+from llmtune.training.console import duration
 from llmtune.training.log import read_metrics
 
 if TYPE_CHECKING:
@@ -50,8 +51,17 @@ def outcome_text(outcome: Outcome, width: int | None = None) -> str:
     parts.append(
         f"Saved the {kind}, tokenizer and chat template in {folder / 'model'},\nmetrics in {folder / 'metrics.jsonl'}."
     )
+    parts.append(spent_text(outcome))
     parts.append("\n".join(["Try next:", *(f"  {command}" for command in next_commands(folder))]))
     return "\n\n".join(parts)
+
+
+def spent_text(outcome: Outcome) -> str:
+    """What the run took, and what the plan expected of its memory."""
+    on_gpu = outcome.plan.device.type == "cuda"
+    measured = f"{outcome.peak_memory_bytes / GIB:.2f} GiB" + ("" if on_gpu else " with Python and its libraries")
+    planned = f"{outcome.planned_memory_bytes / GIB:.2f} GiB planned for tensors"
+    return f"Took {duration(outcome.seconds)} in all, and at most {measured} ({planned}) on a rank."
 
 
 def next_commands(folder: Path) -> list[str]:

@@ -27,6 +27,8 @@ from llmtune.distributed.stopping import StopRequest
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.planning.decisions import as_decided, decided
 from llmtune.planning.make import make_plan
+from llmtune.planning.memory_formulas import estimate_memory
+from llmtune.planning.micro_batch import largest
 from llmtune.recipe.parts import collect
 from llmtune.terminal import doing, say
 from llmtune.training import checkpoint, resume, run_folder
@@ -134,10 +136,13 @@ def _train(
         start = _prepare(plan, lock)
         plan = resume.continued(plan, start)
         show(str(plan))
+        planned = estimate_memory(plan, largest(plan)).at_peak.total  # of the structure, before it is filled
         try:
             outcome = _run(plan, registry, start.found, estimate(plan), show, stop)
             peak = max(from_all(peak_memory_bytes(plan.device)))
-            outcome = replace(outcome, peak_memory_bytes=peak, seconds=time.monotonic() - started)
+            outcome = replace(
+                outcome, peak_memory_bytes=peak, planned_memory_bytes=planned, seconds=time.monotonic() - started
+            )
         except BaseException as error:
             if plan.ranks.first:
                 asked = isinstance(error, KeyboardInterrupt) or stop.ordered
