@@ -50,8 +50,6 @@ class Seen:
     roles: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     """Rows by their number of assistant messages."""
-    beginnings: Counter[str] = field(default_factory=Counter)
-    """Rows by the roles of their first messages."""
     answers: Counter[str] = field(default_factory=Counter)
     """Rows of each label, counted."""
     characters: int = 0
