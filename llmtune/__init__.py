@@ -16,11 +16,14 @@ _WHERE = {
         "llmtune.contract.load_rules": ("TensorPart", "LoadRule", "TensorReader"),
         "llmtune.contract.records": (
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
-            "Adapter", "Merges", "TrainsWhole", "Reopens", "Init", "ReadsOnFirst", "Distribute",
+            "Adapter", "Merges", "SwitchesOff", "TrainsWhole", "Reopens", "Init", "ReadsOnFirst", "Distribute",
             "HoldsGathered", "ParallelDims", "OptimizerFactory", "Repacks", "Schedule", "Logger",
             "LoggerStart", "Continues", "Event", "StepDone", "Evaluated", "Saved", "Checks",
         ),
-        "llmtune.contract.stages": ("StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures"),
+        "llmtune.contract.stages": (
+            "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",
+            "UsesModels", "WithoutDropout",
+        ),
         "llmtune.contract.examples": (
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
             "Text", "Tokens", "UnpairedPreference",

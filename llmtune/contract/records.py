@@ -7,6 +7,7 @@ entry module stays light; tensors appear in annotations only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -172,6 +173,15 @@ class Adapter(Peft, Merges, Protocol):
 
     def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
         """Write the trained tensors (full, on CPU, by model name) in the format others read."""
+        ...
+
+
+@runtime_checkable
+class SwitchesOff(Protocol):
+    """Optional on a built peft object whose model computes what its base does while the trained tensors are off."""
+
+    def disabled(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A block in which the base answers. It leaves the model as it was, also where an error ends it."""
         ...
 
 

@@ -86,7 +86,8 @@ class StageContext(Protocol):
     """What a stage may call besides the model."""
 
     ops: Mapping[str, Callable[..., Any]]
-    """`linear_cross_entropy(hidden_ND, head, targets_N, transform) -> summed float32 loss`, and what plugins add.
+    """`linear_cross_entropy(hidden_ND, head, targets_N, transform) -> summed float32 loss`,
+    `linear_token_logps(hidden_ND, head, targets_N, transform) -> (N,) float32`, and what plugins add.
     `head` is the output head (a module), `transform` what `logit_transform` returned."""
 
     def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -95,6 +96,20 @@ class StageContext(Protocol):
 
     def next_token_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of the batch's targets, times their weights, summed: a float32 scalar."""
+        ...
+
+    def token_logps(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The log-probability of each of the batch's N targets, without weights: (N,) float32.
+
+        Logits are there for some positions at a time only, and once more in the backward pass.
+        """
+        ...
+
+    def with_model(self, name: str, compute: Callable[[nn.Module, StageContext], Tensor]) -> Tensor:
+        """What `compute` makes of one of the stage's further models and its context, without gradients.
+
+        The model is in eval mode, and a rank holds all of its head and embeddings meanwhile. Collective.
+        """
         ...
 
     def head(self, model: nn.Module) -> nn.Module:
@@ -137,6 +152,34 @@ class Measures(Protocol):
     """Every name that `StageLoss.metrics` can hold; an evaluation reports `eval_NAME`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A further model that a stage asks, frozen: what its part of the recipe says otherwise.
+
+    Without keys it is the trained model as it was before training: where the peft plugin `SwitchesOff`, the model
+    itself with its adapters off, which takes no memory, and else a copy of the base.
+    """
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of a recipe, such as `model`, `quant_config`, `peft_config`; all others are the run's."""
+
+
+@runtime_checkable
+class UsesModels(Protocol):
+    """Optional on a stage that asks further models (a reference, a reward), through `StageContext.with_model`."""
+
+    models: Mapping[str, ModelSpec]
+    """Each by the name that the stage calls it."""
+
+
+@runtime_checkable
+class WithoutDropout(Protocol):
+    """Optional on a stage whose loss compares what the model says with what it says elsewhere."""
+
+    without_dropout: bool
+    """Whether every dropout of the model, adapters included, is off in training."""
+
+
 LEARNS = ("conversation", "text", "tokens")
 """The kinds of examples that a stage learns from which does not say."""
 
@@ -144,3 +187,8 @@ LEARNS = ("conversation", "text", "tokens")
 def learns_of(stage: Stage) -> Sequence[str]:
     """The kinds of examples that `stage` learns from."""
     return stage.learns if isinstance(stage, LearnsFrom) else LEARNS
+
+
+def further_models(stage: Stage) -> Mapping[str, ModelSpec]:
+    """The further models that `stage` asks, by its names of them."""
+    return stage.models if isinstance(stage, UsesModels) else {}

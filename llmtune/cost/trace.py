@@ -8,7 +8,7 @@ that was left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llmtune.contract.stages import Batch
+from llmtune.contract.stages import Batch, StageContext, further_models
 from llmtune.contract.structure import transformer_layers
 from llmtune.cost.tracker import Segment, Tracker, by_category
 from llmtune.distributed.placement import materialise
 from llmtune.planning.memory import Estimate, Memory
-from llmtune.planning.memory_formulas import estimate_memory, logits_bytes
+from llmtune.planning.memory_formulas import estimate_memory, further_weights, logits_bytes
 from llmtune.training.building import make_objective, make_training, spread
 from llmtune.training.loop import clip, forward_backward, global_norm
 from llmtune.training.objective import Context, Objective
@@ -74,12 +74,26 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     traced = replace(plan, model=model)
     with fake_group(plan):
         objective = built(model)
+        # A further model is taken to compute what the trained one does, without weights of its own. Whether the head
+        # explains the logits is a question of values, which fake tensors have not.
+        stand_in = dict.fromkeys(further_models(plan.parts.one("stage_config").built), StandIn(module))
+        objective.context = Context(objective.context.ops, head_explains_logits=True, further=stand_in)
         with FakeTensorMode(allow_non_fake_inputs=True):
             timeline = step(traced, objective, shape, runs)
     # A fused loss takes larger chunks on a GPU than on the CPU, where the trace takes place.
     chunks = logits_bytes(plan.model, shape) - logits_bytes(model, shape)
-    stateless = Memory() if timeline.has_state else Memory(optimizer=estimate_memory(plan, shape).most.optimizer)
-    return unroll(timeline, everywhere=stateless, loss=Memory(logits=chunks))
+    everywhere = Memory() if timeline.has_state else Memory(optimizer=estimate_memory(plan, shape).most.optimizer)
+    return unroll(timeline, everywhere=everywhere + further_weights(plan), loss=Memory(logits=chunks))
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The trained model in the place of a further one."""
+
+    model: nn.Module
+
+    def __call__(self, compute: Callable[[nn.Module, StageContext], Tensor], context: Context) -> Tensor:
+        return compute(self.model, context)
 
 
 @contextmanager
@@ -173,8 +187,6 @@ def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
 def built(plan: ModelPlan) -> Objective:
     """The plan's objective, spread over the ranks, on the meta device still."""
     objective = make_objective(plan)
-    # Whether the head explains the logits is a question of values, which fake tensors have not.
-    objective.context = Context(objective.context.ops, head_explains_logits=True)
     if plan.attention.startswith("flash_attention"):
         plan.module.set_attn_implementation("sdpa")  # keeps the same tensors, and has a fake version
     spread(plan, objective)
@@ -188,12 +200,15 @@ def fake_batch(shape: MicroBatch) -> Batch:
         return torch.zeros(size, dtype=torch.int64)
 
     rows = (shape.rows, shape.length)
+    sequences = torch.arange(shape.targets) * shape.sequences // max(1, shape.targets)
     return Batch(
         input_ids=whole(*rows),
         labels=whole(*rows),
         weight=float(shape.targets),
         predict_at=whole(shape.targets),
         targets=whole(shape.targets),
+        target_sequence=sequences,
+        sequences=shape.sequences,
         position_ids=whole(*rows) if shape.flat else None,
         attention_mask=whole(*rows) if shape.masked else None,
     )

@@ -11,9 +11,11 @@ from transformers import GenerationConfig
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import RunContext
+from llmtune.contract.stages import WithoutDropout
 from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template
 from llmtune.model.config import ModelConfig
+from llmtune.model.dropout import switch_off
 from llmtune.model.edits import Ledger, set_trainable
 from llmtune.model.loading import only_first_reads
 from llmtune.model.new_rows import enter, grow
@@ -101,6 +103,10 @@ def plan_model(
         if sentence := vocabulary_objection(vocabulary, ledger, module, learning, parts):
             problems.append(PlanError(sentence))
     apply_edits(("kernel_config",), parts, ledger, context, problems)
+    if mode == "train" and any(
+        isinstance(part.built, WithoutDropout) and part.built.without_dropout for part in parts.at("stage_config")
+    ):
+        switch_off(module)
     attention, end_to_end, notes = choose_attention(recipe.model, ledger)
     if (
         mode == "train"

@@ -13,6 +13,7 @@ from llmtune.model.sizes import sizes_of
 from llmtune.planning.data_plan import plan_data, prepare_for
 from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
+from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import batch_objections, metric_objections
 from llmtune.planning.plan import Plan
@@ -70,10 +71,11 @@ def make_plan(
     problems += [PlanError(sentence) for sentence in batch_objections(prepared.train.kind, recipe.data, ranks)]
     raise_all(problems)
     assert model is not None
+    further = plan_further(recipe, registry, parts, model)
     flat = model.end_to_end or recipe.data.isolates
     data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat)
     notes = (*parts.notes, *beyond_positions(prepared.train.longest, pretrained.config))
-    plan = Plan(recipe=recipe, parts=parts, model=model, data=data, notes=notes, target=target)
+    plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
     return with_checkpointing(plan)
 
 

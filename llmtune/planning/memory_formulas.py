@@ -102,7 +102,7 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
     whole = hold("", model.module, rank, state)
     root = whole - reduce(Held.__add__, held, Held())
     acts = activations(model, batch, [layer for _, layer in layers], rank, level)
-    grads, base = Memory(gradients=whole.gradients), whole.static
+    grads, base = Memory(gradients=whole.gradients), whole.static + further_weights(plan)
     if batch.micro_steps > 1:  # those of the micro-batches before are there from the start
         base += Memory(gradients=4 * whole.trained) if rank.keeps_gradients else grads
     step = Step(
@@ -110,11 +110,17 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
         logits=Memory(logits=logits_bytes(model, batch)), head=head_trained(model), again=level != "none",
     )  # fmt: skip
     moments = {name: base + more for name, more in (step.spread() if rank.spread else step.alone())}
-    moments["update"] = whole.static + grads
+    moments["update"] = whole.static + further_weights(plan) + grads
     if rank.dist.in_host_memory:
         moments = {name: to_host(memory) for name, memory in moments.items()}
     moment, at_peak = max(moments.items(), key=lambda item: item[1].total)
     return Estimate(at_peak=at_peak, most=reduce(Memory.most, moments.values()), moment=moment)
+
+
+def further_weights(plan: Plan) -> Memory:
+    """The weights of the stage's further models. What they need in passing is less than the trained model's step."""
+    held = [hold("", further.module, Rank(further), {}) for further in plan.further.values()]
+    return reduce(Held.__add__, held, Held()).static
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ class MicroBatch:
     """Tokens of a row on this rank."""
     targets: int
     """Positions that a loss is computed for."""
+    sequences: int = 1
+    """Documents that see themselves only, several in a row where rows are packed."""
     micro_steps: int
     """Micro-batches of an optimiser step."""
     masked: bool = False
@@ -56,6 +58,7 @@ def largest(plan: Plan) -> MicroBatch:
         rows=1 if flat else size * width,
         length=-(-int(longest.sum() if flat else longest[-1]) // share),
         targets=-(-int(np.sort(targets)[-size:].sum()) // share),
+        sequences=int(np.sort(np.diff(units.bounds))[-size:].sum()) * samples.width,
         micro_steps=train.gradient_accumulation_steps,
         masked=not flat and size * width > 1 and bool(rows.min() < rows.max() or width > 1),
         flat=flat,

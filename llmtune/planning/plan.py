@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import __version__
-from llmtune.planning.show import data_lines, edit_lines, epoch_text, model_lines
+from llmtune.planning.show import data_lines, edit_lines, epoch_text, further_lines, model_lines
 from llmtune.terminal import Shown
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Plan(Shown):
     model: ModelPlan
     """The model that is trained."""
     data: DataPlan
+    further: Mapping[str, ModelPlan] = field(default_factory=dict)
+    """The further models of the stage that have weights of their own, by the stage's names of them."""
     notes: tuple[str, ...] = ()
     target: Device | None = None
     """The described device that this is a plan for, where it need not be one of this machine."""
@@ -95,7 +98,8 @@ class Plan(Shown):
             ("Steps", f"{self.steps} ({epoch}{self.warmup_steps} of them warm-up)"),
             ("Output", f"{self.output_dir}"),
         ]
-        lines = [*model_lines(self.model, flat=self.data.batches.flat), "", "Steps, in order"]
+        lines = [*model_lines(self.model, flat=self.data.batches.flat), *further_lines(self.parts, self.further)]
+        lines += ["", "Steps, in order"]
         lines += [*edit_lines(self.parts, self.model), "", *(f"{name:<12}{text}" for name, text in numbers)]
         if notes := [*self.model.notes, *self.data.notes, *self.notes]:
             lines += ["", *(f"Note: {note}" for note in notes)]

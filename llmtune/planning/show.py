@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.contract.extension_points import POINTS
+from llmtune.contract.stages import further_models
 
 if TYPE_CHECKING:
     from llmtune.distributed.ranks import Ranks
@@ -33,6 +34,16 @@ def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
         ("Attention", f"{plan.attention}, {'documents end to end' if flat else 'padded rows'}"),
         ("Memory", "; ".join(filter(None, [f"activation checkpointing {plan.checkpointing}", plan.checkpointing_why]))),
     ]
+    return [f"{name:<12}{text}" for name, text in rows]
+
+
+def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
+    """The further models of the stage, and whether they take memory of their own."""
+    rows = []
+    for name in further_models(parts.one("stage_config").built):
+        plan = further.get(name)
+        text = f"{plan.keys.model}, {plan.parameters()[1]:,} parameters" if plan else "the base, with its adapters off"
+        rows.append((name.capitalize(), text))
     return [f"{name:<12}{text}" for name, text in rows]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from llmtune.contract.errors import LlmtuneError, PluginError, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS
+from llmtune.contract.stages import learns_of
 from llmtune.testing.running import REFERENCES, tiny_recipe
 
 Check = Callable[..., None]
@@ -82,7 +83,15 @@ class Subject:
         if self.point == "quant_config" and self.mode == "train":
             given["peft_config"] = "reference"  # what is quantised cannot train
         given |= {**self.recipe, **changes}
-        return tiny_recipe(folder, self.family, self.sizes, **given)
+        return tiny_recipe(folder, self.family, self.sizes, self.kind, **given)
+
+    @property
+    def kind(self) -> str:
+        """What the rows are that the plugin is tested with: of a stage, the first kind that it learns from."""
+        if self.point != "stage_config":
+            return "conversation"
+        kind = learns_of(self.built())[0]
+        return kind if kind == "preference" else "conversation"
 
     def config(self) -> Any:
         """The plugin's own config object."""

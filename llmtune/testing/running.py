@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmtune.testing.tiny import tiny_chats, tiny_model_folder
+from llmtune.testing.tiny import tiny_chats, tiny_model_folder, tiny_preferences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,23 +27,26 @@ def read_keys(config: type, keys: Mapping[str, Any]) -> tuple[Any, list[str]]:
     return made, [f"{problem.key}: {problem.message}" for problem in problems]
 
 
-def tiny_recipe(folder: Path, family: str = "llama", sizes: Mapping[str, Any] | None = None, **keys: Any) -> dict:
+def tiny_recipe(
+    folder: Path, family: str = "llama", sizes: Mapping[str, Any] | None = None, kind: str = "conversation", **keys: Any
+) -> dict[str, Any]:
     """A recipe of 4 steps of 8 rows on a random model of 2 layers, made in `folder` if it is not there yet, in float32
     and without kernels.
 
-    `sizes` are values of the model's config, `keys` recipe keys. Weights are large enough that changes show.
+    `sizes` are values of the model's config, `kind` what the rows are, `keys` recipe keys. Weights are large enough
+    that changes show.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model, chats = folder / f"tiny-{family}", folder / "chats.jsonl"
+    model, rows = folder / f"tiny-{family}", folder / ROWS[kind]
     if not model.exists():
         values: dict[str, Any] = {"initializer_range": 0.2, **(sizes or {})}
         tiny_model_folder(folder, family, **values)
-    if not chats.exists():
-        tiny_chats(folder)
+    if not rows.exists():
+        {"conversation": tiny_chats, "preference": tiny_preferences}[kind](folder)
     return {
         "model": str(model),
-        "dataset": str(chats),
+        "dataset": str(rows),
         "output_dir": str(folder / "run"),
         "device": "cpu",
         "bf16": False,
@@ -57,6 +60,9 @@ def tiny_recipe(folder: Path, family: str = "llama", sizes: Mapping[str, Any] | 
         "cutoff_len": 128,
     } | keys
 
+
+ROWS = {"conversation": "chats.jsonl", "preference": "preferences.jsonl"}
+"""Files of rows, by what the rows are."""
 
 REFERENCES = {point: "reference" for point in ("init_config", "stage_config", "optim_config", "lr_scheduler_config")}
 """Blocks that a recipe cannot do without."""
@@ -103,22 +109,22 @@ def plan_model(keys: Mapping[str, Any], mode: Mode = "train") -> ModelPlan:
 
 def start(keys: Mapping[str, Any]) -> tuple[Plan, Objective]:
     """The plan of a recipe, and its model with weights inside its stage."""
+    from llmtune.distributed.ranks import join
+    from llmtune.training.building import build_run
+
     made = plan(keys)
-    return made, _built(made.model)
+    join(made.ranks, made.device)
+    return made, build_run(made)
 
 
 def build(keys: Mapping[str, Any], mode: Mode = "train") -> tuple[ModelPlan, Objective]:
     """The plan of a recipe's model, and that model with weights inside its stage."""
-    made = plan_model(keys, mode)
-    return made, _built(made)
-
-
-def _built(made: ModelPlan) -> Objective:
     from llmtune.distributed.ranks import join
     from llmtune.training.building import build_objective
 
+    made = plan_model(keys, mode)
     join(made.ranks, made.device)
-    return build_objective(made)
+    return made, build_objective(made)
 
 
 def train(keys: Mapping[str, Any]) -> Trained:

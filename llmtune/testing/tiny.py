@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +105,6 @@ def tiny_model_folder(
 
 def tiny_chats(folder: Path, rows: int = 24) -> Path:
     """Write `rows` short conversations of different lengths, some with two turns, as OpenAI messages in JSON lines."""
-    import json
-
     made = []
     for number in range(rows):
         messages = [
@@ -115,6 +114,24 @@ def tiny_chats(folder: Path, rows: int = 24) -> Path:
         if number % 5 == 0:
             messages += [{"role": "user", "content": "No."}, {"role": "assistant", "content": "Good day then."}]
         made.append({"messages": messages})
-    path = Path(folder) / "chats.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return _write(folder, "chats", made)
+
+
+def tiny_preferences(folder: Path, rows: int = 24) -> Path:
+    """Write `rows` questions with a chosen and a rejected answer, of very different lengths, as JSON lines."""
+    made = []
+    for number in range(rows):
+        question = f"How much is {number} and {number}?" + " Please." * (number % 4)
+        chosen, rejected = f"It is {2 * number}." + " Anything else?" * (number % 3), "No." + " No." * (number % 5)
+        made.append({
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        })  # fmt: skip
+    return _write(folder, "preferences", made)
+
+
+def _write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    path = Path(folder) / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

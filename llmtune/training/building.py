@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtune.contract.errors import blaming
+from llmtune.contract.records import SwitchesOff
+from llmtune.contract.stages import further_models
 from llmtune.contract.structure import transformer_layers
 from llmtune.distributed.activation_checkpointing import checkpoint_activations
 from llmtune.distributed.context_parallel import attend_over_ranks
@@ -22,13 +24,28 @@ from llmtune.model.source import resolve_model
 from llmtune.model.tying import require_tied
 from llmtune.model.weight_files import StoredTensor, read_index
 from llmtune.training.loop import LossScale, Training
-from llmtune.training.objective import Objective
+from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Distribute, Init
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.planning.plan import Plan
     from llmtune.recipe.parts import BuiltPlugin
+
+
+def build_run(plan: Plan) -> Objective:
+    """The model that trains inside its stage, and the stage's further models, all spread and filled. Collective."""
+    objective = build_objective(plan.model)
+    own = {name: build_objective(further).eval() for name, further in plan.further.items()}
+    objective.context = Context(objective.context.ops, further=asked(plan, {n: OwnModel(o) for n, o in own.items()}))
+    return objective
+
+
+def asked(plan: Plan, own: Mapping[str, FrozenModel]) -> dict[str, FrozenModel]:
+    """All further models of the plan's stage: its `own` ones, and for the others the trained model, adapters off."""
+    switches = [part.built for part in plan.parts.at("peft_config") if isinstance(part.built, SwitchesOff)]
+    names = further_models(plan.parts.one("stage_config").built)
+    return {name: own[name] if name in own else BeforeTraining(plan.model.module, switches[0]) for name in names}
 
 
 def build_objective(plan: ModelPlan) -> Objective:

@@ -7,17 +7,22 @@ a stage may call the model, its backbone or its head as it likes, without buildi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from llmtune.contract.stages import StageContext
+from llmtune.distributed.fsdp2 import reshard
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmtune.contract.records import SwitchesOff
     from llmtune.contract.stages import Batch, Stage
 
 
@@ -29,12 +34,17 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, stage: Stage | None, ops: Mapping[str, Callable[..., Any]], autocast: torch.dtype | None
+        self,
+        model: nn.Module,
+        stage: Stage | None,
+        ops: Mapping[str, Callable[..., Any]],
+        autocast: torch.dtype | None,
+        further: Mapping[str, FrozenModel] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
-        self.context = Context(ops)
+        self.context = Context(ops, further=further)
         self.autocast = autocast
 
     def forward(self, batch: Batch | Callable[[], Any]) -> Any:
@@ -51,9 +61,22 @@ class Objective(nn.Module):
 class Context(StageContext):
     """`StageContext` for a transformers model."""
 
-    def __init__(self, ops: Mapping[str, Callable[..., Any]], head_explains_logits: bool | None = None) -> None:
-        self.ops: Mapping[str, Callable[..., Any]] = {"linear_cross_entropy": linear_cross_entropy, **ops}
+    def __init__(
+        self,
+        ops: Mapping[str, Callable[..., Any]],
+        head_explains_logits: bool | None = None,
+        further: Mapping[str, FrozenModel] = MappingProxyType({}),
+    ) -> None:
+        self.ops: Mapping[str, Callable[..., Any]] = {
+            "linear_cross_entropy": linear_cross_entropy, "linear_token_logps": linear_token_logps, **ops,
+        }  # fmt: skip
         self._head_explains_logits = head_explains_logits
+        self._further = further
+
+    def with_model(self, name: str, compute: Callable[[nn.Module, StageContext], Tensor]) -> Tensor:
+        """What `compute` makes of a further model, without gradients. Collective."""
+        with torch.no_grad():
+            return self._further[name](compute, self)
 
     def hidden_states(self, model: Any, batch: Batch) -> Tensor:
         """Last hidden states (B, T, D), without building logits."""
@@ -86,6 +109,17 @@ class Context(StageContext):
         return weighted_sum(
             batch, logits_NV, lambda some_NV, targets: F.cross_entropy(some_NV.float(), targets, reduction="sum")
         )
+
+    def token_logps(self, model: Any, batch: Batch) -> Tensor:
+        """The log-probability of each of the batch's N targets under the model: (N,) float32."""
+        if self._head_explains_logits is None:
+            self._head_explains_logits = self._probe(model, batch)
+        if self._head_explains_logits:
+            hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
+            op = self.ops["linear_token_logps"]
+            return op(hidden_ND, self.head(model), batch.targets, self.logit_transform(model))
+        logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
+        return -F.cross_entropy(logits_NV.float(), batch.targets, reduction="none")
 
     def _probe(self, model: Any, batch: Batch) -> bool:
         """Whether head and transform on the backbone's output give this model's logits. Asked once a run, on 4 tokens:
@@ -131,3 +165,57 @@ def linear_cross_entropy(
     if transform is not None:
         logits_NV = transform(logits_NV)
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+
+
+LOGITS_AT_ONCE = 2**24
+"""Numbers of a chunk of logits, 64 MiB as float32: at a vocabulary of 49,152 these are 341 positions."""
+
+
+def linear_token_logps(
+    hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, transform: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """The plain operation: some positions at a time go through the head, and once more in the backward pass."""
+
+    def of_chunk(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        logits_CV = head(hidden_CD)
+        if transform is not None:
+            logits_CV = transform(logits_CV)
+        return -F.cross_entropy(logits_CV.float(), targets_C, reduction="none")
+
+    vocabulary = max((max(weight.shape) for weight in head.parameters() if weight.ndim == 2), default=2**17)
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    chunks = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+class FrozenModel(Protocol):
+    """A further model of a stage."""
+
+    def __call__(self, compute: Callable[[nn.Module, StageContext], Tensor], context: Context) -> Tensor:
+        """What `compute` makes of the model and its context. `context` is that of the trained model."""
+        ...
+
+
+@dataclass(frozen=True)
+class BeforeTraining:
+    """The trained model while its adapters are off."""
+
+    model: nn.Module
+    peft: SwitchesOff
+
+    def __call__(self, compute: Callable[[nn.Module, StageContext], Tensor], context: Context) -> Tensor:
+        with self.peft.disabled(self.model):
+            return compute(self.model, context)
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A model beside the trained one, with weights of its own, spread over the ranks like it."""
+
+    objective: Objective
+
+    def __call__(self, compute: Callable[[nn.Module, StageContext], Tensor], context: Context) -> Tensor:
+        objective = self.objective
+        result = objective(lambda: compute(objective.model, objective.context))
+        reshard(objective)
+        return result

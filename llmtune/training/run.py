@@ -32,7 +32,7 @@ from llmtune.planning.micro_batch import largest
 from llmtune.recipe.parts import collect
 from llmtune.terminal import doing, say
 from llmtune.training import checkpoint, resume, run_folder
-from llmtune.training.building import build_objective, make_training
+from llmtune.training.building import build_run, make_training
 from llmtune.training.callbacks import TrainingCallbacks
 from llmtune.training.isolation import check_isolation, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
@@ -222,7 +222,7 @@ def _build(plan: Plan, found: tuple[Path, Manifest] | None, cost: StepCost) -> t
     plan.data.batches.start(*cursor, quarantine)
     doing.info("Loading the weights")
     with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
-        objective = build_objective(plan.model)
+        objective = build_run(plan)
     read = base_weights(plan, found[1].origins if found else {})
     if plan.ranks.first:
         run_folder.write_status(plan.output_dir, "running", model_fingerprint=read[WEIGHTS])

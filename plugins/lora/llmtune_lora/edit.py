@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -101,6 +104,22 @@ class Lora:
         if self.adapters:
             fold(model, self.adapters)
             self.adapters.clear()
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        """The base answers: layers skip their adapters, and modules trained in full give way to their originals.
+
+        PEFT's own switch would take `requires_grad` from the adapters, which the optimiser and FSDP2 count on.
+        """
+        tuned = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        before = [module.disable_adapters for module in tuned]
+        try:
+            for module in tuned:
+                module._disable_adapters = True
+            yield
+        finally:
+            for module, off in zip(tuned, before, strict=True):
+                module._disable_adapters = off
 
     def _new(self, model: nn.Module) -> ModelEdit:
         recipe = self.config

@@ -1,0 +1,78 @@
+"""The further models of a stage: frozen, planned like the one that trains, from the run's recipe and keys of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from llmtune.contract.errors import LlmtuneError, PlanError, listed, raise_all
+from llmtune.contract.extension_points import POINTS
+from llmtune.contract.records import SwitchesOff
+from llmtune.contract.stages import further_models
+from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
+from llmtune.recipe.blocks import read_blocks
+from llmtune.recipe.parts import Parts, collect, find_parts
+
+if TYPE_CHECKING:
+    from llmtune.planning.model_plan import ModelPlan
+    from llmtune.recipe.recipe import Recipe
+    from llmtune.recipe.registry import Registry
+
+
+def plan_further(recipe: Recipe, registry: Registry, parts: Parts, trained: ModelPlan) -> dict[str, ModelPlan]:
+    """Plans of those that have weights of their own. Raises all that is wrong, each error under the model's name."""
+    plans: dict[str, ModelPlan] = {}
+    problems: list[LlmtuneError] = []
+    for name, spec in further_models(parts.one("stage_config").built).items():
+        if not spec.keys and switched_off(parts, trained):
+            continue
+        wrong: list[LlmtuneError] = []
+        with collect(wrong):
+            own = with_keys(recipe, spec.keys, adapted=bool(trained.ledger.files) and not spec.keys)
+            plans[name] = _plan(own, registry, trained)
+        stage = parts.one("stage_config").label
+        problems += [type(error)(f"the model {name} of {stage}: {error}") for error in wrong]
+    raise_all(problems)
+    return plans
+
+
+def switched_off(parts: Parts, trained: ModelPlan) -> bool:
+    """Whether the trained model was what it is with its adapters off: not where they came from files."""
+    return not trained.ledger.files and any(isinstance(part.built, SwitchesOff) for part in parts.at("peft_config"))
+
+
+def with_keys(recipe: Recipe, keys: Mapping[str, Any], adapted: bool) -> Recipe:
+    """The recipe of a frozen model, with the run's own peft_config only where it is to be `adapted`.
+
+    Raises PlanError for an unknown key.
+    """
+    blocks, wrong = read_blocks({point: keys[point] for point in POINTS if point in keys}, recipe.places)
+    raise_all(wrong)
+    known = {field.name for field in fields(recipe.model)}
+    if odd := sorted(set(keys) - known - set(POINTS)):
+        raise PlanError(f"has the keys {listed(odd)}; allowed are those of models and extension points")
+    kept = {
+        point: block
+        for point, block in recipe.blocks.items()
+        if point not in keys and (adapted or point != "peft_config")
+    }
+    return replace(
+        recipe,
+        model=replace(recipe.model, **{key: value for key, value in keys.items() if key in known}),
+        blocks={**kept, **blocks},
+    )
+
+
+def _plan(recipe: Recipe, registry: Registry, trained: ModelPlan) -> ModelPlan:
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, STRUCTURE_POINTS)
+    raise_all(problems)
+    pretrained = read_pretrained(recipe, parts, trained.ranks, described=False, templated=False)
+    here, there = len(pretrained.tokenizer), len(trained.tokenizer)
+    if pretrained.tokenizer.get_vocab() != trained.tokenizer.get_vocab():
+        raise PlanError(
+            f"model: {recipe.model.model} has another vocabulary ({here:,} tokens) than the trained model ({there:,}), "
+            "so that the two read different texts; name a model of the same family"
+        )
+    return plan_model(recipe, parts, pretrained, trained.precision, trained.ranks, trained.device, "infer")
