@@ -1,0 +1,78 @@
+"""Learning from preferences: `stage_config: dpo`, pairs of a chosen and a rejected answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from llmtune import Ge, Gt, Lt, Plugin, hookimpl
+
+REFERENCE_FREE = ("orpo", "simpo")
+"""Losses that ask the trained model only."""
+
+PairLoss = Literal[
+    "sigmoid", "hinge", "ipo", "orpo", "simpo", "robust", "exo", "bco", "nca", "apo_zero", "apo_down", "sppo",
+    "discopop",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    """Keys of `stage_config: {name: dpo}`."""
+
+    pref_loss: PairLoss = "sigmoid"
+    """The loss of a pair: `sigmoid` is DPO (Rafailov et al. 2023, arXiv 2305.18290), `hinge` SLiC (arXiv 2305.10425),
+    `ipo` arXiv 2310.12036, `orpo` arXiv 2403.07691, `simpo` arXiv 2405.14734, `robust` arXiv 2403.00409, `exo` arXiv
+    2402.00856, `bco` arXiv 2404.04656 without its shift, `nca` arXiv 2402.05369, `apo_zero` and `apo_down` arXiv
+    2408.06266, `sppo` arXiv 2405.00675 with hard labels, `discopop` arXiv 2406.08414."""
+    pref_beta: Annotated[float, Gt(0)] = 0.1
+    """How strongly an answer's log-probability counts, against the reference's where there is one; of `orpo` the share
+    of the odds ratio in the loss."""
+    pref_ftx: Annotated[float, Ge(0)] = 0.0
+    """Share of supervised learning of the chosen answer: its mean cross-entropy, times this, is added to the loss."""
+    dpo_label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """Probability that a pair's label is wrong: for `sigmoid`, `simpo`, `robust` and `exo`, the last of which needs
+    one above 0."""
+    simpo_gamma: float = 0.5
+    """Margin of `simpo` between the mean log-probabilities of the two answers, already times `pref_beta`."""
+    ld_alpha: Annotated[float, Ge(0)] | None = None
+    """What a token counts that lies beyond the shorter answer's length, from 0 to 1 (LD-DPO, arXiv 2409.06411); null
+    counts all tokens alike. Not for losses over means (`ipo`, `orpo`, `simpo`)."""
+    ref_model: str | None = None
+    """Another model as reference: a folder or a hub id. null is the model as it was before training."""
+    ref_model_adapters: str | tuple[str, ...] | None = None
+    """Adapters of the reference, in PEFT's format."""
+    ref_model_quantization_bit: Literal[4, 8] | None = None
+    """Bits per weight of the reference; null does not quantise it, unless it is the trained model's base."""
+
+    def __post_init__(self) -> None:
+        named = [key for key in ("ref_model", "ref_model_adapters", "ref_model_quantization_bit") if getattr(self, key)]
+        if self.pref_loss in REFERENCE_FREE and named:
+            raise ValueError(f"{named[0]}: pref_loss {self.pref_loss} asks no reference; leave it out")
+        if self.dpo_label_smoothing and self.pref_loss not in ("sigmoid", "simpo", "robust", "exo"):
+            raise ValueError(
+                f"dpo_label_smoothing: found {self.dpo_label_smoothing}, which pref_loss {self.pref_loss} does not "
+                "know; set it to 0, or pref_loss to sigmoid, simpo, robust or exo"
+            )
+        if self.pref_loss == "exo" and not self.dpo_label_smoothing:
+            raise ValueError("dpo_label_smoothing: pref_loss exo takes its logarithm; set it above 0, such as 0.001")
+        if self.ld_alpha is not None and (self.ld_alpha > 1 or self.pref_loss in ("ipo", "orpo", "simpo")):
+            raise ValueError(
+                f"ld_alpha: found {self.ld_alpha} with pref_loss {self.pref_loss}, allowed is 0 to 1 with a loss over "
+                "sums of log-probabilities, not ipo, orpo or simpo"
+            )
+
+
+def build(config: DpoConfig) -> Any:
+    """The stage that `config` describes."""
+    from .stage import Pairs
+
+    return Pairs(config)
+
+
+@hookimpl
+def stage_config() -> list[Plugin]:
+    """`dpo`."""
+    return [
+        Plugin(name="dpo", config=DpoConfig, build=build, summary="Preferring chosen answers to rejected ones (DPO)")
+    ]
