@@ -12,7 +12,7 @@ import pytest
 
 import llmtune
 from llmtune.cli import main
-from llmtune.contract.errors import DataError, PluginError, RecipeError
+from llmtune.contract.errors import DataError, LoadError, PluginError, RecipeError
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -227,13 +227,34 @@ def test_rows_that_a_template_does_not_write_are_found_where_a_model_is_given(
     assert "is not in the rendering" in capsys.readouterr().out
 
 
-def test_a_recipe_whose_model_cannot_be_had_says_what_was_not_checked(
-    good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_recipe_whose_model_cannot_be_had_says_what_was_not_checked_and_fails(
+    good: str, bad: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "my.yaml"
     recipe.write_text(f"model: {tmp_path / 'nowhere'}\ndataset: {good}\n")
-    assert main(["data", "check", str(recipe)]) == 0
-    assert "not checked: what the chat template of a model refuses; the recipe's model" in capsys.readouterr().out
+    assert main(["data", "check", str(recipe)]) == LoadError.exit_code
+    said = capsys.readouterr().out
+    assert "not checked: what the chat template of a model refuses, and what trains; the recipe's model" in said
+    assert "can be used" not in said.replace("whether it can be used is not known", "")
+    assert main(["data", "check", str(recipe), f"dataset={bad}"]) == DataError.exit_code
+    found = llmtune.check_data(good, model=str(tmp_path / "nowhere"))
+    assert not found and found.exit_code == LoadError.exit_code and not found.as_dict()["ok"]
+
+
+def test_rows_that_would_leave_nothing_to_train_on_are_found_where_a_model_is_given(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [chat("q", "a"), chat("q " * 200, "a"), chat("q", "a " * 200)]
+    path = write(tmp_path / "long.jsonl", rows)
+    found = llmtune.check_data(path, model=tiny_llama, cutoff_len=64)
+    assert found.reasons == {"nothing to train on": 1} and found.losses.truncated == 2
+    assert f"{path}:2: nothing to train on: cutoff_len=64 cut it and none of its tokens trains" in str(found)
+    assert "cutoff_len: 2 samples cut, " in str(found) and found.as_dict()["losses"]["no_target"] == 1
+    assert llmtune.check_data(path, model=tiny_llama, cutoff_len=64, cutoff_policy="drop").ok  # as the recipe wants
+    unmarked = [{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}, {"input_ids": [5, 6, 7]}]
+    path = write(tmp_path / "tokens.jsonl", unmarked)
+    assert main(["data", "check", path, f"model={tiny_llama}"]) == DataError.exit_code
+    assert f"{path}:1: nothing to train on" in capsys.readouterr().out
 
 
 def test_columns_are_named_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.formats.chats import ShareGpt
 from llmtune.data.formats.choose import facts_of
 from llmtune.data.formats.messages_in import TagsConfig
-from llmtune.data.spelled import misspelt
+from llmtune.data.misspelt import misspelt
 from llmtune.recipe.parts import find_parts, formats_of
 from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry

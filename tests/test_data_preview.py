@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import llmtune
 from llmtune.contract.errors import DataError, RecipeError
 from llmtune.data.preview import Preview, make_pack_preview, make_preview
-from llmtune.data.spelling import Span, Spelling, visible
+from llmtune.data.token_text import Span, TokenText, visible
 from llmtune.data.tokens import TokenSamples
 from llmtune.data.units import concatenate, pack
 from tests.runs import recipe
@@ -54,22 +54,22 @@ def word_tokenizer() -> Any:
 @given(st.text(max_size=40))
 def test_byte_level_tokens_spell_their_text(text: str) -> None:
     ids = TOKENIZER(text, add_special_tokens=False).input_ids
-    assert b"".join(Spelling(TOKENIZER).spell(ids)).decode() == text
+    assert b"".join(TokenText(TOKENIZER).spell(ids)).decode() == text
 
 
 def test_pieces_and_words_are_spelt() -> None:
     tokenizer = pieces_tokenizer()
     ids = tokenizer("Hi \u00e9</s>").input_ids
-    assert Spelling(tokenizer).spell(ids) == [b" H", b"i", b" ", b"\xc3", b"\xa9", b"</s>"]
+    assert TokenText(tokenizer).spell(ids) == [b" H", b"i", b" ", b"\xc3", b"\xa9", b"</s>"]
     tokenizer = word_tokenizer()
     ids = tokenizer("hello you").input_ids
-    assert b"".join(Spelling(tokenizer).spell(ids)) == b"hello you"
+    assert b"".join(TokenText(tokenizer).spell(ids)) == b"hello you"
 
 
 def test_a_character_that_only_half_trains_is_shown_in_bytes() -> None:
     ids = np.array(TOKENIZER("\u00e9", add_special_tokens=False).input_ids)
     assert len(ids) == 2
-    spans = Spelling(TOKENIZER).spans(ids, np.array([False, True]))
+    spans = TokenText(TOKENIZER).spans(ids, np.array([False, True]))
     assert [(span.text, span.trained) for span in spans] == [("\\xc3", False), ("\\xa9", True)]
 
 
@@ -81,7 +81,7 @@ def test_spans_keep_every_token_its_mask_and_its_weight(data: Any) -> None:
     weights = np.array(
         data.draw(st.lists(st.sampled_from([0.5, 1.0]), min_size=len(ids), max_size=len(ids))), np.float32
     )
-    spans = Spelling(TOKENIZER).spans(ids, mask, weights)
+    spans = TokenText(TOKENIZER).spans(ids, mask, weights)
     assert np.repeat([span.trained for span in spans], [span.tokens for span in spans]).tolist() == mask.tolist()
     found = np.repeat([span.weight for span in spans], [span.tokens for span in spans])
     assert found[mask].tolist() == weights[mask].tolist()

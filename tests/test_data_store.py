@@ -18,8 +18,8 @@ import pytest
 from llmtune.contract.errors import DataError
 from llmtune.data import hashes
 from llmtune.data.cache import Place, key_of
-from llmtune.data.piece import Bad, Packed, Piece, TokenRow
-from llmtune.data.report import Losses, SourceReport
+from llmtune.data.piece import Packed, Piece, TokenRow
+from llmtune.data.report import Bad, Losses, SourceReport
 from llmtune.data.store import StoreWriter, open_store
 from llmtune.data.workers import in_order
 

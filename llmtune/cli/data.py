@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import DataError, PlanError, RecipeError
+from llmtune.terminal import say
 
 if TYPE_CHECKING:
     from llmtune.data.check import DataCheck
@@ -28,7 +29,7 @@ def add_commands(commands: Any) -> None:
 
     check = _command(inner, "check", _check, "Read every row and list those that cannot be used", (
         "Given a recipe, or model=NAME, rows are rendered with the model's template, too. The exit code is 3 if a row "
-        "cannot be used."
+        "cannot be used, and that of the error if the model cannot be had."
     ))  # fmt: skip
     check.add_argument(
         "source", metavar="SOURCE", help="a file, folder, glob, hub:owner/name, name in dataset_info.json, or recipe"
@@ -86,16 +87,16 @@ def _check(options: Any) -> int:
     from contextlib import ExitStack
     from dataclasses import replace
 
-    from llmtune.data.check import Bad, check, quarantine_line
+    from llmtune.data.check import Bad, check
 
     entries, base_dir, folder, facts = _sources(options)
     results: list[DataCheck] = []
     with ExitStack() as stack:
-        file = stack.enter_context(Path(options.quarantine).open("w", encoding="utf-8")) if options.quarantine else None
+        file = stack.enter_context(Path(options.quarantine).open("wb")) if options.quarantine else None
 
         def put_aside(bad: Bad) -> None:
             if file is not None:
-                file.write(quarantine_line(bad) + "\n")
+                file.write(bad.json_line())
 
         for entry in entries:
             found = check(
@@ -109,14 +110,15 @@ def _check(options: Any) -> int:
             )
             results.append(found)
             if not options.json:
-                print(found, flush=True)
+                say(str(found))
     if options.json:
         shown = [each.as_dict() for each in results]
         print(json.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
     elif options.quarantine:
         bad = sum(each.reasons.total() for each in results)
         print(f"Wrote {bad:,} bad rows to {options.quarantine}")
-    return 0 if all(results) else DataError.exit_code
+    codes = [each.exit_code for each in results]
+    return DataError.exit_code if DataError.exit_code in codes else max(codes)
 
 
 def _sources(options: Any) -> tuple[Sequence[Source], Path, str | None, dict[str, Any]]:
@@ -168,7 +170,10 @@ def _stats(options: Any) -> None:
     from llmtune.inference.inspect import stats_of
 
     found = stats_of(recipe)
-    print(json.dumps(found.as_dict(), indent=1) if options.json else found)
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        say(str(found))
     if options.plot:
         found.plot(options.plot)
         if not options.json:

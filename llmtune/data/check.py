@@ -8,22 +8,22 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.contract.errors import DataError
+from llmtune.contract.errors import DataError, LlmtuneError
 from llmtune.contract.examples import BadRow, Example
 from llmtune.data.config import Source
 from llmtune.data.formats import Chosen, Formats, read_row
 from llmtune.data.formats.builtin import builtin_formats
-from llmtune.data.piece import Bad
-from llmtune.data.reading import Chunk, Found, HubAccess, Row, chunks, find, separated
+from llmtune.data.reading import Chunk, HubAccess, Row, chunks, find, first_rows, separated
+from llmtune.data.report import Bad, Losses, counts_text
 from llmtune.data.workers import in_order
 from llmtune.terminal import Shown
 
@@ -32,9 +32,13 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 100
 """Rows that the format is detected from."""
-_SPECIAL = re.compile(r"<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
-"""Text that is a special token of some widespread tokenizer."""
-_PLACE = re.compile(r"\{\{ ?\w+ ?\}\}")
+_SPECIAL = "text that may be read as a special token, see split_special_tokens"
+_STRANGE = {
+    "characters that were lost": re.compile("\ufffd"),
+    "a place that nobody filled in": re.compile(r"\{\{ ?\w+ ?\}\}"),
+    _SPECIAL: re.compile(r"<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>"),
+}
+"""What texts of a good row should not hold, by what is said of it."""
 _ROWS = 1000
 _SHOWN = 5
 _EACH = 3
@@ -42,63 +46,11 @@ _EACH = 3
 
 
 @dataclass(kw_only=True)
-class Seen:
-    """What some rows hold."""
+class RowCounts:
+    """What some rows hold, in numbers that add up."""
 
-    rows: int = 0
-    bad: list[Bad] = field(default_factory=list)
-    roles: Counter[str] = field(default_factory=Counter)
-    turns: Counter[int] = field(default_factory=Counter)
-    """Rows by their number of assistant messages."""
-    answers: Counter[str] = field(default_factory=Counter)
-    """Rows of each label, counted."""
-    characters: int = 0
-    longest: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-    firsts: dict[str, str] = field(default_factory=dict)
-    """What each note means in the first row that it is true of."""
-    hashes: array[int] = field(default_factory=lambda: array("Q"))
-    numbers: array[int] = field(default_factory=lambda: array("Q"))
-    origin: str = ""
-
-    def add(self, example: Example, origin: str, number: int) -> None:
-        """Count one good row."""
-        texts = list(_texts(vars(example)))
-        size = sum(map(len, texts))
-        self.characters += size
-        self.longest = max(self.longest, size)
-        raw = json.dumps(vars(example), sort_keys=True, default=str)
-        self.hashes.append(int.from_bytes(hashlib.blake2b(raw.encode("utf-8", "replace"), digest_size=8).digest()))
-        self.numbers.append(number)
-        messages = _messages(example)
-        self.roles.update(message["role"] for message in messages)
-        if messages:
-            lost = len(vars(example).get("rejected", ()))
-            self.turns[sum(message["role"] == "assistant" for message in messages[: len(messages) - lost])] += 1
-        if (label := vars(example).get("label")) is not None:
-            self.answers["wanted" if label else "not wanted"] += 1
-        for note, found in _notes(example, texts):
-            self.notes[note] += 1
-            self.firsts.setdefault(note, f"{found} in {origin}{number}")
-
-
-@dataclass(kw_only=True, repr=False)
-class DataCheck(Shown):
-    """What a data set is, and what is wrong with it. Print it to see it; false where rows are bad."""
-
-    name: str
-    format: str = ""
-    why: str = ""
-    """What the format was recognised by."""
-    kind: str = ""
-    """What its rows are: conversation, preference, labelled, prompt, text or tokens."""
-    files: int = 0
     rows: int = 0
     """Rows read, bad ones included."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Bad rows by reason."""
-    bad: list[Bad] = field(default_factory=list)
-    """The first bad rows, or all: `origin`, `reason`, `detail`, `row`."""
     roles: Counter[str] = field(default_factory=Counter)
     """Messages by role."""
     turns: Counter[int] = field(default_factory=Counter)
@@ -107,63 +59,134 @@ class DataCheck(Shown):
     characters: int = 0
     longest: int = 0
     """Characters of the longest row."""
-    duplicates: int = 0
-    """Rows that repeat an earlier one."""
-    repeated: list[tuple[str, str]] = field(default_factory=list)
-    """The first of them: (the earlier row, the later one)."""
     notes: Counter[str] = field(default_factory=Counter)
     """Good rows that may not be what was meant, by what is strange about them."""
     firsts: dict[str, str] = field(default_factory=dict)
     """What each note means in the first row that it is true of."""
+    losses: Losses = field(default_factory=Losses)
+    """What `cutoff_len` and the mask would cost, where rows were rendered."""
+
+    def add(self, example: Example, place: str) -> None:
+        """Count one good row."""
+        texts = list(_texts(vars(example)))
+        size = sum(map(len, texts))
+        self.characters += size
+        self.longest = max(self.longest, size)
+        messages = _messages(example)
+        self.roles.update(message["role"] for message in messages)
+        if messages:
+            lost = len(vars(example).get("rejected", ()))
+            self.turns[sum(message["role"] == "assistant" for message in messages[: len(messages) - lost])] += 1
+        if (label := vars(example).get("label")) is not None:
+            self.labels["wanted" if label else "not wanted"] += 1
+        for note, found in _notes(example, texts):
+            self.notes[note] += 1
+            self.firsts.setdefault(note, f"{found} in {place}")
+
+    def add_all(self, later: RowCounts) -> None:
+        """Count the rows that `later` has counted."""
+        self.rows += later.rows
+        self.roles += later.roles
+        self.turns += later.turns
+        self.labels += later.labels
+        self.characters += later.characters
+        self.longest = max(self.longest, later.longest)
+        self.notes += later.notes
+        self.firsts = later.firsts | self.firsts
+        self.losses += later.losses
+
+
+@dataclass(kw_only=True)
+class _Seen(RowCounts):
+    """One chunk of rows."""
+
+    origin: str
+    bad: list[Bad] = field(default_factory=list)
+    hashes: array[int] = field(default_factory=lambda: array("Q"))
+    """What each good row says."""
+    numbers: array[int] = field(default_factory=lambda: array("Q"))
+    """Where it stands, after `origin`."""
+
+
+@dataclass(kw_only=True, repr=False)
+class DataCheck(RowCounts, Shown):
+    """What a data set is, and what is wrong with it. Print it to see it; false where rows are bad, or where the model
+    that was to be asked cannot be had."""
+
+    name: str
+    format: str = ""
+    why: str = ""
+    """What the format was recognised by."""
+    kind: str = ""
+    """What its rows are: conversation, preference, labelled, prompt, text or tokens."""
+    files: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Bad rows by reason."""
+    bad: list[Bad] = field(default_factory=list)
+    """The first bad rows, or all: `origin`, `reason`, `detail`, `row`."""
+    duplicates: int = 0
+    """Rows that repeat an earlier one."""
+    repeated: list[tuple[str, str]] = field(default_factory=list)
+    """The first of them: (the earlier row, the later one)."""
     rendered: bool = False
     """Whether each row was also rendered and tokenised as a model's training would."""
     unchecked: str = ""
     """What was not looked at, and how it is."""
+    no_model: LlmtuneError | None = None
+    """Why the model that was named cannot be had; then no row was rendered."""
 
     @property
     def ok(self) -> bool:
-        """Whether every row can be used."""
-        return not self.reasons
+        """Whether every row can be used, as far as was asked."""
+        return not self.exit_code
+
+    @property
+    def exit_code(self) -> int:
+        """How `llmtune data check` ends."""
+        return DataError.exit_code if self.reasons else self.no_model.exit_code if self.no_model else 0
 
     def __bool__(self) -> bool:
         return self.ok
 
     def as_dict(self) -> dict[str, Any]:
         """For machines."""
-        kept = {key: value for key, value in vars(self).items() if key != "bad"}
         bad = [{"origin": each.origin, "reason": each.reason, "detail": each.detail} for each in self.bad]
-        return json.loads(json.dumps({"ok": self.ok, **kept, "bad": bad}, default=str))
+        found = {"ok": self.ok, **vars(self), "losses": vars(self.losses), "bad": bad}
+        return json.loads(json.dumps(found, default=str))
 
     def __str__(self) -> str:
         files = f" in {self.files:,} files" if self.files > 1 else ""
         told = f"{self.format} ({self.why})" if self.format else "unknown, as no row could be read"
         lines = [f"{self.name}: {_rows(self.rows)}{files}", f"  format: {told}"]
-        lines += [f"  kind: {self.kind}"] if self.kind else []
         lines += [f"  {name}: {text}" for name, text in self._facts() if text]
-        lines += [f"  not checked: {self.unchecked}"] if self.unchecked else []
         if self.ok:
             return "\n".join([*lines, "  every row can be used"])
-        lines.append(f"  cannot be used: {_rows(self.reasons.total())} ({_counts(self.reasons)})")
-        lines += [f"    {bad_line(each)}" for each in self.bad]
+        if not self.reasons:
+            return "\n".join([*lines, "  every row can be read; whether it can be used is not known"])
+        lines.append(f"  cannot be used: {_rows(self.reasons.total())} ({counts_text(self.reasons)})")
+        lines += [f"    {each}" for each in self.bad]
         if hidden := self.reasons.total() - len(self.bad):
             lines.append(f"    ... and {hidden:,} more (--all shows them, --quarantine FILE writes them)")
         return "\n".join(lines)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         good = self.rows - self.reasons.total()
-        yield "messages", _counts(self.roles)
+        yield "kind", self.kind
+        yield "messages", counts_text(self.roles)
         if self.turns and self.kind != "prompt":
             several = sum(count for turns, count in self.turns.items() if turns > 1)
             told = f"several in {several:,} rows, {max(self.turns):,} at most"
             yield "answers in a row", told if several else ""
-        yield "labels", _counts(self.labels)
+        yield "labels", counts_text(self.labels)
         if good:
             yield "characters", f"{self.characters:,}, {self.characters // good:,} a row, {self.longest:,} at most"
+        yield "cutoff_len", self.losses.cut_text
         if self.duplicates:
             earlier, later = self.repeated[0]
             yield "duplicates", f"{_rows(self.duplicates)} said before, first {later} (as {earlier})"
         for note, count in self.notes.most_common():
             yield "note", f"{note} ({_rows(count)}, first {self.firsts[note]})"
+        yield "not checked", self.unchecked
 
 
 def check(
@@ -178,23 +201,24 @@ def check(
     workers: int | None = None,
     tokeniser: Tokeniser | None = None,
     access: HubAccess | None = None,
-    why_not: str = "name a recipe, or a model: model=NAME",
+    no_model: LlmtuneError | None = None,
 ) -> DataCheck:
     """Read and convert the first `limit` rows of a data set (all, if None); render them, too, with a `tokeniser`.
 
-    Without one, the result says that templates were not asked, and `why_not`. The first `keep` bad rows are kept (all,
-    if None); `on_bad` is told of each.
+    Without one, the result says that templates were not asked, and whether that is because a model was named and there
+    is `no_model`. The first `keep` bad rows are kept (all, if None); `on_bad` is told of each.
 
     Raises:
         DataError: a file cannot be read, holds nothing, or no format fits.
     """
     found = find(source, base_dir, dataset_dir, access)
-    result = DataCheck(name=found.spelling, files=len(found.files))
-    first = list(
-        islice(
-            (row for chunk in islice(chunks(found, streaming=limit is not None), 1) for row in chunk.rows()), LOOKED_AT
-        )
-    )
+    result = DataCheck(name=found.spelling, files=len(found.files), no_model=no_model)
+
+    def read() -> Iterator[Chunk]:
+        # A hub data set is not downloaded whole for its first rows.
+        return first_rows(chunks(found, rows=_ROWS, streaming=limit is not None), limit)
+
+    first = [row for chunk in islice(read(), 1) for row in islice(chunk.rows(), LOOKED_AT)]
     if not first:
         raise DataError(f"{found.spelling}: 0 records; the file is empty")
     chosen = None
@@ -203,23 +227,16 @@ def check(
         result.format, result.kind = chosen.name, chosen.format.kind
         result.why = chosen.why + separated(found)
         result.rendered = tokeniser is not None
-        if tokeniser is None and result.kind not in ("text", "tokens"):
-            result.unchecked = f"what the chat template of a model refuses; {why_not}"
+    what = "what the chat template of a model refuses"
+    if no_model is not None:
+        result.unchecked = f"{what}, and what trains; the recipe's model cannot be asked: {no_model}"
+    elif tokeniser is None and result.kind not in ("", "text", "tokens"):
+        result.unchecked = f"{what}; name a recipe, or a model: model=NAME"
     merge = _Merge(result, keep, on_bad)
-    for seen in in_order(partial(_look, chosen, tokeniser), _chunks(found, limit), workers):
+    for seen in in_order(partial(_look, chosen, tokeniser), read(), workers):
         merge.add(seen)
     merge.finish()
     return result
-
-
-def bad_line(bad: Bad) -> str:
-    """Where, why and what, without saying the place twice."""
-    return bad.detail if bad.detail.startswith(bad.origin) else f"{bad.origin}: {bad.reason}: {bad.detail}"
-
-
-def quarantine_line(bad: Bad) -> str:
-    """A bad row as one line of JSON."""
-    return json.dumps({"origin": bad.origin, "reason": bad.reason, "detail": bad.detail, "row": bad.row}, default=str)
 
 
 class _Merge:
@@ -227,26 +244,14 @@ class _Merge:
 
     def __init__(self, into: DataCheck, keep: int | None, on_bad: Callable[[Bad], object] | None) -> None:
         self.into, self.keep, self.on_bad = into, keep, on_bad
-        self.hashes, self.numbers = array("Q"), array("Q")
         self.kept: Counter[str] = Counter()
-        self.origins: list[tuple[int, str]] = []  # rows before, label
+        self.chunks: list[tuple[str, array[int], array[int]]] = []  # origin, hashes, numbers
 
-    def add(self, seen: Seen) -> None:
-        into = self.into
-        into.rows += seen.rows
-        into.characters += seen.characters
-        into.longest = max(into.longest, seen.longest)
-        into.roles += seen.roles
-        into.turns += seen.turns
-        into.labels += seen.answers
-        into.notes += seen.notes
-        into.firsts = seen.firsts | into.firsts
-        if not self.origins or self.origins[-1][1] != seen.origin:
-            self.origins.append((len(self.hashes), seen.origin))
-        self.hashes += seen.hashes
-        self.numbers += seen.numbers
+    def add(self, seen: _Seen) -> None:
+        self.into.add_all(seen)
+        self.chunks.append((seen.origin, seen.hashes, seen.numbers))
         for bad in seen.bad:
-            into.reasons[bad.reason] += 1
+            self.into.reasons[bad.reason] += 1
             if self.on_bad is not None:
                 self.on_bad(bad)
             self._keep(bad)
@@ -265,58 +270,60 @@ class _Merge:
 
     def finish(self) -> None:
         """Find the rows that say the same."""
-        hashes = np.frombuffer(self.hashes, np.uint64) if len(self.hashes) else np.zeros(0, np.uint64)
+        hashes = np.concatenate([np.array(hashes, np.uint64) for _, hashes, _ in self.chunks])
         _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
         (again,) = np.nonzero(first[which] != np.arange(len(hashes)))
         self.into.duplicates = len(again)
         self.into.repeated = [(self._place(int(first[which[row]])), self._place(int(row))) for row in again[:_SHOWN]]
 
     def _place(self, row: int) -> str:
-        label = next(label for before, label in reversed(self.origins) if before <= row)
-        return f"{label}{self.numbers[row]}"
+        """Where the good row number `row` stands."""
+        for origin, _, numbers in self.chunks:
+            if row < len(numbers):
+                return f"{origin}{numbers[row]}"
+            row -= len(numbers)
+        raise IndexError(row)
 
 
-class _FirstRows(NamedTuple):
-    """Some rows of a chunk."""
-
-    origin: str
-    found: Sequence[Row]
-
-    def rows(self) -> Iterator[Row]:
-        return iter(self.found)
-
-
-def _chunks(found: Found, limit: int | None) -> Iterator[Chunk | _FirstRows]:
-    # A hub data set is not downloaded whole for its first rows.
-    for chunk in chunks(found, rows=_ROWS, streaming=limit is not None):
-        if limit is None:
-            yield chunk
-            continue
-        rows = list(islice(chunk.rows(), limit))
-        limit -= len(rows)
-        yield _FirstRows(chunk.origin, rows)
-        if not limit:
-            return
-
-
-def _look(chosen: Chosen | None, tokeniser: Tokeniser | None, chunk: Chunk | _FirstRows) -> Seen:
+def _look(chosen: Chosen | None, tokeniser: Tokeniser | None, chunk: Chunk) -> _Seen:
     """One chunk, in whichever process."""
-    seen, rows, refused = Seen(origin=chunk.origin), list(chunk.rows()), {}
+    seen, rows, refused = _Seen(origin=chunk.origin), list(chunk.rows()), {}
     if chosen is not None and tokeniser is not None:
-        refused = {bad.origin: bad for bad in tokeniser.encode(chosen, rows, chunk.origin).bad}
+        refused, seen.losses = _refused(chosen, tokeniser, chunk.origin, rows)
     for row in rows:
         seen.rows += 1
+        place = f"{chunk.origin}{row.number}"
         try:
             if row.problem is not None or chosen is None:
                 raise BadRow("unreadable", row.problem or "no row shows what the format is")
             example = read_row(chosen, row.data)
-            if (bad := refused.get(f"{chunk.origin}{row.number}")) is not None:
-                seen.bad.append(bad)
-            else:
-                seen.add(example, chunk.origin, row.number)
+            if row.number in refused:
+                raise refused[row.number]
         except BadRow as bad:
-            seen.bad.append(Bad(f"{chunk.origin}{row.number}", bad.reason, bad.detail, row.data))
+            seen.bad.append(Bad(place, bad.reason, bad.detail, row.data))
+            continue
+        seen.add(example, place)
+        raw = json.dumps(vars(example), sort_keys=True, default=str)
+        seen.hashes.append(int.from_bytes(hashlib.blake2b(raw.encode("utf-8", "replace"), digest_size=8).digest()))
+        seen.numbers.append(row.number)
     return seen
+
+
+def _refused(chosen: Chosen, tokeniser: Tokeniser, origin: str, rows: list[Row]) -> tuple[dict[int, BadRow], Losses]:
+    """Why rows give no sample to train on, by their number, and what the others lose."""
+    piece = tokeniser.encode(chosen, rows, origin)
+    bad = {each.origin: BadRow(each.reason, each.detail) for each in piece.bad}
+    refused = {row.number: bad[place] for row in rows if (place := f"{origin}{row.number}") in bad}
+    if piece.losses.no_target:
+        used = {*refused, *piece.numbers}
+        for row in [row for row in rows if row.number not in used]:
+            lost = tokeniser.encode(chosen, [row], origin).losses  # by itself, to know what became of it
+            if lost.no_target:
+                cut = f"cutoff_len={tokeniser.cutoff:,} leaves no token that trains"
+                refused[row.number] = BadRow(
+                    "nothing to train on", cut if lost.truncated else "none of its tokens trains"
+                )
+    return refused, piece.losses
 
 
 def _messages(example: Example) -> list[dict[str, Any]]:
@@ -342,19 +349,11 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _notes(example: Example, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
     """What may not have been meant, and the text that makes one think so."""
-    texts = list(texts)
-    if any("\ufffd" in text for text in texts):
-        yield "characters that were lost", "U+FFFD"
-    if place := next((found[0] for text in texts if (found := _PLACE.search(text))), None):
-        yield "a place that nobody filled in", place
-    if example.kind != "text" and (
-        token := next((found[0] for text in texts if (found := _SPECIAL.search(text))), None)
-    ):
-        yield "text that may be read as a special token, see split_special_tokens", token
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
+    for note, pattern in _STRANGE.items():
+        if example.kind == "text" and note == _SPECIAL:
+            continue
+        if found := next((found for text in texts if (found := pattern.search(text))), None):
+            yield note, found[0].replace("\ufffd", "U+FFFD")
 
 
 def _rows(count: int) -> str:

@@ -18,8 +18,8 @@ from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import Chosen, Formats, check_kind
 from llmtune.data.hashes import own_code_hash
 from llmtune.data.piece import Packed
-from llmtune.data.reading import Chunk, Found, HubAccess, Row, chunks, content_key, find, separated
-from llmtune.data.report import SHOWN, SourceReport
+from llmtune.data.reading import Chunk, Found, HubAccess, chunks, content_key, find, first_rows, separated
+from llmtune.data.report import SHOWN, Bad, SourceReport
 from llmtune.data.store import StoreWriter, Tokenised, read_about
 from llmtune.data.template import missing_tokens
 from llmtune.data.tokenise import Tokeniser
@@ -160,7 +160,7 @@ class Making:
             if rows:  # nothing to tell the format by: these rows are reported, no more are read
                 for row in rows:
                     report.rows += 1
-                    report.add_bad(f"{first[0].origin}{row.number}", "unreadable", row.problem or "")
+                    report.add_bad(Bad(f"{first[0].origin}{row.number}", "unreadable", row.problem or "", None))
             return
         chosen = self.formats.of(found, readable)
         report.format, report.kind = chosen.name, chosen.format.kind
@@ -170,21 +170,13 @@ class Making:
         work = partial(self._encode, chosen)
         yield from in_order(work, self._chunks(found), config.preprocessing_num_workers)
 
-    def _encode(self, chosen: Chosen, chunk: Chunk | ParsedRows) -> Packed:
+    def _encode(self, chosen: Chosen, chunk: Chunk) -> Packed:
         return self.tokeniser.encode(chosen, chunk.rows(), chunk.origin).packed()
 
-    def _chunks(self, found: Found) -> Iterator[Chunk | ParsedRows]:
+    def _chunks(self, found: Found) -> Iterator[Chunk]:
         """Rows in the sizes that processes take them, `max_samples` of them at most."""
         size, limit = self.config.preprocessing_batch_size, self.config.row_limit
-        for chunk in chunks(found, rows=min(size, limit or size)):
-            if limit is None:
-                yield chunk
-                continue
-            rows = list(islice(chunk.rows(), limit))  # how many rows there are in it, only reading them tells
-            limit -= len(rows)
-            yield ParsedRows(chunk.origin, rows)
-            if not limit:
-                return
+        return first_rows(chunks(found, rows=min(size, limit or size)), limit)
 
     def check(self, key: str, found: Tokenised) -> None:
         """Enough of the samples train, and they teach the model to stop."""
@@ -223,17 +215,6 @@ class Making:
         )
 
 
-@dataclass(frozen=True)
-class ParsedRows:
-    """Rows of a chunk that were read already."""
-
-    origin: str
-    found: list[Row]
-
-    def rows(self) -> Iterator[Row]:
-        return iter(self.found)
-
-
 def check_bad_rows(config: DataConfig, report: SourceReport) -> None:
     """DataError if a data set has more rows that cannot be used than the recipe lets pass."""
     bad = report.bad.total()
@@ -266,7 +247,7 @@ def account(report: SourceReport, piece: Packed) -> None:
     report.rows += piece.read
     report.samples += len(piece.rows)
     for bad in piece.bad:
-        report.add_bad(bad.origin, bad.reason, bad.detail)
+        report.add_bad(bad)
 
 
 def unique(names: Sequence[str]) -> list[str]:

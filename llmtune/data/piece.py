@@ -6,22 +6,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from llmtune.data.report import Losses
-
-
-class Bad(NamedTuple):
-    """A row that cannot be used."""
-
-    origin: str
-    reason: str
-    """A few words to count by."""
-    detail: str
-    row: Any
-    """As it was read; None where its bytes could not be."""
+from llmtune.data.report import Bad, Losses
 
 
 class TokenRow(NamedTuple):

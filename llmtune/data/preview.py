@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.contract.errors import DataError, listed
-from llmtune.data.spelling import Span, Spelling, visible
+from llmtune.data.token_text import Span, TokenText, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -129,7 +129,7 @@ def make_preview(
     Raises:
         DataError: no sample comes from a row.
     """
-    spelling = Spelling(tokenizer)
+    spelling = TokenText(tokenizer)
     if not rows:
         name, part = samples[0]
         picked = [(name, part, index) for index in range(min(count, len(part)))]
@@ -159,7 +159,7 @@ def _from_rows(parts: Sequence[tuple[str, TokenSamples]], wanted: Sequence[str])
 
 def make_pack_preview(samples: TokenSamples, units: Units, tokenizer: Any, *, count: int = 3) -> Preview:
     """The first `count` packed rows, sample by sample."""
-    spelling, made = Spelling(tokenizer), []
+    spelling, made = TokenText(tokenizer), []
     for number in range(min(count, len(units))):
         pieces, place = units.pieces(number), 0
         used = int(units.tokens[number])
@@ -175,7 +175,7 @@ def make_pack_preview(samples: TokenSamples, units: Units, tokenizer: Any, *, co
     return Preview(samples=made, notes=notes)
 
 
-def _sequences(samples: TokenSamples, index: int, spelling: Spelling) -> list[ShownSequence]:
+def _sequences(samples: TokenSamples, index: int, spelling: TokenText) -> list[ShownSequence]:
     """All of a sample."""
     found = []
     for name, part in zip(_NAMES[samples.width], samples.sequences(index), strict=True):
@@ -184,7 +184,7 @@ def _sequences(samples: TokenSamples, index: int, spelling: Spelling) -> list[Sh
     return found
 
 
-def _piece(samples: TokenSamples, piece: SampleSlice, spelling: Spelling, first: bool) -> list[ShownSequence]:
+def _piece(samples: TokenSamples, piece: SampleSlice, spelling: TokenText, first: bool) -> list[ShownSequence]:
     """What of a sample is in a row of concatenated ones; nothing stands before the row's first token."""
     from llmtune.data.batch_loader import joined
 
@@ -195,7 +195,7 @@ def _piece(samples: TokenSamples, piece: SampleSlice, spelling: Spelling, first:
 
 
 def _sequence(
-    name: str, spelling: Spelling, ids: np.ndarray, mask: np.ndarray, weights: np.ndarray | None
+    name: str, spelling: TokenText, ids: np.ndarray, mask: np.ndarray, weights: np.ndarray | None
 ) -> ShownSequence:
     ids, mask = np.array(ids), np.array(mask)
     return ShownSequence(name=name, ids=ids, mask=mask, spans=spelling.spans(ids, mask, weights))

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmtune.data.tokens import TokenSamples
 
 SHOWN = 5
 """Bad rows that a message spells out; all of them are counted."""
+
+
+class Bad(NamedTuple):
+    """A row that cannot be used."""
+
+    origin: str
+    reason: str
+    """A few words to count by."""
+    detail: str
+    row: Any
+    """As it was read; None where its bytes could not be."""
+
+    def __str__(self) -> str:
+        """Where, why and what, without saying the place twice."""
+        return self.detail if self.detail.startswith(self.origin) else f"{self.origin}: {self.reason}: {self.detail}"
+
+    def json_line(self) -> bytes:
+        """A line of a quarantine file."""
+        text = json.dumps(self._asdict(), ensure_ascii=False, default=str) + "\n"
+        return text.encode("utf-8", "backslashreplace")
+
+
+def counts_text(counts: Counter[Any]) -> str:
+    """`user 30, assistant 28`, the most frequent first."""
+    return ", ".join(f"{what} {count:,}" for what, count in counts.most_common())
 
 
 @dataclass(kw_only=True)
@@ -39,18 +65,17 @@ class SourceReport:
         """The report whose fields were written as JSON."""
         return replace(SourceReport(**spelt), bad=Counter(spelt["bad"]))
 
-    def add_bad(self, origin: str, reason: str, detail: str) -> None:
+    def add_bad(self, bad: Bad) -> None:
         """Count a bad row; the first ones are kept to be shown."""
-        self.bad[reason] += 1
+        self.bad[bad.reason] += 1
         if len(self.examples) < SHOWN:
-            self.examples.append(detail if detail.startswith(origin) else f"{origin}: {reason}: {detail}")
+            self.examples.append(str(bad))
 
     def bad_lines(self) -> list[str]:
         """Counts by reason, then the examples."""
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.bad.most_common())
         hidden = self.bad.total() - len(self.examples)
         more = [f"  ... and {hidden:,} more"] if hidden else []
-        first = f"{self.bad.total():,} of {self.rows:,} rows ({reasons}):"
+        first = f"{self.bad.total():,} of {self.rows:,} rows ({counts_text(self.bad)}):"
         return [first, *(f"  {line}" for line in self.examples), *more]
 
 
@@ -97,6 +122,13 @@ class Losses:
     split_rows: int = 0
     """Conversations that became several samples because the template writes earlier turns differently."""
 
+    @property
+    def cut_text(self) -> str:
+        """What `cutoff_len` cost; empty where it cost nothing."""
+        counts = {"cut": self.truncated, "left out": self.too_long}
+        said = [f"{count:,} samples {what}" for what, count in counts.items() if count]
+        return ", ".join([*said, f"{self.tokens_cut:,} tokens lost"]) if said else ""
+
     def __add__(self, other: Losses) -> Losses:
         sums = {key: value + vars(other)[key] for key, value in vars(self).items()}
         return Losses(**{**sums, "no_target_origins": sums["no_target_origins"][:SHOWN]})
@@ -141,10 +173,8 @@ class DataReport:
                 first, *rest = source.bad_lines()
                 lines += [f"skipped from {source.name}: {first}", *rest]
         lost = self.losses
-        if lost.truncated or lost.too_long:
-            counts = {"cut": lost.truncated, "left out": lost.too_long}
-            said = ", ".join(f"{count:,} samples {what}" for what, count in counts.items() if count)
-            lines.append(f"cutoff_len {self.cutoff_len:,}: {said}, {lost.tokens_cut:,} tokens lost")
+        if cut := lost.cut_text:
+            lines.append(f"cutoff_len {self.cutoff_len:,}: {cut}")
         if lost.no_target:
             first = lost.no_target_origins[0]
             lines.append(f"dropped: {lost.no_target:,} samples without a trained token, first {first}")

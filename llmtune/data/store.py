@@ -89,9 +89,7 @@ class StoreWriter:
         self.losses += piece.losses
         self.ends += piece.ends
         for bad in piece.bad:
-            line = {"origin": bad.origin, "reason": bad.reason, "detail": bad.detail, "row": bad.row}
-            text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
-            self._file("bad_rows", BAD_ROWS).write(text.encode("utf-8", "backslashreplace"))
+            self._file("bad_rows", BAD_ROWS).write(bad.json_line())
 
     def finish(self, sources: Sequence[SourceReport], names: Sequence[str]) -> None:
         """Close the arrays and say what they are."""

@@ -21,10 +21,10 @@ from llmtune.contract.examples import (
     UnpairedPreference,
 )
 from llmtune.data.formats import Chosen, read_row
-from llmtune.data.piece import Bad, Piece, TokenRow
+from llmtune.data.piece import Piece, TokenRow
 from llmtune.data.reading import Row
 from llmtune.data.render import Encoded, Renderer
-from llmtune.data.report import SHOWN
+from llmtune.data.report import SHOWN, Bad
 from llmtune.data.template import require_template
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ def check_data(
 
 def render_facts(recipe: Recipe) -> dict[str, Any]:
     """What `check` needs to render rows as a run of `recipe` would: keywords of it. Where the model cannot be had, the
-    reason stands in for the tokeniser."""
+    error stands in for the tokeniser."""
     from llmtune.data.making import Making
     from llmtune.data.template import choose_template
     from llmtune.model.source import load_tokenizer, resolve_model
@@ -69,7 +69,7 @@ def render_facts(recipe: Recipe) -> dict[str, Any]:
         if recipe.data.template is not None:
             choose_template(recipe.data.template, tokenizer, recipe.base_dir)
     except LlmtuneError as error:
-        return {"formats": formats, "access": access, "why_not": f"the recipe's model cannot be asked: {error}"}
+        return {"formats": formats, "access": access, "no_model": error}
     making = Making(recipe.data, tokenizer, recipe.base_dir, formats, KINDS, "", recipe.train.seed, access=access)
     return {"formats": formats, "access": access, "tokeniser": making.tokeniser}
 
@@ -162,11 +162,8 @@ def _losses(report: DataReport, policy: str) -> Iterator[str]:
         yield "plain text beyond a cutoff is not lost: it goes on in the next sample"
     if lost.no_target:
         yield f"{lost.no_target:,} samples are left out, as none of their tokens trains"
-    if lost.truncated or lost.too_long:
-        yield (
-            f"cutoff_len {report.cutoff_len:,} with cutoff_policy {policy}: {lost.truncated:,} samples cut, "
-            f"{lost.too_long:,} left out, {lost.tokens_cut:,} tokens lost"
-        )
+    if cut := lost.cut_text:
+        yield f"cutoff_len {report.cutoff_len:,} with cutoff_policy {policy}: {cut}"
     for each in report.sources:
         if each.bad:
             yield f"{each.name}: {each.bad.total():,} of {each.rows:,} rows cannot be used and are left out"

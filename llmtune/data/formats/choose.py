@@ -12,8 +12,8 @@ from llmtune.contract.records import Plugin
 from llmtune.contract.schema import decode
 from llmtune.data.formats.row import Chosen, read_row
 from llmtune.data.hashes import code_hash
+from llmtune.data.misspelt import as_names, is_like, misspelt
 from llmtune.data.reading import Found
-from llmtune.data.spelled import as_names, is_like, misspelt
 
 NOUNS = {
     "conversation": "conversations", "preference": "preferences", "labelled": "labelled answers", "prompt": "prompts",

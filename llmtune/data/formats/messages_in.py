@@ -11,7 +11,7 @@ from llmtune.contract.errors import did_you_mean, listed
 from llmtune.contract.examples import BadRow, Message
 from llmtune.data.config import TEMPLATE_ARGUMENTS
 from llmtune.data.messages import Content, content_of, kind, parse_calls, parse_thinking, text_of, tool_calls
-from llmtune.data.spelled import as_names, misspelt
+from llmtune.data.misspelt import as_names, misspelt
 
 FROM_VALUE = ("from", "value")
 ROLE_CONTENT = ("role", "content")

@@ -9,7 +9,7 @@ from typing import Any
 from llmtune.contract.errors import DataError, listed
 from llmtune.contract.examples import BadRow, Conversation, DataFormat, Example, Preference, Prompt, UnpairedPreference
 from llmtune.data.messages import check_conversation, kind
-from llmtune.data.spelled import as_names, misspelt
+from llmtune.data.misspelt import as_names, misspelt
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 

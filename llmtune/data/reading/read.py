@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from llmtune.contract.errors import DataError
@@ -40,6 +41,19 @@ def chunks(
             yield from _file_chunks(path, place, rows)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from None
+
+
+def first_rows(found: Iterator[Chunk], limit: int | None) -> Iterator[Chunk]:
+    """The chunks up to `limit` rows in all (None: all of them). How many rows are in one, only reading it tells."""
+    if limit is None:
+        yield from found
+        return
+    for chunk in found:
+        rows = list(islice(chunk.rows(), limit))
+        yield Parsed(chunk.origin, chunk.next, rows)
+        limit -= len(rows)
+        if not limit:
+            return
 
 
 def separated(found: Found) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 
 from llmtune.data.config import DataConfig
 from llmtune.data.formats import Chosen
-from llmtune.data.piece import Bad, Packed
-from llmtune.data.report import Losses, SourceReport
+from llmtune.data.piece import Packed
+from llmtune.data.report import Bad, Losses, SourceReport
 from llmtune.data.streaming.rows import RowRun, StreamRow
 from llmtune.data.tokenise import Tokeniser
 from llmtune.data.tokens import TokenSamples
@@ -56,7 +56,7 @@ class TokenPiece:
             report.rows += self.read[source]
             report.samples += self.kept[source]
         for source, bad in self.bad:
-            reports[source].add_bad(bad.origin, bad.reason, bad.detail)
+            reports[source].add_bad(bad)
 
 
 class PieceMaker:

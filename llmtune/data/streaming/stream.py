@@ -14,7 +14,7 @@ from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Chosen, check_kind
 from llmtune.data.making import LOOKED_AT, Making, check_bad_rows, one_kind, unique
 from llmtune.data.reading import Found
-from llmtune.data.report import DataReport, PartReport, SourceReport
+from llmtune.data.report import Bad, DataReport, PartReport, SourceReport
 from llmtune.data.store import Tokenised
 from llmtune.data.streaming.chunks import PieceMaker, RowPiece, TokenPiece
 from llmtune.data.streaming.rows import Mixed, RowReader, ShuffledRows, StreamRow
@@ -159,7 +159,7 @@ class _Look:
         if not readable:  # nothing to tell the format by
             self.report.rows = len(rows)
             for each in rows:
-                self.report.add_bad(each.place, "unreadable", each.row.problem or "")
+                self.report.add_bad(Bad(each.place, "unreadable", each.row.problem or "", None))
             check_bad_rows(make.config, self.report)
         chosen = make.formats.of(found, readable)
         self.report.format, self.report.why, self.report.kind = chosen.name, chosen.why, chosen.format.kind

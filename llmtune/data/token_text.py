@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -30,8 +30,8 @@ class Span:
     special: bool = False
 
 
-class Spelling:
-    """A tokenizer's tokens as bytes."""
+class TokenText:
+    """What a tokenizer's tokens spell, as bytes and as text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -97,7 +97,7 @@ def _decoders(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _byte_level(text: str) -> bytes:
-    return b"".join(bytes([_BYTES[sign]]) if sign in _BYTES else sign.encode() for sign in text)
+    return b"".join(bytes([_bytes()[sign]]) if sign in _bytes() else sign.encode() for sign in text)
 
 
 def _pieces(text: str) -> bytes:
@@ -105,14 +105,12 @@ def _pieces(text: str) -> bytes:
     return bytes([int(found[1], 16)]) if found else text.replace("\u2581", " ").encode()
 
 
-def _characters() -> dict[str, int]:
-    """Byte-level BPE writes printable bytes as themselves, the others as the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+@cache
+def _bytes() -> dict[str, int]:
+    """The byte that each character of byte-level BPE stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-_BYTES = _characters()
+    return {sign: byte for byte, sign in bytes_to_unicode().items()}
 
 
 def visible(text: str) -> str:
