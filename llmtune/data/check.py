@@ -319,10 +319,8 @@ def _refused(chosen: Chosen, tokeniser: Tokeniser, origin: str, rows: list[Row])
         for row in [row for row in rows if row.number not in used]:
             lost = tokeniser.encode(chosen, [row], origin).losses  # by itself, to know what became of it
             if lost.no_target:
-                cut = f"cutoff_len={tokeniser.cutoff:,} leaves no token that trains"
-                refused[row.number] = BadRow(
-                    "nothing to train on", cut if lost.truncated else "none of its tokens trains"
-                )
+                why = f"cutoff_len={tokeniser.cutoff:,} cut it and " if lost.truncated else ""
+                refused[row.number] = BadRow("nothing to train on", f"{why}none of its tokens trains")
     return refused, piece.losses
 
 
