@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,17 +16,22 @@ from llmtune.contract.errors import DataError, listed
 from llmtune.data.token_text import Span, TokenText, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
 
     from llmtune.data.tokens import TokenSamples
     from llmtune.data.units import SampleSlice, Units
 
 _NAMES = {1: ("",), 2: ("chosen", "rejected")}
-_OPEN, _CLOSE = "[[", "]]"
 _MOST = 100_000
 """Characters of one sequence that are shown."""
-_PAGE = """<!doctype html><meta charset="utf-8"><title>llmtune data preview</title>
-<body style="max-width: 60em; margin: 2em auto; font-family: sans-serif">"""
+_TRAINED = "#0b3d1a on #c9ecd0"
+"""Both colours are named, so that it is readable whatever the page or the terminal looks like."""
+_PRE = '<pre style="white-space: pre-wrap">{code}</pre>'
+_PAGE = (
+    '<!doctype html><meta charset="utf-8"><title>llmtune data preview</title>'
+    f'<body style="max-width: 60em; margin: 2em auto">{_PRE}</body>\n'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,67 +57,55 @@ class ShownSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Samples to look at. `print` shows them in marks, `show` in colour, a notebook as HTML."""
+    """Samples to look at. `print` shows them in marks, `show` and a notebook in colour."""
 
     samples: Sequence[ShownSample]
     notes: Sequence[str] = ()
 
     def __str__(self) -> str:
-        lines = [f"{_OPEN}...{_CLOSE} is trained on; {_OPEN}0.5: ...{_CLOSE} counts 0.5; \u21b5 is a line's end"]
-        for sample in self.samples:
-            lines += ["", f"--- {sample.title}"]
-            for sequence in sample.sequences:
-                lines += [f"- {sequence.name}"] if sequence.name else []
-                lines.append("".join(map(_marked, _alike(_shortened(sequence.spans)))).rstrip("\n"))
-        return "\n".join([*lines, "", *(f"note: {note}" for note in self.notes)]).rstrip("\n")
+        legend = "[[...]] is trained on; [[0.5: ...]] counts 0.5; \u21b5 is a line's end, \u21e5 a tab"
+        return "\n".join(line.plain for line in self._lines(legend, _marked)).rstrip("\n")
 
     def show(self, file: Any = None) -> None:
         """Print in colour on a terminal, in marks elsewhere or where NO_COLOR is set."""
-        from rich.console import Console
-
-        console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
+        console = _console(file=file or sys.stdout)
         if not console.is_terminal or console.color_system is None or console.no_color:
             encoding = getattr(console.file, "encoding", None) or "utf-8"
             print(str(self).encode(encoding, "backslashreplace").decode(encoding), file=console.file)
             return
-        for line in self._rich():
-            console.print(line)
-
-    def _rich(self) -> Iterator[Text]:
-        from rich.text import Text
-
-        yield Text.assemble(("trained on", _style(True)), " ", ("not trained on", _style(False)), " ",
-                            ("special token", _style(False, True)))  # fmt: skip
-        for sample in self.samples:
-            yield Text.assemble("\n", (sample.title, "bold"))
-            for sequence in sample.sequences:
-                if sequence.name:
-                    yield Text(sequence.name, "bold underline")
-                text = Text()
-                for span in _shortened(sequence.spans):
-                    if span.trained and span.weight != 1:
-                        text.append(f"({span.weight:g}\u00d7)", "bold yellow")
-                    text.append(visible(span.text), _style(span.trained, span.special))
-                text.rstrip()
-                yield text
-        for note in self.notes:
-            yield Text(f"\nnote: {note}")
-
-    def _repr_html_(self) -> str:
-        parts = [f"<p>{_html('trained on', True)} {_html('not trained on', False)}</p>"]
-        for sample in self.samples:
-            parts.append(f"<p><b>{escape(sample.title)}</b></p>")
-            for sequence in sample.sequences:
-                parts.append(f"<p><i>{escape(sequence.name)}</i></p>" if sequence.name else "")
-                shown = "".join(_html_span(span) for span in _shortened(sequence.spans))
-                parts.append(
-                    f'<pre style="white-space: pre-wrap; border-left: 3px solid #ccc; padding: .5em">{shown}</pre>'
-                )
-        return "".join([*parts, *(f"<p>note: {escape(note)}</p>" for note in self.notes)])
+        self._print(console)
 
     def html(self) -> str:
         """A page by itself."""
-        return f"{_PAGE}{self._repr_html_()}</body>\n"
+        return self._exported(_PAGE)
+
+    def _repr_html_(self) -> str:
+        return self._exported(_PRE)
+
+    def _exported(self, page: str) -> str:
+        console = _console(file=io.StringIO(), record=True)
+        self._print(console)
+        return console.export_html(inline_styles=True, code_format=page)
+
+    def _print(self, console: Console) -> None:
+        legend = [("trained on", _TRAINED), " \u00b7 not trained on \u00b7 ", ("special token", "bold")]
+        for line in self._lines(legend, _coloured):
+            console.print(line)
+
+    def _lines(self, legend: Any, drawn: Callable[[Sequence[Span]], Sequence[Any]]) -> Iterator[Text]:
+        """Everything in order; `drawn` makes strings and (string, style) of spans."""
+        from rich.text import Text
+
+        yield Text.assemble(*legend)
+        for sample in self.samples:
+            yield Text.assemble("\n", (f"--- {sample.title}", "bold"))
+            for sequence in sample.sequences:
+                if sequence.name:
+                    yield Text(f"- {sequence.name}", "underline")
+                text = Text.assemble(*drawn(_shortened(sequence.spans)))
+                text.rstrip()
+                yield text
+        yield Text("\n".join(["", *(f"note: {note}" for note in self.notes)]))
 
 
 def make_preview(
@@ -212,48 +206,35 @@ def _titled(name: str, samples: TokenSamples, index: int, sequences: Sequence[Sh
     return ShownSample(title=", ".join(fact for fact in facts if fact), sequences=sequences)
 
 
-def _shortened(spans: Sequence[Span]) -> Iterator[Span]:
+def _shortened(spans: Sequence[Span]) -> list[Span]:
     """The spans up to `_MOST` characters, and how much there is beyond."""
-    left = _MOST
+    left, found = _MOST, []
     for number, span in enumerate(spans):
         if len(span.text) > left:
             more = sum(each.tokens for each in spans[number:])
-            yield Span(text=f"{span.text[:left]} ... (up to {more:,} tokens more)", tokens=0, trained=span.trained)
-            return
+            return [*found, replace(span, text=f"{span.text[:left]} ... (up to {more:,} tokens more)", tokens=0)]
         left -= len(span.text)
-        yield span
+        found.append(span)
+    return found
 
 
-def _alike(spans: Iterator[Span]) -> Iterator[Span]:
-    """Spans that only differ in being special, joined: marks tell what trains."""
-    held: Span | None = None
+def _marked(spans: Sequence[Span]) -> Iterator[str]:
+    """Text with marks around what trains, whether or not it is special."""
+    for (trained, weight), alike in groupby(spans, lambda span: (span.trained, span.weight)):
+        text = visible("".join(span.text for span in alike))
+        yield f"[[{'' if weight == 1 else f'{weight:g}: '}{text}]]" if trained else text
+
+
+def _coloured(spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
+    """Text in colour where it trains, and bold where it is special."""
     for span in spans:
-        if held is not None and (held.trained, held.weight) == (span.trained, span.weight):
-            held = Span(text=held.text + span.text, tokens=0, trained=span.trained, weight=span.weight)
-            continue
-        if held is not None:
-            yield held
-        held = span
-    if held is not None:
-        yield held
+        if span.weight != 1:
+            yield f"({span.weight:g}\u00d7)", "italic"
+        yield visible(span.text), " ".join([_TRAINED] * span.trained + ["bold"] * span.special)
 
 
-def _marked(span: Span) -> str:
-    weight = f"{span.weight:g}: " if span.weight != 1 else ""
-    return f"{_OPEN}{weight}{visible(span.text)}{_CLOSE}" if span.trained else visible(span.text)
+def _console(**options: Any) -> Console:
+    from rich.console import Console
 
-
-def _style(trained: bool, special: bool = False) -> str:
-    if special:
-        return "bold black on green" if trained else "cyan"
-    return "bold green" if trained else "bright_black"
-
-
-def _html_span(span: Span) -> str:
-    weight = f"<sub>{span.weight:g}\u00d7</sub>" if span.trained and span.weight != 1 else ""
-    return weight + _html(visible(span.text), span.trained, span.special)
-
-
-def _html(text: str, trained: bool, special: bool = False) -> str:
-    colours = "background: #c9ecd0; color: #0b3d1a" if trained else "color: #777"
-    return f'<span style="{colours}{"; font-weight: bold" if special else ""}">{escape(text)}</span>'
+    # A notebook takes what is returned to it, and would show what is printed here besides.
+    return Console(highlight=False, soft_wrap=True, force_jupyter=False, **options)

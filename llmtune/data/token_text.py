@@ -114,5 +114,6 @@ def _bytes() -> dict[str, int]:
 
 
 def visible(text: str) -> str:
-    """The text with a sign at each line's end, and with what cannot be seen, or would do harm, spelt out."""
-    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text).replace("\n", "\u21b5\n")
+    """The text with signs at line ends and tabs, and with what cannot be seen, or would do harm, spelt out."""
+    spelt = _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return spelt.replace("\n", "\u21b5\n").replace("\t", "\u21e5\t")
