@@ -63,7 +63,7 @@ class Preview:
     notes: Sequence[str] = ()
 
     def __str__(self) -> str:
-        legend = "[[...]] is trained on; [[0.5: ...]] counts 0.5; \u21b5 is a line's end, \u21e5 a tab"
+        legend = ["[[...]] is trained on; [[0.5: ...]] counts 0.5; \u21b5 is a line's end, \u21e5 a tab"]
         return "\n".join(line.plain for line in self._lines(legend, _marked)).rstrip("\n")
 
     def show(self, file: Any = None) -> None:
@@ -92,7 +92,7 @@ class Preview:
         for line in self._lines(legend, _coloured):
             console.print(line)
 
-    def _lines(self, legend: Any, drawn: Callable[[Sequence[Span]], Sequence[Any]]) -> Iterator[Text]:
+    def _lines(self, legend: Sequence[Any], drawn: Callable[[Sequence[Span]], Iterator[Any]]) -> Iterator[Text]:
         """Everything in order; `drawn` makes strings and (string, style) of spans."""
         from rich.text import Text
 
