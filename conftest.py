@@ -30,6 +30,7 @@ SLOW = (
     "test_lora_contract", "test_stream_runs", "test_stream_faults", "test_exhausted", "test_bad_input", "test_terminal",
     "test_notebook", "test_kernels_contract", "test_optim", "test_bnb_contract", "test_source_remote",
     "test_guards_structure", "test_guards_ranks", "test_data_pairs", "test_precision", "test_data_prepare",
+    "test_docs_capabilities",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ import pytest
 import llmtune
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.hookspecs import HOOKS
+from llmtune.contract.schema import field_types
+from llmtune.planning import edit
 from llmtune.recipe.foreign_keys import foreign_keys, migration_table
 from llmtune.recipe.recipe import load_recipe
+from llmtune.recipe.registry import Registry
 from llmtune.testing import laws
 from llmtune.testing.contract import Subject
 from tests.runs import FLOAT32, stored_types
@@ -24,6 +29,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def section(page: str, heading: str) -> str:
+    """What stands below a heading of a page in docs/."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text[text.index(f"## {heading}\n") :].split("\n## ")[0]
 
 
 def test_the_two_commands_stand_in_the_readme_as_ci_reads_them() -> None:
@@ -38,7 +49,7 @@ def test_every_hook_has_its_heading_with_its_arguments(name: str) -> None:
     assert f"### {name}({arguments})" in lines
 
 
-@pytest.mark.parametrize("record", ["Plugin", "RunContext", "ModelEdit"])
+@pytest.mark.parametrize("record", ["Plugin", "RunContext", "ModelEdit", "LoggerStart"])
 def test_the_guide_names_every_field_of_the_records(record: str) -> None:
     guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     fields = getattr(llmtune, record).__dataclass_fields__
@@ -49,15 +60,6 @@ def test_the_guide_names_every_field_of_the_records(record: str) -> None:
 def test_every_recipe_can_be_read_and_is_mentioned(path: Path) -> None:
     assert load_recipe(path).model.model
     assert any(f"recipes/{path.name}" in page.read_text(encoding="utf-8") for page in PAGES)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_a_page_names_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"(?<![\w/])(?:llmtune|tests|recipes|plugins)/[\w/-]+\.(?:py|yaml)\b", text))
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_every_module_in_the_tour_of_the_code_exists_and_functions_are_where_the_tour_says() -> None:
@@ -76,13 +78,54 @@ def test_the_migration_page_names_every_renamed_key() -> None:
     assert [key for key in foreign_keys() if f"`{key}`" not in page] == []
 
 
-def test_every_plugin_package_has_a_page_that_names_its_plugins() -> None:
-    import tomllib
-
+def test_every_plugin_package_has_a_page_that_names_its_plugins_and_their_keys() -> None:
+    rows = [row for row in Registry().listing() if row.plugin is not None]
     for package in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
         page = (package.parent / "README.md").read_text(encoding="utf-8")
-        names = tomllib.loads(package.read_text(encoding="utf-8"))["project"]["entry-points"]["llmtune"]
-        assert [name for name in names if name not in page] == []
+        project = tomllib.loads(package.read_text(encoding="utf-8"))["project"]
+        assert [name for name in project["entry-points"]["llmtune"] if name not in page] == []
+        plugins = [row.plugin for row in rows if row.package == project["name"]]
+        assert plugins
+        keys = {key for plugin in plugins for key in field_types(plugin.config)}
+        assert [key for key in sorted(keys) if key not in re.findall(r"\w+", page)] == []
+
+
+def test_the_guides_capability_words_are_those_of_the_plugins() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| ([^|]+) \|$", section("plugins.md", "Capability words"), re.M
+    )
+    plugins = [row.plugin for row in Registry().listing() if row.plugin is not None]
+    said = {
+        word: tuple(set(re.findall(r"`(\w+)`", cell)) for cell in (givers, refusers)) for word, givers, refusers in rows
+    }
+    words = {word for plugin in plugins for word in plugin.gives | plugin.needs | plugin.refuses}
+    assert sorted(said) == sorted(words)
+    for word, (givers, refusers) in said.items():
+        assert {plugin.name for plugin in plugins if word in plugin.gives} == givers - set(EXTENSION_POINTS)
+        assert {plugin.name for plugin in plugins if word in plugin.refuses} == refusers
+
+
+def test_the_guide_says_which_plugins_are_asked_for_objections(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: str, chats: str, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(edit, "plugin_objections", lambda part, *_: asked.append(part.point) or [])
+    every = {"quant_config": "bnb", "peft_config": "lora", "kernel_config": "auto", "dist_config": "fsdp2"}
+    keys = {"model": tiny_llama, "dataset": chats, "device": "cpu", "output_dir": str(tmp_path / "run"), **every}
+    assert llmtune.plan(keys).steps
+    (sentence,) = re.findall(
+        r"`check` runs before `apply` and is\nasked of plugins of ([^.]+)\.",
+        section("plugins.md", "What the core checks"),
+    )
+    assert sorted(re.findall(r"`(\w+)`", sentence)) == sorted(set(asked))
+
+
+def test_the_tour_says_where_a_launchers_variables_are_read() -> None:
+    variables = r'"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|TORCHELASTIC_\w+|MASTER_\w+)"'
+    core = [path for path in (ROOT / "llmtune").rglob("*.py") if "testing" not in path.parts]
+    readers = [str(path.relative_to(ROOT)) for path in core if re.search(variables, path.read_text(encoding="utf-8"))]
+    told = section("tour.md", "Who may import whom").partition("The variables that a launcher sets")[2]
+    assert sorted({*re.findall(r"`(llmtune/[\w/]+\.py)`", told), "llmtune/distributed/ranks.py"}) == sorted(readers)
 
 
 @pytest.fixture
@@ -141,3 +184,41 @@ def test_the_guide_lists_every_law_with_its_sentence(point: str) -> None:
     assert [law.__name__ for law in asked if f" | `{law.__name__}` | {law.sentence} |" not in guide] == []
     fields = [field for field in Subject.__dataclass_fields__ if field not in ("point", "name", "parameters")]
     assert [name for name in fields if f"`{name}`" not in guide[guide.index("## Testing a plugin") :]] == []
+
+
+@pytest.fixture
+def desk(tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the pages' Python speaks of, recipes of the tiny model among them."""
+    (tmp_path / "recipes").mkdir()
+    for recipe in RECIPES:
+        own = re.sub(
+            r"^(model|num_train_epochs|packing|sample_prompts): .*", r"", recipe.read_text("utf-8"), flags=re.M
+        )
+        text = f"model: {tiny_llama}\ndevice: cpu\nmax_steps: 2\n{own}"
+        (tmp_path / "recipes" / recipe.name).write_text(text, encoding="utf-8")
+    shutil.copy(tmp_path / "recipes" / "lora.yaml", tmp_path / "recipe.yaml")
+    shutil.copy(chats, tmp_path / "my_chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def python_of(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def test_the_readmes_python_runs(desk: Path) -> None:
+    (code,) = [block for block in python_of(README) if "llmtune.train(" in block]
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (desk / "merged" / "config.json").exists() and (desk / "loss.png").exists()
+    assert isinstance(names["run"], llmtune.Run) and names["run"].status == "done"
+
+
+@pytest.mark.parametrize("page", ["costs.md", "metrics.md"])
+def test_the_python_of_a_page_runs(page: str, desk: Path) -> None:
+    if page == "metrics.md":
+        llmtune.train("recipes/quickstart.yaml")
+    blocks = python_of((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert blocks
+    for code in blocks:
+        exec(compile(code, page, "exec"), {"llmtune": llmtune})

@@ -55,8 +55,8 @@ class DataConfig:
     eval_on_each_dataset: Annotated[bool, NullIs(False)] = False
     """Report the loss of each data set that is evaluated on, besides the loss of all."""
     dataset_dir: str | None = None
-    """Folder whose `dataset_info.json` gives names to data sets. Absent looks for that file beside the recipe, then in
-    its folder `data`."""
+    """Folder whose `dataset_info.json` gives names to data sets. Absent looks for that file in the folder that llmtune
+    is started in, then in its folder `data`."""
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
     """How several data sets become an epoch: all of each; drawn in turn until the first is used up; or drawn in turn
     until all are, those used up starting again."""
@@ -64,15 +64,15 @@ class DataConfig:
     """How often each data set is drawn from when interleaving, in the order of `dataset`, as a list or separated by
     commas; absent draws from each alike."""
     template: str | None = None
-    """Chat template: a `.jinja` file or a name (`chatml`, `llama3`; see the reference). Absent takes the tokenizer's
-    own."""
+    """Chat template: a `.jinja` file or a name (`chatml`, `llama3`; docs/data.md lists them). Absent takes the
+    tokenizer's own."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables passed to the chat template, such as `enable_thinking: false`."""
     enable_thinking: bool | None = None
     """Short for the template variable of this name. A row's own `enable_thinking` wins."""
     tool_format: str | None = None
-    """How tools, calls and results are written where the chat template cannot: a name (see the reference) or a `.jinja`
-    file. Absent leaves them to the template."""
+    """How tools, calls and results are written where the chat template cannot: a name (docs/data.md lists them) or a
+    `.jinja` file. Absent leaves them to the template."""
     default_system: str | None = None
     """System message for conversations that have none."""
     split_special_tokens: bool = False

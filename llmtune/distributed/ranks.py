@@ -1,4 +1,4 @@
-"""Processes of a run: who am I, how many are we, sums over all. The only reader of RANK and WORLD_SIZE."""
+"""Processes of a run: who am I, how many are we, sums over all. `Ranks` is made of the launcher's variables here."""
 
 from __future__ import annotations
 

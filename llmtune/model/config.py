@@ -16,15 +16,16 @@ class ModelConfig:
     """Which model, and how it is read."""
 
     model: str
-    """A local folder, a `.gguf` file, a hub id (`owner/name`), or `package:NAME==VERSION` for a Python package
-    that ships a GGUF file."""
+    """A local folder, a `.gguf` file, a hub id (`owner/name`), or `package:NAME==VERSION#sha256=HEX` for a Python
+    package that ships a GGUF file with this hash."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null is the default branch."""
     cache_dir: Path | str | None = None
     """Where downloads and converted models are kept; null is the hub's own cache for downloads, and
     `$LLMTUNE_CACHE` or `~/.cache/llmtune` for converted models."""
     token: str | None = field(default=None, repr=False)
-    """Access token of the hub for private and gated models; null uses the one of `hf auth login`."""
+    """Access token of the hub for private and gated models, adapters and data sets; null uses the one of
+    `hf auth login`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Has to be said in a recipe file, on the command line or as an argument
     in Python; what a run wrote down and mappings are not enough."""

@@ -15,9 +15,10 @@ class ExportConfig:
     export_dir: str | None = None
     """Where `llmtune export` writes the merged model."""
     export_size: Annotated[int, Ge(1)] = 5
-    """Largest exported file in GB."""
+    """Largest exported file in GB, of safetensors and of `export_legacy_format` alike."""
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """Type of exported weights, and of a model opened for chatting; `auto` is the type the model came in."""
+    """Type of exported weights, and of a model opened for chatting. `auto` is the type that the base's files have; in
+    chat, bfloat16 instead of float32 on a GPU that has it."""
     export_legacy_format: bool = False
     """Export as PyTorch pickles instead of safetensors, for readers that know nothing else."""
     export_hub_model_id: str | None = None

@@ -70,7 +70,8 @@ class TrainConfig:
     """Questions answered before and after training, shown side by side."""
 
     eval_strategy: Literal["no", "steps", "epoch", False] = "no"
-    """When to evaluate. YAML reads a bare no as false, which means the same here."""
+    """When to evaluate. Left out, it is `epoch` where the recipe has `val_size` or `eval_dataset`. YAML reads a bare no
+    as false, which means the same here."""
     eval_steps: Annotated[int, Ge(1)] | None = None
     """Optimiser steps between evaluations with `eval_strategy: steps`; null is `logging_steps`."""
     per_device_eval_batch_size: Annotated[int, Ge(1)] = 1

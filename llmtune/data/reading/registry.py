@@ -58,7 +58,7 @@ class Entry:
 def described(name: str, base_dir: Path, dataset_dir: Path | str | None) -> Entry | None:
     """The entry of `name`, or None where no registry holds it.
 
-    The registry is `dataset_info.json` in `dataset_dir`; without one, beside the recipe or in its folder `data`.
+    The registry is `dataset_info.json` in `dataset_dir`; without one, in `base_dir` or in its folder `data`.
 
     Raises:
         DataError: the registry is damaged, or describes the data set in a way that cannot be used.
