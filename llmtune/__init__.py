@@ -16,9 +16,10 @@ _WHERE = {
         "llmtune.contract.load_rules": ("TensorPart", "LoadRule", "TensorReader"),
         "llmtune.contract.records": (
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
-            "Adapter", "Merges", "SwitchesOff", "TrainsWhole", "Reopens", "Init", "ReadsOnFirst", "Distribute",
-            "HoldsGathered", "ParallelDims", "OptimizerFactory", "Repacks", "Schedule", "Logger",
-            "LoggerStart", "Continues", "Event", "StepDone", "Evaluated", "Saved", "Checks",
+            "Adapter", "Amends", "Amendment", "Merges", "SwitchesOff", "TrainsWhole", "Reopens",
+            "Init", "ReadsOnFirst", "Distribute", "HoldsGathered", "ParallelDims", "OptimizerFactory",
+            "Repacks", "Schedule", "Logger", "LoggerStart", "Continues", "Event", "StepDone", "Evaluated", "Saved",
+            "Checks",
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",

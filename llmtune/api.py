@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,17 @@ class Run:
                 self._conversation = conversation_for(recipe, *self.model(), config)
             self._conversation.config, self._generation = config, given
         return self._conversation.ask(text)
+
+    def reward(self, answer: str | Sequence[Mapping[str, Any]], question: str | None = None) -> float:
+        """What a trained reward model (stage_config rm) gives an `answer` to a `question`, or messages that end with an
+        answer. Raises PlanError where the run trained no reward model."""
+        from llmtune.inference.reopen import recipe_of
+        from llmtune.inference.reward import reward_of
+
+        asked = [] if question is None else [{"role": "user", "content": question}]
+        messages = [*asked, {"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        variables = recipe_of(self.output_dir, **self._trust).data.template_variables
+        return reward_of(*self.model(), messages, variables)
 
     def export(self, export_dir: str | Path, **keys: Any) -> Path:
         """Merge the adapter into its base and write a plain model; keys as `llmtune export` takes them."""

@@ -13,7 +13,7 @@ from typing import Any
 from llmtune import __version__
 from llmtune.cli import data as data_cli
 from llmtune.cli.libraries import load_libraries
-from llmtune.contract.errors import LlmtuneError
+from llmtune.contract.errors import LlmtuneError, RecipeError
 from llmtune.terminal import doing, say
 
 
@@ -130,6 +130,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id",
     )
+    reward = command("reward", _reward, "Give the rewards of a trained reward model, a line of JSON for each row")
+    reward.add_argument("run", metavar="RUN", help="the folder of a run with stage_config rm, or a reward model's")
+    reward.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dataset=FILE of conversations or preferences, recipe keys"
+    )
     data_cli.add_commands(commands)
     plugins = command("plugins", _plugins, "List extension points and what is installed for them")
     plugins.add_argument("--json", action="store_true", help="for machines")
@@ -243,6 +248,21 @@ def _export(options: Any) -> None:
 
     target = export(options.run, **parse_overrides(options.overrides))
     say(f"Wrote {target}. Try: llmtune chat {shlex.quote(str(target))}")
+
+
+def _reward(options: Any) -> None:
+    import json
+
+    from llmtune.recipe.recipe import parse_overrides
+
+    given = parse_overrides(options.overrides)
+    if (dataset := given.pop("dataset", None)) is None:
+        raise RecipeError("dataset: not given, needed is what to score: dataset=FILE")
+    load_libraries()
+    from llmtune.inference.reward import rewards_of_rows
+
+    for row in rewards_of_rows(options.run, dataset, **given):
+        print(json.dumps(row))
 
 
 def _plugins(options: Any) -> None:

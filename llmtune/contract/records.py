@@ -17,6 +17,7 @@ from llmtune.contract.load_rules import LoadRule, TensorReader
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 API_VERSION = 1
 """Version of this contract. A plugin made for another major version is not used."""
@@ -153,6 +154,23 @@ class Peft(Edit, Protocol):
     kind: Literal["adapter", "weights"]
     """`adapter`: only the trained tensors are saved, so that it has to be an `Adapter`. `weights`: the whole model is
     saved, by the core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amendment:
+    """What becomes of a model before its structure is built."""
+
+    model_class: Literal["llm", "cls"] | None = None
+    """`cls`: a head of the config's `num_labels` in place of the one over the vocabulary. None leaves it."""
+
+
+@runtime_checkable
+class Amends(Protocol):
+    """Optional on a built peft or stage object that wants another structure than the model's files have."""
+
+    def amend(self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Amendment:
+        """Change the model's config in place, before anything is built of it. What is saved says the same."""
+        ...
 
 
 @runtime_checkable

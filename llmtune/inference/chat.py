@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import RecipeError, raise_all
+from llmtune.contract.errors import PlanError, RecipeError, raise_all
 from llmtune.contract.schema import decode
 from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, has_template
 
@@ -28,6 +28,11 @@ def conversation_for(
 ) -> ChatSession:
     """A conversation as the recipe's samples were rendered in training; plain text is continued where the tokenizer has
     no chat template."""
+    if model.get_output_embeddings() is None:
+        raise PlanError(
+            f"{type(model).__name__} has no head over a vocabulary, so that it cannot answer; a reward model is "
+            "asked by `llmtune reward`"
+        )
     variables = recipe.data.template_variables
     return ChatSession(model, tokenizer, variables, config, completes=not has_template(tokenizer, variables))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import POINTS
-from llmtune.contract.records import RunContext
+from llmtune.contract.records import Amends, RunContext
 from llmtune.contract.stages import WithoutDropout
 from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template
@@ -51,6 +51,8 @@ class Pretrained:
     """What a model's small files say."""
 
     files: ModelFiles
+    keys: ModelConfig
+    """The recipe's keys of the model, as its plugins amend them."""
     config: Any
     tokenizer: Any
     vocabulary: Vocabulary | None
@@ -66,10 +68,21 @@ def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bo
     files = resolve_model(recipe.model, weights=False, described=described, check=reads)
     config = load_model_config(files, recipe.model)
     tokenizer = read_tokenizer(files, recipe.model)
+    keys = amended(recipe.model, parts, config, tokenizer)
     vocabulary = extend(recipe.model, tokenizer, config)
     if templated and recipe.data.template is not None:
         choose_template(recipe.data.template, tokenizer, recipe.base_dir)
-    return Pretrained(files=files, config=config, tokenizer=tokenizer, vocabulary=vocabulary)
+    return Pretrained(files=files, keys=keys, config=config, tokenizer=tokenizer, vocabulary=vocabulary)
+
+
+def amended(keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any) -> ModelConfig:
+    """The keys of the model after peft and stage plugins have amended its `config`, which changes in place."""
+    for part in [*parts.at("peft_config"), *parts.at("stage_config")]:
+        if isinstance(part.built, Amends):
+            with blaming(part.full_label, "amend"):
+                amendment = part.built.amend(config, tokenizer)
+            keys = replace(keys, model_class=amendment.model_class or keys.model_class)
+    return keys
 
 
 def plan_model(
@@ -84,6 +97,7 @@ def plan_model(
         autocast=precision.autocast, model_name=recipe.model.model, revision=pretrained.files.revision,
         cache_dir=recipe.model.cache_dir, token=recipe.model.token,
     )  # fmt: skip
+    recipe = replace(recipe, model=pretrained.keys)
     ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
     module: Any = ledger.model
     problems: list[LlmtuneError] = []
@@ -114,6 +128,9 @@ def plan_model(
         and any(p.built.kind == "adapter" for p in parts.at("peft_config"))
     ):
         notes = (*notes, _ROPE_NOTE)
+    if mode == "train" and recipe.train.sample_prompts and module.get_output_embeddings() is None:
+        what = f"{type(module).__name__} has no head over a vocabulary and answers nothing"
+        problems.append(PlanError(f"sample_prompts: {what}; remove them"))
     if mode == "train" and recipe.data.isolates and (reason := packing_obstacle(module, attention)):
         fix = "set packing: false, or neat_packing: false"
         problems.append(PlanError(f"packing: {type(module).__name__} {reason}; {fix}"))

@@ -52,7 +52,8 @@ def outcome_text(outcome: Outcome, width: int | None = None) -> str:
         f"Saved the {kind}, tokenizer and chat template in {folder / 'model'},\nmetrics in {folder / 'metrics.jsonl'}."
     )
     parts.append(spent_text(outcome))
-    parts.append("\n".join(["Try next:", *(f"  {command}" for command in next_commands(folder))]))
+    answers = outcome.plan.model.module.get_output_embeddings() is not None
+    parts.append("\n".join(["Try next:", *(f"  {command}" for command in next_commands(folder, answers))]))
     return "\n\n".join(parts)
 
 
@@ -64,12 +65,12 @@ def spent_text(outcome: Outcome) -> str:
     return f"Took {duration(outcome.seconds)} in all, and at most {measured} ({planned}) on a rank."
 
 
-def next_commands(folder: Path) -> list[str]:
-    """Commands that work where the run was started, to be copied as they are."""
+def next_commands(folder: Path, answers: bool = True) -> list[str]:
+    """Commands that work where the run was started, to be copied as they are; `answers` says whether the model does."""
     here = Path(os.path.relpath(folder))
     near = here if len(str(here)) < len(str(folder)) else folder
     return [
-        f"llmtune chat {shlex.quote(str(near))}",
+        f"llmtune chat {shlex.quote(str(near))}" if answers else f"llmtune reward {shlex.quote(str(near))} dataset=...",
         f"llmtune export {shlex.quote(str(near))} export_dir={shlex.quote(str(near / 'merged'))}",
     ]
 

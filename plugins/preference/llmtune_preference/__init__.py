@@ -1,4 +1,4 @@
-"""Learning from preferences: `stage_config: dpo`, pairs of a chosen and a rejected answer."""
+"""Learning from pairs of a chosen and a rejected answer: `stage_config: dpo`, and reward models by `rm`."""
 
 from __future__ import annotations
 
@@ -63,16 +63,34 @@ class DpoConfig:
             )
 
 
-def build(config: DpoConfig) -> Any:
-    """The stage that `config` describes."""
-    from .stage import Pairs
+@dataclass(frozen=True, kw_only=True)
+class RmConfig:
+    """Keys of `stage_config: {name: rm}`."""
+
+    center_rewards_coefficient: Annotated[float, Ge(0)] = 0.0
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244); 0.01 is usual."""
+
+
+def build_dpo(config: DpoConfig) -> Any:
+    """The stage of pairs that `config` describes."""
+    from .dpo import Pairs
 
     return Pairs(config)
 
 
+def build_rm(config: RmConfig) -> Any:
+    """The stage of rewards that `config` describes."""
+    from .rm import Rewards
+
+    return Rewards(config)
+
+
 @hookimpl
 def stage_config() -> list[Plugin]:
-    """`dpo`."""
+    """`dpo` and `rm`."""
     return [
-        Plugin(name="dpo", config=DpoConfig, build=build, summary="Preferring chosen answers to rejected ones (DPO)")
+        Plugin(
+            name="dpo", config=DpoConfig, build=build_dpo, summary="Preferring chosen answers to rejected ones (DPO)"
+        ),
+        Plugin(name="rm", config=RmConfig, build=build_rm, summary="A reward model: one number for an answer"),
     ]
