@@ -29,6 +29,8 @@ _WHERE = {
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
             "Text", "Tokens", "UnpairedPreference",
         ),
+        "llmtune.contract.generation": ("Answer", "Engine", "GenerateConfig"),
+        "llmtune.model.generate": ("generate", "ContextFull"),
         "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),
         "llmtune.model.hub": ("fetch_files",),
         "llmtune.contract.errors": (

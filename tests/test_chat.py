@@ -12,7 +12,8 @@ import torch
 from llmtune.contract.errors import DataError
 from llmtune.contract.schema import decode
 from llmtune.inference.chat import chat_loop
-from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, answer, stop_tokens
+from llmtune.model.generate import stop_tokens
+from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, answer
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 GREEDY = GenerateConfig(do_sample=False, max_new_tokens=8)

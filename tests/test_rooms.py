@@ -43,7 +43,6 @@ TOKENIZER_FILES = {
     f"llmtune.{name}"
     for name in (
         "inference.inspect",
-        "model.generation",
         "model.source",
         "model.gguf",
         "model.hub",

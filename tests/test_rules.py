@@ -18,6 +18,7 @@ CONTRACT = {
     "llmtune.contract.records",
     "llmtune.contract.stages",
     "llmtune.contract.examples",
+    "llmtune.contract.generation",
     "llmtune.contract.hookspecs",
     "llmtune.contract.load_rules",
     "llmtune.contract.extension_points",

@@ -1,0 +1,84 @@
+"""The contract of generation: how an answer is drawn, what it is, and what draws it. Tensors in annotations only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+from llmtune.contract.schema import Ge, Gt, Le
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How an answer is drawn from the model."""
+
+    do_sample: bool = True
+    """Draw each token at random by its probability; false always takes the likeliest."""
+    temperature: Annotated[float, Gt(0)] = 0.95
+    """Divides the logits before sampling; below 1 the likely becomes likelier."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.7
+    """Sample from the fewest tokens whose probabilities add up to this."""
+    top_k: Annotated[int, Ge(0)] = 50
+    """Sample from this many likeliest tokens; 0 is all."""
+    num_beams: Annotated[int, Ge(1)] = 1
+    """Number of beams searched; above 1 an answer arrives whole instead of streaming."""
+    max_length: Annotated[int, Ge(1)] | None = None
+    """Most tokens of prompt and answer together; has no effect beside `max_new_tokens`."""
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+    """Most tokens of an answer; null is what `max_length` leaves, or 1024. No answer goes beyond the length that the
+    model was made for."""
+    repetition_penalty: Annotated[float, Gt(0)] = 1.0
+    """Above 1 makes tokens that occurred before less likely; 1 changes nothing."""
+    length_penalty: float = 1.0
+    """With beams: above 0 favours long answers, below 0 short ones."""
+    default_system: str | None = None
+    """System message of conversations that have none; null leaves it to the template. Not given, it is the one that
+    the recipe trained with."""
+    skip_special_tokens: bool = True
+    """Leave the template's control tokens out of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model said to one prompt."""
+
+    prompt_ids: tuple[int, ...]
+    """The prompt's tokens, without padding."""
+    ids: tuple[int, ...]
+    """The answer's tokens; where it came to its end, the last one is the token that ended it."""
+    cut: bool
+    """Whether the limit came first: no token ended the answer."""
+    text: str
+    """The answer's tokens as text, without white space around it."""
+
+
+class Engine(Protocol):
+    """What generates, for chat, sample prompts, predictions and roll-outs."""
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        config: GenerateConfig,
+        *,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+        watch: Callable[[Sequence[int | None]], bool] | None = None,
+    ) -> list[Answer]:
+        """Answers to prompts, which are lists of token ids, in their order.
+
+        An answer depends on its prompt and its seed alone, whatever prompts stand beside it. `seeds` has one for each
+        prompt; None draws them from torch's generator. `stop` are the tokens that end an answer; None is `stop_tokens`
+        of model and tokenizer. `watch` is called after each step with the new token of each answer, None where that one
+        has ended; True ends them all. It is not called where `num_beams` is above 1.
+
+        Where the model is spread over ranks, all of them call it, within the root module's forward, each with prompts
+        of its own or none; ranks that share a batch give the same prompts and seeds.
+        Raises ContextFull where a prompt leaves no room for an answer.
+        """
+        ...

@@ -1,0 +1,284 @@
+"""Answers to a batch of prompts, by the `generate` of transformers. No answer depends on its batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llmtune.contract.errors import DataError, DivergedError
+from llmtune.contract.generation import Answer, GenerateConfig
+from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.model.skeleton import config_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Watch = Callable[[Sequence[int | None]], bool]
+
+
+class ContextFull(DataError):
+    """Prompt and answer do not fit into the length the model was made for."""
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[int] | None = None,
+    watch: Watch | None = None,
+) -> list[Answer]:
+    """Answers to prompts, which are lists of token ids, as `Engine.generate` says.
+
+    Other batches differ in rounding, so that in float32 answers are the same but for ties, and in bfloat16 mostly.
+    Raises ContextFull, and DivergedError where the model's logits are not finite.
+    """
+    config = config or GenerateConfig()
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    spread = torch.distributed.is_initialized() and any(isinstance(value, DTensor) for value in model.parameters())
+    stop = stop_tokens(model, tokenizer) if stop is None else stop
+    with _together(spread):
+        rows = [
+            PromptRow(list(prompt), room(model, len(prompt), config), seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    # Beams that are sampled are drawn from one generator, so each prompt has a batch of its own.
+    size = 1 if config.num_beams > 1 and config.do_sample else max(1, len(rows))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    if spread:  # whoever has no rows left computes along, as the others gather its shards
+        batches += [[]] * (max(from_all(len(batches))) - len(batches))
+    with evaluating(model):
+        return [answer for batch in batches for answer in _batch(model, tokenizer, batch, config, stop, watch, spread)]
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt of a batch."""
+
+    ids: list[int]
+    room: int
+    """Most tokens of its answer."""
+    seed: int
+
+
+def _batch(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], config: GenerateConfig,
+    stop: Sequence[int], watch: Watch | None, spread: bool,
+) -> list[Answer]:  # fmt: skip
+    device, pad = next(model.parameters()).device, tokenizer.pad_token_id or 0
+    asked = rows or [PromptRow([pad], 1, 0)]
+    width = max(len(row.ids) for row in asked)
+    pads = [width - len(row.ids) for row in asked]
+    real_BT = torch.tensor([[0] * more + [1] * len(row.ids) for more, row in zip(pads, asked, strict=True)])
+    ids_BT = torch.tensor([[pad] * more + row.ids for more, row in zip(pads, asked, strict=True)])
+    drawn_beams = config.num_beams > 1 and config.do_sample
+    finite = RefusesNan()
+    settings: dict[str, Any] = {
+        "do_sample": drawn_beams, "num_beams": config.num_beams, "use_cache": True, "repetition_penalty": 1.0,
+        "max_new_tokens": max(row.room for row in asked), "eos_token_id": list(stop) or None, "pad_token_id": pad,
+    }  # fmt: skip
+    if drawn_beams:
+        settings |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    if config.num_beams > 1:
+        settings["length_penalty"] = config.length_penalty
+    with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
+        said_BT = model.generate(
+            input_ids=ids_BT.to(device), attention_mask=real_BT.to(device), synced_gpus=spread, **settings,
+            logits_processor=LogitsProcessorList([finite, *_processors(config, pads, asked)]),
+            stopping_criteria=StoppingCriteriaList(
+                [Ends(asked, width, stop, watch if config.num_beams == 1 and rows else None)]
+            ),
+        )  # fmt: skip
+    with _together(spread):
+        if not finite.kept:
+            raise DivergedError("the model's logits are not finite, so that it has no answers; its weights are damaged")
+    said = said_BT[:, width:].tolist()
+    return [_answer(tokenizer, row, tokens, config, stop) for row, tokens in zip(rows, said, strict=False)]
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, row: PromptRow, tokens: list[int], config: GenerateConfig, stop: Sequence[int]
+) -> Answer:
+    """What is between the prompt and the padding after the answer."""
+    end = next((at for at, token in enumerate(tokens[: row.room]) if token in stop), None)
+    ids = tokens[: row.room] if end is None else tokens[: end + 1]
+    text = str(tokenizer.decode(ids, skip_special_tokens=config.skip_special_tokens)).strip()
+    return Answer(prompt_ids=tuple(row.ids), ids=tuple(ids), cut=end is None, text=text)
+
+
+def _processors(config: GenerateConfig, pads: Sequence[int], rows: Sequence[PromptRow]) -> Iterator[LogitsProcessor]:
+    """In the order of transformers; sampling by row comes last and leaves one token."""
+    if config.repetition_penalty != 1:
+        yield RepetitionPenalty(config.repetition_penalty, pads)
+    if not config.do_sample or config.num_beams > 1:
+        return
+    if config.temperature != 1:
+        yield TemperatureLogitsWarper(config.temperature)
+    if config.top_k:
+        yield TopKLogitsWarper(config.top_k)
+    if config.top_p < 1:
+        yield TopPLogitsWarper(config.top_p)
+    yield DrawsByRow([row.seed for row in rows])
+
+
+class RefusesNan(LogitsProcessor):
+    """Notes whether any logits were no numbers; asked at the end, so that no step waits for the device."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | bool = True
+
+    @property
+    def kept(self) -> bool:
+        """Whether every row had a likeliest token."""
+        return bool(self._kept)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._kept = torch.isfinite(scores.amax(-1)).all() & self._kept
+        return scores
+
+
+class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """transformers' penalty without that for padding, whose token is a real one elsewhere."""
+
+    def __init__(self, penalty: float, pads: Sequence[int]) -> None:
+        super().__init__(penalty)
+        self.pads_B = torch.tensor(pads)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        pads = self.pads_B.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.pads_B))
+        padding = torch.arange(input_ids.shape[1], device=input_ids.device) < pads[:, None]
+        return super().__call__(torch.where(padding, input_ids[:, -1:], input_ids), scores)
+
+
+class DrawsByRow(LogitsProcessor):
+    """Draws each row's token with a generator of its own: the token where the summed probabilities pass its number."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [random.Random(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        sums_BV = scores.double().softmax(-1).cumsum(-1)
+        numbers = [[generator.random()] for generator in self.generators]
+        numbers_B1 = torch.tensor(numbers, dtype=torch.float64).to(scores.device) * sums_BV[:, -1:]
+        token_B1 = torch.searchsorted(sums_BV, numbers_B1, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token_B1, 0.0)
+
+
+class Ends(StoppingCriteria):
+    """Ends a row where its room is used up, and all of them where the watcher says so."""
+
+    def __init__(self, rows: Sequence[PromptRow], width: int, stop: Sequence[int], watch: Watch | None) -> None:
+        self.rooms = [row.room for row in rows]
+        self.width, self.stop, self.watch = width, frozenset(stop), watch
+        self.ended = [False] * len(rows)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        used = input_ids.shape[1] - self.width
+        full = [used >= room for room in self.rooms for _ in range(len(input_ids) // len(self.rooms))]
+        if self.watch is not None:
+            tokens = input_ids[:, -1].tolist()
+            new = [None if ended else token for ended, token in zip(self.ended, tokens, strict=True)]
+            self.ended = [
+                ended or token in self.stop or over for ended, token, over in zip(self.ended, tokens, full, strict=True)
+            ]
+            if self.watch(new):
+                full = [True] * len(full)
+        return torch.tensor(full, device=input_ids.device)
+
+
+def room(model: PreTrainedModel, prompt_tokens: int, config: GenerateConfig) -> int:
+    """Most tokens of the answer to a prompt of so many. Raises ContextFull where it is none."""
+    made_for = config_value(model.config.get_text_config(), "max_position_embeddings")
+    wanted = None if config.max_new_tokens else config.max_length
+    limits = [limit for limit in (made_for, wanted) if limit]
+    most = [config.max_new_tokens or 1024] if wanted is None else []
+    room_tokens = min([*most, *(limit - prompt_tokens for limit in limits)])
+    if room_tokens < 1:
+        raise ContextFull(
+            f"the conversation has {prompt_tokens} tokens, the limit for prompt and answer together is {min(limits)}; "
+            "start a new conversation (/clear), ask something shorter, or raise max_length if the model allows it"
+        )
+    return room_tokens
+
+
+def has_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether there is anything to write a conversation with."""
+    return bool(tokenizer.chat_template or template_kwargs.get("chat_template"))
+
+
+def stop_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Ids that end an answer: the model's and the tokenizer's end of text, and the template's end of turn.
+
+    The end of turn is the special token that the template writes right after an assistant's message.
+    """
+    stops: set[int] = set()
+    for ids in (
+        model.generation_config.eos_token_id,
+        model.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    ):
+        stops.update(ids if isinstance(ids, (list, tuple)) else () if ids is None else (ids,))
+    kwargs = dict(template_kwargs or {})
+    if has_template(tokenizer, kwargs):
+        marker = "llmtuneendofturn"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        after = str(tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)).rpartition(marker)[2].lstrip()
+        special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        stops.update(special[text] for text in special if after.startswith(text))
+    return sorted(stops)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off inside; every module's own mode is back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _together(spread: bool) -> Iterator[None]:
+    """An error inside is raised on all ranks that the model is spread over, which would wait for this one else."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    if spread:
+        fail_together(error)
+    elif error is not None:
+        raise error
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators begin at `seed` inside, and are as they were afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
