@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Container, Iterable, Sequence
 from html import escape
 from typing import TextIO
 
@@ -44,10 +46,34 @@ def fit(text: str, width: int | None) -> str:
 def _fold(line: str, width: int) -> str:
     if len(line) <= width:
         return line
-    gap = re.match(r"\s*\S.*?\s{2,}", line)
+    gap = re.match(r" *\S.*? {2,}", line)
     indent = gap.end() if gap and gap.end() <= width // 2 else len(line) - len(line.lstrip())
     # Words longer than a line, such as paths, stay whole, so that they can be copied.
     return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def table_text(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Container[int] = (), width: int = NOTEBOOK_COLUMNS
+) -> str:
+    """A table whose columns stand at the right, but for those numbered in `left`. Where it is wider than `width`,
+    headings are broken at spaces; cells never are."""
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(zip(head, *rows, strict=True))
+    table = Table(box=None, pad_edge=False, header_style="")
+    broken = sum(max(map(cell_len, column)) + 2 for column in columns) - 2 > width
+    for number, (heading, *cells) in enumerate(columns):
+        room = max(1, *map(cell_len, cells)) if broken else width
+        lines = textwrap.wrap(heading, room, break_long_words=False, break_on_hyphens=False)
+        table.add_column("\n".join(lines), justify="left" if number in left else "right")
+    for row in zip(*(cells for _, *cells in columns), strict=True):
+        table.add_row(*row)
+    endless = Console(width=10_000, file=io.StringIO(), force_jupyter=False, markup=False, emoji=False, highlight=False)
+    with endless.capture() as captured:
+        endless.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmtune
-from llmtune.data.stats import CUTOFFS, Rows, make_stats
+from llmtune.data.stats import CUTOFFS, Cutoff, Rows, make_stats
 from llmtune.data.tokens import TokenSamples
 from tests.runs import recipe
 
@@ -69,6 +70,20 @@ def test_bars_hold_every_sample() -> None:
     found = stats_of(samples_of([[True] * length for length in (1, 2, 3, 4, 5, 16, 17, 100)]))
     assert found.histogram == [(1, 1), (2, 1), (4, 2), (8, 1), (16, 1), (32, 1), (64, 0), (128, 1)]
     assert "100.00%" in str(found)
+
+
+def test_tables_fit_a_terminal_and_no_number_is_cut() -> None:
+    found = stats_of(samples_of([[True] * 2, [True] * 99], sets=np.array([0, 1]), set_names=("a set", "b [b]")))
+    found = replace(found, all=replace(found.all, tokens=10**9))
+    many = Cutoff(
+        cutoff_len=32768, samples=9_999_999, tokens=999_999_999, supervised_tokens=888_888_888,
+        without_target=7_777_777, dropped_tokens=999_999_998,
+    )  # fmt: skip
+    lines = str(replace(found, cutoffs=[many])).splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.startswith("with the recipe's cutoff_len")] == []
+    assert lines[-1].split()[:3] == ["32,768", "9,999,999", "999,999,999"] and "b [b]" in "".join(lines)
+    more = str(replace(found, cutoffs=[replace(many, dropped_tokens=10**30)]))
+    assert f"{10**30:,}" in more
 
 
 @pytest.fixture

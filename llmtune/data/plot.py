@@ -11,6 +11,7 @@ from llmtune.contract.errors import PlanError
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TRAIN, EVALUATION = "#2563a8", "#c4501b"
@@ -45,6 +46,14 @@ def new_figure(width: float, height: float) -> Figure:
     return Picture(figsize=(width, height), dpi=120, layout="constrained")
 
 
+def label_axes(axes: Axes, title: str, across: str) -> None:
+    """The looks that all pictures share: a title, what runs `across`, a faint grid and no frame."""
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(across)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def plot_lengths(lengths: np.ndarray, cutoff_len: int, path: str | Path | None = None) -> Figure:
     """A histogram of (samples,) tokens, and beside it the share of samples and of tokens up to each length; saved to
     `path` if given. Raises PlanError without matplotlib."""
@@ -60,19 +69,15 @@ def plot_lengths(lengths: np.ndarray, cutoff_len: int, path: str | Path | None =
     bounds = np.geomspace(least, most + 1, count + 1) if wide else np.linspace(least - 0.5, most + 0.5, count + 1)
     counts, shares = figure.subplots(1, 2)
     counts.hist(rising, bins=bounds, color=TRAIN)
-    counts.set_title("Samples by length", loc="left", fontsize=11)
     share = np.arange(1, len(rising) + 1) / max(1, len(rising))
     shares.plot(rising, share, color=TRAIN, label="samples")
     shares.plot(rising, np.cumsum(rising) / max(1, rising.sum()), color=EVALUATION, label="their tokens")
-    shares.set_title("Share up to a length", loc="left", fontsize=11)
     shares.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for axes in (counts, shares):
+    for axes, title in ((counts, "Samples by length"), (shares, "Share up to a length")):
+        label_axes(axes, title, "tokens of a sample")
         axes.set_xscale("log" if wide else "linear")
         if cutoff_len <= most:
             axes.axvline(cutoff_len, color="gray", linestyle="--", linewidth=1, label=f"cutoff_len {cutoff_len:,}")
-        axes.set_xlabel("tokens of a sample")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     shares.legend(frameon=False)
     if path is not None:
         figure.savefig(path)

@@ -98,12 +98,14 @@ class PartReport:
             longest=samples.longest,
         )
 
+    @property
+    def share(self) -> float:
+        """The part of the tokens that is trained on."""
+        return self.supervised_tokens / max(1, self.tokens)
+
     def __str__(self) -> str:
-        share = self.supervised_tokens / max(1, self.tokens)
-        return (
-            f"{self.samples:,} samples, {self.tokens:,} tokens, {self.supervised_tokens:,} trained on ({share:.0%}), "
-            f"longest {self.longest:,}"
-        )
+        trained = f"{self.supervised_tokens:,} trained on ({self.share:.0%})"
+        return f"{self.samples:,} samples, {self.tokens:,} tokens, {trained}, longest {self.longest:,}"
 
 
 @dataclass(kw_only=True)

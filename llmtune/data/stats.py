@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.data.plot import plot_lengths
-from llmtune.terminal import Shown
+from llmtune.data.report import PartReport
+from llmtune.terminal import Shown, table_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,25 +20,21 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50, 90, 95, 99, 99.9)
 CUTOFFS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_BAR = 40
+_BAR = 30
+"""Columns of the longest bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lengths:
+class Lengths(PartReport):
     """Samples of one data set, or of all."""
 
     name: str
-    samples: int
-    tokens: int
-    supervised_tokens: int
-    """Trained tokens."""
     percentiles: Mapping[str, int]
     """Tokens of a sample: `50`, `90`, `95`, `99`, `99.9`; so many percent are no longer."""
-    longest: int
     shortest: int
 
     @staticmethod
-    def of(name: str, samples: TokenSamples, chosen: np.ndarray | slice = slice(None)) -> Lengths:
+    def count(name: str, samples: TokenSamples, chosen: np.ndarray | slice = slice(None)) -> Lengths:
         """Count the `chosen` samples."""
         lengths = samples.lengths[chosen]
         # The smallest length that enough samples do not exceed, not a number between two lengths.
@@ -109,39 +106,35 @@ class DataStats(Shown):
         return {key: value for key, value in asdict(self).items() if key != "lengths"}
 
     def __str__(self) -> str:
-        return "\n\n".join(["\n".join(part) for part in self._parts()])
-
-    def _parts(self) -> list[list[str]]:
-        every = self.all
-        head = [
-            _counted(every),
-            "tokens of a sample: "
-            + ", ".join(f"{value:,} ({name} %)" for name, value in every.percentiles.items())
-            + f", longest {every.longest:,}, shortest {every.shortest:,}",
+        percentiles = {f"{name}%": value for name, value in self.all.percentiles.items()}
+        lengths = {**percentiles, "longest": self.all.longest, "shortest": self.all.shortest}
+        parts = [
+            str(self.all),
+            table_text(["", *lengths], [["tokens of a sample", *map(_number, lengths.values())]], left=(0,)),
+            table_text(["tokens of a sample", "", "samples", "so far"], self._bars(), left=(0, 1)),
         ]
-        parts = [head, self._bars()]
         if len(self.sets) > 1:
-            parts.append(_table([_set_row(each) for each in self.sets], _SET_HEAD))
+            parts.append(table_text(_SET_HEAD, map(_set_row, self.sets), left=(0,)))
         # The longer ones cost nothing either.
         enough = next((each.cutoff_len for each in self.cutoffs if not each.samples), CUTOFFS[-1])
         costs = [each for each in self.cutoffs if each.cutoff_len <= max(enough, self.cutoff_len)]
-        parts += [self._rows(), _table([_cutoff_row(each, every.tokens) for each in costs], _CUTOFF_HEAD)]
-        return [*parts, [f"note: {note}" for note in self.notes]] if self.notes else parts
+        parts.append("\n".join(self._rows()))
+        parts.append(table_text(_CUTOFF_HEAD, [_cutoff_row(each, self.all.tokens) for each in costs]))
+        return "\n\n".join([*parts, *(["\n".join(f"note: {note}" for note in self.notes)] if self.notes else [])])
 
-    def _bars(self) -> list[str]:
-        most, total, so_far, lines = max(count for _, count in self.histogram), self.all.samples, 0, []
+    def _bars(self) -> Iterator[tuple[str, ...]]:
+        most, so_far = max(count for _, count in self.histogram), 0
         for upto, count in self.histogram:
             so_far += count
             bar = "#" * max(round(count / most * _BAR), 1 if count else 0)
-            lines.append(f"  up to {upto:>7,} {bar:<{_BAR}} {count:>9,} {so_far / total:>8.2%}")
-        return [f"{'tokens of a sample':<{_BAR + 15}} {'samples':>9} {'so far':>8}", *lines]
+            yield f"up to {upto:>7,}", bar, f"{count:,}", f"{so_far / self.all.samples:.2%}"
 
     def _rows(self) -> list[str]:
         if self.trained is None or self.padded is None:
             return [f"the recipe's cutoff_len: {self.cutoff_len:,}"]
-        lines = [f"with the recipe's cutoff_len {self.cutoff_len:,}, to train on: {_counted(self.trained)}"]
+        lines = [f"with the recipe's cutoff_len {self.cutoff_len:,}, to train on: {self.trained}"]
         if self.evaluated is not None:
-            lines.append(f"to evaluate on: {_counted(self.evaluated)}")
+            lines.append(f"to evaluate on: {self.evaluated}")
         if self.packed is not None:
             lines.append(
                 f"  packed: {self.packed.rows:,} rows of {self.cutoff_len:,} tokens, {self.packed.fill:.2%} full"
@@ -170,32 +163,35 @@ def make_stats(
 ) -> DataStats:
     """Count `whole`, the samples without a cutoff, and what the recipe makes of them."""
     sets = [
-        Lengths.of(name, whole, slice(None) if whole.sets is None else whole.sets == number)
+        Lengths.count(name, whole, slice(None) if whole.sets is None else whole.sets == number)
         for number, name in enumerate(whole.set_names)
     ]
     lengths = whole.lengths
     longest = (whole.stops - whole.starts).reshape(-1, whole.width).max(1)  # a cutoff holds for each sequence
+    mask = np.append(whole.mask, False)
     return DataStats(
         kind=whole.kind,
         cutoff_len=cutoff_len,
-        all=Lengths.of("all", whole),
+        all=Lengths.count("all", whole),
         sets=sets,
-        trained=Lengths.of("train", trained) if trained is not None else None,
-        evaluated=Lengths.of("evaluation", evaluated) if evaluated is not None else None,
+        trained=Lengths.count("train", trained) if trained is not None else None,
+        evaluated=Lengths.count("evaluation", evaluated) if evaluated is not None else None,
         packed=packed,
         padded=padded,
-        cutoffs=[_cost(whole, longest, cutoff) for cutoff in sorted({*CUTOFFS, cutoff_len})],
+        cutoffs=[_cost(whole, mask, longest, cutoff) for cutoff in sorted({*CUTOFFS, cutoff_len})],
         histogram=_histogram(lengths),
         notes=notes,
         lengths=lengths,
     )
 
 
-def _cost(samples: TokenSamples, longest: np.ndarray, cutoff: int) -> Cutoff:
-    """Cut every sequence after `cutoff` tokens; only those that are longer are looked into."""
+def _cost(samples: TokenSamples, mask: np.ndarray, longest: np.ndarray, cutoff: int) -> Cutoff:
+    """Cut every sequence after `cutoff` tokens; only those that are longer are looked into. `mask` has one token more
+    than the samples, so that the end of the last is a place in it, too."""
     (chosen,) = np.nonzero(longest > cutoff)
     (long,) = np.nonzero(samples.stops - samples.starts > cutoff)
-    lost = _sums(samples.mask, samples.starts[long] + cutoff, samples.stops[long])
+    bounds = np.stack([samples.starts[long] + cutoff, samples.stops[long]], 1).reshape(-1)
+    lost = np.add.reduceat(mask, bounds, dtype=np.int64)[::2] if len(long) else np.zeros(0, np.int64)
     # One sequence of a pair that has nothing left spoils both.
     bare = np.unique(long[(lost > 0) & (lost == samples.trained[long])] // samples.width)
     return Cutoff(
@@ -208,17 +204,6 @@ def _cost(samples: TokenSamples, longest: np.ndarray, cutoff: int) -> Cutoff:
     )
 
 
-def _sums(mask: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Sums of `mask` from each of `starts` to the stop beside it, which lies beyond it."""
-    if not len(starts):
-        return np.zeros(0, np.int64)
-    bounds = np.stack([starts, stops], 1).reshape(-1)
-    padded = bounds[:-1] if bounds[-1] == len(mask) else bounds
-    if (padded == len(mask)).any():  # samples in another order than their tokens
-        return np.array([mask[start:stop].sum() for start, stop in zip(starts, stops, strict=True)], np.int64)
-    return np.add.reduceat(mask, padded, dtype=np.int64)[::2]
-
-
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     """Samples by length, in bars up to each power of two."""
     if not len(lengths):
@@ -229,46 +214,22 @@ def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     return [(2**power, int(counts[power])) for power in range(first, len(counts))]
 
 
-_SET_HEAD = ("data set", "samples", "tokens", "50 %", "95 %", "longest", "trained on")
+_SET_HEAD = ("data set", "samples", "tokens", "50%", "95%", "longest", "trained on")
 _CUTOFF_HEAD = (
-    "cutoff_len",
-    "samples longer",
-    "tokens beyond",
-    "share",
-    "trained ones",
-    "nothing left",
-    "lost if dropped",
-)
+    "cutoff len", "samples longer", "tokens beyond", "share", "trained ones", "nothing left", "lost if dropped"
+)  # fmt: skip
 
 
 def _set_row(found: Lengths) -> tuple[str, ...]:
-    percent, share = found.percentiles, found.supervised_tokens / max(1, found.tokens)
-    counts = (found.samples, found.tokens, percent["50"], percent["95"], found.longest)
-    return (found.name, *(f"{count:,}" for count in counts), f"{share:.0%}")
+    counts = (found.samples, found.tokens, found.percentiles["50"], found.percentiles["95"], found.longest)
+    return (found.name, *map(_number, counts), f"{found.share:.0%}")
 
 
 def _cutoff_row(found: Cutoff, total: int) -> tuple[str, ...]:
-    counts = (found.supervised_tokens, found.without_target, found.dropped_tokens)
-    lost = f"{found.tokens / max(1, total):.2%}"
-    return (
-        f"{found.cutoff_len:,}",
-        f"{found.samples:,}",
-        f"{found.tokens:,}",
-        lost,
-        *(f"{count:,}" for count in counts),
-    )
+    longer, lost = (found.cutoff_len, found.samples, found.tokens), f"{found.tokens / max(1, total):.2%}"
+    trained = (found.supervised_tokens, found.without_target, found.dropped_tokens)
+    return (*map(_number, longer), lost, *map(_number, trained))
 
 
-def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    aligned = ["<", *">" * (len(head) - 1)]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, aligned, widths, strict=True))
-        for line in lines
-    ]
-
-
-def _counted(found: Lengths) -> str:
-    share = found.supervised_tokens / max(1, found.tokens)
-    return f"{found.samples:,} samples, {found.tokens:,} tokens, {found.supervised_tokens:,} trained on ({share:.0%})"
+def _number(value: int) -> str:
+    return f"{value:,}"

@@ -5,38 +5,17 @@ from __future__ import annotations
 import os
 import re
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
-from llmtune.terminal import columns, in_notebook
+from llmtune.terminal import columns, fit, in_notebook
 
 Clock = Callable[[], float]
 
 HIDDEN = {"epoch", "tokens", "peak_memory_bytes"}
 """In metrics.jsonl, but not worth the width of a terminal."""
-
-
-class View(Protocol):
-    """One way to show progress."""
-
-    def start(self, done: int, total: int) -> None:
-        """Begin at `done` of `total` steps."""
-        ...
-
-    def move(self, step: int, eta: str) -> None:
-        """Show that `step` is done, and how long the rest takes."""
-        ...
-
-    def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
-        """Show the figures of `step`, separated by two spaces."""
-        ...
-
-    def finish(self) -> None:
-        """Leave the stream as it was found."""
-        ...
 
 
 class Console:
@@ -75,7 +54,7 @@ class Console:
         self.view.finish()
 
 
-def choose_view(stream: TextIO) -> View:
+def choose_view(stream: TextIO) -> PlainLines:
     """Notebook, terminal or plain. A stream that is no terminal never gets control characters."""
     if in_notebook():
         return NotebookBar()
@@ -84,30 +63,30 @@ def choose_view(stream: TextIO) -> View:
 
 
 class PlainLines:
-    """`step 10/120  loss 1.2345  lr 1.0e-04  grad 0.53  412 tok/s  eta 0:40`"""
+    """`step 10/120  loss 1.2345  lr 1.0e-04  grad 0.53  412 tok/s  eta 0:40`: a line for each log, and no more."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream
         self.total = 0
 
     def start(self, done: int, total: int) -> None:
-        """Nothing is printed before the first log."""
+        """Begin at `done` of `total` steps."""
         self.total = total
 
     def move(self, step: int, eta: str) -> None:
-        """A file has a line for each log only."""
+        """Show that `step` is done, and how long the rest takes."""
 
     def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
-        """Print one line."""
+        """Show the figures of `step`, separated by two spaces."""
         more = f"  eta {eta}" if eta else ""
         # Flushed, or a log file would lag by the 8 KiB of a pipe's buffer, some 100 steps.
         print(f"{step_text(step, self.total)}  {figures}{more}", file=self.stream, flush=True)
 
     def finish(self) -> None:
-        """Nothing is left open."""
+        """Leave the stream as it was found."""
 
 
-class TerminalBar:
+class TerminalBar(PlainLines):
     """A bar below the lines, which stay to scroll back to. rich itself honours NO_COLOR.
 
     All that stands beside the bar has a fixed width, so that the bar keeps its place.
@@ -117,7 +96,7 @@ class TerminalBar:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self.stream = stream
+        super().__init__(stream)
         # Colours that each terminal chooses to suit its background, light or dark.
         bar = BarColumn(bar_width=None, style="bright_black", complete_style="green", finished_style="green")
         self.progress = Progress(
@@ -125,11 +104,10 @@ class TerminalBar:
             TextColumn("eta {task.fields[eta]:>7}"), console=RichConsole(file=stream, highlight=False), expand=True,
         )  # fmt: skip
         self.task: Any = None
-        self.total = 0
 
     def start(self, done: int, total: int) -> None:
         """Draw the bar."""
-        self.total = total
+        super().start(done, total)
         self.progress.start()
         self.task = self.progress.add_task("", total=total, completed=done, eta="")
 
@@ -149,11 +127,10 @@ class TerminalBar:
         self.progress.stop()
 
 
-class NotebookBar:
+class NotebookBar(PlainLines):
     """tqdm's bar: a widget where Jupyter has them, text where not."""
 
-    def __init__(self) -> None:
-        self.bar: Any = None
+    bar: Any = None
 
     def start(self, done: int, total: int) -> None:
         """Draw the bar."""
@@ -187,10 +164,8 @@ def step_text(step: int, total: int) -> str:
 
 def fit_figures(head: str, figures: str, width: int) -> str:
     """Figures after `head` in lines of at most `width` columns; no figure is parted from its name."""
-    tied = re.sub(r"(?<! ) (?! )", "\u00a0", figures)
-    indent = " " * (len(head) + 2)
-    lines = textwrap.fill(tied, width, initial_indent=f"{head}  ", subsequent_indent=indent, break_long_words=False)
-    return lines.replace("\u00a0", " ")
+    tied = head.replace(" ", "\u00a0") + "  " + re.sub(r"(?<! ) (?! )", "\u00a0", figures)
+    return fit(tied, width).replace("\u00a0", " ")
 
 
 def figures_text(metrics: Mapping[str, float]) -> str:

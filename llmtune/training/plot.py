@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.plot import EVALUATION, LOG_FROM, TRAIN, new_figure
+from llmtune.data.plot import EVALUATION, LOG_FROM, TRAIN, label_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,11 +53,8 @@ def draw_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], metric: str, ti
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
     if metric == "tokens_per_second":
         axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("step")
+    label_axes(axes, title, "step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if not steps and not eval_steps:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="gray")
 

@@ -6,21 +6,21 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
+from rich.cells import set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from llmtune.terminal import columns, say
+from llmtune.planning.devices import GIB
+from llmtune.terminal import columns, say, table_text
 from llmtune.training.console import duration
 from llmtune.training.log import read_metrics
 
 if TYPE_CHECKING:
     from llmtune.training.outcome import Outcome
-
-GIB = 2**30
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("step", "d"),
@@ -84,13 +84,13 @@ def loss_table(metrics: Sequence[Mapping[str, Any]], most: int = 10) -> str:
     chosen = set(_spread(evaluated, most // 2))
     chosen |= set(_spread(range(len(rows)), most - len(chosen)))
     shown = [rows[index] for index in sorted(chosen)]
-    table = []
-    for key, (heading, form) in COLUMNS.items():
-        cells = [format(row[key], form) if row.get(key) is not None else "" for row in shown]
-        if any(cells):
-            width = max(map(len, [heading, *cells]))
-            table.append([cell.rjust(width) for cell in [heading, *cells]])
-    return "\n".join("  ".join(cells) for cells in zip(*table, strict=True))
+    columns = [
+        [heading, *(format(row[key], form) if row.get(key) is not None else "" for row in shown)]
+        for key, (heading, form) in COLUMNS.items()
+        if any(row.get(key) is not None for row in shown)
+    ]
+    head, *cells = zip(*columns, strict=True)
+    return table_text(head, cells)
 
 
 def _by_step(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -114,10 +114,10 @@ def side_by_side(question: str, before: str, after: str, width: int = 100) -> st
     """A question and its answers before and after training, in two columns that together take `width` cells."""
     column = max(12, (width - 3) // 2)
     left, right = (wrap(text.strip() or "(nothing)", column) for text in (before, after))
-    left, right = ["Before training", "-" * column, *left], ["After training", "-" * column, *right]
-    left += [""] * (len(right) - len(left))
-    right += [""] * (len(left) - len(right))
-    lines = [f"{old}{' ' * (column - cell_len(old))} | {new}".rstrip() for old, new in zip(left, right, strict=True)]
+    rows = [
+        ("Before training", "After training"), ("-" * column, "-" * column), *zip_longest(left, right, fillvalue="")
+    ]  # fmt: skip
+    lines = [f"{set_cell_size(old, column)} | {new}".rstrip() for old, new in rows]
     return "\n".join([*wrap(f"Question: {question.strip()}", width), "", *lines])
 
 
