@@ -109,7 +109,7 @@ class _Seen(RowCounts):
 
 
 @dataclass(kw_only=True, repr=False)
-class DataCheck(RowCounts, Shown):
+class DataCheck(Shown, RowCounts):
     """What a data set is, and what is wrong with it. Print it to see it; false where rows are bad, or where the model
     that was to be asked cannot be had."""
 

@@ -66,7 +66,7 @@ class PlainLines:
     """`step 10/120  loss 1.2345  lr 1.0e-04  grad 0.53  412 tok/s  eta 0:40`: a line for each log, and no more."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream
+        self.stream = stream or sys.stdout
         self.total = 0
 
     def start(self, done: int, total: int) -> None:
