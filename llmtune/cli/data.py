@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from llmtune.terminal import say
 
 if TYPE_CHECKING:
     from llmtune.data.check import DataCheck
-    from llmtune.data.config import Source
+    from llmtune.data.report import Bad
 
 _RECIPES = (".yaml", ".yml")
 _DATA = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".txt", ".gz", ".zst")
@@ -85,11 +85,7 @@ def _rows(text: str) -> tuple[str, ...]:
 
 def _check(options: Any) -> int:
     from contextlib import ExitStack
-    from dataclasses import replace
 
-    from llmtune.data.check import Bad, check
-
-    entries, base_dir, folder, facts = _sources(options)
     results: list[DataCheck] = []
     with ExitStack() as stack:
         file = stack.enter_context(Path(options.quarantine).open("wb")) if options.quarantine else None
@@ -98,16 +94,7 @@ def _check(options: Any) -> int:
             if file is not None:
                 file.write(bad.json_line())
 
-        for entry in entries:
-            found = check(
-                replace(entry, format=options.format) if options.format else entry,
-                base_dir,
-                dataset_dir=folder,
-                limit=options.limit,
-                keep=None if options.all else 20,
-                **facts,
-                on_bad=put_aside,
-            )
+        for found in _checks(options, put_aside):
             results.append(found)
             if not options.json:
                 say(str(found))
@@ -121,31 +108,25 @@ def _check(options: Any) -> int:
     return DataError.exit_code if DataError.exit_code in codes else max(codes)
 
 
-def _sources(options: Any) -> tuple[Sequence[Source], Path, str | None, dict[str, Any]]:
-    """The data sets to check, where relative paths count from, where names are looked up, and what `check` needs to
-    know of formats and of a model."""
-    from llmtune.data.config import Source, sources
-    from llmtune.inference.inspect import known_formats, render_facts
+def _checks(options: Any, on_bad: Callable[[Bad], object]) -> Iterator[DataCheck]:
+    """The data set, or those of the recipe, one after the other."""
+    from llmtune.data.config import Source
+    from llmtune.inference.inspect import check_data, check_recipe
+    from llmtune.recipe.recipe import load_recipe, parse_overrides
 
-    if not options.source.endswith(_RECIPES):
-        from llmtune.recipe.recipe import load_recipe, parse_overrides
-
+    keep = None if options.all else 20
+    how = {"format": options.format, "dataset_dir": options.dataset_dir, "limit": options.limit, "keep": keep}
+    if options.source.endswith(_RECIPES):
+        recipe = load_recipe(options.source, options.overrides)
+    else:
         keys, own = parse_overrides(options.overrides), {field.name for field in fields(Source)}
         entry = {"path": options.source, **{key: value for key, value in keys.items() if key in own}}
-        keys = {key: value for key, value in keys.items() if key not in own}
-        facts = {"formats": known_formats()}
-        if keys:
-            load_libraries()
-            facts = render_facts(load_recipe({"dataset": [entry], **keys}))
-        return sources((entry,)), Path.cwd(), options.dataset_dir, facts
-    from llmtune.recipe.recipe import load_recipe
-
-    recipe = load_recipe(options.source, options.overrides)
-    found = [*sources(recipe.data.dataset), *sources(recipe.data.eval_dataset, "eval_dataset")]
+        if not (of_recipe := {key: value for key, value in keys.items() if key not in own}):
+            yield check_data(entry, on_bad=on_bad, **how)
+            return
+        recipe = load_recipe({"dataset": [entry], **of_recipe})
     load_libraries()
-    if not found:
-        raise DataError(f"{options.source}: names no dataset; name one, or check a file")
-    return found, recipe.base_dir, options.dataset_dir or recipe.data.dataset_dir, render_facts(recipe)
+    yield from check_recipe(recipe, on_bad=on_bad, **how)
 
 
 def _preview(options: Any) -> None:

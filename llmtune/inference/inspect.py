@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmtune.data.check import DataCheck
     from llmtune.data.formats import Formats
     from llmtune.data.preview import Preview
+    from llmtune.data.report import Bad
     from llmtune.data.stats import DataStats, Rows
     from llmtune.data.tokens import TokenSamples
     from llmtune.recipe.recipe import Recipe
@@ -34,13 +35,14 @@ def check_data(
     limit: int | None = None,
     keep: int | None = 20,
     workers: int | None = None,
+    on_bad: Callable[[Bad], object] | None = None,
     **recipe_keys: Any,
 ) -> DataCheck:
     """Read and convert every row of a data set; with `model="..."`, render it with that model's template, too.
 
     `source` is spelt like an entry of `dataset`, further keywords are keys of a recipe (`template`, `cutoff_len`).
-    The first `limit` rows are read, the first `keep` bad ones are kept;
-    None: all. Raises DataError where a file cannot be read or no format fits.
+    The first `limit` rows are read, the first `keep` bad ones are kept; None: all. `on_bad` is told of each bad one.
+    Raises DataError where a file cannot be read or no format fits.
     """
     from llmtune.data.check import check
     from llmtune.data.config import sources
@@ -48,11 +50,29 @@ def check_data(
 
     entry = dict(source) if isinstance(source, Mapping) else {"path": str(source)}
     entry |= {key: value for key, value in {"format": format, "columns": columns}.items() if value is not None}
-    (found,) = sources((entry,))
-    more: dict[str, Any] = {"formats": known_formats()}
+    how: dict[str, Any] = {"dataset_dir": dataset_dir, "limit": limit, "keep": keep, "workers": workers}
     if recipe_keys:
-        more = render_facts(load_recipe({"dataset": [entry], **recipe_keys}))
-    return check(found, Path.cwd(), dataset_dir=dataset_dir, limit=limit, keep=keep, workers=workers, **more)
+        (found,) = check_recipe(load_recipe({"dataset": [entry], **recipe_keys}), on_bad=on_bad, **how)
+        return found
+    (only,) = sources((entry,))
+    return check(only, Path.cwd(), formats=known_formats(), on_bad=on_bad, **how)
+
+
+def check_recipe(
+    recipe: Recipe, *, format: str | None = None, dataset_dir: str | Path | None = None, **how: Any
+) -> Iterator[DataCheck]:
+    """Check all data sets of a recipe, one after the other; `how` is what `check` takes. Raises DataError where it
+    names none."""
+    from llmtune.data.check import check
+    from llmtune.data.config import sources
+
+    data = recipe.data
+    if not (entries := [*sources(data.dataset), *sources(data.eval_dataset, "eval_dataset")]):
+        raise DataError("dataset: the recipe names none; name one, or check a file")
+    folder, facts = dataset_dir or data.dataset_dir, render_facts(recipe)
+    for entry in entries:
+        entry = replace(entry, format=format) if format else entry
+        yield check(entry, recipe.base_dir, dataset_dir=folder, **how, **facts)
 
 
 def render_facts(recipe: Recipe) -> dict[str, Any]:
