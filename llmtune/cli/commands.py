@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse alone would refuse key=value words that follow an option.
     options, rest = top.parse_known_args(arguments)
     if strange := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
-        top.error(f"unrecognized arguments: {' '.join(strange)}")
+        top.error(f"unrecognized arguments: {' '.join(strange)}{_without_dashes(strange[0])}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     try:
         return options.command(options) or 0
     except LlmtuneError as error:
@@ -49,6 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_INTERRUPTED
         _once("llmtune: interrupted")
         return 130
+
+
+def _without_dashes(word: str) -> str:
+    """A word on keys of a recipe that are written like options, as other trainers take them."""
+    from llmtune.recipe.keys import top_level_keys
+
+    key, _, value = word.removeprefix("--").partition("=")
+    key = key.replace("-", "_")
+    known = key.partition(".")[0] in top_level_keys()
+    return f"; keys of a recipe have no dashes: write {key}={value or '...'}" if known else ""
 
 
 def _say(error: LlmtuneError) -> None:
@@ -117,7 +127,11 @@ def parser() -> argparse.ArgumentParser:
         "model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder, a hub id, or a recipe"
     )
     chat.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="generation parameters (temperature=0.2) or recipe keys"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="generation parameters (temperature=0.2) or recipe keys",
     )
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     export = command("export", _export, "Merge an adapter into its base and write a plain model")
@@ -127,13 +141,18 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id",
     )
     reward = command("reward", _reward, "Give the rewards of a trained reward model, a line of JSON for each row")
     reward.add_argument("run", metavar="RUN", help="the folder of a run with stage_config rm, or a reward model's")
     reward.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dataset=FILE of conversations or preferences, recipe keys"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="dataset=FILE of conversations or preferences, recipe keys",
     )
     data_cli.add_commands(commands)
     plugins = command("plugins", _plugins, "List extension points and what is installed for them")
@@ -151,7 +170,11 @@ def _count(text: str) -> int:
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override keys: learning_rate=1e-4 peft_config.r=32"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="override keys: learning_rate=1e-4 peft_config.r=32",
     )
 
 
@@ -211,9 +234,9 @@ def _plan(options: Any) -> None:
     if options.json:
         print(json.dumps(found.cost.as_dict(), indent=1))
         return
-    say(f"{found}\n\n{found.cost.quick_text}")
+    say(f"{found}\n")
     doing.info("Tracing a step without weights, to know its memory")
-    say(found.cost.detail_text)
+    say(f"{found.cost.quick_text}\n{found.cost.detail_text}")
 
 
 def _chat(options: Any) -> None:

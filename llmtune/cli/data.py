@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
         "source", metavar="SOURCE", help="a file, folder, glob, hub:owner/name, name in dataset_info.json, or recipe"
     )
     check.add_argument(
-        "overrides", nargs="*", metavar="key=value",
+        "overrides", nargs="*", default=[], metavar="key=value",
         help="keys of the data set (columns={instruction: question}) or of a recipe (model=NAME template=qwen3)",
     )  # fmt: skip
     check.add_argument("--format", metavar="NAME", help="of the rows (default: detected)")
@@ -70,7 +70,7 @@ def _command(commands: Any, name: str, run: Any, text: str, more: str = "") -> a
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys: cutoff_len=4096")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override keys: cutoff_len=4096")
 
 
 def _count(text: str) -> int:

@@ -60,8 +60,8 @@ def speed(cost: Figures) -> list[str]:
     if (seconds := cost.step_seconds(mfu)) is not None:
         tokens = cost.step_tokens / seconds * cost.plan.ranks.size
         lines.append(
-            f"  {'Time':<14}{seconds:,.2f} s a step, {tokens:,.0f} tokens/s at the assumed MFU of {mfu:.0%}; "
-            f"{cost.step_seconds(1.0):,.2f} s at 100 %"
+            f"  {'Time':<14}{seconds:,.3g} s a step, {tokens:,.0f} tokens/s at the assumed MFU of {mfu:.0%}; "
+            f"{cost.step_seconds(1.0):,.3g} s at 100 %"
         )
     return lines
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LoadError, listed
+from llmtune.contract.errors import LoadError, did_you_mean, listed
 from llmtune.model.fingerprint import sha256_of
 from llmtune.model.weight_files import WHOLE, missing_weights, no_weights
 
@@ -177,6 +177,14 @@ def _refusal(repo: str, revision: str | None, error: Exception, key: str) -> str
     }.get(status)
 
 
+def _near(repo: str) -> str:
+    """A word on a folder of this machine that the name may be meant for."""
+    there = Path(repo).parent
+    return did_you_mean(
+        Path(repo).name, [one.name for one in there.iterdir() if one.is_dir()] if there.is_dir() else []
+    )
+
+
 def _from_cache(
     repo: str,
     revision: str | None,
@@ -198,7 +206,7 @@ def _from_cache(
     if folder is None or (missing := lacking(folder)):
         lacks = f"; its cache lacks {listed(missing)}" if folder else ""
         raise HubUnreachable(
-            f"{key}: {repo} is not in the hub's cache, and {why}{lacks}. Connect to the network once, "
-            "or give a local folder"
+            f"{key}: there is no folder {repo} here.{_near(repo)} Taken as a name on the hub, it is not in the cache, "
+            f"and {why}{lacks}. Connect to the network once, or give a local folder"
         ) from error
     return folder, folder.name, f"{repo} comes from the hub's cache, commit {folder.name[:12]}, as {why}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import PluginError, RecipeError, listed
+from llmtune.contract.errors import PluginError, RecipeError, did_you_mean, listed
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.schema import decode, field_types
 from llmtune.recipe.keys import about_unknown_in_block
@@ -60,12 +60,21 @@ def _read(point: str, value: Any, places: Places, problems: list[RecipeError]) -
                 places.error(at, f"found {entry!r}, allowed is a plugin's name or {{name: ..., parameters}}")
             )
             continue
+        if "name" not in entry and (slip := next((key for key in entry if did_you_mean(key, ["name"])), None)):
+            problems.append(places.error(f"{at}.{slip}", 'no such key. Did you mean "name"?'))
+            entry = {"name": entry[slip], **{key: value for key, value in entry.items() if key != slip}}
         name = entry.get("name", POINTS[point].default)
         if not isinstance(name, str) or not name:
             found = "no name" if "name" not in entry else f"the name {entry['name']!r}"
             problems.append(
                 places.error(at, f"found {found}; say which plugin the block is for, as in {point}: {{name: ...}}")
             )
+            continue
+        if name.lower() == "none":
+            problems.append(places.error(at, f'found "{name}"; for no plugin, write {point}: null'))
+            continue
+        if any(name == other for other, _ in made):
+            problems.append(places.error(at, f'names "{name}" twice, allowed is once; remove one'))
             continue
         made.append((name, {key: item for key, item in entry.items() if key != "name"}))
     return made

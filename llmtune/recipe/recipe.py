@@ -102,13 +102,16 @@ def load_recipe(
         resolved.pop("eval_steps", None)  # the file's interval belongs to what the override replaced
     known = top_level_keys()
     problems: list[LlmtuneError] = [*found.problems]
-    problems += [places.error(key, about_unknown(key)) for key in resolved if key not in known]
+    strange = {key: about_unknown(key) for key in resolved if key not in known}
+    problems += [places.error(key, said) for key, said in strange.items()]
     for path in list(not_finite(resolved)):
         problems.append(places.error(show(path), "found a number that is not finite"))
         resolved.pop(str(path[0]), None)
     configs = []
     for config in CONFIGS:
         made, wrong = decode(config, {key: resolved[key] for key in field_types(config) if key in resolved})
+        # What is given under a name that is nearly right is not missing, too.
+        wrong = [each for each in wrong if not (each.message.startswith("required") and _given(each.key, strange))]
         problems += [error for problem in wrong for error in places.errors(problem.key, problem.message)]
         configs.append(made)
     blocks, wrong_shapes = read_blocks(resolved, places)
@@ -130,6 +133,11 @@ def load_recipe(
         model=model, data=data, train=train, export=export, blocks=blocks, resolved=shown, tree=tree, name=name,
         text=text, places=places, environment=environment(tree, resolved),
     )  # fmt: skip
+
+
+def _given(key: str, strange: Mapping[str, str]) -> bool:
+    """Whether one of the sentences about strange keys says that `key` is meant."""
+    return any(f'"{key}"' in said or said.endswith(f" is {key}") for said in strange.values())
 
 
 _TRUST = (

@@ -139,9 +139,11 @@ def _chosen(found: Found, form: DataFormat, name: str, why: str, rows: Sequence[
     there = list(dict.fromkeys(str(column) for row in rows if isinstance(row, Mapping) for column in row))
     lost = {ours: theirs for ours, theirs in found.columns.items() if theirs not in there and ours not in media}
     for ours, theirs in lost.items():
-        if near := [column for column in there if column not in taken and is_like(column, theirs)]:
+        near = [column for column in there if column not in taken and is_like(column, theirs)]
+        if near or ours in form.required:
             what = f'columns reads {ours} from "{theirs}", which no row has'
-            raise DataError(f'{found.spelling}: {what}. Did you mean "{near[0]}"?')
+            end = f'Did you mean "{near[0]}"?' if near else f"They have {listed(there)}"
+            raise DataError(f"{found.spelling}: {what}. {end}")
     if lost and there:
         why += f"; none of the first {len(rows)} rows has {listed(lost.values())}"
     return Chosen(format=form, name=name, why=why, columns=found.columns, exclusive=found.exclusive)

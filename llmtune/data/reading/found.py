@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmtune.contract.errors import DataError
 from llmtune.data.config import Source
 from llmtune.data.reading.locate import locate
 from llmtune.data.reading.registry import described
@@ -73,7 +74,10 @@ def find(
         "tags": {**known.get("tags", {}), **source.tags}, "subset": source.subset, "num_samples": source.num_samples,
         "split": source.split if source.split != "train" else None,
     }  # fmt: skip
-    place = locate(where, base, own["split"] or known.get("split", source.split))
+    try:
+        place = locate(where, base, own["split"] or known.get("split", source.split))
+    except DataError as error:
+        raise (error if entry is None else DataError(f"{spelling}, of dataset_info.json in {base}: {error}")) from None
     return Found(
         spelling=spelling,
         name=source.name or (spelling if entry is not None else _short(spelling)),

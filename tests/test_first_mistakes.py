@@ -1,0 +1,71 @@
+"""What newcomers do wrong first: each is told in a sentence with the way out, all mistakes of a recipe at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import llmtune
+from llmtune.cli import main
+from llmtune.contract.errors import LlmtuneError
+from llmtune.recipe.recipe import load_recipe
+from llmtune.testing import running
+
+
+def said(**keys: object) -> str:
+    with pytest.raises(LlmtuneError) as caught:
+        load_recipe({"model": "m", "dataset": "d", **keys})
+    return str(caught.value)
+
+
+def test_a_misspelt_name_of_a_block_is_told_with_the_other_mistakes_in_it() -> None:
+    message = said(peft_config={"nam": "lora", "r": 16, "lora_alfa": 32})
+    assert 'peft_config.nam: no such key. Did you mean "name"?' in message and 'Did you mean "lora_alpha"?' in message
+    assert 'data_config.nam: no such key. Did you mean "name"?' in said(data_config={"nam": "alpaca"})
+    assert 'no such key for "lora" (write r)' in said(peft_config={"name": "lora", "rank": 8})
+
+
+def test_no_plugin_and_the_same_plugin_twice() -> None:
+    assert 'logger_config: found "none"; for no plugin, write logger_config: null' in said(logger_config="none")
+    assert 'names "tensorboard" twice, allowed is once' in said(logger_config=["tensorboard", "tensorboard"])
+
+
+@pytest.mark.parametrize("key", ["modle", "model_name_or_path"])
+def test_a_key_that_is_given_under_another_name_is_not_missing_too(key: str) -> None:
+    with pytest.raises(LlmtuneError) as caught:
+        load_recipe({key: "m", "dataset": "d"})
+    assert "required" not in str(caught.value) and "model" in str(caught.value)
+
+
+def test_keys_with_dashes_and_a_missing_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "recipe.yaml", "--learning-rate", "1e-3"])
+    assert "keys of a recipe have no dashes: write learning_rate=..." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["chat"])
+    assert capsys.readouterr().err.strip().endswith("the following arguments are required: RUN_OR_MODEL")
+
+
+def test_a_run_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    assert main(["chat", "runs/quickstrat", "--prompt", "hi"]) == 4
+    assert 'there is no folder runs/quickstrat here. Did you mean "quickstart"?' in capsys.readouterr().err
+
+
+def test_columns_that_no_row_has(tmp_path: Path) -> None:
+    (tmp_path / "faq.csv").write_text("question,answer\nWho?,Me.\n")
+    entry = {"path": str(tmp_path / "faq.csv"), "columns": {"instruction": "frage", "output": "antwort"}}
+    with pytest.raises(LlmtuneError, match=r'columns reads \w+ from "\w+", which no row has. They have'):
+        llmtune.preview(running.tiny_recipe(tmp_path, dataset=[entry]))
+
+
+def test_a_registry_that_names_a_file_which_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
+    keys = running.tiny_recipe(tmp_path, dataset="mine", dataset_dir=str(tmp_path))
+    with pytest.raises(LlmtuneError, match="mine, of dataset_info.json in .*: ./mine.json: read as a local path"):
+        llmtune.preview(keys)
