@@ -23,7 +23,11 @@ def test_a_misspelt_name_of_a_block_is_told_with_the_other_mistakes_in_it() -> N
     message = said(peft_config={"nam": "lora", "r": 16, "lora_alfa": 32})
     assert 'peft_config.nam: no such key. Did you mean "name"?' in message and 'Did you mean "lora_alpha"?' in message
     assert 'data_config.nam: no such key. Did you mean "name"?' in said(data_config={"nam": "alpaca"})
-    assert 'no such key for "lora" (write r)' in said(peft_config={"name": "lora", "rank": 8})
+
+
+def test_a_key_of_another_library_in_a_block(tmp_path: Path) -> None:
+    with pytest.raises(LlmtuneError, match=r'peft_config.rank: no such key for "lora" \(write r\)'):
+        llmtune.plan(running.tiny_recipe(tmp_path, peft_config={"name": "lora", "rank": 8}))
 
 
 def test_no_plugin_and_the_same_plugin_twice() -> None:
@@ -59,7 +63,11 @@ def test_a_run_that_is_not_there(
 
 def test_columns_that_no_row_has(tmp_path: Path) -> None:
     (tmp_path / "faq.csv").write_text("question,answer\nWho?,Me.\n")
-    entry = {"path": str(tmp_path / "faq.csv"), "columns": {"instruction": "frage", "output": "antwort"}}
+    entry = {
+        "path": str(tmp_path / "faq.csv"),
+        "format": "alpaca",
+        "columns": {"instruction": "frage", "output": "antwort"},
+    }
     with pytest.raises(LlmtuneError, match=r'columns reads \w+ from "\w+", which no row has. They have'):
         llmtune.preview(running.tiny_recipe(tmp_path, dataset=[entry]))
 
