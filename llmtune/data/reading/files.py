@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import gzip
-import io
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,60 +43,33 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         file.seek(0)
         if head.startswith(b"version https://git-lfs"):
             raise DataError(f"{path}: is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
-        found = next((suffix for magic, suffix in _PACKED.items() if head.startswith(magic)), None)
-        if head and found != (path.suffix if path.suffix in COMPRESSED else None):
-            said = f"is compressed ({found})" if found else f"is not compressed, though it ends in {path.suffix}"
-            fix = f"{path.name}{found}" if found else path.stem
+        packing = next((suffix for magic, suffix in _PACKED.items() if head.startswith(magic)), None)
+        if head and packing != (path.suffix if path.suffix in COMPRESSED else None):
+            said = f"is compressed ({packing})" if packing else f"is not compressed, though it ends in {path.suffix}"
+            fix = f"{path.name}{packing}" if packing else path.stem
             raise DataError(f"{path}: {said}; rename it to {fix}")
         for magic, (kind, name) in _OTHERS.items():
             if head.startswith(magic) and kind_of(path) != kind:
-                raise DataError(f"{path}: is {name}, not what its ending says; {_mend(kind)}")
+                fix = f"rename it to end in .{kind}" if kind else "unpack it and name what is inside"
+                raise DataError(f"{path}: is {name}, not what its ending says; {fix}")
         try:
-            yield file if found is None else _unpacked(file, found)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield file if packing is None else _unpacked(file, packing)
+        except (EOFError, zlib.error, OSError) as error:
+            if packing is None or (isinstance(error, OSError) and error.errno):  # a failing disk has a number
+                raise
             raise DataError(f"{path}: the compressed data end early or are damaged ({error}); copy it again") from None
 
 
-def _mend(kind: str | None) -> str:
-    return f"rename it to end in .{kind}" if kind else "unpack it and name what is inside"
-
-
-def _unpacked(file: BinaryIO, suffix: str) -> BinaryIO:
+def _unpacked(file: BinaryIO, suffix: str) -> Any:
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=file)  # pyarrow's takes zeros after the data, which gzip allows, for damage
     import pyarrow
 
-    return io.BufferedReader(_Zstd(pyarrow.CompressedInputStream(file, "zstd")), 2**20)
-
-
-class _Zstd(io.RawIOBase):
-    """pyarrow's stream as Python's, with the same error for damaged data as gzip's."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        try:
-            block = self._stream.read(len(buffer))
-        except OSError as error:  # pyarrow's word for damaged data; a failing disk would have failed before
-            raise EOFError(str(error)) from None
-        buffer[: len(block)] = block
-        return len(block)
+    return pyarrow.CompressedInputStream(file, "zstd")
 
 
 def check_encoding(path: Path, head: bytes) -> None:
     """DataError for UTF-16 and UTF-32, which some spreadsheets and shells write."""
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        found = "UTF-32"
-    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        found = "UTF-16"
-    elif len(head) > 3 and not head[1:32:2].strip(b"\0"):  # English in UTF-16: each other byte is zero
-        found = "UTF-16LE"
-    elif len(head) > 3 and not head[0:32:2].strip(b"\0"):
-        found = "UTF-16BE"
-    else:
-        return
-    raise DataError(f"{path}: is {found}, allowed is UTF-8; convert it with `iconv -f {found} -t UTF-8`")
+    encoding = json.detect_encoding(head).upper().replace("-LE", "LE").replace("-BE", "BE")
+    if not encoding.startswith("UTF-8"):
+        raise DataError(f"{path}: is {encoding}, allowed is UTF-8; convert it with `iconv -f {encoding} -t UTF-8`")

@@ -53,7 +53,9 @@ class Lines:
         except UnicodeDecodeError as error:
             if not ended and error.end == len(raw) and error.reason == "unexpected end of data":
                 return Row(None, number, f"{place}: {_CUT} Found {excerpt(raw.decode('utf-8', 'replace'), len(raw))}")
-            return Row(None, number, not_utf8(place, raw, error, self._offset(number, raw)))
+            cause = not_utf8(raw[error.start], self._offset(number, raw) + error.start)
+            at = len(raw[: error.start].decode())
+            return Row(None, number, f"{place}:{at + 1}: {cause} Found {excerpt(raw.decode('utf-8', 'replace'), at)}")
         except json.JSONDecodeError as error:
             return Row(
                 None, number, f"{place}:{error.colno}: {_cause(error, ended)} Found {excerpt(error.doc, error.pos)}"

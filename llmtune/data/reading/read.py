@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,8 @@ from llmtune.data.reading.tables import SEPARATORS, arrow_chunks, csv_chunks, pa
 CHUNK_ROWS = 1000
 _HEAD_BYTES = 2**16
 """The beginning of a file that tells what it holds."""
+_ONE_OBJECT_BYTES = 2**28
+"""A larger file is taken for lines."""
 
 
 def chunks(
@@ -87,8 +90,10 @@ def _file_chunks(path: Path, start: Position, rows: int) -> Iterator[Chunk]:
         if kind != "text" and begin.startswith(b"["):
             yield from _in_chunks(f"{path}:row ", array_rows(path, file), start, rows)
             return
-        if kind == "json" and begin.startswith(b"{"):
-            _refuse_one_object(path)
+        if kind == "json" and begin.startswith(b"{") and _is_one_object(path, begin):
+            raise DataError(
+                f"{path}: holds one JSON object, allowed is an array of rows or one row a line; wrap it in [ ]"
+            )
         plain = path.suffix not in COMPRESSED
         yield from line_chunks(path, file, start, rows, seekable=plain, text=kind == "text")
 
@@ -105,19 +110,17 @@ def _in_chunks(origin: str, found: Iterator[Row], start: Position, rows: int) ->
         yield Parsed(origin, Position(start.file + 1), kept)
 
 
-def _refuse_one_object(path: Path) -> None:
-    """DataError if the file is one JSON object over several lines, which is no list of rows."""
-    import json
-
+def _is_one_object(path: Path, head: bytes) -> bool:
+    """Whether the file, which begins with `head`, is one JSON object over several lines."""
+    if _is_json(head.partition(b"\n")[0]):
+        return False
     with opened(path) as file:
-        first, _, rest = file.read(2**20).removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
-        try:
-            json.loads(first)
-            return
-        except ValueError:
-            pass
-        try:
-            json.loads(b"".join([first, b"\n", rest, file.read(2**28)]))
-        except ValueError:
-            return
-    raise DataError(f"{path}: holds one JSON object, allowed is an array of rows or one row a line; wrap it in [ ]")
+        return _is_json(file.read(_ONE_OBJECT_BYTES))
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

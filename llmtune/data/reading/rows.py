@@ -74,15 +74,9 @@ def excerpt(text: str, at: int, around: int = 30) -> str:
     return f"{'...' if at > around else ''}{shown}{'...' if at + around < len(text.rstrip()) else ''}"
 
 
-def not_utf8(place: str, raw: bytes, error: UnicodeDecodeError, position: int, shift: int = 0) -> str:
-    """What to say of a byte that is no UTF-8: `raw` begins at byte `position` of its file, `shift` characters into a
-    line, and is one line at most."""
-    text = raw.decode("utf-8", "replace")
-    column = len(raw[: error.start].decode("utf-8")) + 1
-    return (
-        f"{place}:{column + shift}: byte 0x{raw[error.start]:02x} at offset {position + error.start} of the file is "
-        f"not UTF-8; save the file as UTF-8. Found {excerpt(text, column - 1)}"
-    )
+def not_utf8(byte: int, offset: int) -> str:
+    """What to say of a byte that is no UTF-8, `offset` bytes into its file; an excerpt follows."""
+    return f"byte 0x{byte:02x} at offset {offset} of the file is not UTF-8; save the file as UTF-8."
 
 
 _HALF = re.compile(
