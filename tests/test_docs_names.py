@@ -53,6 +53,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
+@pages
+def test_functions_are_where_a_page_says(page: Path) -> None:
+    """`name` in `llmtune/file.py`."""
+    claims = re.findall(r"`([\w.]+)`\s+in\s+`(llmtune/[\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    assert len(claims) > 10 or page.name != "tour.md"
+    for name, file in claims:
+        last = name.rpartition(".")[2]
+        assert re.search(rf"^\s*((def|class) {last}\b|{last} = )", (ROOT / file).read_text("utf-8"), re.M), (name, file)
+
+
 @cache
 def attributes() -> dict[str, set[str]]:
     """Names that the classes of the core and of the plugins have, those of their bases among them."""
