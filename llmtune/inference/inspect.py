@@ -13,7 +13,6 @@ from llmtune.contract.examples import KINDS
 if TYPE_CHECKING:
     from llmtune.data import DataReport, Prepared
     from llmtune.data.check import DataCheck
-    from llmtune.data.formats import Formats
     from llmtune.data.preview import Preview
     from llmtune.data.report import Bad
     from llmtune.data.stats import DataStats, Rows
@@ -46,6 +45,7 @@ def check_data(
     """
     from llmtune.data.check import check
     from llmtune.data.config import sources
+    from llmtune.recipe.parts import known_formats
     from llmtune.recipe.recipe import load_recipe
 
     entry = dict(source) if isinstance(source, Mapping) else {"path": str(source)}
@@ -82,6 +82,7 @@ def render_facts(recipe: Recipe) -> dict[str, Any]:
     from llmtune.data.template import choose_template
     from llmtune.model.source import load_tokenizer, resolve_model
     from llmtune.planning.data_plan import access_of
+    from llmtune.recipe.parts import known_formats
 
     formats, access = known_formats(recipe), access_of(recipe)
     try:
@@ -203,20 +204,6 @@ def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     raise_all([problem for problem in problems if str(problem) not in unmet])
     tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
     return prepare_for(recipe, parts, registry, tokenizer, KINDS), tokenizer  # what no stage here learns from, too
-
-
-def known_formats(recipe: Recipe | None = None) -> Formats:
-    """The formats of this installation; the one that `recipe` names is the default."""
-    from llmtune.recipe.parts import find_parts, formats_of
-    from llmtune.recipe.registry import Registry
-
-    registry = Registry()
-    if recipe is None:
-        return formats_of(None, registry)
-    problems: list[LlmtuneError] = []
-    parts = find_parts(recipe, registry, problems, ("data_config",))
-    raise_all(problems)
-    return formats_of(parts, registry)
 
 
 def _unstreamed(recipe: Recipe) -> tuple[Recipe, list[str]]:

@@ -15,8 +15,7 @@ from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.ranks import Ranks
 from llmtune.inference.reopen import open_model, recipe_of
 from llmtune.planning.data_plan import access_of
-from llmtune.recipe.parts import find_parts, formats_of
-from llmtune.recipe.registry import Registry
+from llmtune.recipe.parts import known_formats
 
 if TYPE_CHECKING:
     from llmtune.contract.stages import Batch
@@ -54,15 +53,13 @@ def rewards_of_rows(path: str | Path, dataset: Any, **overrides: Any) -> Iterato
     recipe = recipe_of(path, **overrides)
     model, tokenizer = open_model(path, **overrides)
     require_rewards(model)
-    registry = Registry()
-    formats = formats_of(find_parts(recipe, registry, [], ("data_config",)), registry)
     data = replace(
         recipe.data, dataset=dataset, eval_dataset=None, val_size=0, streaming=False, max_samples=None,
         tokenized_path=None, cutoff_policy="drop",
     )  # fmt: skip
     samples = prepare(
-        data, tokenizer, seed=0, base_dir=Path.cwd(), formats=formats, learns=("preference", "conversation"),
-        stage="a reward", access=access_of(recipe),
+        data, tokenizer, seed=0, base_dir=Path.cwd(), formats=known_formats(recipe),
+        learns=("preference", "conversation"), stage="a reward", access=access_of(recipe),
     ).train  # fmt: skip
     batches = evaluation_batches(
         samples, per_device=ROWS_AT_ONCE, ranks=Ranks(), flat=False, pad_id=tokenizer.pad_token_id, device=model.device

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed
+from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS, ExtensionPoint
 from llmtune.data.formats.builtin import FORMATS
 from llmtune.data.formats.choose import Formats, detectable, facts_of
 from llmtune.recipe.blocks import decode_block, find_named
+from llmtune.recipe.registry import Registry
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Plugin
     from llmtune.recipe.recipe import Recipe
-    from llmtune.recipe.registry import Offer, Registry
+    from llmtune.recipe.registry import Offer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,17 @@ def formats_of(parts: Parts | None, registry: Registry) -> Formats:
         known=known, find=find, default=part.built, default_name=part.plugin.name,
         default_config=part.config, default_facts=facts_of(part.config, part.package),
     )  # fmt: skip
+
+
+def known_formats(recipe: Recipe | None = None) -> Formats:
+    """The formats of this installation; the one that `recipe` names is the default. Raises the errors of its block."""
+    registry = Registry()
+    if recipe is None:
+        return formats_of(None, registry)
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, ("data_config",))
+    raise_all(problems)
+    return formats_of(parts, registry)
 
 
 def clashes(parts: Sequence[BuiltPlugin]) -> list[PlanError]:
