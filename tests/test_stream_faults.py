@@ -19,9 +19,12 @@ import pytest
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import Text
 from llmtune.data.reading import Found
+from llmtune.data.stream_loader import StreamLoader
 from llmtune.data.streaming.chunks import PieceMaker
 from llmtune.data.streaming.rows import Mixed, RowReader, ShuffledRows
+from llmtune.data.units import make_units
 from llmtune.data.workers import WorkerPool
+from llmtune.distributed.ranks import Ranks
 from tests.streams import CPU, feed, on_ranks, origins, prepared, rows, run, tokens, write
 
 BAD = {"instruction": "Say nothing."}
@@ -201,6 +204,33 @@ def test_fewer_rows_than_a_step(tmp_path: Path) -> None:
     made = prepared(sets, mix_strategy="interleave_under")  # whose size is not counted beforehand
     with feed(made) as one, pytest.raises(DataError, match=message):
         origins(one, 0)
+
+
+def test_a_step_that_would_fill_the_memory(tmp_path: Path) -> None:
+    sets = [write(tmp_path / f"{name}.jsonl", rows(9)) for name in "ab"]
+    made = prepared(sets, mix_strategy="interleave_under")  # of unknown size
+    with pytest.raises(DataError, match=r"gradient_accumulation_steps: found 100,000,000, .*allowed are 268,435,456"):
+        StreamLoader.over(made.stream, made.train, per_device=1, micro_steps=10**8, ranks=Ranks(), flat=False, pad_id=0)
+
+
+def test_packed_rows_that_train_nothing_are_counted_once(tmp_path: Path) -> None:
+    """Samples that train at their beginning, before samples that train at their end: the row between them is bare."""
+    ids = list(range(5, 24))
+    ends = [[*ids[:3], *[-100] * 16], [*[-100] * 16, *ids[16:]]]
+    found = [{"input_ids": ids, "labels": ends[number % 2]} for number in range(40)]
+    keys = {"cutoff_len": 20, "packing": True, "neat_packing": False, "disable_shuffling": True}
+    made = prepared(write(tmp_path / "a.jsonl", found), **keys)
+    units = make_units(made.train, made.stream.config, 3)
+    told = f"neat_packing: {units.bare} rows left out, as no token in them trains"
+    with feed(made) as one:
+        origins(one, 0)
+        assert units.bare > 4 and told in one.summary()
+        cursor = json.loads(json.dumps(one.cursor()))
+    with feed(made) as one:
+        one.start(1, cursor)
+        for step in range(1, len(units) // 4):
+            origins(one, step)
+        assert told in one.summary()
 
 
 class Untold(Exception):

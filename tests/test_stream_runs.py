@@ -144,3 +144,16 @@ def test_the_plan_says_what_it_looked_at(tiny_llama: str, tmp_path: Path) -> Non
     assert "the numbers above are those of the first rows" in text and "train: 256 samples" in text
     assert "rows of up to 128 tokens, kept apart" in text and "an epoch" not in text
     assert many.cost.shape.length > 128 and many.cost.quick.at_peak.total > 0
+
+
+@pytest.mark.parametrize(("streaming", "rows_looked_at"), [(True, "the first 38"), (False, "38")])
+def test_the_plan_counts_packed_rows_that_train_nothing(
+    tiny_llama: str, tmp_path: Path, streaming: bool, rows_looked_at: str
+) -> None:
+    ids = list(range(5, 24))
+    ends = [[*ids[:3], *[-100] * 16], [*[-100] * 16, *ids[16:]]]
+    data = write(tmp_path / "a.jsonl", [{"input_ids": ids, "labels": ends[number % 2]} for number in range(40)])
+    keys = keys_for(tiny_llama, data, tmp_path / "run", packing=True, neat_packing=False, cutoff_len=20)
+    plan = llmtune.plan(keys | {"streaming": streaming, "disable_shuffling": True})
+    bare = plan.data.batches.units.bare
+    assert bare > 4 and f"neat_packing: {bare} of {rows_looked_at} rows are left out" in str(plan)

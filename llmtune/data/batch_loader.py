@@ -25,16 +25,50 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchLoader:
-    """Batches of a training run. `units` are what the order shuffles: samples, packs of samples, or rows."""
+class UnitBatches:
+    """Units of some samples (whole samples, packs of them, or rows), and how they become batches."""
 
     samples: TokenSamples
     units: Units
-    order: Order
     ranks: Ranks
     micro_steps: int
     flat: bool
     pad_id: int
+
+    def batches(self, units: Sequence[int], device: torch.device) -> list[Batch]:
+        """This rank's micro-batches of the units of a step."""
+        pieces = self.micro_steps * self.ranks.batch_ranks
+        units = deal(units, self._lengths, padded=not self.flat, pieces=pieces)
+        mine = split(units, self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
+        return [to_device(self.batch(units), device) for units in mine]
+
+    def batch(self, units: Sequence[int]) -> Batch:
+        """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split."""
+        pieces = [self.units.pieces(unit) for unit in units]
+        if self.units.kind == "row":
+            documents = [joined(self.samples, unit) for unit in pieces]
+            numbers = dict.fromkeys(piece.sample for unit in pieces for piece in unit)
+            return split_row(
+                collate(documents, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(numbers)), self.ranks
+            )
+        chosen = [piece.sample for unit in pieces for piece in unit]
+        return sample_batch(self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks)
+
+    def origin(self, sample: int) -> str:
+        """Where a sample of a batch comes from."""
+        return self.samples.origin(sample)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return row_lengths(self.samples, self.units) if not self.flat else self.units.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLoader(UnitBatches):
+    """Batches of a training run."""
+
+    order: Order
+    """The order in which the units train."""
 
     @classmethod
     def make(
@@ -78,25 +112,6 @@ class BatchLoader:
         """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""
         return self.batches(self.order.step_units(step), device)
 
-    def batches(self, units: Sequence[int], device: torch.device) -> list[Batch]:
-        """This rank's micro-batches of the units of a step."""
-        pieces = self.micro_steps * self.ranks.batch_ranks
-        units = deal(units, self._lengths, padded=not self.flat, pieces=pieces)
-        mine = split(units, self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
-        return [to_device(self.batch(units), device) for units in mine]
-
-    def batch(self, units: Sequence[int]) -> Batch:
-        """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split."""
-        pieces = [self.units.pieces(unit) for unit in units]
-        if self.units.kind == "row":
-            documents = [joined(self.samples, unit) for unit in pieces]
-            numbers = dict.fromkeys(piece.sample for unit in pieces for piece in unit)
-            return split_row(
-                collate(documents, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(numbers)), self.ranks
-            )
-        chosen = [piece.sample for unit in pieces for piece in unit]
-        return sample_batch(self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks)
-
     def tokens(self, step: int) -> int:
         """Tokens (without padding) in the whole optimiser step, all ranks."""
         return int(self.units.tokens[self.order.step_units(step)].sum())
@@ -109,20 +124,12 @@ class BatchLoader:
         """Epochs that are done after `step` steps."""
         return round(step / self.order.steps_per_epoch, 4)
 
-    def origin(self, sample: int) -> str:
-        """Where a sample of a batch comes from."""
-        return self.samples.origin(sample)
-
     @property
     def padding(self) -> float:
         """Share of padding in an epoch's micro-batches."""
         if self.flat:
             return 0.0
         return padding_share(self._lengths, self.order, self.micro_steps * self.ranks.batch_ranks)
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        return row_lengths(self.samples, self.units) if not self.flat else self.units.tokens
 
 
 def row_lengths(samples: TokenSamples, units: Units) -> np.ndarray:

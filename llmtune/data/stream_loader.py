@@ -7,7 +7,6 @@ share of the rows: where a new chunk begins, they exchange what they made.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmtune.contract.errors import DataError
-from llmtune.data.batch_loader import BatchLoader, row_lengths
+from llmtune.data.batch_loader import BatchLoader, UnitBatches, row_lengths
 from llmtune.data.making import check_bad_rows
-from llmtune.data.order import Order, grouped
+from llmtune.data.order import grouped
 from llmtune.data.report import Losses, SourceReport
 from llmtune.data.streaming.chunks import PIECE_ROWS, Ahead, OwnPieces, TokenPiece, in_turn, own_pieces
 from llmtune.data.streaming.rows import check_size
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+STEP_TOKENS = 1 << 28
+"""Most tokens of a step, at 5 to 9 bytes each on every rank; the largest models are trained with a tenth of that."""
 EMPTY_ROWS = 1 << 14
 """Rows that follow each other and may give no sample; more are an error, so that no run looks for data for ever."""
 
@@ -56,8 +57,8 @@ class StreamChunk:
     """Consecutive rows of one epoch, tokenised."""
 
     made: OwnPieces
-    loader: BatchLoader
-    """Over the samples and units of the rows."""
+    batches: UnitBatches
+    """Of the samples and units of the rows."""
     order: np.ndarray
     """(units,) the order in which the units are used."""
     filled: int
@@ -93,8 +94,10 @@ class Reading:
     entered: dict[str, Any] | None = None
     """The cursor that a continued run begins at, until its first chunk is there."""
     step: int = 0
-    latest: tuple[BatchLoader, list[int]] | None = None
-    """What the step before `step` was made of: its units."""
+    latest: tuple[UnitBatches, list[int]] | None = None
+    """What the step before `step` was made of, and its units."""
+    bare: int = 0
+    """Packed rows that were left out, as no token in them trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,13 @@ class StreamLoader(BatchLoader):
         batch = per_device * micro_steps * ranks.batch_ranks
         if stream.rows is not None:
             check_size(stream.rows, batch)
+        tokens = round(batch * float(units.tokens.mean())) if len(units) else 0
+        if tokens > STEP_TOKENS:
+            raise DataError(
+                f"gradient_accumulation_steps: found {micro_steps:,}, which makes steps of {batch:,} rows, about "
+                f"{tokens:,} tokens. A stream holds them in memory, allowed are {STEP_TOKENS:,}; lower it or "
+                "per_device_train_batch_size, or set streaming: false"
+            )
         return cls(
             stream=stream, samples=first, units=units, order=StreamOrder(batch), ranks=ranks, micro_steps=micro_steps,
             flat=flat or units.kind == "pack", pad_id=pad_id,
@@ -147,7 +157,7 @@ class StreamLoader(BatchLoader):
             rows.restore(cursor["begin"])
             reading.chunk_rows, reading.bad_bytes = cursor["chunk_rows"], cursor["bad_bytes"]
             reading.reports = [SourceReport.restored(spelt) for spelt in cursor["reports"]]
-            reading.losses = Losses(**cursor["losses"])
+            reading.losses, reading.bare = Losses(**cursor["losses"]), cursor.get("bare", 0)
         if bad_rows is not None and bad_rows.exists():
             os.truncate(bad_rows, min(bad_rows.stat().st_size, reading.bad_bytes))
         ranks = self.ranks
@@ -175,6 +185,7 @@ class StreamLoader(BatchLoader):
             "chunk_rows": reading.chunk_rows,
             "reports": deepcopy([vars(report) for report in reading.reports]),
             "losses": deepcopy(vars(reading.losses)),
+            "bare": reading.bare,
             "bad_bytes": reading.bad_bytes,
         }
 
@@ -190,13 +201,13 @@ class StreamLoader(BatchLoader):
             reading.step += 1
         if step != reading.step - 1 or reading.latest is None:
             raise ValueError(f"step {step} of a stream whose next one is {reading.step}")
-        loader, units = reading.latest
-        return loader.batches(units, device)
+        chunk, units = reading.latest
+        return chunk.batches(units, device)
 
     def tokens(self, step: int) -> int:
         """Tokens (without padding) in the latest step, all ranks."""
-        loader, units = self._latest()
-        return int(loader.units.tokens[units].sum())
+        chunk, units = self._latest()
+        return int(chunk.units.tokens[units].sum())
 
     def epoch(self, step: int) -> float:
         """Epochs that were used by the latest step; told by bytes until the rows of an epoch are known."""
@@ -219,6 +230,8 @@ class StreamLoader(BatchLoader):
             lines.append(f"dropped: {losses.no_target:,} samples without a trained token")
         if losses.truncated or losses.too_long:
             lines.append(f"cutoff_len: {losses.truncated:,} samples cut, {losses.too_long:,} left out")
+        if reading.bare:
+            lines.append(f"neat_packing: {reading.bare:,} rows left out, as no token in them trains")
         return "\n".join(lines)
 
     def _started(self) -> Reading:
@@ -226,13 +239,13 @@ class StreamLoader(BatchLoader):
             self.start()
         return self._reading[0]
 
-    def _latest(self) -> tuple[BatchLoader, list[int]]:
+    def _latest(self) -> tuple[UnitBatches, list[int]]:
         latest = self._started().latest
         assert latest is not None, "asked after a step"
         return latest
 
-    def _gathered(self) -> tuple[BatchLoader, list[int]]:
-        """The next step's units, and a loader that has them all."""
+    def _gathered(self) -> tuple[UnitBatches, list[int]]:
+        """What has all units of the next step, and these."""
         reading, parts, wanted = self._started(), [], self.order.batch
         empty = 0
         while wanted:
@@ -244,7 +257,7 @@ class StreamLoader(BatchLoader):
             reading.used += len(units)
             wanted -= len(units)
             if len(units):
-                parts.append((chunk.loader, units))
+                parts.append((chunk.batches, units))
             empty = 0 if len(units) else empty + len(chunk.made.places)
             if empty >= EMPTY_ROWS:
                 raise DataError(
@@ -268,25 +281,25 @@ class StreamLoader(BatchLoader):
             place=made.places.__getitem__, counts=self.samples.counts,
         )  # fmt: skip
         units = make_units(samples, self.stream.config, self.stream.seed)
-        unused = Order(max(1, len(units)), self.order.batch, self.stream.seed)
-        loader = BatchLoader(
-            samples=samples, units=units, order=unused, ranks=self.ranks, micro_steps=self.micro_steps, flat=self.flat,
+        batches = UnitBatches(
+            samples=samples, units=units, ranks=self.ranks, micro_steps=self.micro_steps, flat=self.flat,
             pad_id=self.pad_id,
         )  # fmt: skip
-        order = self._order(loader, filled, made.begin)
-        reading.chunk = StreamChunk(made=made._replace(own=[]), loader=loader, order=order, filled=filled)
+        order = self._order(batches, filled, made.begin)
+        reading.chunk = StreamChunk(made=made._replace(own=[]), batches=batches, order=order, filled=filled)
         if not reading.used:  # else it was counted before the run was continued
+            reading.bare += units.bare
             together(lambda: self._count(pieces))
 
-    def _order(self, loader: BatchLoader, filled: int, begin: dict[str, Any]) -> np.ndarray:
+    def _order(self, chunk: UnitBatches, filled: int, begin: dict[str, Any]) -> np.ndarray:
         """(units,) the order of a chunk's units. Those that fill up the step that was begun stay as they are."""
-        units = np.arange(len(loader.units))
+        units = np.arange(len(chunk.units))
         if not self.stream.grouped:
             return units
         batch, first = self.order.batch, -filled % self.order.batch
         place = (begin["mixed"]["epoch"], begin["before"], begin["used"])
         rng = np.random.default_rng([self.stream.seed, 2**31 + 5, *place])
-        lengths = row_lengths(loader.samples, loader.units)
+        lengths = row_lengths(chunk.samples, chunk.units)
         return np.concatenate([units[:first], grouped(units[first:], lengths, batch, rng, len(units) // batch)])
 
     def _count(self, pieces: Sequence[TokenPiece]) -> None:
@@ -298,12 +311,11 @@ class StreamLoader(BatchLoader):
             reading.losses += piece.losses
         for source in {source for source, _ in bad}:
             check_bad_rows(self.stream.config, reading.reports[source])
-        lines = [json.dumps(row._asdict(), ensure_ascii=False, default=str) for _, row in bad]
-        text = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
-        reading.bad_bytes += len(text)
-        if text and reading.bad_rows is not None:
+        lines = b"".join(row.json_line() for _, row in bad)
+        reading.bad_bytes += len(lines)
+        if lines and reading.bad_rows is not None:
             with reading.bad_rows.open("ab") as file:
-                file.write(text)
+                file.write(lines)
 
 
 def together(work: Callable[[], Result]) -> Result:
@@ -318,14 +330,14 @@ def together(work: Callable[[], Result]) -> Result:
     return result[0]
 
 
-def _across(parts: Sequence[tuple[BatchLoader, np.ndarray]]) -> tuple[BatchLoader, list[int]]:
-    """Units of several chunks as those of one loader."""
-    loaders = [loader for loader, _ in parts]
+def _across(parts: Sequence[tuple[UnitBatches, np.ndarray]]) -> tuple[UnitBatches, list[int]]:
+    """Units of several chunks as those of one."""
+    chunks = [chunk for chunk, _ in parts]
     if len(parts) == 1:
-        return loaders[0], parts[0][1].tolist()
-    samples = [loader.samples for loader in loaders]
+        return chunks[0], parts[0][1].tolist()
+    samples = [chunk.samples for chunk in chunks]
     rows = np.cumsum([0, *(int(each.rows.max(initial=-1)) + 1 for each in samples)])
-    units_before = np.cumsum([0, *(len(loader.units) for loader in loaders)])
+    units_before = np.cumsum([0, *(len(chunk.units) for chunk in chunks)])
 
     def place(row: int) -> str:
         part = int(np.searchsorted(rows, row, "right")) - 1
@@ -333,8 +345,8 @@ def _across(parts: Sequence[tuple[BatchLoader, np.ndarray]]) -> tuple[BatchLoade
 
     samples_before = np.cumsum([0, *map(len, samples)])[:-1].tolist()
     whole = replace(
-        loaders[0],
+        chunks[0],
         samples=TokenSamples.concatenated(samples, rows[:-1].tolist(), place=place),
-        units=Units.concatenated([loader.units for loader in loaders], samples_before),
+        units=Units.concatenated([chunk.units for chunk in chunks], samples_before),
     )
     return whole, [int(unit + n) for (_, units), n in zip(parts, units_before, strict=False) for unit in units]

@@ -17,6 +17,7 @@ from llmtune.recipe.parts import Parts, formats_of
 
 if TYPE_CHECKING:
     from llmtune.data import Prepared
+    from llmtune.data.units import Units
     from llmtune.distributed.ranks import Ranks
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
@@ -72,19 +73,15 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
             prepared.stream, prepared.train, per_device=train.per_device_train_batch_size,
             micro_steps=train.gradient_accumulation_steps, ranks=ranks, flat=flat, pad_id=pad,
         )  # fmt: skip
-        return DataPlan(prepared=prepared, batches=batches)
+        return DataPlan(prepared=prepared, batches=batches, notes=_without_bare(batches.units, "the first "))
     samples = mixed(prepared.train, data, train.seed)
     notes = [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, prepared.train)] if found]
     batches = BatchLoader.make(
         samples, data, per_device=train.per_device_train_batch_size, micro_steps=train.gradient_accumulation_steps,
         ranks=ranks, seed=train.seed, flat=flat, pad_id=pad,
     )  # fmt: skip
+    notes += _without_bare(batches.units)
     units, rows = len(batches.units), batches.order.batch
-    if bare := batches.units.bare:
-        notes.append(
-            f"neat_packing: {bare:,} of {units + bare:,} rows are left out, as no token in them trains: their samples "
-            "have prompts longer than a row. Raise cutoff_len, or set neat_packing: true"
-        )
     if units < rows:
         notes.append(
             f"the data are {units} {batches.units.kind}{'' if units == 1 else 's'}, fewer than the {rows} of a step: "
@@ -96,3 +93,13 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
             wanted, micros = train.gradient_accumulation_steps, batches.micro_steps
             notes.append(f"gradient_accumulation_steps: {wanted:,} -> {micros}, as the others would have no row")
     return DataPlan(prepared=prepared, batches=batches, notes=tuple(notes))
+
+
+def _without_bare(units: Units, first: str = "") -> tuple[str, ...]:
+    """What to say of packed rows that are left out."""
+    if not units.bare:
+        return ()
+    return (
+        f"neat_packing: {units.bare:,} of {first}{len(units) + units.bare:,} rows are left out, as no token in them "
+        "trains: their samples have prompts longer than a row. Raise cutoff_len, or set neat_packing: true",
+    )
