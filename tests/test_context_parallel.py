@@ -166,8 +166,8 @@ def flat_batch(lengths: list[int], seed: int = 0) -> Batch:
 @pytest.mark.parametrize("lengths", [[2], [3, 1, 9], [40], [8, 8], [1, 1, 1, 13, 2]])
 def test_pieces_make_up_the_row(lengths: list[int], size: int) -> None:
     whole = flat_batch(lengths)
-    layout = ParallelDims(context=size)
-    pieces = [split_row(whole, Ranks(rank=rank, size=size, layout=layout)) for rank in range(size)]
+    dims = ParallelDims(context=size)
+    pieces = [split_row(whole, Ranks(rank=rank, size=size, dims=dims)) for rank in range(size)]
     length = sum(lengths)
     width = -(-length // size)
     for name in ("input_ids", "labels", "position_ids"):
@@ -313,9 +313,9 @@ def kept_for_backward(folder: str) -> dict[int, int]:
     found = {}
     for size in (1, 2, 4):
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=packed_attention.NAME)
-        ranks = Ranks(rank=dist.get_rank(), size=4, layout=ParallelDims(shard=4 // size, context=size))
+        ranks = Ranks(rank=dist.get_rank(), size=4, dims=ParallelDims(shard=4 // size, context=size))
         if size > 1:
-            attend_over_ranks(model, ranks.layout, torch.device("cpu"))
+            attend_over_ranks(model, ranks.dims, torch.device("cpu"))
         found[size] = kept_by(model, split_row(flat_batch([200, 312]), ranks))
     return found
 

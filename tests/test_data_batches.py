@@ -155,7 +155,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 def test_pieces_of_a_row_keep_weights_and_sequences(size: int) -> None:
     documents = weighted([6, 1, 20, 9])
     whole = collate(documents, flat=True, pad_id=0)
-    pieces = [split_row(whole, Ranks(rank=rank, size=size, layout=ParallelDims(context=size))) for rank in range(size)]
+    pieces = [split_row(whole, Ranks(rank=rank, size=size, dims=ParallelDims(context=size))) for rank in range(size)]
     assert sum(piece.weight for piece in pieces) == whole.weight
     assert torch.equal(torch.cat([piece.target_sequence for piece in pieces]), whole.target_sequence)
     found = []

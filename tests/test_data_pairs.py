@@ -155,7 +155,7 @@ def test_batches_that_would_mix_or_cut_answers_are_refused(tmp_path: Path) -> No
     joined = replace(data, packing=True, neat_packing=False)
     (sentence,) = batch_objections("preference", joined, Ranks())
     assert sentence.startswith("neat_packing: found false, but the data are preferences, which must not see each other")
-    spread = Ranks(size=2, layout=ParallelDims(context=2))
+    spread = Ranks(size=2, dims=ParallelDims(context=2))
     (sentence,) = batch_objections("preference", data, spread)
     assert "cp_size is 2, but the loss of preferences needs whole answers" in sentence
     (sentence,) = batch_objections("prompt", joined, Ranks())

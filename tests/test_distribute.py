@@ -159,8 +159,8 @@ def test_ranks_of_a_group_share_a_batch() -> None:
     from llmtune.contract.records import ParallelDims
     from llmtune.distributed.ranks import Ranks
 
-    layout = ParallelDims(replicate=2, shard=2, context=2, tensor=2)
-    shares = [Ranks(rank=rank, size=16, layout=layout).batch_rank for rank in range(16)]
+    dims = ParallelDims(replicate=2, shard=2, context=2, tensor=2)
+    shares = [Ranks(rank=rank, size=16, dims=dims).batch_rank for rank in range(16)]
     assert shares == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
-    assert [Ranks(rank=rank, size=16, layout=layout).context_rank for rank in range(4)] == [0, 0, 1, 1]
+    assert [Ranks(rank=rank, size=16, dims=dims).context_rank for rank in range(4)] == [0, 0, 1, 1]
     assert Ranks(rank=5, size=8).batch_rank == 5

@@ -26,6 +26,8 @@ def test_a_situation_has_words_and_capabilities() -> None:
     assert situation.words == situation.capabilities == frozenset({"quantized_base"})
     assert RunContext(capabilities=frozenset({"a"}), **FACTS).words == frozenset({"a"})
     assert Situation(capabilities=frozenset({"a"}), **FACTS).words == frozenset({"a"})
+    spread = Situation(layout=Layout(shard=2), **FACTS)
+    assert spread.layout == spread.dims == ParallelDims(shard=2) and Situation(**FACTS).dims == ParallelDims()
 
 
 def test_a_layout_and_a_labelled_answer_are_what_they_were() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,42 @@ def test_an_impossible_pair_is_found_by_the_plan(tiny_llama: str, chats: str, tm
     with pytest.raises(llmtune.LlmtuneError, match="freeze cannot be used with quant_config bnb"):
         llmtune.plan(keys)
     assert not (tmp_path / "run").exists()
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise ValueError("no such luck")
+
+
+@pytest.mark.parametrize(
+    ("point", "block", "where", "doing"),
+    [
+        ("init_config", "init_on_meta", "llmtune_init.ways.OnMeta.fetch", "fetch of "),
+        ("dist_config", {"name": "fsdp2", "offload_params": True}, "llmtune.distributed.fsdp2.Fsdp2.apply", "apply"),
+    ],
+)
+def test_an_error_while_a_model_is_built_carries_the_plugins_name(
+    point: str, block: Any, where: str, doing: str, tiny_llama: str, chats: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(where, fails)
+    with pytest.raises(llmtune.PluginError, match=rf"^{point}: .* failed in {doing}.*: ValueError: no such luck"):
+        llmtune.train(recipe(tiny_llama, chats, tmp_path / "run", **{point: block}))
+
+
+@pytest.mark.parametrize(
+    ("where", "note"),
+    [
+        ("llmtune_sft.NextToken.loss", "raised within loss of stage_config: "),
+        ("torch.optim.AdamW.step", "raised within step of optim_config: "),
+    ],
+)
+def test_an_error_within_a_step_keeps_its_type_and_carries_the_plugins_name(
+    where: str, note: str, tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cause may be the model: whoever mends it needs the traceback."""
+    monkeypatch.setattr(where, fails)
+    with pytest.raises(ValueError, match="no such luck") as caught:
+        llmtune.train(recipe(tiny_llama, chats, tmp_path / "run"))
+    (said,) = caught.value.__notes__
+    assert said.startswith(note)
+    assert said in json.loads((tmp_path / "run" / "run.json").read_text())["error"]

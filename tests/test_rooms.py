@@ -52,8 +52,6 @@ TOKENIZER_FILES = {
 }
 """Files outside of `data` that looking at data takes."""
 MAY_BE_ABSENT = {"matplotlib", "rich", "tqdm", "fcntl", "IPython", "transformers.distributed.expert_parallel"}
-UNREASONED = 1
-"""Imports inside functions that have none of these reasons still."""
 
 
 class Import(NamedTuple):
@@ -217,7 +215,7 @@ def reason(module: str, imported: str) -> str | None:
 def test_an_import_inside_a_function_has_a_reason() -> None:
     deferred = [(module, each) for module in modules() for each in imports(module) if each.deferred]
     lines = [f"{module}:{each.line} {each.module}" for module, each in deferred if not reason(module, each.module)]
-    assert len(lines) <= UNREASONED, "\n".join(lines)
+    assert not lines, "\n".join(lines)
     assert {reason(module, each.module) for module, each in deferred} - {None} == set(DEFERRED)
 
 

@@ -117,9 +117,13 @@ def test_stopped_where_nothing_has_to_be_saved(
 def test_a_result_that_nothing_else_holds_is_written_to_its_end(
     tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    """Nobody has to run the command again: the run is whole, and its exit code says so."""
     keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=1)
+    (tmp_path / "r.json").write_text(json.dumps(keys))
     monkeypatch.setattr(run, "write_result", at(1, run.write_result, lambda: send(signal.SIGTERM)))
-    assert llmtune.train(keys).status == "done"
+    assert main(["train", str(tmp_path / "r.json")]) == 0
+    finished = llmtune.load(tmp_path / "run")
+    assert finished.status == "done" and (tmp_path / "run" / "model").is_dir()
     assert "llmtune: finishing the run; Ctrl-C again" in capfd.readouterr().err
 
 

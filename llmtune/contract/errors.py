@@ -109,10 +109,29 @@ def blaming(label: str, doing: str) -> Iterator[None]:
     except LlmtuneError:
         raise
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             raise
         said = " ".join(str(error).split())
         raise PluginError(f"{label} failed in {doing}: {type(error).__name__}: {said}") from error
+
+
+@contextmanager
+def noting(label: str, doing: str) -> Iterator[None]:
+    """Let an exception carry, as a note, whose call it came out of: within a step, where a plugin calls the model. Its
+    type and traceback stay, as the cause may as well be the model, the device or another rank."""
+    try:
+        yield
+    except LlmtuneError:
+        raise
+    except Exception as error:
+        error.add_note(f"raised within {doing} of {label}")
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed. On a CPU torch has no class of its own for it."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -17,10 +17,11 @@ __all__ = ["Change", "Labelled", "Layout", "Part", "Situation"]
 
 
 class Situation(RunContext):
-    """The former `RunContext`, whose `capabilities` were called `words`."""
+    """The former `RunContext`, whose `capabilities` were called `words`, and `dims` `layout`."""
 
     def __init__(self, *, words: frozenset[str] = frozenset(), **facts: Any) -> None:
         facts.setdefault("capabilities", words)
+        facts.setdefault("dims", facts.pop("layout", Layout()))
         super().__init__(**facts)
 
 

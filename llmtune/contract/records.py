@@ -75,7 +75,7 @@ class RunContext:
     device: Literal["cpu", "cuda"]
     ranks: int
     """Number of processes the model is spread over."""
-    layout: ParallelDims = ParallelDims()
+    dims: ParallelDims = ParallelDims()
     """How they are arranged."""
     compute_dtype: torch.dtype
     """Type of the activations, and of frozen weights in memory."""
@@ -99,6 +99,11 @@ class RunContext:
     def words(self) -> frozenset[str]:
         """The former name of `capabilities`, which plugins made for version 1 of the contract read."""
         return self.capabilities
+
+    @property
+    def layout(self) -> ParallelDims:
+        """The former name of `dims`."""
+        return self.dims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +268,7 @@ class Distribute(Protocol):
 
     def apply(self, root: nn.Module, layers: Sequence[nn.Module], mesh: Any, context: RunContext) -> None:
         """Spread `root`, on the meta device, over a DeviceMesh with the dimensions `replicate`, `shard`, `tensor`:
-        `shard` always, its size being `layout.shard * layout.context`; the others where they are not 1."""
+        `shard` always, its size being `dims.shard * dims.context`; the others where they are not 1."""
         ...
 
     def before_backward(self, root: nn.Module, last: bool) -> None:

@@ -120,7 +120,7 @@ def replan(plan: Plan, change: KeyChange, registry: Registry) -> Plan:
     if any(POINTS[key].edits for key in POINTS if key in change.keys):  # the structure has to be edited anew
         made = make_model_plan(recipe, registry, ranks, plan.device, mode="build", target=plan.target)
         model = replace(made, mode="train", compiled=model.compiled, checkpointing=model.checkpointing)
-    context = replace(model.context, ranks=ranks.size, layout=ranks.layout)
+    context = replace(model.context, ranks=ranks.size, dims=ranks.dims)
     level = change.keys.get("activation_checkpointing", model.checkpointing)
     model = replace(model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, context=context, checkpointing=level)
     return replace(plan, recipe=recipe, parts=parts, model=model)

@@ -61,7 +61,7 @@ class Figures:
     @property
     def step_tokens(self) -> float:
         """Tokens of an optimiser step on one rank, on average, without padding."""
-        share = self.plan.ranks.layout.context * self.plan.ranks.layout.tensor
+        share = self.plan.ranks.dims.context * self.plan.ranks.dims.tensor
         return self.shape.mean_tokens * self.shape.micro_steps / share
 
     def step_seconds(self, mfu: float) -> float | None:
@@ -80,7 +80,7 @@ class Figures:
         return {
             "device": asdict(self.device) | {"usable": self.device.usable},
             "ranks": self.plan.ranks.size,
-            "layout": asdict(self.plan.ranks.layout),
+            "layout": asdict(self.plan.ranks.dims),
             "micro_batch": asdict(self.shape),
             "memory": _plain(self.memory),
             "method": "traced" if self.traced else "formulas",

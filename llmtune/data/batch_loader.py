@@ -118,7 +118,7 @@ class BatchLoader(UnitBatches):
 
     def share_of_tokens(self, step: int) -> float:
         """What this rank adds to the step's tokens, where a tensor group counts once."""
-        return self.tokens(step) * self.ranks.layout.tensor / self.ranks.size
+        return self.tokens(step) * self.ranks.dims.tensor / self.ranks.size
 
     def epoch(self, step: int) -> float:
         """Epochs that are done after `step` steps."""

@@ -138,7 +138,7 @@ def split_row(batch: Batch, ranks: Ranks) -> Batch:
     Positions and document bounds stay those of the whole row. A row that R does not divide gets a last document of
     padding, up to R - 1 tokens that no other document sees and no loss counts.
     """
-    size, rank = ranks.layout.context, ranks.context_rank
+    size, rank = ranks.dims.context, ranks.context_rank
     if size == 1:
         return batch
     assert batch.position_ids is not None and batch.document_starts is not None, "only flat rows can be split"

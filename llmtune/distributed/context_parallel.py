@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 Attention = Callable[..., tuple[Tensor, Any]]
 
 
-def attend_over_ranks(model: Any, layout: ParallelDims, device: torch.device) -> None:
+def attend_over_ranks(model: Any, dims: ParallelDims, device: torch.device) -> None:
     """Let the model's attention exchange pieces of rows between the ranks of a group. Collective."""
-    sizes = (layout.replicate * layout.shard, layout.context, layout.tensor)
+    sizes = (dims.replicate * dims.shard, dims.context, dims.tensor)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("batch", "context", "tensor"))
     inner = model.config._attn_implementation
     name = f"llmtune_context_{inner}"

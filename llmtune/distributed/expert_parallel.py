@@ -51,7 +51,7 @@ def too_old() -> str | None:
     return f"needs transformers {SINCE} or newer, but this is {version}"
 
 
-def spread_experts(model: Any, layout: ParallelDims, mesh: Any) -> list[tuple[nn.Module, Any]]:
+def spread_experts(model: Any, dims: ParallelDims, mesh: Any) -> list[tuple[nn.Module, Any]]:
     """Give each rank its experts and let tokens travel; everything is on the meta device.
 
     `mesh` is that of all parameters. Returns the modules that hold experts, each with the mesh of the ranks that hold
@@ -61,11 +61,11 @@ def spread_experts(model: Any, layout: ParallelDims, mesh: Any) -> list[tuple[nn
     # not load.
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
-    same = layout.shard * layout.tensor // layout.expert
+    same = dims.shard * dims.tensor // dims.expert
     # A mesh of its own, as the groups cut across those of `shard` and `tensor`; `alone` is a tensor group of one rank.
     names = ("replicate", "same_experts", "expert", "alone")
-    experts = init_device_mesh(mesh.device_type, (layout.replicate, same, layout.expert, 1), mesh_dim_names=names)
-    sharing = mesh["tensor"] if layout.tensor > 1 else experts["alone"]
+    experts = init_device_mesh(mesh.device_type, (dims.replicate, same, dims.expert, 1), mesh_dim_names=names)
+    sharing = mesh["tensor"] if dims.tensor > 1 else experts["alone"]
     apply_expert_parallelism(model, experts["expert"], sharing, expert_plan(model))
-    over = experts["replicate", "same_experts"] if layout.replicate > 1 else experts["same_experts"]
+    over = experts["replicate", "same_experts"] if dims.replicate > 1 else experts["same_experts"]
     return [(model.get_submodule(name), over) for name in expert_modules(model)]

@@ -45,7 +45,7 @@ class Fsdp2:
     def check(self, context: RunContext, model: nn.Module) -> Iterator[str]:
         """Objections against this combination."""
         size = self.config.reshard_after_forward
-        group = context.layout.shard * context.layout.context
+        group = context.dims.shard * context.dims.context
         if not isinstance(size, bool) and (size < 1 or group % size):
             yield (
                 f"reshard_after_forward is {size}, which does not divide the {group} ranks that parameters are sharded "
@@ -64,22 +64,22 @@ class Fsdp2:
         if self.config.offload_params:
             pin = self.config.pin_memory and context.device == "cuda"
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=pin)
-        if context.layout.expert > 1:
-            self._shard_experts(root, mesh, context.layout, options)
+        if context.dims.expert > 1:
+            self._shard_experts(root, mesh, context.dims, options)
         for layer in layers:
             fully_shard(layer, **options, reshard_after_forward=self.config.reshard_after_forward)
         fully_shard(root, **options, reshard_after_forward=False)
 
-    def _shard_experts(self, root: Any, mesh: Any, layout: ParallelDims, options: dict[str, Any]) -> None:
+    def _shard_experts(self, root: Any, mesh: Any, dims: ParallelDims, options: dict[str, Any]) -> None:
         """Experts in groups of their own, over the ranks that hold the same ones."""
-        for module, same in spread_experts(root.model, layout, mesh):
+        for module, same in spread_experts(root.model, dims, mesh):
             fully_shard(
                 module, **{**options, "mesh": same}, reshard_after_forward=bool(self.config.reshard_after_forward)
             )
             assert isinstance(module, FSDPModule)
             # Tokens of all batches have come to these experts: their gradients are sums over more batches than there
             # are ranks to average over. Divided by the number of batches they are means, like all others.
-            module.set_gradient_divide_factor(float(layout.ranks // layout.tensor))
+            module.set_gradient_divide_factor(float(dims.ranks // dims.tensor))
             if same.size(same.ndim - 1) > 1:
                 # Else the backend divides, which gloo cannot and NCCL gets wrong in bfloat16 (pytorch issue 190747).
                 # Where no two ranks of a copy hold the same experts FSDP2 divides itself, and would do it twice.

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def arrange(ranks: Ranks, distribute: Distribute, key: str) -> Ranks:
-    """`ranks` in the layout that the recipe's `dist_config` wants. Raises PlanError if they do not fit into it."""
-    layout = distribute.layout(ranks.size)
-    if layout.ranks != ranks.size:
-        raise PlanError(f"{key}: arranges {layout.ranks} ranks, but there are {ranks.size}; start as many as it needs")
-    return replace(ranks, layout=layout)
+    """`ranks`, arranged as the recipe's `dist_config` wants it. Raises PlanError if they do not fit into it."""
+    dims = distribute.layout(ranks.size)
+    if dims.ranks != ranks.size:
+        raise PlanError(f"{key}: arranges {dims.ranks} ranks, but there are {ranks.size}; start as many as it needs")
+    return replace(ranks, dims=dims)
 
 
-def parameter_mesh(layout: ParallelDims, device: torch.device) -> Any:
+def parameter_mesh(dims: ParallelDims, device: torch.device) -> Any:
     """The DeviceMesh that parameters are spread over: `replicate` x `shard` x `tensor`, without sizes of 1 but shard's.
 
     Ranks that split rows between them (context) hold different shards of the parameters, like any others.
     """
-    sizes = {"replicate": layout.replicate, "shard": layout.shard * layout.context, "tensor": layout.tensor}
+    sizes = {"replicate": dims.replicate, "shard": dims.shard * dims.context, "tensor": dims.tensor}
     kept = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     return init_device_mesh(device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 

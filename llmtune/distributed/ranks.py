@@ -23,12 +23,12 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    layout: ParallelDims = field(default=None)  # type: ignore[assignment]
+    dims: ParallelDims = field(default=None)  # type: ignore[assignment]
     """How all ranks are arranged; left out, each has a batch of its own."""
 
     def __post_init__(self) -> None:
-        if self.layout is None:
-            object.__setattr__(self, "layout", ParallelDims(shard=self.size))
+        if self.dims is None:
+            object.__setattr__(self, "dims", ParallelDims(shard=self.size))
 
     @property
     def first(self) -> bool:
@@ -37,22 +37,22 @@ class Ranks:
     @property
     def batch_rank(self) -> int:
         """Which share of a batch this rank has; ranks of one context or tensor group have the same."""
-        return self.rank // (self.layout.context * self.layout.tensor)
+        return self.rank // (self.dims.context * self.dims.tensor)
 
     @property
     def batch_ranks(self) -> int:
         """How many shares a batch has."""
-        return self.layout.replicate * self.layout.shard
+        return self.dims.replicate * self.dims.shard
 
     @property
     def context_rank(self) -> int:
         """Which piece of each row this rank has."""
-        return self.rank // self.layout.tensor % self.layout.context
+        return self.rank // self.dims.tensor % self.dims.context
 
     @property
     def stream(self) -> int:
         """The same number on ranks that must draw the same random numbers: a tensor group computes one result."""
-        return self.rank // self.layout.tensor
+        return self.rank // self.dims.tensor
 
 
 def ranks_from_environment() -> Ranks:

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from llmtune.contract.errors import EditError, LoadError, listed
+from llmtune.contract.errors import EditError, LoadError, blaming, listed
 from llmtune.contract.records import ReadsOnFirst
 from llmtune.distributed.placement import local, local_box, local_rows, materialise, put, seeded, shard_group
 from llmtune.distributed.ranks import first_does
@@ -112,6 +112,8 @@ class WeightLoader:
     init: Init
     device: torch.device
     seed: int
+    init_label: str = "init_config"
+    """The plugin that fetches, for errors."""
     new_heads: bool = False
     """Whether tensors outside the base model may be missing (a new classification head)."""
     shards: torch.device | None = None
@@ -134,8 +136,9 @@ class WeightLoader:
             fill_rows(self.vocabulary, self.ledger, self.tensors, self.device)
         self._fill_new()
         self._check_all_filled()
-        for _, step in self.ledger.after_load:
-            step(self.model)
+        for plugin, step in self.ledger.after_load:
+            with blaming(f"plugin {plugin}", "after_load"):
+                step(self.model)
 
     def _matched(self) -> list[Original]:
         names = set(self.ledger.direct) | set(self.ledger.rules)
@@ -234,7 +237,8 @@ class WeightLoader:
         put(self.tensors[now], value, whole=False)
 
     def _fetch(self, key: str, rows: tuple[int, int] | None) -> Tensor:
-        return self.init.fetch(self.reader, key, rows)
+        with blaming(self.init_label, f"fetch of {key}"):
+            return self.init.fetch(self.reader, key, rows)
 
     def _source(self, key: str | None, value: Tensor | None) -> Tensor:
         if value is None:

@@ -92,7 +92,7 @@ def plan_model(
     """Build the skeleton and let the plugins edit it, in their order, each edit checked. Raises all objections."""
     context = RunContext(
         mode="infer" if mode in ("infer", "reopen") else "train", device="cuda" if device.type == "cuda" else "cpu",
-        ranks=ranks.size, layout=ranks.layout, compute_dtype=precision.compute,
+        ranks=ranks.size, dims=ranks.dims, compute_dtype=precision.compute,
         trainable_dtype=precision.trainable, gather_dtype=precision.compute, capabilities=parts.capabilities,
         autocast=precision.autocast, model_name=recipe.model.model, revision=pretrained.files.revision,
         cache_dir=recipe.model.cache_dir, token=recipe.model.token,
@@ -136,7 +136,7 @@ def plan_model(
         problems.append(PlanError(f"packing: {type(module).__name__} {reason}; {fix}"))
     for part in parts.at("dist_config") if mode in ("train", "build") else []:
         problems += plugin_objections(part, context, module)
-    spreading = objections_to_spreading(module, ledger, attention, ranks.layout)
+    spreading = objections_to_spreading(module, ledger, attention, ranks.dims)
     problems += [PlanError(f"dist_config: {sentence}") for sentence in spreading]
     if mode == "train" and ranks.size > 1 and not transformer_layers(module):
         what = f"{type(module).__name__} has no repeated layers to spread over ranks"

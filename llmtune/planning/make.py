@@ -110,7 +110,7 @@ def make_model_plan(
 
 
 def arranged(ranks: Ranks, parts: Parts, problems: list[LlmtuneError]) -> Ranks:
-    """The ranks in the layout that the recipe's `dist_config` wants."""
+    """The ranks, arranged as the recipe's `dist_config` wants it."""
     for part in parts.at("dist_config"):
         with collect(problems), blaming(part.full_label, "layout"):
             ranks = arrange(ranks, part.built, part.label)

@@ -70,9 +70,9 @@ class Rank:
     """How the plan divides parameters, and what kinds of bytes they are."""
 
     def __init__(self, plan: ModelPlan) -> None:
-        layout, self.dist = plan.ranks.layout, plan.parts.one("dist_config").built
+        dims, self.dist = plan.ranks.dims, plan.parts.one("dist_config").built
         self.spread = plan.ranks.size > 1 or self.dist.in_host_memory
-        self.shards, self.tensor = layout.shard * layout.context, layout.tensor
+        self.shards, self.tensor = dims.shard * dims.context, dims.tensor
         self.adapter, self.packed = plan.is_adapter, plan.ledger.packed()
         self.gather_bytes = plan.context.gather_dtype.itemsize
         self.compute_bytes = plan.precision.compute.itemsize
@@ -292,7 +292,7 @@ def logits_bytes(plan: ModelPlan, batch: MicroBatch) -> int:
     """N x V logits in the compute type, in float32, their log-softmax, and the gradient; in chunks if the loss is
     fused."""
     sizes, c = sizes_of(plan.module.config), plan.precision.compute.itemsize
-    numbers = batch.targets * sizes.vocabulary // plan.ranks.layout.tensor
+    numbers = batch.targets * sizes.vocabulary // plan.ranks.dims.tensor
     if any("linear_cross_entropy" in change.ops for _, change in plan.ledger.changes):
         numbers //= max(1, math.ceil(4 * numbers / LOSS_CHUNK[plan.context.device]))
         hidden = batch.targets * sizes.width * c * 2

@@ -52,7 +52,7 @@ def largest(plan: Plan) -> MicroBatch:
     targets = np.minimum(units.sums(samples.supervised), units.tokens)
     longest = np.sort(units.tokens if flat else rows)[-size:]
     documents = (units.tokens if units.kind == "row" else samples.stops - samples.starts).astype(float)
-    share, total = plan.ranks.layout.context, float(units.tokens.sum())
+    share, total = plan.ranks.dims.context, float(units.tokens.sum())
     width = samples.width if units.kind == "sample" else 1
     return MicroBatch(
         rows=1 if flat else size * width,

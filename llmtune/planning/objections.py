@@ -54,9 +54,9 @@ def batch_objections(kind: str, data: DataConfig, ranks: Ranks) -> Iterator[str]
         yield "packing: found true, but the data are prompts, which are answered one by one; set packing: false"
     elif data.packing and not data.neat_packing:
         yield f"neat_packing: found false, but the data are {noun}, which must not see each other; set it true"
-    if ranks.layout.context > 1:
+    if ranks.dims.context > 1:
         yield (
-            f"dist_config: cp_size is {ranks.layout.context}, but the loss of {noun} needs whole answers, and a rank "
+            f"dist_config: cp_size is {ranks.dims.context}, but the loss of {noun} needs whole answers, and a rank "
             "has pieces; set cp_size: 1"
         )
 

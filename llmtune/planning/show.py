@@ -48,7 +48,7 @@ def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
 
 
 def _arrangement(ranks: Ranks) -> str:
-    sizes = {name: size for name, size in vars(ranks.layout).items() if size > 1}
+    sizes = {name: size for name, size in vars(ranks.dims).items() if size > 1}
     if set(sizes) <= {"shard"}:
         return ""
     return " (" + " x ".join(f"{name} {size}" for name, size in sizes.items()) + ")"

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from llmtune.model.edits import Ledger
 
 
-def objections_to_spreading(module: Any, ledger: Ledger, attention: str, layout: ParallelDims) -> Iterator[str]:
+def objections_to_spreading(module: Any, ledger: Ledger, attention: str, dims: ParallelDims) -> Iterator[str]:
     """What speaks against this arrangement of the ranks, one sentence each."""
-    yield from context_objections(module, ledger, attention, layout)
-    yield from tensor_objections(module, ledger, layout)
-    yield from expert_objections(module, ledger, layout)
+    yield from context_objections(module, ledger, attention, dims)
+    yield from tensor_objections(module, ledger, dims)
+    yield from expert_objections(module, ledger, dims)
 
 
-def context_objections(module: Any, ledger: Ledger, attention: str, layout: ParallelDims) -> Iterator[str]:
-    """Why rows cannot be split over `layout.context` ranks."""
-    size, tensor = layout.context, layout.tensor
+def context_objections(module: Any, ledger: Ledger, attention: str, dims: ParallelDims) -> Iterator[str]:
+    """Why rows cannot be split over `dims.context` ranks."""
+    size, tensor = dims.context, dims.tensor
     if size == 1:
         return
     changes = [change for _, change in ledger.changes]
@@ -52,9 +52,9 @@ def _stretched_by_length(module: Any) -> str | None:
     return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)
 
 
-def tensor_objections(model: Any, ledger: Ledger, layout: ParallelDims) -> Iterator[str]:
-    """Why this model, as it was edited, cannot be split over `layout.tensor` ranks; one sentence each."""
-    size = layout.tensor
+def tensor_objections(model: Any, ledger: Ledger, dims: ParallelDims) -> Iterator[str]:
+    """Why this model, as it was edited, cannot be split over `dims.tensor` ranks; one sentence each."""
+    size = dims.tensor
     if size == 1:
         return
     chosen = styles(model)
@@ -64,7 +64,7 @@ def tensor_objections(model: Any, ledger: Ledger, layout: ParallelDims) -> Itera
     experts = tuple(f"{name}." for name in expert_modules(model))
     for name, style in chosen.items():
         if f"{name}.".startswith(experts):
-            if layout.expert == 1:
+            if dims.expert == 1:
                 yield (
                     f"tp_size is {size}, but {name} holds experts, which are spread whole; "
                     f"set ep_size to {size} or a multiple too"
@@ -101,21 +101,21 @@ def _tensor_objection(model: Any, ledger: Ledger, name: str, style: str, size: i
     return None
 
 
-def expert_objections(model: Any, ledger: Ledger, layout: ParallelDims) -> Iterator[str]:
-    """Why the experts of this model, as it was edited, cannot be spread over `layout.expert` ranks."""
-    size, group = layout.expert, layout.shard * layout.tensor
+def expert_objections(model: Any, ledger: Ledger, dims: ParallelDims) -> Iterator[str]:
+    """Why the experts of this model, as it was edited, cannot be spread over `dims.expert` ranks."""
+    size, group = dims.expert, dims.shard * dims.tensor
     if size == 1:
         return
     plan = expert_plan(model)
     if sentence := too_old():
         yield f"ep_size is {size}, which {sentence}; use 1 or update it"
-    elif layout.context > 1:
-        yield f"ep_size is {size} beside cp_size {layout.context}, which are not combined; set one of them to 1"
+    elif dims.context > 1:
+        yield f"ep_size is {size} beside cp_size {dims.context}, which are not combined; set one of them to 1"
     elif EXCHANGE not in plan.values():
         yield f"ep_size is {size}, but transformers has no expert parallel plan for {type(model).__name__}; use 1"
-    elif size % layout.tensor or group % size:
+    elif size % dims.tensor or group % size:
         yield (
-            f"ep_size is {size}, allowed is a multiple of tp_size ({layout.tensor}) that divides the {group} ranks "
+            f"ep_size is {size}, allowed is a multiple of tp_size ({dims.tensor}) that divides the {group} ranks "
             "of a copy"
         )
     else:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmtune.contract.errors import PluginError, RecipeError, did_you_mean, listed
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.schema import decode, field_types
 from llmtune.recipe.keys import about_unknown_in_block
 from llmtune.recipe.places import Places
+from llmtune.recipe.registry import Offer, Registry
 from llmtune.recipe.text import split
-
-if TYPE_CHECKING:
-    from llmtune.recipe.registry import Offer, Registry
 
 SEVERAL = tuple(name for name, point in POINTS.items() if point.several)
 """Extension points that take a list of blocks."""
@@ -114,8 +112,6 @@ def find_named(registry: Registry, places: Places, point: str, index: int, block
 
 def wrong_blocks(blocks: Blocks, places: Places) -> list[RecipeError | PluginError]:
     """All that is wrong with plugins' names and keys, for a recipe that is not read on for other mistakes."""
-    from llmtune.recipe.registry import Registry  # imports what the recipe names: on this way only
-
     registry, problems = Registry(), []
     for point, several in blocks.items():
         for index in range(len(several)):

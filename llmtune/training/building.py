@@ -54,7 +54,8 @@ def build_objective(plan: ModelPlan) -> Objective:
     Collective where there are several ranks. Raises LoadError or EditError; nothing is trained on half a model.
     """
     objective = make_objective(plan)
-    init: Init = plan.parts.one("init_config").built
+    part = plan.parts.one("init_config")
+    init: Init = part.built
     files = first_does(lambda: WeightFiles.find(plan)) if only_first_reads(init) else WeightFiles.find(plan)
     spread(plan, objective)
     distribute: Distribute = plan.parts.one("dist_config").built
@@ -65,6 +66,7 @@ def build_objective(plan: ModelPlan) -> Objective:
         index=files.index,
         shards=torch.device("cpu") if distribute.in_host_memory else None,
         init=init,
+        init_label=part.full_label,
         device=plan.device,
         seed=plan.seed,
         new_heads=plan.keys.model_class == "cls",
@@ -76,16 +78,18 @@ def build_objective(plan: ModelPlan) -> Objective:
 def make_objective(plan: ModelPlan) -> Objective:
     """The plan's model inside its stage, as it is: on the meta device, on no rank."""
     ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
-    stages = plan.parts.at("stage_config")
     autocast = plan.precision.compute if plan.precision.autocast else None
-    return Objective(plan.module, stages[0].built if stages else None, ops, autocast)
+    if not (stages := plan.parts.at("stage_config")):
+        return Objective(plan.module, None, ops, autocast)
+    return Objective(plan.module, stages[0].built, ops, autocast, stages[0].full_label)
 
 
 def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optimizer, first_step: int = 0) -> Training:
     """All that the plan's steps need, beginning after `first_step`."""
     train = plan.recipe.train
     return Training(
-        objective=objective, optimizer=optimizer, batches=plan.data.batches,
+        objective=objective, optimizer=optimizer, optimizer_label=plan.parts.one("optim_config").full_label,
+        batches=plan.data.batches,
         schedule=NamedSchedule(plan.parts.one("lr_scheduler_config")),
         distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=plan.steps,
         warmup_steps=plan.warmup_steps, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
@@ -124,16 +128,18 @@ class WeightFiles:
 def spread(plan: ModelPlan, objective: Objective) -> None:
     """What happens to the structure after the last edit: activation checkpointing, compilation, the ranks."""
     layers = [layer for _, layer in transformer_layers(plan.module)]
-    if plan.ranks.layout.context > 1:
-        attend_over_ranks(plan.module, plan.ranks.layout, plan.device)
+    if plan.ranks.dims.context > 1:
+        attend_over_ranks(plan.module, plan.ranks.dims, plan.device)
     if plan.checkpointing != "none":
         checkpoint_activations(plan.module, plan.checkpointing)
     if plan.compiled:
         compile_layers(layers)
-    distribute: Distribute = plan.parts.one("dist_config").built
+    part = plan.parts.one("dist_config")
+    distribute: Distribute = part.built
     if plan.ranks.size > 1 or (plan.mode == "train" and distribute.in_host_memory):
         join(plan.ranks, plan.device, alone=True)
-        mesh = parameter_mesh(plan.ranks.layout, plan.device)
-        if plan.ranks.layout.tensor > 1:
+        mesh = parameter_mesh(plan.ranks.dims, plan.device)
+        if plan.ranks.dims.tensor > 1:
             split(plan.module, plan.ledger.direct, plan.ledger.tp_follow, mesh["tensor"])
-        distribute.apply(objective, layers, mesh, plan.context)
+        with blaming(part.full_label, "apply"):
+            distribute.apply(objective, layers, mesh, plan.context)

@@ -59,7 +59,7 @@ def check_split(objective: Objective, ranks: Ranks, device: torch.device) -> Non
     where no exchange takes place; the loss curve does not show it.
     """
     model: Any = objective.model
-    size = ranks.layout.context
+    size = ranks.dims.context
     tokens = torch.randint(
         0, model.config.get_text_config().vocab_size, (8 * size,), generator=torch.Generator().manual_seed(0)
     ).numpy()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
-from llmtune.contract.errors import DivergedError, listed
+from llmtune.contract.errors import DivergedError, listed, noting
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
 
@@ -55,6 +55,8 @@ class Training:
 
     objective: nn.Module
     optimizer: torch.optim.Optimizer
+    optimizer_label: str
+    """The plugin that made it, for errors."""
     schedule: Schedule
     distribute: Distribute
     batches: BatchLoader
@@ -89,7 +91,7 @@ def train(run: Training, watcher: Watcher) -> int:
         rate = set_learning_rate(run, step)
         micros = run.batches.step(step, run.device)
         weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
-        weight /= run.ranks.layout.tensor  # a tensor group computes one result; it counts once
+        weight /= run.ranks.dims.tensor  # a tensor group computes one result; it counts once
         sums = forward_backward(run, micros, weight, step)
         norm = global_norm(run.parameters)
         sums[TOKENS] = torch.tensor(run.batches.share_of_tokens(step), device=run.device, dtype=torch.float64)
@@ -100,7 +102,8 @@ def train(run: Training, watcher: Watcher) -> int:
             continue
         require_finite(run, loss, grad_norm, step, micros)
         clip(run, norm, grad_norm)
-        run.optimizer.step()
+        with noting(run.optimizer_label, "step"):
+            run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         step += 1
         stats = StepStats(loss, grad_norm, rate, round(tokens), time.perf_counter() - started, metrics)
@@ -114,7 +117,7 @@ def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, ste
     """All micro-batches of a step. Returns detached sums over this rank's share, divided by `weight`."""
     sums: dict[str, Tensor] = {}
     # FSDP2 averages gradients over the ranks of its mesh; times their number, the mean is the sum we want.
-    factor = run.ranks.size // run.ranks.layout.tensor * (run.scaler.scale if run.scaler else 1.0)
+    factor = run.ranks.size // run.ranks.dims.tensor * (run.scaler.scale if run.scaler else 1.0)
     divisor = torch.where(weight > 0, weight, 1.0).float()
     for number, micro in enumerate(micros):
         run.distribute.before_backward(run.objective, number == len(micros) - 1)
@@ -154,7 +157,7 @@ def global_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 def read_back(run: Training, sums: Mapping[str, Tensor], norm: Tensor) -> tuple[float, float, dict[str, float]]:
     """The step's one wait for the device: it is what lets a bad update be stopped before it happens."""
     names = list(sums)
-    packed = total(torch.stack([sums[name].double() for name in names])) / run.ranks.layout.tensor
+    packed = total(torch.stack([sums[name].double() for name in names])) / run.ranks.dims.tensor
     *values, grad_norm = torch.cat([packed, norm.double().reshape(1).to(packed.device)]).tolist()
     numbers = dict(zip(names, values, strict=True))
     scale = run.scaler.scale if run.scaler else 1.0

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from llmtune.contract.errors import noting
 from llmtune.contract.stages import StageContext
 from llmtune.distributed.fsdp2 import reshard
 
@@ -39,12 +40,13 @@ class Objective(nn.Module):
         stage: Stage | None,
         ops: Mapping[str, Callable[..., Any]],
         autocast: torch.dtype | None,
-        further: Mapping[str, FrozenModel] = MappingProxyType({}),
+        stage_label: str = "stage_config",
     ) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
-        self.context = Context(ops, further=further)
+        self.stage_label = stage_label
+        self.context = Context(ops)
         self.autocast = autocast
 
     def forward(self, batch: Batch | Callable[[], Any]) -> Any:
@@ -55,7 +57,8 @@ class Objective(nn.Module):
             if callable(batch):
                 return batch()
             assert self.stage is not None, "a model opened for use only has no stage"
-            return self.stage.loss(self.model, batch, self.context)
+            with noting(self.stage_label, "loss"):
+                return self.stage.loss(self.model, batch, self.context)
 
 
 class Context(StageContext):

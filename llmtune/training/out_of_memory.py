@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from llmtune.contract.errors import LlmtuneError, OutOfMemoryError
+from llmtune.contract.errors import LlmtuneError, OutOfMemoryError, is_out_of_memory
 
 
 @contextmanager
@@ -20,9 +20,8 @@ def explain_out_of_memory(
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU torch has no class of its own for it.
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
     else:

@@ -146,7 +146,8 @@ def _train(
         except BaseException as error:
             if plan.ranks.first:
                 asked = isinstance(error, KeyboardInterrupt) or stop.ordered
-                said = {} if asked else {"error": f"{type(error).__name__}: {error}"}
+                told = "; ".join([str(error), *getattr(error, "__notes__", ())])
+                said = {} if asked else {"error": f"{type(error).__name__}: {told}"}
                 run_folder.write_status(plan.output_dir, "interrupted" if asked else "failed", **said)
             raise
         if plan.ranks.first:
@@ -185,7 +186,7 @@ def _run(
     training = make_training(plan, objective, optimizer, first_step)
     if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)
-    if plan.ranks.layout.context > 1:
+    if plan.ranks.dims.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective, "before")
     loggers = start_loggers(plan, first_step)

@@ -69,7 +69,7 @@ class Lora:
                 f"adapter_name_or_path names {len(given)} adapters; training continues exactly one. Merge the others "
                 "into the base first (llmtune export), or name one"
             ]
-        if self.config.target_parameters and (context.layout.tensor > 1 or context.layout.expert > 1):
+        if self.config.target_parameters and (context.dims.tensor > 1 or context.dims.expert > 1):
             return [
                 "target_parameters needs whole stacks of experts on every rank, which tp_size and ep_size split; "
                 "remove those, or target_parameters"

@@ -85,5 +85,5 @@ def test_unknown_stacks_and_split_ones_are_refused(tools: Any) -> None:
     unknown = build(LoraRecipe(lora_dropout=0.0, target_parameters="experts.gate_proj"))
     with pytest.raises(PlanError, match='found "experts.gate_proj", which names nothing'):
         unknown.apply(tools["skeleton"](mixture(tools)), tools["context"]())
-    (sentence,) = build(RECIPE).check(tools["context"](ranks=2, layout=ParallelDims(tensor=2)), mixture(tools))
+    (sentence,) = build(RECIPE).check(tools["context"](ranks=2, dims=ParallelDims(tensor=2)), mixture(tools))
     assert "which tp_size and ep_size split" in sentence
