@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from llmtune.contract.extension_points import EXTENSION_POINTS
+from llmtune.recipe.packages import PackageSource
 from llmtune.recipe.reference import recipe_schema, write_reference
-from llmtune.recipe.registry import PackageSource, Registry
+from llmtune.recipe.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,8 @@ from llmtune import __version__
 from llmtune.contract.errors import ErrorList, PluginError
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.records import API_VERSION, StepDone
-from llmtune.recipe.registry import Registry, fingerprint, print_listing
+from llmtune.recipe.listing import print_listing
+from llmtune.recipe.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 OFFER = """
@@ -76,11 +77,10 @@ def test_only_the_named_plugin_is_imported(install: Callable[..., str]) -> None:
     registry = Registry()
     assert wanted not in sys.modules
     offer = registry.find("peft_config", "first")
-    assert (offer.plugin.name, offer.distribution, offer.version, offer.module) == ("first", "acme-one", "1.0", wanted)
+    assert (offer.plugin.name, offer.source.label, offer.source.module) == ("first", "acme-one 1.0", wanted)
     assert offer.plugin.build(offer.plugin.config(r=3)).r == 3
     assert wanted in sys.modules and not_wanted not in sys.modules
     assert registry.find("peft_config", "first") == offer
-    assert fingerprint([offer]) == {"peft_config first": ("acme-one", "1.0")}
 
 
 def test_what_ships_with_the_core_is_a_plugin_of_llmtune(
@@ -89,20 +89,20 @@ def test_what_ships_with_the_core_is_a_plugin_of_llmtune(
     rows = [row for row in Registry().listing() if row.package == "llmtune"]
     assert rows and all(row.version == __version__ and row.state == "ok" for row in rows)
     (row, *_) = rows
-    assert Registry().find(row.point, row.name).module == "llmtune.recipe.builtin"
+    assert Registry().find(row.point, row.name).source.module == "llmtune.recipe.builtin"
     install("acme-clash", names=(row.name,), point=row.point)
     message = refused(row.point, row.name)
     assert f"llmtune {__version__}" in message and "acme-clash 1.0" in message
     monkeypatch.setenv("LLMTUNE_BLOCK_PLUGINS", "acme-clash")
-    assert Registry().find(row.point, row.name).distribution == "llmtune"
+    assert Registry().find(row.point, row.name).source.distribution == "llmtune"
 
 
 def test_one_name_may_mean_different_things_for_different_points(install: Callable[..., str]) -> None:
     install("acme-quant", names=("best",), point="quant_config")
     install("acme-kernel", names=("best", "fast"), point="kernel_config")
     install("acme-broken", "import nothing_of_this_name", ("best",))
-    assert Registry().find("quant_config", "best").distribution == "acme-quant"
-    assert Registry().find("kernel_config", "best").distribution == "acme-kernel"
+    assert Registry().find("quant_config", "best").source.distribution == "acme-quant"
+    assert Registry().find("kernel_config", "best").source.distribution == "acme-kernel"
     assert "acme-broken 1.0 cannot be imported" in refused("peft_config", "best")
 
 
@@ -308,7 +308,7 @@ def test_a_package_built_and_installed_by_pip_is_found(tmp_path: Path) -> None:
         "import sys; from llmtune.recipe.registry import Registry; registry = Registry()\n"
         "assert 'acme_ia3' not in sys.modules\n"
         "offer = registry.find('peft_config', 'acme_ia3'); rows = registry.listing()\n"
-        "print(offer.distribution, offer.version, offer.plugin.config().r)\n"
+        "print(offer.source.distribution, offer.source.version, offer.plugin.config().r)\n"
         "print([name for name in ('torch', 'transformers', 'peft', 'bitsandbytes', 'numpy') if name in sys.modules])\n"
     )
     environment = {"PYTHONPATH": f"{ROOT}:{site}", "PATH": "/usr/bin"}

@@ -289,7 +289,8 @@ def _reward(options: Any) -> None:
 
 
 def _plugins(options: Any) -> None:
-    from llmtune.recipe.registry import Registry, print_listing
+    from llmtune.recipe.listing import print_listing
+    from llmtune.recipe.registry import Registry
 
     print_listing(Registry().listing(), as_json=options.json)
 

@@ -32,6 +32,7 @@ __all__ = [
     "NullIs",
     "Problem",
     "decode",
+    "defaults",
     "document",
     "field_types",
     "json_schema",
@@ -80,6 +81,15 @@ def field_types(config: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
 
+def defaults(config: type) -> dict[str, Any]:
+    """Field names with their default values, for those fields that have one."""
+    made = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
+    return {name: value for name, value in made.items() if value is not dataclasses.MISSING}
+
+
 @functools.cache
 def document(config: type) -> dict[str, str]:
     """The docstring under each field, inherited fields included; empty where the source cannot be read."""
@@ -122,15 +132,10 @@ def decode(config: type, tree: Mapping[str, Any], at: str = "") -> tuple[Any, li
             values[key] = convert(known[key], value)
         except ValueError as error:
             problems.append(Problem(f"{prefix}{key}", str(error)))
-    required = [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
     problems += [
         Problem(f"{prefix}{name}", f"required, but not given. It is {describe(known[name])}")
-        for name in required
-        if name not in tree
+        for name in known
+        if name not in tree and name not in defaults(config)
     ]
     if problems:
         return None, problems
@@ -186,10 +191,8 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
     if annotation is type(None) or annotation is None:
         return value is None, None
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool), float(value) if _number(value) else None
-    if annotation is int:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole, value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number, float(value) if number else None
     if annotation is Path:
         return isinstance(value, (str, Path)), Path(value) if isinstance(value, (str, Path)) else None
     if isinstance(annotation, type):
@@ -199,10 +202,6 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
 
 def _exact(option: Any, value: Any) -> bool:
     return option is type(value) or (option is type(None) and value is None)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _within(bound: Any, value: Any) -> bool:
@@ -302,22 +301,15 @@ def _flatten(annotation: Any) -> typing.Iterator[Any]:
 
 def json_schema(config: type) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of one dataclass, closed against unknown keys."""
-    properties = {}
-    for field in dataclasses.fields(config):
-        part = _schema_of(field_types(config)[field.name])
-        if text := document(config).get(field.name):
+    properties, known = {}, defaults(config)
+    for name, annotation in field_types(config).items():
+        part = _schema_of(annotation)
+        if text := document(config).get(name):
             part["description"] = text
-        if field.default is not dataclasses.MISSING:
-            part["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            made = field.default_factory()
-            part["default"] = list(made) if isinstance(made, tuple) else made
-        properties[field.name] = part
-    required = [
-        f.name
-        for f in dataclasses.fields(config)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+        if name in known:
+            part["default"] = list(known[name]) if isinstance(known[name], tuple) else known[name]
+        properties[name] = part
+    required = [name for name in properties if name not in known]
     schema: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
     return schema | ({"required": required} if required else {})
 

@@ -156,11 +156,12 @@ class WeightLoader:
         surplus = _without(surplus, FORMER_BUFFERS)
         if self.new_heads:
             surplus = [key for key in surplus if key.startswith(self.model.base_model_prefix + ".")]
+        shapes = self.ledger.shapes
         misshapen = [
             f"{original.keys[0]} {list(self.reader.shape(original.keys[0]))}, "
-            f"the model wants {list(self._shape(original.names[0]))}"
+            f"the model wants {list(shapes[original.names[0]])}"
             for original in originals
-            if original.converter is None and self.reader.shape(original.keys[0]) != self._shape(original.names[0])
+            if original.converter is None and self.reader.shape(original.keys[0]) != shapes[original.names[0]]
         ]
         problems = [
             f"{what}: {listed(keys)}"
@@ -177,9 +178,6 @@ class WeightLoader:
                 "Check that `model` and `model_class` name what the files hold"
             )
         return originals
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.ledger.shapes[name]
 
     def _tied(self, covered: set[str]) -> set[str]:
         """Names that share their tensor with a covered one."""
@@ -222,7 +220,7 @@ class WeightLoader:
             return None
         rows = local_rows(self.tensors[self.ledger.direct[name]])
         counts = {original.patterns.count(pattern) for pattern in original.patterns}
-        return rows if counts == {self._shape(name)[0]} else None
+        return rows if counts == {self.ledger.shapes[name][0]} else None
 
     def _place_stack(self, original: Original, rows: tuple[int, int]) -> None:
         now = self.ledger.direct[original.names[0]]
@@ -254,7 +252,7 @@ class WeightLoader:
         tensor = self.tensors[now]
         self.done.add(now)
         box = None if self.init.whole or key is None or tensor.dim() == 0 else local_box(tensor)
-        held = self._shape(name)[:1]  # rows; fewer than the model's where its vocabulary has grown
+        held = self.ledger.shapes[name][:1]  # rows; fewer than the model's where its vocabulary has grown
         grown = held != tuple(tensor.shape[:1])
         if box is None:
             put(tensor, self._source(key, value), grown=grown)
@@ -296,7 +294,7 @@ class WeightLoader:
 
             put(self.tensors[name], first_does(look) if only_first_reads(self.init) else look())
         for name, source in self.ledger.copies.items():
-            put(self.tensors[name], _piece_of(self.tensors[source]), whole=False)
+            put(self.tensors[name], local(self.tensors[source]).detach(), whole=False)
         self.done |= {*self.ledger.fresh, *self.ledger.files, *self.ledger.copies}
 
     def _check_all_filled(self) -> None:
@@ -311,10 +309,6 @@ class WeightLoader:
 def only_first_reads(init: Init) -> bool:
     """Whether the first rank alone opens weight files."""
     return isinstance(init, ReadsOnFirst) and init.only_first
-
-
-def _piece_of(tensor: Tensor) -> Tensor:
-    return local(tensor).detach()
 
 
 class _SourcePart:

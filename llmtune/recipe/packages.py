@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 from llmtune import __version__
 from llmtune.contract.errors import PluginError
 from llmtune.contract.schema import split_names
+from llmtune.data.formats.builtin import FORMATS
 
 GROUP = "llmtune"
 """Entry point group; an entry's name is the name of a plugin that its module offers."""
@@ -40,8 +41,11 @@ class PackageSource:
         return f"{self.distribution} {self.version}"
 
 
-CORE = PackageSource(module="llmtune.recipe.builtin", distribution="llmtune", version=__version__, names=())
-"""What ships with the core; its names are not in any metadata."""
+CORE = PackageSource(
+    module="llmtune.recipe.builtin", distribution="llmtune", version=__version__,
+    names=("fsdp2", *(plugin.name for plugin in FORMATS)),
+)  # fmt: skip
+"""What ships with the core, without entry points."""
 
 
 def installed() -> list[PackageSource]:

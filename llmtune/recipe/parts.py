@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed, raise_all
@@ -26,23 +26,16 @@ class BuiltPlugin:
 
     point: str
     plugin: Plugin
-    distribution: str
-    version: str
+    package: str
+    """With its version."""
+    full_label: str
+    """Extension point, plugin and package, for errors that a plugin is to blame for."""
     config: Any
     built: Any
 
     @property
     def label(self) -> str:
         return f"{self.point} {self.plugin.name}"
-
-    @property
-    def full_label(self) -> str:
-        """Extension point, plugin and package, for errors that a plugin is to blame for."""
-        return f'{self.point}: "{self.plugin.name}" of {self.package}'
-
-    @property
-    def package(self) -> str:
-        return f"{self.distribution} {self.version}"
 
 
 class Parts:
@@ -117,15 +110,14 @@ def _default_part(point: ExtensionPoint, registry: Registry) -> list[BuiltPlugin
 
 def _build(offer: Offer, config: Any) -> BuiltPlugin:
     """PluginError where `build` raises, or returns what does not keep to the protocol of its extension point."""
-    part = BuiltPlugin(
-        point=offer.point, plugin=offer.plugin, distribution=offer.distribution, version=offer.version, config=config,
-        built=None,
-    )  # fmt: skip
-    with blaming(part.full_label, "build"):
+    with blaming(offer.label, "build"):
         built = offer.plugin.build(config)
     if objection := POINTS[offer.point].objection(built):
-        raise PluginError(f"{part.full_label}: what it builds, {type(built).__name__}, {objection}")
-    return replace(part, built=built)
+        raise PluginError(f"{offer.label}: what it builds, {type(built).__name__}, {objection}")
+    return BuiltPlugin(
+        point=offer.point, plugin=offer.plugin, package=offer.source.label, full_label=offer.label, config=config,
+        built=built,
+    )  # fmt: skip
 
 
 def formats_of(parts: Parts | None, registry: Registry) -> Formats:
@@ -134,7 +126,7 @@ def formats_of(parts: Parts | None, registry: Registry) -> Formats:
 
     def find(name: str) -> tuple[Plugin, str]:
         offer = registry.find("data_config", name)
-        return offer.plugin, f"{offer.distribution} {offer.version}"
+        return offer.plugin, offer.source.label
 
     known = detectable(FORMATS)
     if parts is None:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
-from llmtune.contract.schema import decode, field_types
+from llmtune.contract.schema import decode, defaults, field_types
 from llmtune.data.config import DataConfig
 from llmtune.model.config import ModelConfig
 from llmtune.recipe import text as recipe_text
@@ -253,14 +253,7 @@ def _resolve(tree: Mapping[str, Any], places: Places) -> dict[str, Any]:
 
 @cache
 def _defaults() -> Mapping[str, Any]:
-    made: dict[str, Any] = {}
-    for config in CONFIGS:
-        for item in dataclasses.fields(config):
-            if item.default is not dataclasses.MISSING:
-                made[item.name] = recipe_text.plain(item.default, "default")
-            elif item.default_factory is not dataclasses.MISSING:
-                made[item.name] = recipe_text.plain(item.default_factory(), "default")
-    return made
+    return {name: recipe_text.plain(value, "default") for config in CONFIGS for name, value in defaults(config).items()}
 
 
 def _first_line(error: Exception) -> str:
@@ -291,9 +284,9 @@ def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str,
         for config in configs
         for item in dataclasses.fields(config)
     }
-    defaults = {point: [(name, {})] for point, name in default_plugins().items()}
+    absent = {point: [(name, {})] for point, name in default_plugins().items()}
     for point in EXTENSION_POINTS:
-        several = [{"name": name, **escaped(more)} for name, more in blocks.get(point, defaults.get(point, []))]
+        several = [{"name": name, **escaped(more)} for name, more in blocks.get(point, absent.get(point, []))]
         made[point] = several if len(several) > 1 else several[0] if several else None
     made["model"] = escaped(_absolute(configs[0].model))
     if "${oc.env:" in str(tree):  # what stands in the environment stays there

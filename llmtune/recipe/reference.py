@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
-from llmtune.contract.schema import describe, document, field_types, json_schema
+from llmtune.contract.schema import defaults, describe, document, field_types, json_schema
 from llmtune.recipe.blocks import SEVERAL
 from llmtune.recipe.keys import CONFIGS
 from llmtune.recipe.listing import question
@@ -85,7 +84,7 @@ def write_reference(registry: Registry) -> str:
         parts += [f"### {point}", f"{question(point)} {absent}{several}"]
         for plugin, package in plugins:
             parts += [f"#### `{point}: {plugin.name}`", f"{plugin.summary or 'No summary.'} (Package {package}.)"]
-            parts += [_table(plugin.config) if dataclasses.fields(plugin.config) else "No keys."]
+            parts += [_table(plugin.config) if field_types(plugin.config) else "No keys."]
     parts.append("Keys of other trainers, and what to write instead, are listed in [migration.md](migration.md).")
     return "\n\n".join(parts) + "\n"
 
@@ -105,22 +104,13 @@ parameters (`peft_config: {name: lora, r: 16}`). `llmtune plugins` lists what is
 
 
 def _table(config: type) -> str:
-    texts = document(config)
     rows = ["| key | values | default | |", "|---|---|---|---|"]
-    for item in dataclasses.fields(config):
-        values = describe(field_types(config)[item.name]).replace("|", "\\|")
-        rows.append(
-            f"| `{item.name}` | {values} | {_default(item)} | {texts.get(item.name, '').replace('|', chr(92) + '|')} |"
-        )
+    for name, annotation in field_types(config).items():
+        values, text = (cell.replace("|", "\\|") for cell in (describe(annotation), document(config).get(name, "")))
+        known = defaults(config)
+        default = f"`{json.dumps(plain(known[name], name))}`" if name in known else "required"
+        rows.append(f"| `{name}` | {values} | {default} | {text} |")
     return "\n".join(rows)
-
-
-def _default(item: dataclasses.Field[Any]) -> str:
-    if item.default is not dataclasses.MISSING:
-        return f"`{json.dumps(plain(item.default, item.name))}`"
-    if item.default_factory is not dataclasses.MISSING:
-        return f"`{json.dumps(plain(item.default_factory(), item.name))}`"
-    return "required"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -18,7 +18,7 @@ from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.hookspecs import HOOKS
 from llmtune.contract.records import API_VERSION, Event, Plugin
 from llmtune.contract.schema import split_names
-from llmtune.recipe.listing import Listed, print_listing, question
+from llmtune.recipe.listing import Listed
 from llmtune.recipe.packages import (
     BLOCK,
     CORE,
@@ -32,8 +32,6 @@ from llmtune.recipe.packages import (
     wants_other_llmtune,
 )
 
-__all__ = ["Listed", "Offer", "PackageSource", "Registry", "fingerprint", "print_listing", "question"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
@@ -41,9 +39,12 @@ class Offer:
 
     point: str
     plugin: Plugin
-    distribution: str
-    version: str
-    module: str
+    source: PackageSource
+
+    @property
+    def label(self) -> str:
+        """Extension point, plugin and package, for errors that a plugin is to blame for."""
+        return f'{self.point}: "{self.plugin.name}" of {self.source.label}'
 
 
 class Registry:
@@ -60,15 +61,12 @@ class Registry:
         offers: list[Offer] = []
         problems: list[PluginError] = []
         for source in self.sources:
-            if name not in source.names and source is not CORE:
+            if name not in source.names:
                 continue
             try:
-                if source is not CORE:  # metadata can rule a package out before it is imported
-                    usable(source, name)
+                usable(source, name)  # metadata can rule a package out before it is imported
                 found = [plugin for plugin in self._module(source).plugins(point) if plugin.name == name]
-                if found:
-                    usable(source, name)
-                offers += [_offer(source, point, plugin) for plugin in found]
+                offers += [Offer(point=point, plugin=plugin, source=source) for plugin in found]
             except PluginError as error:
                 problem = PluginError(f"{point}: {error}")
                 problem.__cause__ = error
@@ -78,11 +76,8 @@ class Registry:
         _same_name(offers)
         (offer,) = offers
         check_plugin(offer)
-        source = next(
-            source for source in self.sources if source.module == offer.module and source.label == _package(offer)
-        )
-        if source not in self._used:
-            self._used.append(source)
+        if offer.source not in self._used:
+            self._used.append(offer.source)
         return offer
 
     def observers(self) -> list[Callable[[Event], object]]:
@@ -125,9 +120,7 @@ class Registry:
         rows: list[Listed] = []
         free = [name for name in source.names if not blocked(source, name)]
         rows += [row("blocked", "", name, f"by {BLOCK}") for name in source.names if name not in free]
-        if source is CORE and blocked(source, ""):
-            return rows
-        if not free and source is not CORE:
+        if not free:
             return rows
         if problem := wants_other_llmtune(source):
             return [*rows, *(row("incompatible", "", name, problem) for name in free)]
@@ -146,8 +139,6 @@ class Registry:
             for plugin in plugins:
                 said.add(plugin.name)
                 if blocked(source, plugin.name):
-                    if source is CORE:
-                        rows.append(row("blocked", point, plugin.name, f"by {BLOCK}"))
                     continue
                 state, reason = _state(source, plugin)
                 met = tuple((text, unmet(text) is None) for text in plugin.requires)
@@ -243,40 +234,29 @@ class _Module:
 
 def check_plugin(offer: Offer) -> None:
     """PluginError unless the plugin is made for this llmtune and has what it needs."""
-    label = f'{offer.point}: "{offer.plugin.name}" of {_package(offer)}'
     if offer.plugin.api != API_VERSION:
         raise PluginError(
-            f"{label} is made for version {offer.plugin.api} of the plugin interface, this llmtune {__version__} has "
-            f"{API_VERSION}; update {'llmtune' if offer.plugin.api > API_VERSION else offer.distribution}"
+            f"{offer.label} is made for version {offer.plugin.api} of the plugin interface, this llmtune {__version__} "
+            f"has {API_VERSION}; update {'llmtune' if offer.plugin.api > API_VERSION else offer.source.distribution}"
         )
     lacking = [(text, found) for text in offer.plugin.requires if (found := unmet(text))]
     if lacking:
         what = listed(f"{text} ({found})" for text, found in lacking)
         command = " ".join(f'"{text}"' for text, _ in lacking)
-        raise PluginError(f"{label} needs {what}; run: pip install {command}")
+        raise PluginError(f"{offer.label} needs {what}; run: pip install {command}")
 
 
 def _state(source: PackageSource, plugin: Plugin) -> tuple[str, str]:
-    if source is not CORE and plugin.name not in source.names:
+    if plugin.name not in source.names:
         return "broken", f"{source.label} has no entry point of this name, so no recipe can find it"
     if plugin.api != API_VERSION:
         return "incompatible", f"made for version {plugin.api} of the plugin interface, this is {API_VERSION}"
     return "ok", ""
 
 
-def _offer(source: PackageSource, point: str, plugin: Plugin) -> Offer:
-    return Offer(
-        point=point, plugin=plugin, distribution=source.distribution, version=source.version, module=source.module
-    )
-
-
-def _package(offer: Offer) -> str:
-    return f"{offer.distribution} {offer.version}"
-
-
 def _same_name(offers: Sequence[Offer]) -> None:
     if len(offers) > 1:
-        packages = sorted({_package(offer) for offer in offers})
+        packages = sorted({offer.source.label for offer in offers})
         fix = f"uninstall one, or name it in {BLOCK}" if len(packages) > 1 else "its module offers the name twice"
         raise PluginError(
             f'{offers[0].point}: "{offers[0].plugin.name}" is offered by {" and by ".join(packages)}; {fix}'
@@ -285,8 +265,3 @@ def _same_name(offers: Sequence[Offer]) -> None:
 
 def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
-
-
-def fingerprint(offers: Iterable[Offer]) -> Mapping[str, tuple[str, str]]:
-    """`peft_config lora` to (package, version), for ranks to compare."""
-    return {f"{offer.point} {offer.plugin.name}": (offer.distribution, offer.version) for offer in offers}

@@ -40,14 +40,14 @@ def laws(subject: Subject) -> list[Check]:
 def is_discovered(subject: Subject, folder: Path) -> None:
     """A recipe finds the plugin through an entry point of its own name, with its hook keeping to the specification."""
     offer = _offer(subject)
-    entries = {name for source in installed() if source.module == offer.module for name in source.names}
-    if offer.module != CORE.module and subject.name not in entries:
-        raise Broken(f"no entry point is called {subject.name}", _entry_point(subject, offer.module))
+    entries = {name for source in installed() if source.module == offer.source.module for name in source.names}
+    if offer.source.module != CORE.module and subject.name not in entries:
+        raise Broken(f"no entry point is called {subject.name}", _entry_point(subject, offer.source.module))
 
 
 def has_a_light_module(subject: Subject, folder: Path) -> None:
     """Importing the module that the entry point names loads nothing heavy: `llmtune plugins` imports all of them."""
-    module = _offer(subject).module
+    module = _offer(subject).source.module
     code = (
         "import sys, importlib\n"
         f"sys.path[:] = {sys.path!r}\n"
