@@ -128,7 +128,7 @@ def load_recipe(
     if "eval_strategy" not in tree and (data.val_size or data.eval_dataset is not None):
         train = dataclasses.replace(train, eval_strategy="epoch")
     shown = _shown((model, data, train, export), blocks, tree)
-    text = blank_text(found, tree) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(blank(tree))
+    text = blank_text(found) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(blank(tree))
     return Recipe(
         model=model, data=data, train=train, export=export, blocks=blocks, resolved=shown, tree=tree, name=name,
         text=text, places=places, environment=environment(tree, resolved),

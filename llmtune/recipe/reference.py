@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
+from llmtune.contract.extension_points import POINTS
 from llmtune.contract.schema import defaults, describe, document, field_types, json_schema
-from llmtune.recipe.blocks import SEVERAL
 from llmtune.recipe.keys import CONFIGS
-from llmtune.recipe.listing import question
 from llmtune.recipe.text import plain
 
 if TYPE_CHECKING:
@@ -30,12 +28,13 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
         schema = json_schema(config)
         properties |= schema["properties"]
         required += schema.get("required", [])
-    for point, plugins in _by_point(registry).items():
-        one = _choice(plugins, default_plugins().get(point))
-        forms = [one, {"type": "array", "items": one}] if point in SEVERAL else [one]
-        properties[point] = {"description": question(point), "anyOf": [*forms, {"enum": [None, False]}]}
-        if point in default_plugins():
-            properties[point]["default"] = default_plugins()[point]
+    for name, plugins in _by_point(registry).items():
+        point = POINTS[name]
+        one = _choice(plugins, point.default)
+        forms = [one, {"type": "array", "items": one}] if point.several else [one]
+        properties[name] = {"description": point.question, "anyOf": [*forms, {"enum": [None, False]}]}
+        if point.default:
+            properties[name]["default"] = point.default
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "llmtune recipe",
@@ -62,12 +61,10 @@ def _choice(plugins: list[tuple[Plugin, str]], default: str | None) -> dict[str,
 
 def _by_point(registry: Registry) -> dict[str, list[tuple[Plugin, str]]]:
     """Extension point to (plugin, package) of what works, sorted by name."""
-    rows = [row for row in registry.listing() if row.state == "ok" and row.plugin]
+    rows = sorted(registry.listing(), key=lambda row: row.name)
     return {
-        point: sorted(
-            ((row.plugin, row.package) for row in rows if row.point == point and row.plugin), key=lambda p: p[0].name
-        )
-        for point in EXTENSION_POINTS
+        point: [(row.plugin, row.package) for row in rows if row.state == "ok" and row.plugin and row.point == point]
+        for point in POINTS
     }
 
 
@@ -77,13 +74,13 @@ def write_reference(registry: Registry) -> str:
     for title, config in zip(_TITLES, CONFIGS, strict=True):
         parts += [f"## {title}", (config.__doc__ or "").strip(), _table(config)]
     parts += ["## Extension points", _POINTS]
-    for point, plugins in _by_point(registry).items():
-        default = default_plugins().get(point)
-        absent = f"Left out: `{default}`." if default else "Left out, null or false: none."
-        several = " Takes one block or a list of them." if point in SEVERAL else ""
-        parts += [f"### {point}", f"{question(point)} {absent}{several}"]
+    for name, plugins in _by_point(registry).items():
+        point = POINTS[name]
+        absent = f"Left out: `{point.default}`." if point.default else "Left out, null or false: none."
+        several = " Takes one block or a list of them." if point.several else ""
+        parts += [f"### {name}", f"{point.question} {absent}{several}"]
         for plugin, package in plugins:
-            parts += [f"#### `{point}: {plugin.name}`", f"{plugin.summary or 'No summary.'} (Package {package}.)"]
+            parts += [f"#### `{name}: {plugin.name}`", f"{plugin.summary or 'No summary.'} (Package {package}.)"]
             parts += [_table(plugin.config) if field_types(plugin.config) else "No keys."]
     parts.append("Keys of other trainers, and what to write instead, are listed in [migration.md](migration.md).")
     return "\n\n".join(parts) + "\n"

@@ -98,16 +98,15 @@ class Registry:
     def listing(self) -> list[Listed]:
         """Everything that is installed. Imports all modules; what goes wrong is in the listing."""
         rows = [row for source in self.sources for row in self._rows(source)]
-        count: dict[tuple[str, str], list[Listed]] = {}
+        packages: dict[tuple[str, str], list[str]] = {}
         for row in rows:
             if row.state == "ok" and row.plugin:
-                count.setdefault((row.point, row.name), []).append(row)
-        for (point, name), several in count.items():
-            if len(several) > 1:
-                packages = " and ".join(f"{row.package} {row.version}" for row in several)
-                for row in several:
-                    reason = f'{point} "{name}" is offered by {packages}'
-                    rows[rows.index(row)] = dataclasses.replace(row, state="duplicate", reason=reason)
+                packages.setdefault((row.point, row.name), []).append(f"{row.package} {row.version}")
+        for number, row in enumerate(rows):
+            several = packages.get((row.point, row.name), [])
+            if row.state == "ok" and len(several) > 1:
+                reason = f'{row.point} "{row.name}" is offered by {" and ".join(several)}'
+                rows[number] = dataclasses.replace(row, state="duplicate", reason=reason)
         return rows
 
     def _rows(self, source: PackageSource) -> list[Listed]:

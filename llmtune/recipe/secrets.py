@@ -43,12 +43,10 @@ def blank(value: Any, secret: bool = False) -> Any:
     return None if secret and not str(value).startswith("${") else value
 
 
-def blank_text(found: RecipeText, tree: Mapping[str, Any]) -> str:
+def blank_text(found: RecipeText) -> str:
     """The file's text with secret values replaced by null."""
     text = found.text
     secret = {span for path, span in found.spans.items() if any(is_secret(str(part)) for part in path)}
-    if not secret and blank(tree) != tree:  # no places are known: JSON with tabs
-        return recipe_text.dump(blank(tree))
     for start, stop in sorted(secret, reverse=True):
         if not text[start:stop].strip("\"'").startswith("${"):
             text = text[:start] + "null" + text[stop:]

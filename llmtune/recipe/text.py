@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -174,28 +174,15 @@ class _TreeReader:
 
 
 def _parse_json(text: str, origin: str) -> RecipeText:
-    doubled: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in made:
-                doubled.append(key)
-            made[key] = value
-        return made
-
     try:
-        tree = json.loads(text, object_pairs_hook=unique) if text.strip() else None
+        tree = json.loads(text) if text.strip() else None
     except json.JSONDecodeError as error:
         raise RecipeError(f"{origin}:{error.lineno}:{error.colno}  not valid JSON: {error.msg}") from error
     except RecursionError:
         raise RecipeError(f"{origin}: nested deeper than {DEEPEST} levels; recipes are flat") from None
-    problems = [RecipeError(f"{origin}: {key}: given twice; remove one of the two") for key in doubled]
-    try:  # JSON is YAML as long as it holds no tabs; without places the errors still name the key
-        places = parse(text, origin)
-    except RecipeError:
-        places = RecipeText(None)
-    return RecipeText(plain(tree, origin), places.places, places.spans, text, places.problems or problems)
+    # JSON is YAML but for tabs, which stand between its values only.
+    found = parse(text.replace("\t", " "), origin)
+    return replace(found, tree=plain(tree, origin), text=text)
 
 
 def plain(value: Any, origin: str, path: KeyPath = ()) -> Any:
