@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import llmtune
 from llmtune.contract.errors import CheckpointError, LlmtuneError, PlanError
-from llmtune.training import checkpoint
+from llmtune.training import checkpoint, step_folders
 from tests.runs import recipe
 from tests.spawn import in_ranks
 
@@ -159,7 +159,7 @@ def test_if_no_checkpoint_is_sound_the_run_does_not_start_over(unfinished: dict[
 def test_a_partial_checkpoint_is_invisible(unfinished: dict[str, Any]) -> None:
     root = Path(unfinished["output_dir"]) / "checkpoints"
     shutil.copytree(root / "step-00000003", root / ".step-00000004.partial")
-    found = checkpoint.newest(root)
+    found = step_folders.newest(root)
     assert found is not None and found[0].name == "step-00000003"
     assert llmtune.train(unfinished).status == "done"
 
@@ -243,6 +243,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_llama: str, chat
     with pytest.raises(LlmtuneError, match=r"step \d+: the loss is .* stopped before the update.*Lower learning_rate"):
         llmtune.train(keys)
     assert llmtune.load(tmp_path / "run").status == "failed"
-    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    newest = step_folders.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert all(tensor.isfinite().all() for tensor in checkpoint.read_trained(newest[0]).values())

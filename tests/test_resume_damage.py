@@ -13,7 +13,7 @@ import llmtune
 from llmtune.contract.errors import CheckpointError, DivergedError
 from llmtune.distributed.ranks import Ranks
 from llmtune.training import checkpoint, step_folders
-from llmtune.training.manifest import Manifest, read_manifest
+from llmtune.training.manifest import Manifest, read_manifest, verify
 from tests.runs import recipe
 from tests.test_resume import assert_equal_runs, stop_after
 
@@ -34,19 +34,19 @@ def saved(tmp_path: Path) -> Path:
     ("before", "after"), [('"step": 6', '"step": 2'), ('"rows": 2', '"rows": 6'), ('"value": 1.0', '"value": 3.0')]
 )
 def test_one_altered_number_in_a_manifest_is_found(before: str, after: str, saved: Path) -> None:
-    assert read_manifest(saved).numbers["tokens"] == 7 and checkpoint.verify(saved).step == 6
+    assert read_manifest(saved).numbers["tokens"] == 7 and verify(saved).step == 6
     path = saved / "manifest.json"
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
     with pytest.raises(CheckpointError, match=r"manifest\.json: its content does not match its own SHA-256"):
-        checkpoint.verify(saved)
+        verify(saved)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '"text"', '{"schema": 2, "sha256": ""}', '{"schema": 1, "odd": 1}', ""])
 def test_a_manifest_of_another_form_is_one_sentence(content: str, saved: Path) -> None:
     (saved / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=str(saved)):
-        checkpoint.verify(saved)
+        verify(saved)
 
 
 def test_manifests_of_the_former_release_are_read(saved: Path) -> None:
@@ -55,7 +55,7 @@ def test_manifests_of_the_former_release_are_read(saved: Path) -> None:
     for name in ("sha256", "origins"):
         del content[name]
     path.write_text(json.dumps({**content, "schema": 1}))
-    assert checkpoint.verify(saved).step == 6
+    assert verify(saved).step == 6
 
 
 def test_names_that_are_not_ours_are_left_alone(saved: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_lost_best_weights_are_told(tiny_llama: str, chats: str, tmp_path: Path,
         eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
     )  # fmt: skip
     stop_after(keys, 3)
-    best = checkpoint.read_manifest(tmp_path / "run" / "checkpoints" / "step-00000003").numbers["best_step"]
+    best = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000003").numbers["best_step"]
     assert best == 1  # evaluations that learn nothing are all alike
     victim = next((tmp_path / "run" / "checkpoints" / f"step-{best:08d}" / "state").glob("*.safetensors"))
     victim.write_bytes(b"")

@@ -15,6 +15,8 @@ from llmtune.contract.errors import CheckpointError
 from llmtune.distributed import placement
 from llmtune.distributed.ranks import ranks_from_environment
 from llmtune.training import checkpoint
+from llmtune.training.manifest import Manifest, verify
+from llmtune.training.step_folders import step_folder
 from tests.runs import LORA, recipe
 from tests.spawn import in_ranks
 from tests.test_resume import forget_after, stop_after, trained
@@ -137,13 +139,13 @@ def _save_and_restore(folder: str, save: bool) -> str:
     optimizer = Factored(model.parameters(), lr=0.1)
     model(torch.ones(1, 8)).sum().backward()
     optimizer.step()
-    manifest = checkpoint.Manifest(step=1, ranks=2, recipe={}, plugins={}, llmtune="")
+    manifest = Manifest(step=1, ranks=2, recipe={}, plugins={}, llmtune="")
     if save:
         checkpoint.save(Path(folder), model, optimizer, manifest, ranks)
     before = optimizer.state[model.weight].pop("rows")
-    found = checkpoint.step_folder(Path(folder), 1)
+    found = step_folder(Path(folder), 1)
     try:
-        checkpoint.restore(found, checkpoint.verify(found), model, optimizer, ranks)
+        checkpoint.restore(found, verify(found), model, optimizer, ranks)
     except CheckpointError as error:
         return str(error)
     return "same" if torch.equal(optimizer.state[model.weight]["rows"], before) else "other"

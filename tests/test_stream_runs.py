@@ -12,7 +12,7 @@ import torch
 
 import llmtune
 from llmtune.contract.errors import DataError, LlmtuneError
-from llmtune.training import checkpoint
+from llmtune.training.manifest import verify
 from tests.runs import recipe
 from tests.spawn import in_ranks
 from tests.streams import rows, write
@@ -100,7 +100,7 @@ def test_a_bad_row_of_one_rank_stops_all(tiny_llama: str, tmp_path: Path) -> Non
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "failed" and "a.jsonl:1101" in record["error"]
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert checkpoint.verify(folder).step == 63
+    assert verify(folder).step == 63
 
 
 def test_rows_held_out_are_evaluated_on(tiny_llama: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, raise_all
-from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS
+from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import HoldsGathered
 from llmtune.distributed.mesh import arrange
 from llmtune.distributed.ranks import Ranks
@@ -113,7 +113,7 @@ def _changed(cost: Figures, change: KeyChange, registry: Registry) -> Figures | 
 def replan(plan: Plan, change: KeyChange, registry: Registry) -> Plan:
     """The plan of the changed recipe, on the same data. Raises what an impossible recipe raises."""
     recipe, problems = changed_recipe(plan.recipe, change.keys), list[LlmtuneError]()
-    parts = find_parts(recipe, registry, problems, EXTENSION_POINTS)
+    parts = find_parts(recipe, registry, problems)
     raise_all(problems)
     ranks = arrange(Ranks(size=change.ranks or plan.ranks.size), parts.one("dist_config").built, "dist_config")
     model = plan.model

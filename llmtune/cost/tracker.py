@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from llmtune.distributed.placement import local
 from llmtune.planning.memory import Memory
 
 COMMUNICATION = ("fsdp", "c10d", "_c10d_functional")
@@ -77,7 +78,7 @@ class Tracker(TorchDispatchMode):
 
     def assign(self, tensors: Iterable[Tensor], kind: str) -> list[Storage]:
         """Say what tensors are for; DTensors by their local part. Returns their storages, each once."""
-        found = {id(storage): storage for tensor in tensors if (storage := self._see(_local(tensor), kind)) is not None}
+        found = {id(storage): storage for tensor in tensors if (storage := self._see(local(tensor), kind)) is not None}
         return list(found.values())
 
     def mark(self, name: str, number: int = 0) -> None:
@@ -123,7 +124,3 @@ class Tracker(TorchDispatchMode):
             segment.most[kind] = max(segment.most.get(kind, 0), size)
         if total > segment.peak_bytes:
             segment.peak, segment.peak_bytes = live, total
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

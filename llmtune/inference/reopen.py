@@ -20,8 +20,9 @@ from llmtune.planning.make import make_model_plan
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry
-from llmtune.training import checkpoint, run_folder
+from llmtune.training import checkpoint, run_folder, step_folders
 from llmtune.training.building import build_objective
+from llmtune.training.manifest import verify
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +159,7 @@ def adapter_folder(saved: SavedRun) -> Path | None:
         return saved.checkpoint / "adapter"
     if (saved.run / "model").exists():
         return saved.run / "model"
-    newest = checkpoint.newest(saved.run / "checkpoints")
+    newest = step_folders.newest(saved.run / "checkpoints")
     return newest[0] / "adapter" if newest else None
 
 
@@ -211,12 +212,12 @@ def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
             )
         return load_file(file)
     if folder is None:
-        newest = checkpoint.newest(run / "checkpoints")
+        newest = step_folders.newest(run / "checkpoints")
         if newest is None:
             status = run_folder.read_record(run).get("status")
             raise CheckpointError(f"{run}: the run has saved nothing yet (status {status})")
         folder = newest[0]
-    checkpoint.verify(folder)
+    verify(folder)
     return checkpoint.read_trained(folder)
 
 

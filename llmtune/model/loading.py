@@ -266,12 +266,13 @@ class WeightLoader:
         if self.init.whole:
             value = self._source(key, value)
         pieces: Mapping[str, Tensor] | None = None
-        # A tensor that is here whole is converted in parts too: the other ranks do the rest of the work.
-        if any(local_rows(self.tensors[now]) for now in placed.where.values()):
-            pieces = placed.rule.convert_part(_SourcePart(self, placed, key, value))
-        partly = pieces is not None
-        if pieces is None:
-            pieces = placed.rule.convert(self._source(key, value).to(self.device))
+        with blaming(f"plugin {placed.plugin}", f"its load rule for {placed.rule.source}"):
+            # A tensor that is here whole is converted in parts too: the other ranks do the rest of the work.
+            if any(local_rows(self.tensors[now]) for now in placed.where.values()):
+                pieces = placed.rule.convert_part(_SourcePart(self, placed, key, value))
+            partly = pieces is not None
+            if pieces is None:
+                pieces = placed.rule.convert(self._source(key, value).to(self.device))
         for target, piece in pieces.items():
             now = placed.where[target]
             put(self.tensors[now], piece, whole=not (partly and local_rows(self.tensors[now])))

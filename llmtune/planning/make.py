@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
-from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.data.streaming.stream import unstreamable
 from llmtune.distributed.mesh import arrange
 from llmtune.model.precision import Precision, choose_precision
@@ -46,7 +45,7 @@ def make_plan(
     `target` describes a device that this machine may not have: such a plan needs no weights, and is not for training.
     """
     problems: list[LlmtuneError] = []
-    parts = find_parts(recipe, registry, problems, EXTENSION_POINTS)
+    parts = find_parts(recipe, registry, problems)
     ranks = arranged(ranks, parts, problems)
     doing.info("Reading the model's configuration and tokenizer")
     precision, pretrained = foundations(recipe, parts, ranks, device, problems, target=target, templated=False)

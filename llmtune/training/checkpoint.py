@@ -27,7 +27,7 @@ from llmtune.contract.records import Repacks
 from llmtune.distributed.placement import local
 from llmtune.distributed.ranks import Ranks, from_first, total, wait_for_all
 from llmtune.folders import publish, size_and_hash
-from llmtune.training.manifest import Manifest, read_manifest, verify, write_manifest
+from llmtune.training.manifest import Manifest, write_manifest
 from llmtune.training.optimizer_state import (
     Box,
     belongs_to_a_shard,
@@ -38,12 +38,10 @@ from llmtune.training.optimizer_state import (
     repacked,
     stored_tensors,
 )
-from llmtune.training.step_folders import newest, step_folder
+from llmtune.training.step_folders import step_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-__all__ = ["Manifest", "newest", "read_manifest", "read_trained", "restore", "save", "step_folder", "verify"]
 
 
 def save(

@@ -43,7 +43,8 @@ def original_tensors(plan: ModelPlan) -> dict[str, Tensor]:
     for name, placed in plan.ledger.rules.items():
         parts = {target: full(tensors[now]) for target, now in placed.where.items()}
         if plan.ranks.first:
-            found[name] = placed.rule.restore(parts)
+            with blaming(f"plugin {placed.plugin}", f"its load rule for {placed.rule.source}"):
+                found[name] = placed.rule.restore(parts)
     return found
 
 
@@ -84,7 +85,7 @@ def write_result(plan: ModelPlan, folder: Path) -> dict[str, Any]:
             model.config.save_pretrained(partial)
     if not plan.ranks.first:
         return facts
-    save_tokenizer(plan, partial)
+    plan.tokenizer.save_pretrained(partial)  # with the chat template that the run was trained with
     publish(partial, folder)
     written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {**facts, "result": [str(path.relative_to(run)) for path in written]}
@@ -93,8 +94,3 @@ def write_result(plan: ModelPlan, folder: Path) -> dict[str, Any]:
 def untied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the second names of tied weights, as checkpoints are written."""
     return {name: tensor for name, tensor in state.items() if name not in (model.all_tied_weights_keys or {})}
-
-
-def save_tokenizer(plan: ModelPlan, folder: Path) -> None:
-    """Tokenizer with the chat template the run was trained with."""
-    plan.tokenizer.save_pretrained(folder)

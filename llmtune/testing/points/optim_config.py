@@ -14,6 +14,7 @@ from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
 from llmtune.testing.points.edits import same_bytes
 from llmtune.training import checkpoint
+from llmtune.training.manifest import Manifest, verify
 from llmtune.training.optim import make_optimizer
 
 RATE = 0.02
@@ -120,11 +121,11 @@ def resumes_exactly(subject: Subject, folder: Path) -> None:
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, (Tensor, bool, int, float)):
                 raise Broken(f"its state {key} is a {type(value).__name__}", "Use tensors and plain numbers")
-    manifest = checkpoint.Manifest(step=3, ranks=1, recipe={}, plugins={}, llmtune="")
+    manifest = Manifest(step=3, ranks=1, recipe={}, plugins={}, llmtune="")
     saved = checkpoint.save(folder, straight, optimizer, manifest, Ranks())
     _go(straight, optimizer, 3)
     again, other = _start(subject)
-    checkpoint.restore(saved, checkpoint.verify(saved), again, other, Ranks())
+    checkpoint.restore(saved, verify(saved), again, other, Ranks())
     _go(again, other, 3)
     ends = dict(again.named_parameters())
     if odd := [name for name, parameter in straight.named_parameters() if not same_bytes(ends[name], parameter)]:
