@@ -24,7 +24,7 @@ from llmtune.model.source import (
     load_tokenizer,
     resolve_model,
 )
-from llmtune.model.weight_files import check_weight_files
+from llmtune.model.weight_files import read_index, weight_names
 from llmtune.recipe.recipe import load_recipe
 
 # ---- local folders -------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def damaged(file: Path, kind: str) -> None:
 def test_damaged_weight_files(folder, kind, cause):
     file = folder / "model.safetensors"
     size = file.stat().st_size
-    assert check_weight_files(folder) == (file,)
+    assert weight_names(folder) == [file.name] and read_index(folder)
     damaged(file, kind)
     with pytest.raises(LoadError, match=cause.format(whole=f"{size:,}", cut=f"{size - 100:,}")) as caught:
         resolve_model(ModelConfig(model=str(folder)), weights=True)
@@ -128,11 +128,11 @@ def indexed(folder: Path) -> Path:
 
 def test_all_damaged_shards_are_reported_at_once(folder):
     indexed(folder)
-    first, second = check_weight_files(folder)
+    first, second = (folder / name for name in weight_names(folder))
     first.write_bytes(POINTER)
     second.unlink()
     with pytest.raises(ErrorList) as caught:
-        check_weight_files(folder)
+        read_index(folder)
     assert "LFS pointer" in str(caught.value.errors[0]) and "missing" in str(caught.value.errors[1])
 
 
@@ -141,13 +141,13 @@ def test_an_index_may_only_name_files_beside_it(folder, name):
     index = indexed(folder)
     index.write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(LoadError, match=r"only plain names of \.safetensors"):
-        check_weight_files(folder)
+        read_index(folder)
 
 
 def test_an_index_that_is_a_pointer(folder):
     indexed(folder).write_bytes(POINTER)
     with pytest.raises(LoadError, match=r"index\.json cannot be read: it is a Git LFS pointer"):
-        check_weight_files(folder)
+        read_index(folder)
 
 
 def test_links_may_lead_into_the_hubs_blobs_but_not_elsewhere(folder, tmp_path):
@@ -159,12 +159,12 @@ def test_links_may_lead_into_the_hubs_blobs_but_not_elsewhere(folder, tmp_path):
         blobs.mkdir()
         shutil.copy(weights, blobs / "abc")
         (snapshot / "model.safetensors").symlink_to(blobs / "abc")
-        assert check_weight_files(snapshot) == (snapshot / "model.safetensors",)
+        assert {tensor.file for tensor in read_index(snapshot).values()} == {"model.safetensors"}
     secret = tmp_path / "secret.safetensors"
     weights.rename(secret)
     weights.symlink_to(secret)
     with pytest.raises(LoadError, match=r"link out of its folder, to .*secret"):
-        check_weight_files(folder)
+        read_index(folder)
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------

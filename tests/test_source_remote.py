@@ -23,7 +23,7 @@ from llmtune.model.source import (
     load_tokenizer,
     resolve_model,
 )
-from llmtune.model.weight_files import check_weight_files
+from llmtune.model.weight_files import read_index
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"
@@ -270,7 +270,7 @@ def test_hub_fetches_text_first_then_safetensors_never_pickles(hub_server, tmp_p
     assert (files.origin, files.revision) == ("hub", commit)
     assert not list(files.folder.glob("*.safetensors")) and load_tokenizer(files, config).chat_template
     files = resolve_model(config, weights=True)
-    assert [path.name for path in check_weight_files(files.folder)] == ["model.safetensors"]
+    assert {tensor.file for tensor in read_index(files.folder).values()} == {"model.safetensors"}
     assert not any(path.endswith((".bin", ".py")) for path in asked)
 
 

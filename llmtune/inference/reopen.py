@@ -13,7 +13,8 @@ from llmtune.contract.errors import CheckpointError, LoadError, PlanError
 from llmtune.contract.records import Reopens
 from llmtune.distributed.placement import put
 from llmtune.distributed.ranks import Ranks, pick_device
-from llmtune.model.fingerprint import fingerprint, sha256_of
+from llmtune.folders import size_and_hash
+from llmtune.model.fingerprint import fingerprint
 from llmtune.model.precision import torch_dtype
 from llmtune.model.source import load_model_config, resolve_model
 from llmtune.planning.make import make_model_plan
@@ -205,7 +206,7 @@ def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
     run, folder = saved
     if folder is None and (file := run / "trained.safetensors").exists():
         written = run_folder.read_record(run).get("trained_sha256")
-        if written and sha256_of(file) != written:
+        if written and size_and_hash(file)[1] != written:
             raise CheckpointError(
                 f"{file}: damaged, its content is not what the run wrote (SHA-256 {written[:12]}...); restore it, or "
                 f"use one of the run's checkpoints instead: {run / 'checkpoints'}/step-..."

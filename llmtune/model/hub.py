@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LoadError, did_you_mean, listed
-from llmtune.model.fingerprint import sha256_of
+from llmtune.folders import size_and_hash
 from llmtune.model.weight_files import WHOLE, missing_weights, no_weights
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _compare_hashes(repo: str, folder: Path, names: list[str], info: ModelInfo, 
     stated = {sibling.rfilename: sibling.lfs.sha256 for sibling in info.siblings or () if sibling.lfs}
     for name in names:
         file = folder / name
-        if name not in stated or (sha256 := sha256_of(file)) == stated[name]:
+        if name not in stated or (sha256 := size_and_hash(file)[1]) == stated[name]:
             continue
         file.resolve().unlink()
         file.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from llmtune.model import gguf, hub
 from llmtune.model.config import ModelConfig
 from llmtune.model.skeleton import config_value
 from llmtune.model.vocabulary import add_tokens
-from llmtune.model.weight_files import check_weight_files, holds_no_weights
+from llmtune.model.weight_files import holds_no_weights, read_index
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False
     if described and files.origin == "folder" and holds_no_weights(files.folder):
         return replace(files, note="The folder holds no weights: it can be planned, not trained.")
     if check and (weights or files.origin != "hub"):
-        check_weight_files(files.folder)
+        read_index(files.folder)
     return files
 
 

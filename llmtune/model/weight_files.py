@@ -38,16 +38,6 @@ class StoredTensor:
     stop: int
 
 
-def check_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Paths of the safetensors files that hold the weights of `folder`, each proven whole as far as headers tell.
-
-    Raises LoadError naming the file, the cause (a Git LFS pointer, an HTML page, truncated with both byte counts,
-    a name that leads out of the folder, pickles only) and the fix; all damaged files are reported at once.
-    """
-    read_index(folder)
-    return tuple(folder / name for name in weight_names(folder))
-
-
 def holds_no_weights(folder: Path) -> bool:
     """Whether a folder has weights in no format at all, just the description of a model."""
     return not any(file.name == INDEX or file.suffix in (".safetensors", *_PICKLES) for file in folder.iterdir())
@@ -111,9 +101,11 @@ def _weight_map(index: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder, from the headers of its files.
+    """Every tensor of a folder, from the headers of its files, each of which is whole as far as they tell.
 
-    Raises LoadError for each damaged file, for a tensor that two files hold, and for one that the index promises.
+    Raises LoadError naming the file, the cause (a Git LFS pointer, an HTML page, truncated with both byte counts,
+    a name that leads out of the folder, pickles only, a tensor twice or not at all) and the fix; all damaged files are
+    reported at once.
     """
     tensors: dict[str, StoredTensor] = {}
     problems = []
