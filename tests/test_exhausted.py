@@ -13,6 +13,7 @@ import torch
 import llmtune
 from llmtune.distributed.launch import _first_failure
 from llmtune.training import loop
+from llmtune.training.out_of_memory import explain_out_of_memory
 
 
 def keys(model: str, chats: str, folder: Path) -> dict:
@@ -54,6 +55,12 @@ def test_other_errors_stay_what_they_are(
     monkeypatch.setattr(loop, "forward_backward", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         llmtune.train(keys(tiny_llama, chats, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", [NotImplementedError, RecursionError])
+def test_kinds_of_runtime_errors_are_no_want_of_memory(kind: type[RuntimeError]) -> None:
+    with pytest.raises(kind, match="not here"), explain_out_of_memory(torch.device("cpu"), lambda: "step 3", list):
+        raise kind("not here")
 
 
 def test_a_rank_that_the_system_killed_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:

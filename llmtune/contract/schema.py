@@ -15,7 +15,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -114,19 +114,26 @@ def document(config: type) -> dict[str, str]:
     return texts
 
 
-def decode(config: type, tree: Mapping[str, Any], at: str = "") -> tuple[Any, list[Problem]]:
-    """Make `config` from a plain mapping. Returns the object, or None with every problem found."""
+def about_unknown_key(key: str, known: Collection[str]) -> str:
+    """The sentence about a key that a dataclass with the keys `known` does not have."""
+    return f"no such key.{did_you_mean(key, known)} Known: {listed(sorted(known), 40)}"
+
+
+def decode(
+    config: type,
+    tree: Mapping[str, Any],
+    at: str = "",
+    unknown: Callable[[str, Collection[str]], str] = about_unknown_key,
+) -> tuple[Any, list[Problem]]:
+    """Make `config` from a plain mapping. Returns the object, or None with every problem found. `unknown` gives the
+    sentence about a key that is none of the known ones."""
     known = field_types(config)
     prefix = f"{at}." if at else ""
     problems: list[Problem] = []
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in known:
-            problems.append(
-                Problem(
-                    f"{prefix}{key}", f"no such key.{did_you_mean(str(key), known)} Known: {listed(sorted(known), 40)}"
-                )
-            )
+            problems.append(Problem(f"{prefix}{key}", unknown(str(key), known)))
             continue
         try:
             values[key] = convert(known[key], value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from llmtune.contract.errors import PluginError, RecipeError, did_you_mean, listed
@@ -11,7 +12,6 @@ from llmtune.contract.schema import decode, field_types
 from llmtune.recipe.keys import about_unknown_in_block
 from llmtune.recipe.places import Places
 from llmtune.recipe.registry import Offer, Registry
-from llmtune.recipe.text import split
 
 SEVERAL = tuple(name for name, point in POINTS.items() if point.several)
 """Extension points that take a list of blocks."""
@@ -87,17 +87,14 @@ def decode_block(blocks: Blocks, places: Places, point: str, index: int, config:
     """The parameters of one block as its plugin's dataclass, or None with everything that is wrong with them."""
     name, parameters = blocks[point][index]
     at = place_in(point, index, len(blocks[point]))
-    made, wrong = decode(config, parameters, at)
+    made, wrong = decode(config, parameters, at, partial(about_unknown_in_block, point, name))
     problems = []
     for problem in wrong:
-        message = problem.message
-        if message.startswith("no such key"):
-            message = about_unknown_in_block(point, name, str(split(problem.key)[-1]), field_types(config))
-        key, _, rest = message.partition(": ")
+        key, _, rest = problem.message.partition(": ")
         if problem.key == at and key in field_types(config):  # a check of the dataclass itself names its key in front
             problems.append(places.error(f"{at}.{key}", rest))
         else:
-            problems += places.errors(problem.key, message)
+            problems += places.errors(problem.key, problem.message)
     return made, problems
 
 
