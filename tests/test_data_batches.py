@@ -8,7 +8,8 @@ import torch
 
 from llmtune.contract.records import ParallelDims
 from llmtune.data import collate
-from llmtune.data.batches import Document, split_row
+from llmtune.data.batches import split_row
+from llmtune.data.sequence import TokenSequence
 from llmtune.distributed.ranks import Ranks
 from llmtune.training.objective import Context
 from tests.tiny import tiny_model
@@ -81,15 +82,16 @@ def test_rows_of_one_length_need_no_mask() -> None:
     assert collate(SAMPLES[:1] * 3, flat=False, pad_id=0).attention_mask is None
 
 
-def weighted(lengths: list[int], seed: int = 0) -> list[Document]:
+def weighted(lengths: list[int], seed: int = 0) -> list[TokenSequence]:
     rng = np.random.default_rng(seed)
     weights = np.array([0.0, 0.5, 1.0, 2.0], np.float32)
     return [
-        Document(rng.integers(0, 90, n).astype(np.int32), rng.random(n) < 0.8, rng.choice(weights, n)) for n in lengths
+        TokenSequence(rng.integers(0, 90, n).astype(np.int32), rng.random(n) < 0.8, rng.choice(weights, n))
+        for n in lengths
     ]
 
 
-def expected_weights(documents: list[Document]) -> list[float]:
+def expected_weights(documents: list[TokenSequence]) -> list[float]:
     """What each target counts, in the order of the documents' tokens."""
     return [
         float(weight)
@@ -114,11 +116,11 @@ def test_each_target_has_its_weight(flat: bool) -> None:
 
 def test_weights_that_are_all_one_are_none_and_mixed_with_none_are_one() -> None:
     plain, some = SAMPLES[0], weighted([9])[0]
-    ones = Document(*plain, np.ones(4, np.float32))
+    ones = TokenSequence(*plain, np.ones(4, np.float32))
     assert collate([ones], flat=True, pad_id=0).weight_groups == ()
-    both = collate([Document(*plain), some], flat=True, pad_id=0)
+    both = collate([TokenSequence(*plain), some], flat=True, pad_id=0)
     assert both.weight == 2.0 + sum(expected_weights([some]))
-    nothing = Document(*plain, np.zeros(4, np.float32))
+    nothing = TokenSequence(*plain, np.zeros(4, np.float32))
     empty = collate([nothing], flat=True, pad_id=0)
     assert (empty.weight, len(empty.targets), empty.weight_groups) == (0.0, 0, ())
 
@@ -136,7 +138,7 @@ def test_the_gradient_follows_the_weights(flat: bool, way: str) -> None:
     batch = collate(documents, flat=flat, pad_id=0)
     found = gradients(model, Context(ops, head_explains_logits=way != "logits").next_token_loss(model, batch))
     total = torch.zeros(())
-    for ids, mask, weights in documents:
+    for ids, mask, weights, *_ in documents:
         tokens = torch.from_numpy(ids).long()
         logits = model(tokens[None]).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")

@@ -1,4 +1,4 @@
-"""TokenRow data on disk: what is read back is what was written, made once however many want it."""
+"""Tokenised data on disk: what is read back is what was written, made once however many want it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import pytest
 from llmtune.contract.errors import DataError
 from llmtune.data import hashes
 from llmtune.data.cache import Place, key_of
-from llmtune.data.piece import Packed, Piece, TokenRow
+from llmtune.data.piece import Packed, Piece
 from llmtune.data.report import Bad, Losses, SourceReport
+from llmtune.data.sequence import TokenSequence
 from llmtune.data.store import StoreWriter, open_store
 from llmtune.data.workers import in_order
 
@@ -30,7 +31,7 @@ def piece(seed: int, samples: int = 5, width: int = 1, weighted: bool = False, l
     for _ in range(samples * width):
         length = int(rng.integers(2, 9))
         weights = rng.choice([0.5, 1, 2], length).astype(np.float32) if weighted else None
-        made.sequences.append(TokenRow(rng.integers(0, 99, length, np.int32), rng.random(length) < 0.7, weights))
+        made.sequences.append(TokenSequence(rng.integers(0, 99, length, np.int32), rng.random(length) < 0.7, weights))
     made.rows, made.numbers = list(range(samples)), [10 * seed + at for at in range(samples)]
     made.labels = [bool(at % 2) for at in range(samples)] if labelled else []
     made.bad = [Bad(f"file{seed}.jsonl:7", "null content", "message 1", {"a": seed})]

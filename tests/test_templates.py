@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Conversation
 from llmtune.data import DataConfig, Renderer, choose_template, prepare, template_names
-from llmtune.data.render import Encoded
+from llmtune.data.sequence import TokenSequence
 from llmtune.data.template import missing_tokens
 from llmtune.data.tool_format import read_tool_format, tool_format_names
 from tests.tiny import tiny_tokenizer
@@ -34,7 +34,7 @@ def tokenizer_for(template: str) -> Any:
     return tokenizer
 
 
-def rendered(template: str, conversation: Conversation, **keys: Any) -> list[Encoded] | BadRow:
+def rendered(template: str, conversation: Conversation, **keys: Any) -> list[TokenSequence] | BadRow:
     (result,) = Renderer(tokenizer_for(template), **keys).encode([conversation])
     return result
 

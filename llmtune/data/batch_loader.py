@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.data.batches import Document, collate, split_row, to_device
+from llmtune.data.batches import collate, split_row, to_device
 from llmtune.data.order import Order, deal, padding_share, split
+from llmtune.data.sequence import TokenSequence
 from llmtune.data.units import SampleSlice, Units, make_units
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pa
     ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
     parts = [part for sample in chosen for part in samples.sequences(sample)]
     batch = collate(
-        [Document(ids[part], mask[part], None if weights is None else weights[part]) for part in parts],
+        [TokenSequence(ids[part], mask[part], None if weights is None else weights[part]) for part in parts],
         flat=flat,
         pad_id=pad_id,
         sample_ids=chosen,
@@ -155,7 +156,7 @@ def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pa
     return split_row(batch, ranks)
 
 
-def joined(samples: TokenSamples, pieces: Sequence[SampleSlice]) -> Document:
+def joined(samples: TokenSamples, pieces: Sequence[SampleSlice]) -> TokenSequence:
     """Consecutive tokens of several samples as one document.
 
     Where all of a sample trains, as of plain text, so does its first token: something stands before it here.
@@ -173,7 +174,7 @@ def joined(samples: TokenSamples, pieces: Sequence[SampleSlice]) -> Document:
             if not first and len(weight) > 1:
                 weight[0] = weight[1]
             weights.append(weight)
-    return Document(np.concatenate(ids), np.concatenate(masks), np.concatenate(weights) if weights else None)
+    return TokenSequence(np.concatenate(ids), np.concatenate(masks), np.concatenate(weights) if weights else None)
 
 
 def evaluation_batches(

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from llmtune.contract.stages import Batch
+from llmtune.data.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from llmtune.distributed.ranks import Ranks
@@ -20,19 +21,8 @@ IGNORED = -100
 """Label of a token that does not count."""
 
 
-class Document(NamedTuple):
-    """One sequence of a batch: tokens that see each other."""
-
-    ids: np.ndarray
-    """(tokens,)"""
-    mask: np.ndarray
-    """(tokens,) bool, whether a token counts. Of the first token it is not asked: nothing stands before it."""
-    weights: np.ndarray | None = None
-    """(tokens,) what a token counts; None: all 1. A token of weight 0 does not count."""
-
-
 def collate(
-    documents: Sequence[Document] | Sequence[tuple[np.ndarray, np.ndarray]],
+    documents: Sequence[TokenSequence] | Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     flat: bool,
     pad_id: int,
@@ -51,9 +41,9 @@ def collate(
         desirable: whether each document is an answer to learn or to avoid (KTO).
         counts_samples: the batch weighs as much as it has samples, not as much as its tokens that count.
     """
-    rows = [each if isinstance(each, Document) else Document(*each) for each in documents]
+    rows = [each if isinstance(each, TokenSequence) else TokenSequence(*each) for each in documents]
     sequences = len(rows)
-    rows = rows or [Document(np.full(2, pad_id, dtype=np.int64), np.zeros(2, dtype=bool))]
+    rows = rows or [TokenSequence(np.full(2, pad_id, dtype=np.int64), np.zeros(2, dtype=bool))]
     labels = [_labels(row) for row in rows]
     batch = _flat(rows, labels) if flat else _padded(rows, labels, pad_id)
     batch.sample_ids = tuple(sample_ids) if sequences else ()
@@ -73,27 +63,26 @@ def target_weight(batch: Batch) -> float:
     return sum(weight * len(spots) for weight, spots in batch.weight_groups)
 
 
-def _labels(row: Document) -> np.ndarray:
+def _labels(row: TokenSequence) -> np.ndarray:
     mask = row.mask if row.weights is None else row.mask & (row.weights > 0)
     labels = np.where(mask, row.ids, IGNORED).astype(np.int64)
     labels[:1] = IGNORED  # nothing of its own document stands before a first token
     return labels
 
 
-def _weight_groups(rows: Sequence[Document], counted: Sequence[np.ndarray]) -> tuple[tuple[float, torch.Tensor], ...]:
+def _weight_groups(
+    rows: Sequence[TokenSequence], counted: Sequence[np.ndarray]
+) -> tuple[tuple[float, torch.Tensor], ...]:
     if all(row.weights is None for row in rows):
         return ()
-    weights_N = np.concatenate([
-        np.ones(int(each.sum()), np.float32) if row.weights is None else row.weights[each]
-        for row, each in zip(rows, counted, strict=True)
-    ])  # fmt: skip
+    weights_N = np.concatenate([row.all_weights[each] for row, each in zip(rows, counted, strict=True)])
     distinct = np.unique(weights_N)
     if distinct.tolist() in ([], [1.0]):
         return ()
     return tuple((float(weight), torch.from_numpy(np.flatnonzero(weights_N == weight))) for weight in distinct)
 
 
-def _flat(rows: list[Document], labels: list[np.ndarray]) -> Batch:
+def _flat(rows: list[TokenSequence], labels: list[np.ndarray]) -> Batch:
     lengths = [len(row.ids) for row in rows]
     starts = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=starts[1:])
@@ -106,7 +95,7 @@ def _flat(rows: list[Document], labels: list[np.ndarray]) -> Batch:
     )
 
 
-def _padded(rows: list[Document], labels: list[np.ndarray], pad_id: int) -> Batch:
+def _padded(rows: list[TokenSequence], labels: list[np.ndarray], pad_id: int) -> Batch:
     lengths = [len(row.ids) for row in rows]
     shape = (len(rows), max(lengths))
     ids_BT, labels_BT = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)

@@ -6,22 +6,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from llmtune.data.report import Bad, Losses
-
-
-class TokenRow(NamedTuple):
-    """One sequence of tokens."""
-
-    ids: np.ndarray
-    """(tokens,) int32."""
-    mask: np.ndarray
-    """(tokens,) bool."""
-    weights: np.ndarray | None = None
-    """(tokens,) float32; None where all trained tokens count 1."""
+from llmtune.data.sequence import TokenSequence
 
 
 @dataclass(kw_only=True)
@@ -32,7 +21,7 @@ class Piece:
     """Where the rows stand: their number follows it."""
     width: int = 1
     """Sequences of a sample."""
-    sequences: list[TokenRow] = field(default_factory=list)
+    sequences: list[TokenSequence] = field(default_factory=list)
     labels: list[bool] = field(default_factory=list)
     """One a sample, where rows are labelled."""
     rows: list[int] = field(default_factory=list)
@@ -57,7 +46,7 @@ class Piece:
         mask[starts[lengths > 0]] = False  # nothing stands before a first token that could predict it
         weights = None
         if any(each.weights is not None for each in self.sequences):
-            weights = np.concatenate([_weights(each) for each in self.sequences])
+            weights = np.concatenate([each.all_weights for each in self.sequences])
         total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
         return Packed(
             origin=self.origin,
@@ -97,7 +86,3 @@ class Packed:
     bad: Sequence[Bad]
     losses: Losses
     ends: Counter[int]
-
-
-def _weights(sequence: TokenRow) -> np.ndarray:
-    return np.ones(len(sequence.ids), np.float32) if sequence.weights is None else sequence.weights

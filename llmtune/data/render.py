@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,27 +21,12 @@ from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Conversation, Message
 from llmtune.data.literal import Literal
 from llmtune.data.segments import Segments
+from llmtune.data.sequence import TokenSequence
 from llmtune.data.shapes import Shapes
 from llmtune.data.tool_format import with_tools_as_text
 from llmtune.data.turns import Script, Special, Turn, check_texts, common, without_thinking
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """One sequence."""
-
-    ids: np.ndarray
-    """(tokens,) int32."""
-    mask: np.ndarray
-    """(tokens,) bool."""
-    weights: np.ndarray | None = None
-    """(tokens,) float32, what a trained token counts; None: all count 1."""
-    end_ids: tuple[int, ...] = ()
-    """Last trained token of each turn that closes with a special token."""
-    cuts: tuple[int, ...] = ()
-    """Numbers of tokens after which a turn of the assistant is whole: where a sample may be cut."""
 
 
 class Rendering(NamedTuple):
@@ -84,10 +69,10 @@ class Renderer:
         self._literal = Literal(tokenizer) if split_special_tokens else None
         self._segments, self._shapes = Segments(tokenizer, self.special, self._literal), Shapes(self.special)
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | BadRow]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[TokenSequence] | BadRow]:
         """Samples of each conversation, mostly one; BadRow where the template cannot render it faithfully."""
         asked = [self._asked(conversation) for conversation in conversations]
-        results: list[list[Encoded] | BadRow] = [[] for _ in asked]
+        results: list[list[TokenSequence] | BadRow] = [[] for _ in asked]
         waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
         for row, (conversation, full) in enumerate(zip(asked, self._renderings(asked), strict=True)):
             try:
@@ -267,7 +252,7 @@ def _learnt(messages: Sequence[Message], last_only: bool) -> list[int]:
 
 def _masked(
     ids: np.ndarray, tokens: Sequence[tuple[int, int]], turns: Sequence[Turn], special: Collection[int]
-) -> Encoded:
+) -> TokenSequence:
     """The turns' tokens marked, with their weights."""
     mask = np.zeros(len(ids), bool)
     weights = np.ones(len(ids), np.float32) if any(turn.weight != 1 for turn in turns) else None
@@ -278,4 +263,4 @@ def _masked(
             weights[first:stop] = turn.weight
         if turn.ended:  # a template that marks its answers may mark the line break after the end, too
             ends += [int(token) for token in ids[max(first, stop - 3) : stop] if int(token) in special][-1:]
-    return Encoded(ids=ids, mask=mask, weights=weights, end_ids=tuple(ends), cuts=tuple(sorted(s for _, s in tokens)))
+    return TokenSequence(ids, mask, weights, end_ids=tuple(ends), cuts=tuple(sorted(stop for _, stop in tokens)))

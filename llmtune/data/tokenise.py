@@ -4,7 +4,6 @@ in any process."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +20,11 @@ from llmtune.contract.examples import (
     UnpairedPreference,
 )
 from llmtune.data.formats import Chosen, read_row
-from llmtune.data.piece import Piece, TokenRow
+from llmtune.data.piece import Piece
 from llmtune.data.reading import Row
-from llmtune.data.render import Encoded, Renderer
+from llmtune.data.render import Renderer
 from llmtune.data.report import SHOWN, Bad
+from llmtune.data.sequence import TokenSequence
 from llmtune.data.template import require_template
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ class Tokeniser:
                 piece.bad.append(_bad(bad, row, origin))
         return piece
 
-    def _sequences(self, examples: Sequence[Example]) -> list[list[list[Encoded]] | BadRow]:
+    def _sequences(self, examples: Sequence[Example]) -> list[list[list[TokenSequence]] | BadRow]:
         """For each example its samples, each a list of sequences."""
-        results: list[list[list[Encoded]] | BadRow] = [[] for _ in examples]
+        results: list[list[list[TokenSequence]] | BadRow] = [[] for _ in examples]
         chats: list[tuple[int, Conversation]] = []
         for at, example in enumerate(examples):
             try:
@@ -95,26 +95,26 @@ class Tokeniser:
             results[at] = _joined(examples[at], results[at], result)
         return results
 
-    def _text(self, example: Text) -> Encoded:
+    def _text(self, example: Text) -> TokenSequence:
         ids = self.renderer.text(example.text)
-        return Encoded(ids=ids, mask=np.ones(len(ids), bool))
+        return TokenSequence(ids, np.ones(len(ids), bool))
 
-    def _prompt(self, example: Prompt) -> Encoded:
+    def _prompt(self, example: Prompt) -> TokenSequence:
         conversation = Conversation(
             messages=example.messages, tools=example.tools, template_kwargs=example.template_kwargs
         )
         ids = self.renderer.prompt(conversation)
-        return Encoded(ids=ids, mask=np.zeros(len(ids), bool))
+        return TokenSequence(ids, np.zeros(len(ids), bool))
 
-    def _tokens(self, example: Tokens) -> Encoded:
+    def _tokens(self, example: Tokens) -> TokenSequence:
         ids = np.asarray(example.input_ids, np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self.tokenizer)):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             raise BadRow("unknown token id", f"input_ids holds {wrong}, allowed are 0 to {len(self.tokenizer) - 1:,}")
         labels = ids if example.labels is None else np.asarray(example.labels)
-        return Encoded(ids=ids.astype(np.int32), mask=labels != -100)
+        return TokenSequence(ids.astype(np.int32), labels != -100)
 
-    def _keep(self, piece: Piece, row: Row, example: Example, samples: list[list[Encoded]], origin: str) -> None:
+    def _keep(self, piece: Piece, row: Row, example: Example, samples: list[list[TokenSequence]], origin: str) -> None:
         """Cut the samples of a row to length and take them, unless nothing of them trains."""
         losses, kept = piece.losses, False
         losses.split_rows += len(samples) > 1
@@ -125,13 +125,13 @@ class Tokeniser:
                 continue
             kept = True
             piece.width = len(sample)
-            piece.sequences += [TokenRow(each.ids, each.mask, each.weights) for each in sample]
+            piece.sequences += sample
             piece.labels += [example.label] if isinstance(example, UnpairedPreference) else []
             piece.rows.append(len(piece.numbers))
         if kept:
             piece.numbers.append(row.number)
 
-    def _fitting(self, piece: Piece, sample: list[Encoded], example: Example) -> list[list[Encoded]]:
+    def _fitting(self, piece: Piece, sample: list[TokenSequence], example: Example) -> list[list[TokenSequence]]:
         """The sample, or what `cutoff_policy` leaves of it."""
         for each in sample:
             piece.ends.update(each.end_ids)
@@ -142,7 +142,7 @@ class Tokeniser:
         if policy == "error":
             raise BadRow("too long", f"has {longest:,} tokens, allowed are cutoff_len={self.cutoff:,}")
         if isinstance(example, Text) and policy == "truncate":
-            return [[part] for part in _parts(sample[0], self.cutoff)]
+            return [[sample[0].part(at, at + self.cutoff)] for at in range(0, longest, self.cutoff)]
         if policy == "drop" or isinstance(example, Preference | Prompt):
             losses.too_long += 1
             losses.tokens_cut += sum(len(each.ids) for each in sample)
@@ -152,7 +152,7 @@ class Tokeniser:
         cut = max((at for at in whole.cuts if at <= self.cutoff and whole.mask[1:at].any()), default=self.cutoff)
         losses.truncated += 1
         losses.tokens_cut += len(whole.ids) - cut
-        return [[_slice(whole, 0, cut)]]
+        return [[whole.part(0, cut)]]
 
 
 def _conversations(example: Example) -> list[Conversation]:
@@ -177,7 +177,7 @@ def _history(messages: Sequence[Message]) -> list[Message]:
     return [{**each, "weight": 0} if each["role"] == "assistant" else each for each in messages]
 
 
-def _joined(example: Example, before: Any, result: list[Encoded] | BadRow) -> list[list[Encoded]] | BadRow:
+def _joined(example: Example, before: Any, result: list[TokenSequence] | BadRow) -> list[list[TokenSequence]] | BadRow:
     """The samples of an example, one rendering after the other."""
     if isinstance(before, BadRow):
         return before
@@ -190,15 +190,6 @@ def _joined(example: Example, before: Any, result: list[Encoded] | BadRow) -> li
             "answer in several renderings", "the template rewrites earlier turns of the answer; keep the last"
         )
     return [[*(before[0] if before else []), *result]]
-
-
-def _parts(whole: Encoded, size: int) -> list[Encoded]:
-    return [_slice(whole, start, min(start + size, len(whole.ids))) for start in range(0, len(whole.ids), size)]
-
-
-def _slice(whole: Encoded, start: int, stop: int) -> Encoded:
-    weights = whole.weights[start:stop] if whole.weights is not None else None
-    return replace(whole, ids=whole.ids[start:stop], mask=whole.mask[start:stop], weights=weights, end_ids=(), cuts=())
 
 
 def _bad(bad: BadRow, row: Row, origin: str) -> Bad:
