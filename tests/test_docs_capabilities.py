@@ -199,15 +199,21 @@ PAIRS: tuple[tuple[int, dict[str, Any]], ...] = (
 )
 
 
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
 @pytest.mark.parametrize("column", METHODS)
-def test_preferences_go_with_what_the_page_says(column: str, models: dict[bool, str], tmp_path: Path) -> None:
+def test_preferences_go_with_what_the_page_says(
+    stage: str, column: str, models: dict[bool, str], tmp_path: Path
+) -> None:
     pair = {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five, I think."}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 16, encoding="utf-8")
-    stage = {"stage_config": "dpo"}
     for peft in METHODS[column]:
+        if stage == "rm" and peft and "modules_to_save" in peft:
+            peft = {**peft, "modules_to_save": "embed_tokens"}  # its head is another
 
         def keys(changes: dict[str, Any], peft: Any = peft) -> dict[str, Any]:
-            return keys_for(models, str(tmp_path / "pairs.jsonl"), tmp_path / "run", peft, {**stage, **changes})
+            return keys_for(
+                models, str(tmp_path / "pairs.jsonl"), tmp_path / "run", peft, {"stage_config": stage, **changes}
+            )
 
         for ranks, changes in PAIRS:
             require(keys(changes), ranks, None)

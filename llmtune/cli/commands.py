@@ -126,34 +126,16 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder, a hub id, or a recipe"
     )
-    chat.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="generation parameters (temperature=0.2) or recipe keys",
-    )
+    _overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     export = command("export", _export, "Merge an adapter into its base and write a plain model")
     export.add_argument(
         "run", metavar="RUN", help="a run's folder, a checkpoint, or a base with peft_config (or a recipe)"
     )
-    export.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id",
-    )
+    _overrides(export, "export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id")
     reward = command("reward", _reward, "Give the rewards of a trained reward model, a line of JSON for each row")
     reward.add_argument("run", metavar="RUN", help="the folder of a run with stage_config rm, or a reward model's")
-    reward.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="dataset=FILE of conversations or preferences, recipe keys",
-    )
+    _overrides(reward, "dataset=FILE of conversations or preferences, recipe keys")
     data_cli.add_commands(commands)
     plugins = command("plugins", _plugins, "List extension points and what is installed for them")
     plugins.add_argument("--json", action="store_true", help="for machines")
@@ -167,15 +149,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _overrides(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
+
+
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="override keys: learning_rate=1e-4 peft_config.r=32",
-    )
+    _overrides(parser, "override keys: learning_rate=1e-4 peft_config.r=32")
 
 
 def _train(options: Any) -> int:
