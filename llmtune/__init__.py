@@ -12,14 +12,14 @@ _WHERE = {
     for module, names in {
         "llmtune.api": ("train", "plan", "build", "load", "Run"),
         "llmtune.inference.inspect": ("check_data", "preview", "stats"),
+        "llmtune.contract.events": ("Event", "StepDone", "Evaluated", "Saved"),
         "llmtune.contract.hookspecs": ("hookimpl",),
         "llmtune.contract.load_rules": ("TensorPart", "LoadRule", "TensorReader"),
         "llmtune.contract.records": (
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
             "Adapter", "Amends", "Amendment", "Merges", "SwitchesOff", "TrainsWhole", "Reopens",
             "Init", "ReadsOnFirst", "Distribute", "HoldsGathered", "ParallelDims", "OptimizerFactory",
-            "Repacks", "Schedule", "Logger", "LoggerStart", "Continues", "Event", "StepDone", "Evaluated", "Saved",
-            "Checks",
+            "Repacks", "Schedule", "Logger", "LoggerStart", "Continues", "Checks",
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",

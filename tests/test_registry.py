@@ -11,8 +11,9 @@ import pytest
 
 from llmtune import __version__
 from llmtune.contract.errors import ErrorList, PluginError
+from llmtune.contract.events import StepDone
 from llmtune.contract.extension_points import EXTENSION_POINTS
-from llmtune.contract.records import API_VERSION, StepDone
+from llmtune.contract.records import API_VERSION
 from llmtune.recipe.listing import print_listing
 from llmtune.recipe.registry import Registry
 

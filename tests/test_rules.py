@@ -19,6 +19,7 @@ CONTRACT = {
     "llmtune.contract.stages",
     "llmtune.contract.examples",
     "llmtune.contract.generation",
+    "llmtune.contract.events",
     "llmtune.contract.hookspecs",
     "llmtune.contract.load_rules",
     "llmtune.contract.extension_points",

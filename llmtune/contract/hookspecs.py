@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable
 
 import pluggy
 
+from llmtune.contract.events import Event
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS, ExtensionPoint
-from llmtune.contract.records import Event, Plugin
+from llmtune.contract.records import Plugin
 
 __all__ = ["EXTENSION_POINTS", "HOOKS", "hookimpl", "hookspec", "observe"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from llmtune.contract.load_rules import LoadRule, TensorReader
 
@@ -364,38 +364,6 @@ class Continues(Protocol):
     def begin(self, start: LoggerStart) -> None:
         """Called once, in place of `Logger.start`."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Base of what `observe` receives."""
-
-    step: int
-    kind: ClassVar[str] = "event"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepDone(Event):
-    """After an optimiser step that logs."""
-
-    metrics: Mapping[str, float]
-    kind: ClassVar[str] = "step"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated(Event):
-    """After an evaluation."""
-
-    metrics: Mapping[str, float]
-    kind: ClassVar[str] = "evaluated"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved(Event):
-    """After a checkpoint was published."""
-
-    folder: Path
-    kind: ClassVar[str] = "saved"
 
 
 @runtime_checkable

@@ -14,9 +14,10 @@ import pluggy
 
 from llmtune import __version__
 from llmtune.contract.errors import PluginError, did_you_mean, listed, raise_all
+from llmtune.contract.events import Event
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.hookspecs import HOOKS
-from llmtune.contract.records import API_VERSION, Event, Plugin
+from llmtune.contract.records import API_VERSION, Plugin
 from llmtune.contract.schema import split_names
 from llmtune.recipe.listing import Listed
 from llmtune.recipe.packages import (

@@ -14,7 +14,7 @@ import torch
 
 from llmtune import __version__
 from llmtune.contract.errors import CheckpointError, PlanError, listed
-from llmtune.contract.records import Evaluated, Event, Saved, StepDone
+from llmtune.contract.events import Evaluated, Event, Saved, StepDone
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, total
