@@ -70,6 +70,8 @@ def _unpacked(file: BinaryIO, suffix: str) -> Any:
 
 def check_encoding(path: Path, head: bytes) -> None:
     """DataError for UTF-16 and UTF-32, which some spreadsheets and shells write."""
-    encoding = json.detect_encoding(head).upper().replace("-LE", "LE").replace("-BE", "BE")
-    if not encoding.startswith("UTF-8"):
-        raise DataError(f"{path}: is {encoding}, allowed is UTF-8; convert it with `iconv -f {encoding} -t UTF-8`")
+    encoding = json.detect_encoding(head)
+    is_text = head[:8].decode(encoding, "ignore").lstrip()[:1].isprintable()  # else its rows are told as bad ones
+    if is_text and not encoding.startswith("utf-8"):
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+        raise DataError(f"{path}: is {name}, allowed is UTF-8; convert it with `iconv -f {name} -t UTF-8`")
