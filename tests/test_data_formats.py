@@ -9,7 +9,7 @@ import pytest
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Example
-from llmtune.data import Chosen, Found, read_row
+from llmtune.data import Chosen, Dataset, read_row
 from llmtune.data.formats.builtin import builtin_formats
 from tests.tiny import tiny_tokenizer
 
@@ -19,7 +19,7 @@ ASSISTANT_CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "f
 
 
 def chosen(name: str | dict[str, Any] | None, *rows: Any, **found: Any) -> Chosen:
-    return builtin_formats().of(Found(spelling="x", name="x", format=name, **found), rows)
+    return builtin_formats().of(Dataset(spelling="x", name="x", format=name, **found), rows)
 
 
 def reading(name: str | dict[str, Any] | None, row: Any, **found: Any) -> Example:

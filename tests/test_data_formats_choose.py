@@ -9,7 +9,7 @@ import pytest
 
 from llmtune.contract.errors import DataError, LlmtuneError
 from llmtune.contract.examples import BadRow, Text
-from llmtune.data import Formats, Found, read_row
+from llmtune.data import Dataset, Formats, read_row
 from llmtune.data.formats import check_kind
 from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.formats.chats import ShareGpt
@@ -27,7 +27,7 @@ TAGS = {"role_tag": "who", "content_tag": "what", "user_tag": "client", "assista
 
 def read(row: Any, format: Any = None, formats: Formats | None = None, **found: Any) -> tuple[str, str, Any]:
     """(name of the format, what it was recognised by, the messages)."""
-    chosen = (formats or builtin_formats()).of(Found(spelling="x", name="x", format=format, **found), [row])
+    chosen = (formats or builtin_formats()).of(Dataset(spelling="x", name="x", format=format, **found), [row])
     return chosen.name, chosen.why, getattr(read_row(chosen, row), "messages", None)
 
 
@@ -125,7 +125,7 @@ def test_what_keeps_rows_from_being_recognised_is_said(row: dict, message: str) 
 def test_labels_of_several_classes_are_no_truth_values() -> None:
     rows = [{"messages": PAIR, "label": label} for label in ("0", "1", "2")]
     with pytest.raises(DataError, match=r"several formats \(kto, openai\)"):
-        builtin_formats().of(Found(spelling="x", name="x"), rows)
+        builtin_formats().of(Dataset(spelling="x", name="x"), rows)
     assert read(rows[0], "openai")[2] == PAIR
 
 

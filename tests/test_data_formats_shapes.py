@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmtune.contract.examples import BadRow
-from llmtune.data import Found, read_row
+from llmtune.data import Dataset, read_row
 from llmtune.data.formats.builtin import builtin_formats
 
 ASK, ANSWER, OTHER = (
@@ -20,7 +20,7 @@ CALL = json.dumps(CALLED["function"])
 
 def read(row: Any, name: str | dict[str, Any] | None = None) -> Any:
     formats = builtin_formats()
-    return read_row(formats.of(Found(spelling="x", name="x", format=name), [row]), row)
+    return read_row(formats.of(Dataset(spelling="x", name="x", format=name), [row]), row)
 
 
 def from_value(*pairs: tuple[str, str]) -> dict[str, Any]:

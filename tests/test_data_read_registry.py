@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmtune.contract.errors import DataError
-from llmtune.data import DataConfig, Found, Source, find, prepare
+from llmtune.data import DataConfig, Dataset, Source, find, prepare
 from tests.tiny import tiny_tokenizer
 
 ROWS = [{"instruction": f"say {number}", "output": "so"} for number in range(30)]
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def described(folder: Path, entry: Any, **own: Any) -> Found:
+def described(folder: Path, entry: Any, **own: Any) -> Dataset:
     (folder / "dataset_info.json").write_text(json.dumps({"chats": entry}))
     return find(Source(path="chats", **own), folder / "elsewhere", folder)
 

@@ -18,7 +18,7 @@ import pytest
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import Text
-from llmtune.data.reading import Found
+from llmtune.data.reading import Dataset
 from llmtune.data.stream_loader import StreamLoader
 from llmtune.data.streaming.chunks import PieceMaker
 from llmtune.data.streaming.rows import Mixed, RowReader, ShuffledRows
@@ -305,7 +305,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     with path.open("wb") as file:
         for _ in range(16):
             file.write(line * 1000)
-    mixed = Mixed([RowReader(0, Found(spelling="large", name="large", files=(path,)))], "concat", None, 0)
+    mixed = Mixed([RowReader(0, Dataset(spelling="large", name="large", files=(path,)))], "concat", None, 0)
     stream = ShuffledRows(mixed, buffer_size=512, seed=0, shuffle=True, least=8).runs(64)
     read = 0
     tracemalloc.start()
@@ -324,9 +324,9 @@ def test_a_hub_set_is_streamed_by_datasets(tmp_path: Path) -> None:
     from llmtune.data.streaming.stream import describe
 
     write(tmp_path / "set" / "train.jsonl", rows(600))
-    hub = Found(spelling="hub:some/set", name="set", hub=str(tmp_path / "set"))
+    hub = Dataset(spelling="hub:some/set", name="set", hub=str(tmp_path / "set"))
     made = prepared(tmp_path / "set" / "train.jsonl")
-    stream = replace(made.stream, found=[hub])
+    stream = replace(made.stream, datasets=[hub])
     made = replace(made, stream=stream)
     straight, _ = run(made, range(140))
     assert len({row for step in straight for row in step}) == 560

@@ -12,7 +12,7 @@ _WHERE = {
     name: module
     for module, names in {
         "llmtune.data.config": ("DataConfig", "Source", "sources"),
-        "llmtune.data.reading": ("Chunk", "Found", "Row", "chunks", "content_key", "find"),
+        "llmtune.data.reading": ("Chunk", "Dataset", "Row", "chunks", "content_key", "find"),
         "llmtune.data.formats": ("Chosen", "Formats", "read_row"),
         "llmtune.data.template": ("choose_template", "template_names"),
         "llmtune.data.render": ("Renderer",),

@@ -18,7 +18,7 @@ from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import Chosen, Formats, check_kind
 from llmtune.data.hashes import own_code_hash
 from llmtune.data.piece import Packed
-from llmtune.data.reading import Chunk, Found, HubAccess, chunks, content_key, find, first_rows, separated
+from llmtune.data.reading import Chunk, Dataset, HubAccess, chunks, content_key, find, first_rows, separated
 from llmtune.data.report import SHOWN, Bad, SourceReport
 from llmtune.data.store import StoreWriter, Tokenised, read_about
 from llmtune.data.template import missing_tokens
@@ -64,7 +64,7 @@ class Making:
     def tokeniser(self) -> Tokeniser:
         return Tokeniser(self.config, self.tokenizer, read_tool_format(self.config.tool_format, self.base_dir))
 
-    def find(self, entries: Sequence[Source]) -> list[Found]:
+    def find(self, entries: Sequence[Source]) -> list[Dataset]:
         """The data sets, wherever they are. Raises DataError where one is not."""
         return [find(entry, self.base_dir, self.config.dataset_dir, self.access) for entry in entries]
 
@@ -74,22 +74,22 @@ class Making:
         at = self.base_dir / Path(chosen).expanduser() / key if chosen else None
         kept = read_about(at) if at is not None else None
         try:
-            found = self.find(entries)
-            if not found:
+            datasets = self.find(entries)
+            if not datasets:
                 raise DataError(f"{key}: not given, and tokenized_path {config.tokenized_path} holds no tokenised data")
-            content = [self._content(each) for each in found]
+            content = [self._content(each) for each in datasets]
         except DataError:
             if kept is None:
                 raise
-            found, content = [], kept["facts"]["data"]  # tokenised elsewhere; the files need not be here
-        result = self._place({**self.facts(), "llmtune_code": own_code_hash(), "data": content}, at, bool(found)).get(
-            partial(self._fill, key, found)
-        )
+            datasets, content = [], kept["facts"]["data"]  # tokenised elsewhere; the files need not be here
+        result = self._place(
+            {**self.facts(), "llmtune_code": own_code_hash(), "data": content}, at, bool(datasets)
+        ).get(partial(self._fill, key, datasets))
         for source in result.sources:
             check_kind(source.kind, self.learns, self.stage, source.name)
         self.check(key, result)
         # Data that was tokenised elsewhere takes as many rows as were asked for there.
-        counts = [each.num_samples for each in found or result.sources]
+        counts = [each.num_samples for each in datasets or result.sources]
         return replace(result, samples=pick(result.samples, counts, self.seed))
 
     def _place(self, facts: dict[str, Any], chosen: Path | None, anew: bool) -> Place:
@@ -106,15 +106,15 @@ class Making:
         own.check_ours()
         return own if self.writes or own.has() else place
 
-    def _content(self, found: Found) -> dict[str, Any]:
-        files = [str(path) for path in found.files]
-        named = {"format": found.format, "columns": found.columns, "tags": found.tags, "ranking": found.ranking}
+    def _content(self, dataset: Dataset) -> dict[str, Any]:
+        files = [str(path) for path in dataset.files]
+        named = {"format": dataset.format, "columns": dataset.columns, "tags": dataset.tags, "ranking": dataset.ranking}
         return {
-            "content": content_key(found),
-            "by": self.formats.facts(found),
-            "name": found.name,
+            "content": content_key(dataset),
+            "by": self.formats.facts(dataset),
+            "name": dataset.name,
             "files": files,
-            "hub": found.hub,
+            "hub": dataset.hub,
             **named,
         }
 
@@ -136,10 +136,10 @@ class Making:
             **{key: vars(config)[key] for key in _KEYS},
         }
 
-    def _fill(self, key: str, found: Sequence[Found], writer: StoreWriter) -> None:
+    def _fill(self, key: str, datasets: Sequence[Dataset], writer: StoreWriter) -> None:
         """Tokenise all data sets into a new store."""
         reports = []
-        for number, each in enumerate(found):
+        for number, each in enumerate(datasets):
             report = SourceReport(name=each.spelling, num_samples=each.num_samples)
             with progress(f"Tokenising {each.name}", " rows") as bar:
                 for piece in self._pieces(each, report):
@@ -151,10 +151,10 @@ class Making:
             check_bad_rows(self.config, report)
             reports.append(report)
         writer.kind = one_kind(key, reports)
-        writer.finish(reports, unique([each.name for each in found]))
+        writer.finish(reports, unique([each.name for each in datasets]))
 
-    def _pieces(self, found: Found, report: SourceReport) -> Iterator[Packed]:
-        first = list(islice(self._chunks(found), 1))
+    def _pieces(self, dataset: Dataset, report: SourceReport) -> Iterator[Packed]:
+        first = list(islice(self._chunks(dataset), 1))
         rows = [row for chunk in first for row in islice(chunk.rows(), LOOKED_AT)]
         if not (readable := [row.data for row in rows if row.problem is None]):
             if rows:  # nothing to tell the format by: these rows are reported, no more are read
@@ -162,21 +162,21 @@ class Making:
                     report.rows += 1
                     report.add_bad(Bad(f"{first[0].origin}{row.number}", "unreadable", row.problem or "", None))
             return
-        chosen = self.formats.of(found, readable)
+        chosen = self.formats.of(dataset, readable)
         report.format, report.kind = chosen.name, chosen.format.kind
-        report.why = chosen.why + separated(found)
-        check_kind(chosen.format.kind, self.learns, self.stage, found.spelling)
+        report.why = chosen.why + separated(dataset)
+        check_kind(chosen.format.kind, self.learns, self.stage, dataset.spelling)
         config = self.config
         work = partial(self._encode, chosen)
-        yield from in_order(work, self._chunks(found), config.preprocessing_num_workers)
+        yield from in_order(work, self._chunks(dataset), config.preprocessing_num_workers)
 
     def _encode(self, chosen: Chosen, chunk: Chunk) -> Packed:
         return self.tokeniser.encode(chosen, chunk.rows(), chunk.origin).packed()
 
-    def _chunks(self, found: Found) -> Iterator[Chunk]:
+    def _chunks(self, dataset: Dataset) -> Iterator[Chunk]:
         """Rows in the sizes that processes take them, `max_samples` of them at most."""
         size, limit = self.config.preprocessing_batch_size, self.config.row_limit
-        return first_rows(chunks(found, rows=min(size, limit or size)), limit)
+        return first_rows(chunks(dataset, rows=min(size, limit or size)), limit)
 
     def check(self, key: str, found: Tokenised) -> None:
         """Enough of the samples train, and they teach the model to stop."""

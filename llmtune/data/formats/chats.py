@@ -156,8 +156,8 @@ class Completion:
 
     def prompt(self, row: Mapping[str, Any]) -> list[Message]:
         """The prompt as messages; earlier answers in it are not learnt."""
-        found = self.turns(row["prompt"], "prompt", "user")
-        return [{**each, "weight": 0.0} if each["role"] == "assistant" else each for each in found]
+        messages = self.turns(row["prompt"], "prompt", "user")
+        return [{**each, "weight": 0.0} if each["role"] == "assistant" else each for each in messages]
 
     def answer(self, value: Any, column: str) -> list[Message]:
         """An answer as messages, the first of them the assistant's."""

@@ -13,7 +13,7 @@ from llmtune.contract.schema import decode
 from llmtune.data.formats.row import Chosen, read_row
 from llmtune.data.hashes import code_hash
 from llmtune.data.misspelt import as_names, is_like, misspelt
-from llmtune.data.reading import Found
+from llmtune.data.reading import Dataset
 
 NOUNS = {
     "conversation": "conversations", "preference": "preferences", "labelled": "labelled answers", "prompt": "prompts",
@@ -51,102 +51,102 @@ class Formats:
     default_facts: Any = None
     """The parameters and the package of `default`."""
 
-    def of(self, found: Found, rows: Sequence[Any]) -> Chosen:
+    def of(self, dataset: Dataset, rows: Sequence[Any]) -> Chosen:
         """The format of a data set whose first readable rows are `rows`.
 
         Raises:
             DataError: nothing or several recognise the rows, or what the recipe says of the format is wrong.
         """
-        block = found.format
+        block = dataset.format
         if block is None and self.default is not None and not isinstance(self.default, Auto):
             name, form = self.default_name, self.default
-            if found.tags:
-                form = self._made(found, name, self.default_config)
-            return _chosen(found, form, name, "as named", rows)
+            if dataset.tags:
+                form = self._made(dataset, name, self.default_config)
+            return _chosen(dataset, form, name, "as named", rows)
         name = block if isinstance(block, str) or block is None else block.get("name")
-        config = self._config(found, name, block) if block is not None else None
+        config = self._config(dataset, name, block) if block is not None else None
         if block is not None and name != "auto":
-            return _chosen(found, self._made(found, str(name), config), str(name), "as named", rows)
-        name, why = detect(_renamed_rows(found, rows), found.spelling, self._tagged(found))
-        form = self._made(found, name, None) if found.tags else self.known[name]
-        return _chosen(found, form, name, why, rows)
+            return _chosen(dataset, self._made(dataset, str(name), config), str(name), "as named", rows)
+        name, why = detect(_renamed_rows(dataset, rows), dataset.spelling, self._tagged(dataset))
+        form = self._made(dataset, name, None) if dataset.tags else self.known[name]
+        return _chosen(dataset, form, name, why, rows)
 
-    def facts(self, found: Found) -> Any:
-        """What the tokens of a data set depend on here, besides what `found` says itself: the format's parameters, its
-        package, and the code of a package other than llmtune."""
-        block = found.format
+    def facts(self, dataset: Dataset) -> Any:
+        """What the tokens of a data set depend on here, besides what `dataset` says itself: the format's parameters,
+        its package, and the code of a package other than llmtune."""
+        block = dataset.format
         if block is None:
             return [self.default_name, self.default_facts, _code(self.default)]
         name = str(block if isinstance(block, str) else block.get("name"))
-        form = self.default if name == "auto" else self._made(found, name, self._config(found, name, block))
+        form = self.default if name == "auto" else self._made(dataset, name, self._config(dataset, name, block))
         return [self.find(name)[1], _code(form)]
 
-    def _plugin(self, found: Found, name: Any) -> Plugin:
+    def _plugin(self, dataset: Dataset, name: Any) -> Plugin:
         if not isinstance(name, str):
-            raise DataError(f"{found.spelling}: format has no name; write {{name: ..., parameters}}")
+            raise DataError(f"{dataset.spelling}: format has no name; write {{name: ..., parameters}}")
         try:
             return self.find(name)[0]
         except DataError as error:
-            raise DataError(f"{found.spelling}: {error}") from None
+            raise DataError(f"{dataset.spelling}: {error}") from None
 
-    def _config(self, found: Found, name: Any, block: str | Mapping[str, Any]) -> Any:
+    def _config(self, dataset: Dataset, name: Any, block: str | Mapping[str, Any]) -> Any:
         """The parameters that an entry gives its format."""
         given = {} if isinstance(block, str) else {key: value for key, value in block.items() if key != "name"}
-        config, problems = decode(self._plugin(found, name).config, given, "format")
+        config, problems = decode(self._plugin(dataset, name).config, given, "format")
         if problems:
-            raise DataError(f"{found.spelling}: " + "; ".join(f"{each.key}: {each.message}" for each in problems))
+            raise DataError(f"{dataset.spelling}: " + "; ".join(f"{each.key}: {each.message}" for each in problems))
         return config
 
-    def _made(self, found: Found, name: str, config: Any) -> DataFormat:
+    def _made(self, dataset: Dataset, name: str, config: Any) -> DataFormat:
         """A format with these parameters (None: its own) and the tags of the data set."""
-        plugin = self._plugin(found, name)
+        plugin = self._plugin(dataset, name)
         own = plugin.config() if config is None else config
         known = [field.name for field in fields(own)]
-        if strange := [tag for tag in found.tags if tag not in known]:
+        if strange := [tag for tag in dataset.tags if tag not in known]:
             near, allowed = did_you_mean(strange[0], known), listed(known, 12) or "none"
             raise DataError(
-                f'{found.spelling}: tags names "{strange[0]}", which {name} has not.{near} Allowed: {allowed}'
+                f'{dataset.spelling}: tags names "{strange[0]}", which {name} has not.{near} Allowed: {allowed}'
             )
         try:
-            return plugin.build(replace(own, **found.tags))
+            return plugin.build(replace(own, **dataset.tags))
         except ValueError as error:
-            raise DataError(f"{found.spelling}: tags: {error}") from None
+            raise DataError(f"{dataset.spelling}: tags: {error}") from None
 
-    def _tagged(self, found: Found) -> Mapping[str, DataFormat]:
+    def _tagged(self, dataset: Dataset) -> Mapping[str, DataFormat]:
         """The formats that detection asks, knowing how keys and roles are called here."""
-        if not found.tags:
+        if not dataset.tags:
             return self.known
         takes = {name: {field.name for field in fields(self.find(name)[0].config)} for name in self.known}
         return {
-            name: self._made(found, name, None) if set(found.tags) <= takes[name] else form
+            name: self._made(dataset, name, None) if set(dataset.tags) <= takes[name] else form
             for name, form in self.known.items()
         }
 
 
-def _chosen(found: Found, form: DataFormat, name: str, why: str, rows: Sequence[Any]) -> Chosen:
+def _chosen(dataset: Dataset, form: DataFormat, name: str, why: str, rows: Sequence[Any]) -> Chosen:
     """The format with the data set's columns, once these are what both have."""
-    media, taken = ("images", "videos", "audios"), [theirs for _, theirs in found.columns.items()]
-    strange = [column for column in found.columns if column not in form.columns and column not in media]
+    media, taken = ("images", "videos", "audios"), [theirs for _, theirs in dataset.columns.items()]
+    strange = [column for column in dataset.columns if column not in form.columns and column not in media]
     if strange:
         near = did_you_mean(strange[0], form.columns)
         raise DataError(
-            f'{found.spelling}: columns names "{strange[0]}", which {name} has not.{near} '
+            f'{dataset.spelling}: columns names "{strange[0]}", which {name} has not.{near} '
             f"Allowed: {listed(form.columns, 20)}"
         )
     if twice := [column for column in taken if taken.count(column) > 1]:
-        both = listed(ours for ours, theirs in found.columns.items() if theirs == twice[0])
-        raise DataError(f'{found.spelling}: columns reads {both} from "{twice[0]}", allowed is one column for each')
+        both = listed(ours for ours, theirs in dataset.columns.items() if theirs == twice[0])
+        raise DataError(f'{dataset.spelling}: columns reads {both} from "{twice[0]}", allowed is one column for each')
     there = list(dict.fromkeys(str(column) for row in rows if isinstance(row, Mapping) for column in row))
-    lost = {ours: theirs for ours, theirs in found.columns.items() if theirs not in there and ours not in media}
+    lost = {ours: theirs for ours, theirs in dataset.columns.items() if theirs not in there and ours not in media}
     for ours, theirs in lost.items():
         near = [column for column in there if column not in taken and is_like(column, theirs)]
         if near or ours in form.required:
             what = f'columns reads {ours} from "{theirs}", which no row has'
             end = f'Did you mean "{near[0]}"?' if near else f"They have {listed(there)}"
-            raise DataError(f"{found.spelling}: {what}. {end}")
+            raise DataError(f"{dataset.spelling}: {what}. {end}")
     if lost and there:
         why += f"; none of the first {len(rows)} rows has {listed(lost.values())}"
-    return Chosen(format=form, name=name, why=why, columns=found.columns, exclusive=found.exclusive)
+    return Chosen(format=form, name=name, why=why, columns=dataset.columns, exclusive=dataset.exclusive)
 
 
 def _code(form: Any) -> str:
@@ -167,9 +167,9 @@ def detectable(plugins: Any) -> dict[str, DataFormat]:
     return {name: form for name, form in built.items() if not isinstance(form, Auto)}
 
 
-def _renamed_rows(found: Found, rows: Sequence[Any]) -> list[Any]:
+def _renamed_rows(dataset: Dataset, rows: Sequence[Any]) -> list[Any]:
     """`rows` under the names that the recipe maps columns to, without columns that hold nothing."""
-    taken = {theirs: ours for ours, theirs in found.columns.items()}
+    taken = {theirs: ours for ours, theirs in dataset.columns.items()}
     return [
         {taken.get(c, c): v for c, v in row.items() if v is not None} if isinstance(row, Mapping) else row
         for row in rows
@@ -187,9 +187,9 @@ def detect(rows: Sequence[Any], name: str, known: Mapping[str, DataFormat]) -> t
             if isinstance(row, Mapping) and (why := form.recognise(row)):
                 counts[each, why] = counts.get((each, why), 0) + 1
     named = "name it with data_config, or with `format` in the entry of dataset"
-    formats = {found for found, _ in counts}
+    formats = {format for format, _ in counts}
     if len(formats) == 1:
-        return max(counts, key=lambda found: counts[found])
+        return max(counts, key=lambda recognised: counts[recognised])
     if formats:
         raise DataError(f"{name}: rows fit several formats ({listed(sorted(formats))}); {named}")
     columns = dict.fromkeys(str(column) for row in rows if isinstance(row, Mapping) for column in row)

@@ -84,18 +84,18 @@ class Reader:
         if not isinstance(value, list):
             raise BadRow(f"{column} is not a list", f'"{column}" is {kind(value)}, allowed is a list of messages')
         keys: tuple[str, str] | None = None
-        found: list[Message] = []
+        messages: list[Message] = []
         for number, turn in enumerate(value, start=1):
             if not isinstance(turn, Mapping):
                 raise BadRow("message is not an object", f"message {number} is {kind(turn)}, allowed is an object")
             keys = keys or self.keys(turn)
             role = self._role(turn, keys, number)
             message = self._message(turn, role, keys, number)
-            if role == "call" and found and _goes_on(found[-1], message):
-                found[-1] |= {"tool_calls": [*found[-1].get("tool_calls", ()), *message["tool_calls"]]}
+            if role == "call" and messages and _goes_on(messages[-1], message):
+                messages[-1] |= {"tool_calls": [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]}
             else:
-                found.append(message)
-        return found
+                messages.append(message)
+        return messages
 
     def _message(self, turn: Mapping[str, Any], role: str, keys: tuple[str, str], number: int) -> Message:
         """One message."""
@@ -139,10 +139,10 @@ def _calls(turn: Mapping[str, Any], parts: Sequence[Any], number: int) -> list[d
     given = {"tool_calls": turn.get("tool_calls"), "parts of type tool_call": list(parts)}
     if single := turn.get("function_call"):
         given["function_call"] = [single]
-    found = {name: calls for name, calls in given.items() if calls}
-    if len(found) > 1:
-        raise BadRow("bad tool call", f"message {number} has {' and '.join(found)}, allowed is one of them")
-    return tool_calls(next(iter(found.values())), number) if found else []
+    filled = {name: calls for name, calls in given.items() if calls}
+    if len(filled) > 1:
+        raise BadRow("bad tool call", f"message {number} has {' and '.join(filled)}, allowed is one of them")
+    return tool_calls(next(iter(filled.values())), number) if filled else []
 
 
 def _goes_on(before: Message, call: Message) -> bool:
@@ -151,23 +151,25 @@ def _goes_on(before: Message, call: Message) -> bool:
     return bare and before["role"] == "assistant" and before.get("weight") == call.get("weight")
 
 
-def _texts(found: Mapping[str, Any], number: int) -> dict[str, str]:
-    for key, value in found.items():
+def _texts(texts: Mapping[str, Any], number: int) -> dict[str, str]:
+    for key, value in texts.items():
         if not isinstance(value, str):
             raise BadRow(f"{key} is not text", f'"{key}" of message {number} is {kind(value)}, allowed is text')
-    return dict(found)
+    return dict(texts)
 
 
 def _reasoning(turn: Mapping[str, Any], said: Content, role: str, number: int) -> dict[str, str]:
     """What was thought, as `reasoning_content`, which most templates read."""
-    found = _texts({key: turn[key] for key in _REASONING if turn.get(key) is not None}, number)
+    thoughts = _texts({key: turn[key] for key in _REASONING if turn.get(key) is not None}, number)
     if said.reasoning:
         if role != "assistant":
             raise BadRow("reasoning outside assistant", f"message {number} ({role}) has parts of type reasoning")
-        found["parts of type reasoning"] = said.reasoning
-    if len(set(found.values())) > 1:
-        raise BadRow("several reasonings", f"message {number} has {listed(found)} that differ, allowed is one of them")
-    return {"reasoning_content": next(iter(found.values()))} if found else {}
+        thoughts["parts of type reasoning"] = said.reasoning
+    if len(set(thoughts.values())) > 1:
+        raise BadRow(
+            "several reasonings", f"message {number} has {listed(thoughts)} that differ, allowed is one of them"
+        )
+    return {"reasoning_content": next(iter(thoughts.values()))} if thoughts else {}
 
 
 def _weight(turn: Mapping[str, Any], role: str, number: int) -> dict[str, float]:
@@ -230,16 +232,16 @@ def asked_of(row: Mapping[str, Any]) -> list[Message]:
 
 def variables_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row's own variables of the chat template."""
-    found = row.get("chat_template_kwargs") or {}
-    if not isinstance(found, Mapping):
-        raise BadRow("bad chat_template_kwargs", f'"chat_template_kwargs" is {kind(found)}, allowed is an object')
-    if taken := sorted(set(found) & TEMPLATE_ARGUMENTS):
+    variables = row.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping):
+        raise BadRow("bad chat_template_kwargs", f'"chat_template_kwargs" is {kind(variables)}, allowed is an object')
+    if taken := sorted(set(variables) & TEMPLATE_ARGUMENTS):
         what = f'"chat_template_kwargs" sets {listed(taken)}, allowed are variables of the template'
         raise BadRow("bad chat_template_kwargs", what)
     thinking = row.get("enable_thinking")
     if not isinstance(thinking, bool | None):
         raise BadRow("bad enable_thinking", f'"enable_thinking" is {kind(thinking)}, allowed is true or false')
-    return dict(found) | ({} if thinking is None else {"enable_thinking": thinking})
+    return dict(variables) | ({} if thinking is None else {"enable_thinking": thinking})
 
 
 def held_in(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:

@@ -35,8 +35,8 @@ class PromptOnly:
         else:
             raise BadRow("no prompt", f'prompt needs the column "prompt" or "messages", found {", ".join(row)}')
         if not messages or messages[-1]["role"] not in ("user", "tool"):
-            found = messages[-1]["role"] if messages else "nothing"
-            raise BadRow("no question", f"the prompt ends with {found}, allowed is a user or tool message")
+            last = messages[-1]["role"] if messages else "nothing"
+            raise BadRow("no question", f"the prompt ends with {last}, allowed is a user or tool message")
         extra = {column: value for column, value in row.items() if column not in self.columns}
         return Prompt(
             messages=messages, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row), extra=extra

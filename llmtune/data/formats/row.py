@@ -64,8 +64,8 @@ def _check_columns(chosen: Chosen, row: Mapping[str, Any]) -> None:
         raise BadRow("misspelt column", f'{chosen.name} has no column "{wrong[0]}". Did you mean "{wrong[1]}"?')
     if missing := [name for name in form.required if name not in row]:
         column = chosen.columns.get(missing[0], missing[0])
-        found = listed(row) or "no columns"
-        raise BadRow(f"no {missing[0]}", f'{chosen.name} needs the column "{column}", found {found}')
+        there = listed(row) or "no columns"
+        raise BadRow(f"no {missing[0]}", f'{chosen.name} needs the column "{column}", found {there}')
 
 
 def check_example(example: Example) -> None:

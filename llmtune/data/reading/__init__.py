@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from llmtune.data.reading.content import content_key
-from llmtune.data.reading.found import Found, HubAccess, find
+from llmtune.data.reading.dataset import Dataset, HubAccess, find
 from llmtune.data.reading.read import chunks, first_rows, separated
 from llmtune.data.reading.rows import Chunk, Position, Row
 
-__all__ = ["Chunk", "Found", "HubAccess", "Position", "Row", "chunks", "content_key", "find", "first_rows", "separated"]
+__all__ = [
+    "Chunk",
+    "Dataset",
+    "HubAccess",
+    "Position",
+    "Row",
+    "chunks",
+    "content_key",
+    "find",
+    "first_rows",
+    "separated",
+]

@@ -13,13 +13,13 @@ from llmtune.data.reading.rows import Parsed, Position, Row
 from llmtune.data.reading.tables import without_nulls
 
 if TYPE_CHECKING:
-    from llmtune.data.reading.found import Found
+    from llmtune.data.reading.dataset import Dataset
 
 
-def hub_chunks(found: Found, start: Position, rows: int, *, streaming: bool = False) -> Iterator[Parsed]:
+def hub_chunks(dataset: Dataset, start: Position, rows: int, *, streaming: bool = False) -> Iterator[Parsed]:
     """Rows of a hub data set, downloaded whole, or as they come where `streaming`."""
-    origin, number, kept = f"hub:{found.hub}:row ", 0, []
-    table: Any = load(found, streaming)
+    origin, number, kept = f"hub:{dataset.hub}:row ", 0, []
+    table: Any = load(dataset, streaming)
     if start.before:
         table, number = table.skip(start.before), start.before
     for data in table:
@@ -32,9 +32,9 @@ def hub_chunks(found: Found, start: Position, rows: int, *, streaming: bool = Fa
         yield Parsed(origin, Position(1), kept)
 
 
-def hub_content(found: Found) -> str:
+def hub_content(dataset: Dataset) -> str:
     """What tells this data set's content from another's: the library's own fingerprint, else a hash of all rows."""
-    table = load(found)
+    table = load(dataset)
     known = getattr(table, "_fingerprint", None)
     if known:
         return str(known)
@@ -44,20 +44,20 @@ def hub_content(found: Found) -> str:
     return digest.hexdigest()
 
 
-def load(found: Found, streaming: bool = False) -> Any:
+def load(dataset: Dataset, streaming: bool = False) -> Any:
     """The data set itself, loaded once. DataError with what to do about it."""
-    told = f'"{found.spelling}" is no local path, so it was read as the hub data set {found.hub}'
-    if found.spelling.startswith("hub:") or found.spelling != found.hub:
-        told = f"hub data set {found.hub}"
+    told = f'"{dataset.spelling}" is no local path, so it was read as the hub data set {dataset.hub}'
+    if dataset.spelling.startswith("hub:") or dataset.spelling != dataset.hub:
+        told = f"hub data set {dataset.hub}"
     try:
         import datasets
     except ImportError:
         raise DataError(f"{told}, which needs the datasets library; run `pip install datasets`") from None
     try:
         more: dict[str, Any] = {"streaming": True} if streaming else {}
-        more |= {"data_dir": found.folder} if found.folder else {}
-        more |= {key: value for key, value in vars(found.access).items() if value is not None}
-        return _loaded(datasets, found.hub, found.subset, found.split, **more)
+        more |= {"data_dir": dataset.folder} if dataset.folder else {}
+        more |= {key: value for key, value in vars(dataset.access).items() if value is not None}
+        return _loaded(datasets, dataset.hub, dataset.subset, dataset.split, **more)
     except Exception as error:  # whatever the hub, the network or the data set's own files raise
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -24,7 +24,7 @@ class Lines:
 
     origin: str
     next: Position
-    found: Sequence[bytes]
+    lines: Sequence[bytes]
     first: int
     """Number of the first line, from 1."""
     offset: int
@@ -36,11 +36,11 @@ class Lines:
 
     @property
     def count(self) -> int:
-        return len(self.found)
+        return len(self.lines)
 
     def rows(self) -> Iterator[Row]:
-        last = self.first + len(self.found) - 1
-        for number, line in enumerate(self.found, start=self.first):
+        last = self.first + len(self.lines) - 1
+        for number, line in enumerate(self.lines, start=self.first):
             raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if raw.strip():
                 yield self._row(raw, number, self.ended or number < last)
@@ -66,8 +66,8 @@ class Lines:
         return Row(None if bad else data, number, bad)
 
     def _offset(self, number: int, raw: bytes) -> int:
-        before = self.found[: number - self.first]
-        mark = len(self.found[number - self.first]) - len(raw)
+        before = self.lines[: number - self.first]
+        mark = len(self.lines[number - self.first]) - len(raw)
         return self.offset + sum(len(line) + 1 for line in before) + mark
 
 

@@ -77,8 +77,8 @@ def _refuse_several_splits(spelling: str, folder: Path, files: list[Path]) -> No
     splits: dict[str, Path] = {}
     for file in files:
         for part in file.relative_to(folder).parts:
-            if found := _SPLIT.match(part):
-                splits.setdefault(found[1].lower(), file)
+            if split := _SPLIT.match(part):
+                splits.setdefault(split[1].lower(), file)
     if "train" in splits and len(splits) > 1:
         names = listed(file.relative_to(folder) for file in splits.values())
         raise DataError(

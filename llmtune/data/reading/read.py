@@ -1,4 +1,4 @@
-"""Chunks of rows of whatever was found."""
+"""Chunks of rows of a data set, whatever holds it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llmtune.contract.errors import DataError
 from llmtune.data.reading.arrays import array_rows
+from llmtune.data.reading.dataset import Dataset
 from llmtune.data.reading.files import COMPRESSED, check_encoding, kind_of, opened
-from llmtune.data.reading.found import Found
 from llmtune.data.reading.hub import hub_chunks
 from llmtune.data.reading.lines import line_chunks
 from llmtune.data.reading.rows import Chunk, Parsed, Position, Row
@@ -24,7 +24,7 @@ _ONE_OBJECT_BYTES = 2**28
 
 
 def chunks(
-    found: Found, start: Position | None = None, rows: int = CHUNK_ROWS, *, streaming: bool = False
+    dataset: Dataset, start: Position | None = None, rows: int = CHUNK_ROWS, *, streaming: bool = False
 ) -> Iterator[Chunk]:
     """Rows of a data set from `start` on, files in their order, at most `rows` in a chunk.
 
@@ -32,11 +32,11 @@ def chunks(
         DataError: a whole file cannot be read. A row that cannot be read is a `Row` with a problem.
     """
     start = start or Position()
-    if found.hub is not None:
+    if dataset.hub is not None:
         if not start.file:
-            yield from hub_chunks(found, start, rows, streaming=streaming)
+            yield from hub_chunks(dataset, start, rows, streaming=streaming)
         return
-    for number, path in enumerate(found.files):
+    for number, path in enumerate(dataset.files):
         if number < start.file:
             continue
         place = start if number == start.file else Position(number)
@@ -46,12 +46,12 @@ def chunks(
             raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from None
 
 
-def first_rows(found: Iterator[Chunk], limit: int | None) -> Iterator[Chunk]:
+def first_rows(all_chunks: Iterator[Chunk], limit: int | None) -> Iterator[Chunk]:
     """The chunks up to `limit` rows in all (None: all of them). How many rows are in one, only reading it tells."""
     if limit is None:
-        yield from found
+        yield from all_chunks
         return
-    for chunk in found:
+    for chunk in all_chunks:
         rows = list(islice(chunk.rows(), limit))
         yield Parsed(chunk.origin, chunk.next, rows)
         limit -= len(rows)
@@ -59,9 +59,9 @@ def first_rows(found: Iterator[Chunk], limit: int | None) -> Iterator[Chunk]:
             return
 
 
-def separated(found: Found) -> str:
+def separated(dataset: Dataset) -> str:
     """What separates columns, in words to follow others, where it is not what the ending of a file says."""
-    for path in found.files:
+    for path in dataset.files:
         if kind_of(path) == "csv":
             with opened(path) as file:
                 sign = separator_of(path, file.read(_HEAD_BYTES))
@@ -98,9 +98,9 @@ def _file_chunks(path: Path, start: Position, rows: int) -> Iterator[Chunk]:
         yield from line_chunks(path, file, start, rows, seekable=plain, text=kind == "text")
 
 
-def _in_chunks(origin: str, found: Iterator[Row], start: Position, rows: int) -> Iterator[Parsed]:
+def _in_chunks(origin: str, parsed: Iterator[Row], start: Position, rows: int) -> Iterator[Parsed]:
     kept: list[Row] = []
-    for row in found:
+    for row in parsed:
         if row.number > start.before:
             kept.append(row)
         if len(kept) == rows:

@@ -52,7 +52,7 @@ class Entry:
     """A path from `base_dir`, or `hub:` and an id."""
     base_dir: Path
     facts: Mapping[str, Any]
-    """Fields of `Found` that the registry knows."""
+    """Fields of `Dataset` that the registry knows."""
 
 
 def described(name: str, base_dir: Path, dataset_dir: Path | str | None) -> Entry | None:
@@ -136,8 +136,8 @@ def _path(entry: Mapping[str, Any], where: str) -> str:
         raise DataError(f"{where} is loaded by a script, which llmtune does not run; name a file or a hub data set")
     if entry.get("file_name"):
         return f"./{entry['file_name']}" if not Path(entry["file_name"]).is_absolute() else entry["file_name"]
-    if found := [key for key in _PLACES if entry.get(key)]:
-        raise DataError(f"{where} is only at {found[0]}, which cannot be read; download it and give file_name")
+    if elsewhere := [key for key in _PLACES if entry.get(key)]:
+        raise DataError(f"{where} is only at {elsewhere[0]}, which cannot be read; download it and give file_name")
     raise DataError(f"{where} names no place; give file_name or hf_hub_url")
 
 
@@ -155,8 +155,8 @@ def _columns(columns: Any, formatting: str, where: str) -> dict[str, Any]:
 
 
 def _tags(tags: Any, where: str) -> dict[str, str]:
-    found = {key: value for key, value in (tags or {}).items() if value is not None}
-    if strange := [key for key in found if key not in _TAGS]:
+    given = {key: value for key, value in (tags or {}).items() if value is not None}
+    if strange := [key for key in given if key not in _TAGS]:
         near = did_you_mean(strange[0], _TAGS)
         raise DataError(f'{where}: tags has "{strange[0]}".{near} Allowed: {listed(_TAGS, 12)}')
-    return found
+    return given

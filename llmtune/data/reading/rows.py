@@ -23,7 +23,7 @@ class Position(NamedTuple):
     """Where a chunk begins, for reading on from there. Plain numbers."""
 
     file: int = 0
-    """Number of the file in `Found.files`."""
+    """Number of the file in `Dataset.files`."""
     offset: int = 0
     """Bytes before it, where a file can be entered at any byte; else 0."""
     before: int = 0
@@ -91,8 +91,8 @@ def half_pair(place: str, text: str, data: Any) -> str | None:
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        found = _HALF.search(text)
-        at = found.start() if found else 0
+        half = _HALF.search(text)
+        at = half.start() if half else 0
         what = "half of a surrogate pair, which is no character; was a text cut inside an emoji?"
         return f"{place}:{at + 1}: {what} Found {excerpt(text, at)}"
     return None

@@ -36,7 +36,7 @@ class ArrowChunk:
 def table_rows(table: Any, numbers: Sequence[int], origin: str) -> Iterator[Row]:
     """Rows of an Arrow table as Python objects."""
     try:
-        found = table.to_pylist()
+        rows = table.to_pylist()
     except UnicodeDecodeError as error:
         if len(numbers) == 1:
             what = f"byte 0x{error.object[error.start]:02x} of a text is not UTF-8; write it again as UTF-8"
@@ -45,7 +45,7 @@ def table_rows(table: Any, numbers: Sequence[int], origin: str) -> Iterator[Row]
             for at, number in enumerate(numbers):
                 yield from table_rows(table.slice(at, 1), [number], origin)
         return
-    for data, number in zip(found, numbers, strict=True):
+    for data, number in zip(rows, numbers, strict=True):
         yield Row(without_nulls(data), number)
 
 
@@ -82,8 +82,8 @@ def arrow_chunks(path: Path, start: Position, rows: int) -> Iterator[ArrowChunk]
         whole = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = ipc.open_file(source) if whole else ipc.open_stream(source)
-        found = (reader.get_batch(at) for at in range(reader.num_record_batches)) if whole else iter(reader)
-        pieces = (batch.slice(at, rows) for batch in found for at in range(0, batch.num_rows, rows))
+        batches = (reader.get_batch(at) for at in range(reader.num_record_batches)) if whole else iter(reader)
+        pieces = (batch.slice(at, rows) for batch in batches for at in range(0, batch.num_rows, rows))
         yield from _batches(path, pieces, start, 0)
 
 
@@ -154,7 +154,7 @@ def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int, separator
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=separator, strict=True)
     columns = _column_names(path, reader)
-    found: list[Row] = []
+    kept: list[Row] = []
     while True:
         line = reader.line_num + 1
         try:
@@ -164,12 +164,12 @@ def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int, separator
         if values is None:
             break
         if values and line > start.before:  # a blank line has no values
-            found.append(_csv_row(path, line, columns, values))
-        if len(found) == rows:
-            yield Parsed(f"{path}:", start._replace(before=reader.line_num), found)
-            found = []
-    if found:
-        yield Parsed(f"{path}:", Position(start.file + 1), found)
+            kept.append(_csv_row(path, line, columns, values))
+        if len(kept) == rows:
+            yield Parsed(f"{path}:", start._replace(before=reader.line_num), kept)
+            kept = []
+    if kept:
+        yield Parsed(f"{path}:", Position(start.file + 1), kept)
 
 
 def _column_names(path: Path, reader: Iterator[list[str]]) -> list[str]:

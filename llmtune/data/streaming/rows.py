@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmtune.contract.errors import DataError
-from llmtune.data.reading import Found, Position, Row, chunks
+from llmtune.data.reading import Dataset, Position, Row, chunks
 
 READ_ROWS = 256
 """Rows that are read at a time, and once more where a run goes on among them."""
@@ -39,8 +39,8 @@ class StreamRow(NamedTuple):
 class RowReader:
     """Rows of one data set, one pass after the other. The first `held` rows of each pass are left out."""
 
-    def __init__(self, number: int, found: Found, held: int = 0, limit: int | None = None) -> None:
-        self.number, self.found, self.held, self.limit = number, found, held, limit
+    def __init__(self, number: int, dataset: Dataset, held: int = 0, limit: int | None = None) -> None:
+        self.number, self.dataset, self.held, self.limit = number, dataset, held, limit
         self.restore([0, 0, 0, 0, 0, 0])
 
     def state(self) -> list[int]:
@@ -85,11 +85,11 @@ class RowReader:
 
     @cached_property
     def _sizes(self) -> list[int]:
-        return [path.stat().st_size for path in self.found.files]
+        return [path.stat().st_size for path in self.dataset.files]
 
     def _read(self) -> Iterator[tuple[Position, int, StreamRow]]:
         position, used = self._position, self._used
-        for chunk in chunks(self.found, position, READ_ROWS, streaming=True):
+        for chunk in chunks(self.dataset, position, READ_ROWS, streaming=True):
             number = 0
             for number, row in enumerate(chunk.rows(), start=1):
                 if number > used:
@@ -159,7 +159,7 @@ class Mixed:
             if number not in self._done and reader.ended():
                 if not self.drawn:
                     raise DataError(
-                        f'mix_strategy: "{reader.found.name}" has no rows to draw; leave it out, or set concat'
+                        f'mix_strategy: "{reader.dataset.name}" has no rows to draw; leave it out, or set concat'
                     )
                 self._done.add(number)
         # Without probabilities an epoch is whole rounds.
@@ -219,14 +219,14 @@ class ShuffledRows:
     def runs(self, rows: int) -> Iterator[RowRun]:
         """The stream, `rows` at a time; fewer where an epoch ends. DataError if an epoch has fewer than `least`."""
         while True:
-            begin, before, found = self.state(), self._progress(), []
-            while len(found) < rows and self._fill():
+            begin, before, run = self.state(), self._progress(), []
+            while len(run) < rows and self._fill():
                 assert self._buffer is not None
-                more = self._buffer[self._used : self._used + rows - len(found)]
-                found += more
+                more = self._buffer[self._used : self._used + rows - len(run)]
+                run += more
                 self._used += len(more)
-            if found:
-                yield RowRun(begin, self.state(), (before, self._progress()), found)
+            if run:
+                yield RowRun(begin, self.state(), (before, self._progress()), run)
             else:
                 self._next_epoch()
 
@@ -242,12 +242,12 @@ class ShuffledRows:
 
     def _load(self) -> None:
         self._shares = [self.mixed.progress()]
-        found = self.mixed.rows(self.buffer_size)
+        loaded = self.mixed.rows(self.buffer_size)
         self._shares.append(self.mixed.progress())
         if self.shuffle:
             words = [self.seed, self.mixed.epoch, self._before // self.buffer_size]
-            found = [found[at] for at in np.random.default_rng(words).permutation(len(found))]
-        self._buffer = found
+            loaded = [loaded[at] for at in np.random.default_rng(words).permutation(len(loaded))]
+        self._buffer = loaded
 
     def _progress(self) -> float:
         if self._buffer is None:

@@ -13,7 +13,7 @@ from llmtune.contract.errors import DataError, raise_all
 from llmtune.data.config import DataConfig, sources
 from llmtune.data.formats import Chosen, check_kind
 from llmtune.data.making import LOOKED_AT, Making, check_bad_rows, one_kind, unique
-from llmtune.data.reading import Found
+from llmtune.data.reading import Dataset
 from llmtune.data.report import Bad, DataReport, PartReport, SourceReport
 from llmtune.data.store import Tokenised
 from llmtune.data.streaming.chunks import PieceMaker, RowPiece, TokenPiece
@@ -40,7 +40,7 @@ class Stream:
     """Streamed data sets."""
 
     config: DataConfig
-    found: Sequence[Found]
+    datasets: Sequence[Dataset]
     limits: Sequence[int | None]
     """Most rows of each data set."""
     held: Sequence[int]
@@ -59,7 +59,7 @@ class Stream:
         config = self.config
         readers = [
             RowReader(number, each, held, limit)
-            for number, (each, held, limit) in enumerate(zip(self.found, self.held, self.limits, strict=True))
+            for number, (each, held, limit) in enumerate(zip(self.datasets, self.held, self.limits, strict=True))
         ]
         mixed = Mixed(readers, config.mix_strategy, config.interleave_probs, self.seed)
         return ShuffledRows(
@@ -101,10 +101,10 @@ def open_stream(make: Making, seed: int) -> Streamed:
     """
     config, entries = make.config, sources(make.config.dataset)
     raise_all(unstreamable(config))
-    found = make.find(entries)
-    limits = [least(config.row_limit, each.num_samples) for each in found]
-    held = shares(int(config.val_size), len(found), config.interleave_probs)
-    looks = [_Look(make, *each) for each in zip(range(len(found)), found, held, limits, strict=True)]
+    datasets = make.find(entries)
+    limits = [least(config.row_limit, each.num_samples) for each in datasets]
+    held = shares(int(config.val_size), len(datasets), config.interleave_probs)
+    looks = [_Look(make, *each) for each in zip(range(len(datasets)), datasets, held, limits, strict=True)]
     reports = [look.report for look in looks]
     maker = PieceMaker(config, make.tokeniser, [look.chosen for look in looks], one_kind("dataset", reports))
     apart, first = (
@@ -115,13 +115,14 @@ def open_stream(make: Making, seed: int) -> Streamed:
         check_bad_rows(config, report)
     sizes = [look.rows for look in looks]
     stream = Stream(
-        config=config, found=found, limits=limits, held=held, seed=seed, maker=maker, digest=_digest(make, found),
+        config=config, datasets=datasets, limits=limits, held=held, seed=seed, maker=maker,
+        digest=_digest(make, datasets),
         rows=None if None in sizes or config.mix_strategy != "concat" else sum(size or 0 for size in sizes),
         row_tokens=first.samples.tokens / max(1, first.read.total()),
     )  # fmt: skip
     losses, ends = first.losses + apart.losses, first.ends + apart.ends
     make.check("dataset", Tokenised(samples=first.samples, sources=reports, losses=losses, ends=ends, bad_rows=Path()))
-    names = tuple(unique([each.name for each in found]))
+    names = tuple(unique([each.name for each in datasets]))
     evaluation = replace(apart.samples, set_names=names) if any(held) else None
     if eval_entries := sources(config.eval_dataset, "eval_dataset"):
         whole = make.tokenised("eval_dataset", eval_entries)
@@ -141,29 +142,29 @@ def open_stream(make: Making, seed: int) -> Streamed:
 class _Look:
     """The first rows of a data set: those that are evaluated on, and some that train."""
 
-    def __init__(self, make: Making, number: int, found: Found, held: int, limit: int | None) -> None:
-        reader = RowReader(number, found, 0, limit)
+    def __init__(self, make: Making, number: int, dataset: Dataset, held: int, limit: int | None) -> None:
+        reader = RowReader(number, dataset, 0, limit)
         rows = _taken(reader, held + LOOK_ROWS)
-        _taken(reader, _COUNT_ROWS if found.hub is None else 0)
+        _taken(reader, _COUNT_ROWS if dataset.hub is None else 0)
         self.rows = reader.taken - held if reader.ended() else None
         """How many there are to train on, where they were counted."""
         if self.rows is not None and self.rows < 1:
             what = f"{len(rows):,} records, and val_size holds {held:,}" if held else "0 records; the file is empty"
-            raise DataError(f"{found.spelling}: {what}; nothing is left to train on" if held else what)
+            raise DataError(f"{dataset.spelling}: {what}; nothing is left to train on" if held else what)
         self.held, self.train = rows[:held], rows[held:]
-        self.report = SourceReport(name=found.spelling)
-        self.chosen = self._choose(make, found, rows[:LOOKED_AT])
+        self.report = SourceReport(name=dataset.spelling)
+        self.chosen = self._choose(make, dataset, rows[:LOOKED_AT])
 
-    def _choose(self, make: Making, found: Found, rows: Sequence[StreamRow]) -> Chosen:
+    def _choose(self, make: Making, dataset: Dataset, rows: Sequence[StreamRow]) -> Chosen:
         readable = [each.row.data for each in rows if each.row.problem is None]
         if not readable:  # nothing to tell the format by
             self.report.rows = len(rows)
             for each in rows:
                 self.report.add_bad(Bad(each.place, "unreadable", each.row.problem or "", None))
             check_bad_rows(make.config, self.report)
-        chosen = make.formats.of(found, readable)
+        chosen = make.formats.of(dataset, readable)
         self.report.format, self.report.why, self.report.kind = chosen.name, chosen.why, chosen.format.kind
-        check_kind(chosen.format.kind, make.learns, make.stage, found.spelling)
+        check_kind(chosen.format.kind, make.learns, make.stage, dataset.spelling)
         return chosen
 
 
@@ -184,32 +185,32 @@ def _tokenised(maker: PieceMaker, reports: Sequence[SourceReport], rows: list[St
 
 def unstreamable(config: DataConfig, max_steps: int | None = 1, eval_strategy: str | bool = "no") -> list[DataError]:
     """What of a recipe does not go with data of unknown size, if they are streamed."""
-    found = []
+    sentences = []
     if config.streaming and 0 < config.val_size < 1:
-        found.append(
+        sentences.append(
             f"val_size: found {config.val_size}, a share of a stream, whose size is not known; allowed are a number of "
             "rows (the first ones), or eval_dataset"
         )
     if config.streaming and config.tokenized_path is not None:
-        found.append("tokenized_path: streaming keeps no tokens; leave it out, or set streaming: false")
+        sentences.append("tokenized_path: streaming keeps no tokens; leave it out, or set streaming: false")
     if config.streaming and config.dataset is None:
-        found.append("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
+        sentences.append("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
     if config.streaming and not max_steps:
-        found.append("max_steps: not given, but streaming does not know how many rows an epoch has; set max_steps")
+        sentences.append("max_steps: not given, but streaming does not know how many rows an epoch has; set max_steps")
     if config.streaming and eval_strategy == "epoch":
-        found.append(
+        sentences.append(
             "eval_strategy: found epoch, whose end streaming does not know; set eval_strategy: steps and eval_steps"
         )
-    return [DataError(sentence) for sentence in found]
+    return [DataError(sentence) for sentence in sentences]
 
 
 def shares(rows: int, sets: int, probabilities: Sequence[float] | None) -> list[int]:
     """How many of `rows` rows to evaluate on come from each data set: alike, or as they are drawn from."""
     parts = [1 / sets] * sets if probabilities is None else list(probabilities)
-    found = [int(rows * part + 1e-9) for part in parts]
-    for number in range(rows - sum(found)):
-        found[number] += 1
-    return found
+    counts = [int(rows * part + 1e-9) for part in parts]
+    for number in range(rows - sum(counts)):
+        counts[number] += 1
+    return counts
 
 
 def least(*limits: int | None) -> int | None:
@@ -217,20 +218,20 @@ def least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _digest(make: Making, found: Sequence[Found]) -> str:
+def _digest(make: Making, datasets: Sequence[Dataset]) -> str:
     content = [
-        [each.name, each.format, each.columns, each.tags, describe(each), make.formats.facts(each)] for each in found
+        [each.name, each.format, each.columns, each.tags, describe(each), make.formats.facts(each)] for each in datasets
     ]
     facts = json.dumps([_ORDER, make.facts(), content], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def describe(found: Found) -> list[Any]:
+def describe(dataset: Dataset) -> list[Any]:
     """What tells this data set from another without reading it whole: names, sizes and edges of its files."""
-    if found.hub is not None:
-        return [found.hub, found.subset, found.split, found.folder]
+    if dataset.hub is not None:
+        return [dataset.hub, dataset.subset, dataset.split, dataset.folder]
     described = []
-    for path in found.files:
+    for path in dataset.files:
         size = path.stat().st_size
         with path.open("rb") as file:
             digest = hashlib.sha256(file.read(_EDGE_BYTES))
@@ -245,6 +246,6 @@ def _notes(stream: Stream) -> tuple[str, ...]:
     order = "in the order of the files" if config.disable_shuffling else f"shuffled {config.buffer_size:,} at a time"
     size = f"{stream.rows:,} in all" if stream.rows is not None else "the numbers above are those of the first rows"
     notes = [f"streaming: rows are read and tokenised while the model trains, {order}; {size}"]
-    if any(each.num_samples is not None for each in stream.found):
+    if any(each.num_samples is not None for each in stream.datasets):
         notes.append("num_samples: streaming takes the first rows of a data set, not drawn ones")
     return tuple(notes)

@@ -22,7 +22,7 @@ class HubAccess:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Dataset:
     """A data set: where its rows are, and what is known of them before one is read."""
 
     spelling: str
@@ -52,7 +52,7 @@ class Found:
 
 def find(
     source: Source, base_dir: Path, dataset_dir: Path | str | None = None, access: HubAccess | None = None
-) -> Found:
+) -> Dataset:
     """Look `source` up: in `dataset_info.json`, among the files, else on the hub.
 
     A name that `dataset_info.json` holds is taken from there. What the recipe's own entry says wins over it.
@@ -78,7 +78,7 @@ def find(
         place = locate(where, base, own["split"] or known.get("split", source.split))
     except DataError as error:
         raise (error if entry is None else DataError(f"{spelling}, of dataset_info.json in {base}: {error}")) from None
-    return Found(
+    return Dataset(
         spelling=spelling,
         name=source.name or (spelling if entry is not None else _short(spelling)),
         files=() if isinstance(place, str) else tuple(place),
