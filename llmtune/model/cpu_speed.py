@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from llmtune.folders import cache_root
+from llmtune.folders import cache_root, write_durably
 from llmtune.model.sizes import ModelSizes
 
 BUDGET_S = 0.1
@@ -46,9 +46,7 @@ def cpu_speed(sizes: ModelSizes) -> CpuSpeed:
             known = _read(path)
             if key not in known:
                 known[key] = asdict(measure(*shape))
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
-                partial.replace(path)
+                write_durably(path, json.dumps(known, indent=1))
             return CpuSpeed(**known[key])
     except OSError:  # a cache that cannot be written to only costs the time of measuring again
         return measure(*shape)

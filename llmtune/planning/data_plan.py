@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import listed
+from llmtune.contract.errors import counted, listed
 from llmtune.contract.stages import Counts, learns_of
 from llmtune.data import prepare
 from llmtune.data.batch_loader import BatchLoader
@@ -84,7 +84,7 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
     units, rows = len(batches.units), batches.order.batch
     if units < rows:
         notes.append(
-            f"the data are {units} {batches.units.kind}{'' if units == 1 else 's'}, fewer than the {rows} of a step: "
+            f"the data are {counted(units, batches.units.kind)}, fewer than the {rows} of a step: "
             "every step learns from all of them, and an epoch is one step. Lower gradient_accumulation_steps or "
             "per_device_train_batch_size for more steps an epoch"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from llmtune.contract.errors import counted
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.stages import further_models
 
@@ -13,11 +14,6 @@ if TYPE_CHECKING:
     from llmtune.planning.data_plan import DataPlan
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.parts import Parts
-
-
-def counted(number: int, thing: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def model_lines(plan: ModelPlan, flat: bool) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from llmtune.recipe.free_keys import environment
 from llmtune.recipe.keys import CONFIGS, about_unknown, top_level_keys
 from llmtune.recipe.places import Places
 from llmtune.recipe.secrets import blank, blank_text, escaped
-from llmtune.recipe.text import RecipeText, not_finite, show, split
+from llmtune.recipe.text import RecipeText, leaves, show, split
 from llmtune.recipe.train_config import TrainConfig
 
 PATHS = (
@@ -104,7 +105,7 @@ def load_recipe(
     problems: list[LlmtuneError] = [*found.problems]
     strange = {key: about_unknown(key) for key in resolved if key not in known}
     problems += [places.error(key, said) for key, said in strange.items()]
-    for path in list(not_finite(resolved)):
+    for path in [path for path, value in leaves(resolved) if isinstance(value, float) and not math.isfinite(value)]:
         problems.append(places.error(show(path), "found a number that is not finite"))
         resolved.pop(str(path[0]), None)
     configs = []

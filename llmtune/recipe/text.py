@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -205,16 +204,13 @@ def plain(value: Any, origin: str, path: KeyPath = ()) -> Any:
     )
 
 
-def not_finite(tree: Any, path: KeyPath = ()) -> Iterable[KeyPath]:
-    """Paths of the numbers that are infinite or not a number."""
-    if isinstance(tree, float) and not math.isfinite(tree):
-        yield path
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from not_finite(value, (*path, key))
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            yield from not_finite(value, (*path, index))
+def leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value in plain values that is neither a mapping nor a list, with its path."""
+    if not isinstance(tree, (dict, list)):
+        yield path, tree
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from leaves(value, (*path, key))
 
 
 def show(path: KeyPath) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import CheckpointError, PlanError, PluginError, listed, raise_all
+from llmtune.contract.errors import CheckpointError, PlanError, PluginError, counted, listed, raise_all
 from llmtune.recipe.free_keys import FREE, SPLIT
 from llmtune.training.manifest import Manifest, read_manifest, verify
 from llmtune.training.origins import differences, judges
@@ -182,7 +182,7 @@ def check_batch(plan: Plan, manifest: Manifest) -> None:
     if changed and product != manifest.rows:
         raise CheckpointError(
             f"per_device_train_batch_size: the run was started with {manifest.rows} rows a step "
-            f"({manifest.ranks} rank{'' if manifest.ranks == 1 else 's'}), "
+            f"({counted(manifest.ranks, 'rank')}), "
             f"this recipe makes {product} (per_device_train_batch_size {train.per_device_train_batch_size} x "
             f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {plan.ranks.batch_ranks}); "
             "restore both keys, which then fit any number of ranks, or set them so that the product stays the same"
@@ -210,7 +210,7 @@ def with_rows(plan: Plan, rows: int) -> Plan:
         now = -(-rows // (micros * plan.ranks.batch_ranks))
     idle = max(0, plan.ranks.batch_ranks - rows)
     note = (
-        f"{key}: {before} -> {now} on {plan.ranks.size} rank{'' if plan.ranks.size == 1 else 's'}, "
+        f"{key}: {before} -> {now} on {counted(plan.ranks.size, 'rank')}, "
         f"so that a step still has the run's {rows} rows"
         + (f"; {idle} of the ranks have none and only hold their shard" if idle else "")
     )

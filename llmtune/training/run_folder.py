@@ -26,6 +26,7 @@ from llmtune.data.plot import plotting_problem
 from llmtune.folders import write_durably
 from llmtune.planning.decisions import decided
 from llmtune.recipe.secrets import hidden
+from llmtune.recipe.text import leaves, show
 from llmtune.training.lock import LOCK, PROBE, launcher
 from llmtune.training.step_folders import delete_all, published
 
@@ -125,23 +126,11 @@ def _inputs_inside(recipe: Recipe, folder: Path) -> Iterator[tuple[str, str]]:
     """(key, value) of what the recipe reads from inside of `folder`: the model, adapters, data, plugins' own files."""
     home = folder.resolve()
     given = {**recipe.resolved, "model": recipe.model.model}
-    for key, value in _texts({key: value for key, value in given.items() if key not in _OUTPUTS}):
-        for name in value.split(","):
+    for at, value in leaves({key: value for key, value in given.items() if key not in _OUTPUTS}):
+        for name in value.split(",") if isinstance(value, str) else ():
             path = Path(name.strip()).expanduser()
             if len(name) < 4096 and home in path.resolve().parents and path.exists():
-                yield key, name.strip()
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a tree of mappings and lists, with its dotted key."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _texts(inner, key)
+                yield show(at), name.strip()
 
 
 def clear(folder: Path) -> None:
