@@ -270,6 +270,13 @@ def test_an_attention_that_sees_no_bounds_is_refused_before_the_first_step(place
         check_isolation(objective, plan.device, packing=True)
 
 
+def test_the_rounding_of_bfloat16_is_no_leak(place: Path, tmp_path: Path) -> None:
+    """A row that is laid out differently gives states that differ in their last bits."""
+    plan, objective = running.build(keys_of(place, tmp_path / "run", packing=True, pure_bf16=True, flash_attn="sdpa"))
+    assert plan.module.dtype == torch.bfloat16 and plan.attention == "sdpa"
+    check_isolation(objective, plan.device, packing=True)
+
+
 def test_rows_are_joined_for_models_that_cannot_keep_documents_apart(chats: str, tmp_path: Path) -> None:
     """Recurrent models pretrain so. Kept apart they are refused."""
     from transformers import MambaConfig, MambaForCausalLM

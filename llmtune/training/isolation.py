@@ -30,23 +30,14 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
     Recurrent layers, convolutions, position schemes counted over the whole row and attention without a mask for
     document bounds all leak, and the loss curve does not show it.
     """
-    model: Any = objective.model
-    vocabulary = model.config.get_text_config().vocab_size
-    rng = np.random.default_rng(0)
-    one, other, second = (rng.integers(0, vocabulary, size) for size in (FIRST, FIRST, SECOND))
-    training = objective.training
-    objective.eval()
-    with torch.no_grad():
-        after_one = _rows(objective, [one, second], device)[FIRST:]
-        after_other = _rows(objective, [other, second], device)[FIRST:]
-        alone = _rows(objective, [second], device)
-    objective.train(training)
+    one, other, second = (_tokens(objective, size, seed) for seed, size in enumerate((FIRST, FIRST, SECOND)))
+    batches = [_end_to_end(documents) for documents in ([one, second], [other, second], [second])]
+    after_one, after_other, alone = (states[-SECOND:] for states in _hidden_states(objective, batches, device))
     size = alone.abs().max().clamp(min=1e-6)
     leak = ((after_one - after_other).abs().max() / size).item()
     shift = ((after_one - alone).abs().max() / size).item()
     # The first two run the same shapes, so rounding is alike; the third is laid out differently.
-    rounding = 1e-3 if alone.dtype == torch.float32 and objective.autocast is None else 5e-2
-    if leak > 1e-4 or shift > rounding:
+    if leak > 1e-4 or shift > _rounding(objective):
         found = f"a document's hidden states change by {max(leak, shift):.0e} of their size with what stands before it"
         fix = "set packing: false, or neat_packing: false" if packing else "leave packed_attention out of kernel_config"
         raise PlanError(f"packing: {type(objective.model).__name__} cannot keep documents apart ({found}); {fix}")
@@ -58,39 +49,49 @@ def check_split(objective: Objective, ranks: Ranks, device: torch.device) -> Non
     Recurrent layers, convolutions and attention that does not go through transformers' AttentionInterface mix tokens
     where no exchange takes place; the loss curve does not show it.
     """
-    model: Any = objective.model
     size = ranks.dims.context
-    tokens = torch.randint(
-        0, model.config.get_text_config().vocab_size, (8 * size,), generator=torch.Generator().manual_seed(0)
-    ).numpy()
+    tokens = _tokens(objective, 8 * size, 0)
     bounds = (0, 3 * size + 1, 5 * size, 8 * size)  # documents reach across the cuts between pieces
-    documents = [tokens[start:stop] for start, stop in itertools.pairwise(bounds)]
-    whole = collate([(ids, ids >= 0) for ids in documents], flat=True, pad_id=0)
-    training = objective.training
-    objective.eval()
-    with torch.no_grad():
-        states = [hidden_states(objective, batch, device) for batch in (whole, split_row(whole, ranks))]
-    objective.train(training)
-    expected, found = states[0][8 * ranks.context_rank :][:8], states[1]
+    whole = _end_to_end([tokens[start:stop] for start, stop in itertools.pairwise(bounds)])
+    states, found = _hidden_states(objective, [whole, split_row(whole, ranks)], device)
+    expected = states[8 * ranks.context_rank :][:8]
     error = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
     dist.all_reduce(error, dist.ReduceOp.MAX)
-    rounding = 1e-3 if model.dtype == torch.float32 and objective.autocast is None else 5e-2
-    if not error.item() <= rounding:
+    if not error.item() <= _rounding(objective):
         raise PlanError(
-            f"dist_config: cp_size is {size}, but {type(model).__name__} mixes tokens outside of attention (hidden "
-            f"states change by {error.item():.0e} of their size when a row is split); set cp_size: 1"
+            f"dist_config: cp_size is {size}, but {type(objective.model).__name__} mixes tokens outside of attention "
+            f"(hidden states change by {error.item():.0e} of their size when a row is split); set cp_size: 1"
         )
 
 
-def _rows(objective: Objective, documents: list[np.ndarray], device: torch.device) -> Tensor:
-    samples = [(ids.astype(np.int32), np.ones(len(ids), dtype=bool)) for ids in documents]
-    return hidden_states(objective, collate(samples, flat=True, pad_id=0), device)
-
-
-def hidden_states(objective: Objective, batch: Batch, device: torch.device) -> Tensor:
-    """The backbone's last states (T, D) of a batch of one row, in float32."""
+def _rounding(objective: Objective) -> float:
+    """How far results of differently laid out rows may lie apart, as a share of their size."""
     model: Any = objective.model
-    result = objective(lambda: model.base_model(**to_device(batch, device).model_inputs()))
-    # A few models are their own base model, whose result is logits.
-    states = result.last_hidden_state if hasattr(result, "last_hidden_state") else result.logits
-    return states[0].float()
+    return 1e-3 if model.dtype == torch.float32 and objective.autocast is None else 5e-2
+
+
+def _tokens(objective: Objective, count: int, seed: int) -> np.ndarray:
+    model: Any = objective.model
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, model.config.get_text_config().vocab_size, count, dtype=np.int32)
+
+
+def _end_to_end(documents: list[np.ndarray]) -> Batch:
+    return collate([(ids, ids >= 0) for ids in documents], flat=True, pad_id=0)
+
+
+def _hidden_states(objective: Objective, batches: list[Batch], device: torch.device) -> list[Tensor]:
+    """The backbone's last states (T, D) of batches of one row, in float32, without dropout and gradients."""
+    model: Any = objective.model
+    training = objective.training
+    objective.eval()
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            inputs = to_device(batch, device).model_inputs()
+            result = objective(lambda inputs=inputs: model.base_model(**inputs))
+            # A few models are their own base model, whose result is logits.
+            states = result.last_hidden_state if hasattr(result, "last_hidden_state") else result.logits
+            found.append(states[0].float())
+    objective.train(training)
+    return found
