@@ -16,7 +16,6 @@ from llmtune.cli.commands import parser
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.schema import field_types
 from llmtune.data.config import Source
-from llmtune.model.generation import GenerateConfig
 from llmtune.recipe.foreign_keys import foreign_keys
 from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.registry import Registry
@@ -114,7 +113,9 @@ def keys_of_blocks() -> dict[str, set[str]]:
 def test_keys_are_keys_of_recipes(page: Path) -> None:
     """`key: value`, and `block.key`, as a recipe has them."""
     blocks = keys_of_blocks()
-    known = {*OTHERS, *top_level_keys(), *field_types(Source), *field_types(GenerateConfig)}.union(*blocks.values())
+    known = {*OTHERS, *top_level_keys(), *field_types(Source), *field_types(llmtune.GenerateConfig)}.union(
+        *blocks.values()
+    )
     if page.name == "migration.md":
         known |= set(foreign_keys())
     written = [found[1] for word in code_of(page) if (found := re.match(r"([a-z]\w+_\w+): ", word))]
@@ -137,7 +138,7 @@ def options_of(command: argparse.ArgumentParser) -> Mapping[str, set[str]]:
 
 @pages
 def test_commands_have_the_options_and_keys_that_are_written(page: Path) -> None:
-    options, keys = options_of(parser()), {*top_level_keys(), *field_types(GenerateConfig)}
+    options, keys = options_of(parser()), {*top_level_keys(), *field_types(llmtune.GenerateConfig)}
     blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     for line in [*(line for block in blocks for line in block.splitlines()), *code_of(page)]:
         if command := re.match(r"llmtune ([a-z]+)\b", line):
