@@ -9,27 +9,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import DataError
-from llmtune.data.reading.rows import Parsed, Position, Row
+from llmtune.data.reading.rows import Row
 from llmtune.data.reading.tables import without_nulls
 
 if TYPE_CHECKING:
     from llmtune.data.reading.dataset import Dataset
 
 
-def hub_chunks(dataset: Dataset, start: Position, rows: int, *, streaming: bool = False) -> Iterator[Parsed]:
-    """Rows of a hub data set, downloaded whole, or as they come where `streaming`."""
-    origin, number, kept = f"hub:{dataset.hub}:row ", 0, []
+def hub_rows(dataset: Dataset, before: int, *, streaming: bool = False) -> Iterator[Row]:
+    """Rows of a hub data set after the first `before`, downloaded whole, or as they come where `streaming`."""
     table: Any = load(dataset, streaming)
-    if start.before:
-        table, number = table.skip(start.before), start.before
-    for data in table:
-        number += 1
-        kept.append(Row(without_nulls(data), number))
-        if len(kept) == rows:
-            yield Parsed(origin, Position(0, 0, number), kept)
-            kept = []
-    if kept:
-        yield Parsed(origin, Position(1), kept)
+    for number, data in enumerate(table.skip(before) if before else table, start=before + 1):
+        yield Row(without_nulls(data), number)
 
 
 def hub_content(dataset: Dataset) -> str:

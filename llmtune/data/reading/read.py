@@ -11,10 +11,10 @@ from llmtune.contract.errors import DataError
 from llmtune.data.reading.arrays import array_rows
 from llmtune.data.reading.dataset import Dataset
 from llmtune.data.reading.files import COMPRESSED, check_encoding, kind_of, opened
-from llmtune.data.reading.hub import hub_chunks
+from llmtune.data.reading.hub import hub_rows
 from llmtune.data.reading.lines import line_chunks
 from llmtune.data.reading.rows import Chunk, Parsed, Position, Row
-from llmtune.data.reading.tables import SEPARATORS, arrow_chunks, csv_chunks, parquet_chunks, separator_of
+from llmtune.data.reading.tables import SEPARATORS, arrow_chunks, csv_rows, parquet_chunks, separator_of
 
 CHUNK_ROWS = 1000
 _HEAD_BYTES = 2**16
@@ -34,7 +34,8 @@ def chunks(
     start = start or Position()
     if dataset.hub is not None:
         if not start.file:
-            yield from hub_chunks(dataset, start, rows, streaming=streaming)
+            each = hub_rows(dataset, start.before, streaming=streaming)
+            yield from _in_chunks(f"hub:{dataset.hub}:row ", each, start, rows)
         return
     for number, path in enumerate(dataset.files):
         if number < start.file:
@@ -83,7 +84,7 @@ def _file_chunks(path: Path, start: Position, rows: int) -> Iterator[Chunk]:
     check_encoding(path, head)
     with opened(path) as file:
         if kind == "csv":
-            yield from csv_chunks(path, file, start, rows, separator_of(path, head))
+            yield from _in_chunks(f"{path}:", csv_rows(path, file, separator_of(path, head)), start, rows)
             return
         begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         # A file may hold an array or lines, whatever its ending says.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO
 
 from llmtune.contract.errors import DataError
 from llmtune.data.reading.files import COMPRESSED, opened
-from llmtune.data.reading.rows import Parsed, Position, Row, excerpt
+from llmtune.data.reading.rows import Position, Row, excerpt
 
 
 @dataclass(frozen=True)
@@ -148,35 +149,33 @@ def _share_that_fits(text: str, sign: str) -> float:
     return sizes.count(sizes[0]) / len(sizes)
 
 
-def csv_chunks(path: Path, file: BinaryIO, start: Position, rows: int, separator: str) -> Iterator[Parsed]:
+_ESCAPED = re.compile("[\udc80-\udcff]")
+"""What `surrogateescape` makes of bytes that are no UTF-8."""
+
+
+def csv_rows(path: Path, file: BinaryIO, separator: str) -> Iterator[Row]:
     """Rows of a CSV file with a line of column names. All values are text; empty stays empty."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 kB, is less than a long document
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=separator, strict=True)
-    columns = _column_names(path, reader)
-    kept: list[Row] = []
-    while True:
+    columns = _column_names(path, _values(path, reader) or [])
+    line = reader.line_num + 1
+    while (values := _values(path, reader)) is not None:
+        if values:  # a blank line has none
+            yield _csv_row(path, line, columns, values)
         line = reader.line_num + 1
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}:{line}: not CSV ({error}); is a quote not closed?") from None
-        if values is None:
-            break
-        if values and line > start.before:  # a blank line has no values
-            kept.append(_csv_row(path, line, columns, values))
-        if len(kept) == rows:
-            yield Parsed(f"{path}:", start._replace(before=reader.line_num), kept)
-            kept = []
-    if kept:
-        yield Parsed(f"{path}:", Position(start.file + 1), kept)
 
 
-def _column_names(path: Path, reader: Iterator[list[str]]) -> list[str]:
+def _values(path: Path, reader: Any) -> list[str] | None:
+    """The values of the next row; None at the end."""
+    line = reader.line_num + 1
     try:
-        columns = next(reader, [])
+        return next(reader, None)
     except csv.Error as error:
-        raise DataError(f"{path}:1: not CSV ({error}); is a quote not closed?") from None
+        raise DataError(f"{path}:{line}: not CSV ({error}); is a quote not closed?") from None
+
+
+def _column_names(path: Path, columns: list[str]) -> list[str]:
     if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
         raise DataError(f"{path}:1: column names are empty or come twice ({', '.join(columns)}); mend the first line")
     if len(columns) == 1 and "|" in columns[0]:
@@ -190,14 +189,8 @@ def _csv_row(path: Path, line: int, columns: list[str], values: list[str]) -> Ro
         what = f"has {len(values)} values, the first line names {len(columns)} columns ({', '.join(columns)})"
         return Row(None, line, f"{path}:{line}: {what}")
     for column, value in zip(columns, values, strict=True):
-        at = next((at for at, sign in enumerate(value) if 0xDC80 <= ord(sign) <= 0xDCFF), None)
-        if at is not None:
-            shown = excerpt("".join("\ufffd" if 0xDC80 <= ord(sign) <= 0xDCFF else sign for sign in value), at)
-            byte = ord(value[at]) - 0xDC00
-            return Row(
-                None,
-                line,
-                f'{path}:{line}: byte 0x{byte:02x} in the column "{column}" is not UTF-8; save the file as UTF-8. '
-                f"Found {shown}",
-            )
+        if escaped := _ESCAPED.search(value):
+            byte = f'byte 0x{ord(escaped[0]) - 0xDC00:02x} in the column "{column}"'
+            shown = excerpt(_ESCAPED.sub("\ufffd", value), escaped.start())
+            return Row(None, line, f"{path}:{line}: {byte} is not UTF-8; save the file as UTF-8. Found {shown}")
     return Row(dict(zip(columns, values, strict=True)), line)
