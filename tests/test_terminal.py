@@ -74,6 +74,13 @@ def test_a_plan_fits_and_says_the_same_in_a_pipe(tiny_llama: str, chats: str, tm
     assert "Fits: " in screen.text
 
 
+def test_what_is_said_of_data_fits(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(recipe(tiny_llama, chats, Path("run"))))
+    for arguments in (["stats", "small.json"], ["check", chats]):
+        screen = on_terminal(["-m", "llmtune", "data", *arguments], folder=tmp_path)
+        assert screen.code == 0 and screen.lines == screen.unbroken, screen.text
+
+
 def test_an_error_fits(tmp_path: Path) -> None:
     screen = on_terminal(["-m", "llmtune", "train", "absent.yaml"], columns=60, folder=tmp_path)
     assert screen.code == 2 and screen.lines == screen.unbroken and len(screen.lines) > 1
