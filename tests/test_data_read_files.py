@@ -133,6 +133,12 @@ def test_arrays_read_by_blocks_of_any_size_are_what_json_loads(rows: list[Any], 
         arrays._BLOCK_BYTES = whole
 
 
+def test_numbers_of_arrays_are_those_that_json_reads(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"a": 12345678901234567890123}, {"a": -Infinity}, {"a": NaN}]')
+    large, infinite, nan = (row.data["a"] for row in found_rows(tmp_path / "a.json"))
+    assert (large, infinite) == (12345678901234567890123, float("-inf")) and nan != nan
+
+
 def test_a_text_file_gives_a_row_a_line_with_its_own_number(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one  \n\n  zwei é\r\nthree".encode())
     assert found_rows(tmp_path / "a.txt") == [

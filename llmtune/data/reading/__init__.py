@@ -8,14 +8,5 @@ from llmtune.data.reading.read import chunks, first_rows, separated
 from llmtune.data.reading.rows import Chunk, Position, Row
 
 __all__ = [
-    "Chunk",
-    "Dataset",
-    "HubAccess",
-    "Position",
-    "Row",
-    "chunks",
-    "content_key",
-    "find",
-    "first_rows",
-    "separated",
-]
+    "Chunk", "Dataset", "HubAccess", "Position", "Row", "chunks", "content_key", "find", "first_rows", "separated",
+]  # fmt: skip

@@ -6,7 +6,7 @@ https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,20 @@ from llmtune.contract.errors import DataError, did_you_mean, listed
 
 FILE = "dataset_info.json"
 _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_KEYS = (
-    *_PLACES, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags",
-)  # fmt: skip
+_ALWAYS = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag")}
 _COLUMNS = {
     "alpaca": {
-        "prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
-        "tools": "tools", "chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag",
+        "prompt": "instruction", "query": "input", "response": "output", "history": "history", **_ALWAYS,
     },
-    "sharegpt": {
-        "messages": "conversations", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
-        "kto_tag": "kto_tag",
-    },
-    "openai": {
-        "messages": "messages", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
-        "kto_tag": "kto_tag",
-    },
+    "sharegpt": {"messages": "conversations", **_ALWAYS},
+    "openai": {"messages": "messages", **_ALWAYS},
 }  # fmt: skip
 """What the registry calls a column, and what the format here does."""
 _TYPES = {
     **dict.fromkeys((*_PLACES, "formatting", "subset", "split", "folder"), str),
     "ranking": bool, "num_samples": int, "columns": dict, "tags": dict,
 }  # fmt: skip
+"""All keys of an entry."""
 _NAMES = {str: "a text", bool: "true or false", int: "a whole number", dict: "an object of names"}
 _MEDIA = ("images", "videos", "audios")
 _TAGS = (
@@ -93,10 +85,9 @@ def _read(file: Path, asked: bool) -> dict[str, Any]:
 
 def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
     where = f"{file}: {name}"
-    strange = [key for key in entry if key not in _KEYS]
-    if strange:
-        near = did_you_mean(strange[0], _KEYS)
-        raise DataError(f'{where} has the key "{strange[0]}", which is unknown.{near} Known: {listed(_KEYS, 20)}')
+    if strange := [key for key in entry if key not in _TYPES]:
+        near = did_you_mean(strange[0], _TYPES)
+        raise DataError(f'{where} has the key "{strange[0]}", which is unknown.{near} Known: {listed(_TYPES, 20)}')
     for key, kind in _TYPES.items():
         if not isinstance(entry.get(key), kind | None):
             raise DataError(f"{where}: {key} is {json.dumps(entry[key])}, allowed is {_NAMES[kind]}")
@@ -111,7 +102,7 @@ def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
         "split": entry.get("split") or "train",
         "subset": entry.get("subset"),
         "num_samples": entry.get("num_samples"),
-        "tags": _tags(entry.get("tags"), where),
+        "tags": _names(entry.get("tags"), _TAGS, f"{where}: tags"),
         **_columns(entry.get("columns"), formatting, where),
     }
     if facts["ranking"]:
@@ -146,17 +137,14 @@ def _columns(columns: Any, formatting: str, where: str) -> dict[str, Any]:
     if columns is None:
         return {"columns": {}, "exclusive": False}
     known = _COLUMNS[formatting]
-    named = {key: value for key, value in columns.items() if value is not None}
-    strange = [key for key in named if key not in known and key not in _MEDIA]
-    if strange:
-        near = did_you_mean(strange[0], known)
-        raise DataError(f'{where}: columns has "{strange[0]}".{near} Allowed for {formatting}: {listed(known, 12)}')
+    named = _names(columns, (*known, *_MEDIA), f"{where}: columns")
     return {"columns": {known.get(key, key): value for key, value in named.items()}, "exclusive": True}
 
 
-def _tags(tags: Any, where: str) -> dict[str, str]:
-    given = {key: value for key, value in (tags or {}).items() if value is not None}
-    if strange := [key for key in given if key not in _TAGS]:
-        near = did_you_mean(strange[0], _TAGS)
-        raise DataError(f'{where}: tags has "{strange[0]}".{near} Allowed: {listed(_TAGS, 12)}')
+def _names(names: Mapping[str, str | None] | None, known: Sequence[str], where: str) -> dict[str, str]:
+    """The names that are given, without nulls. DataError for one of something that is not `known`."""
+    given = {key: value for key, value in (names or {}).items() if value is not None}
+    if strange := [key for key in given if key not in known]:
+        near = did_you_mean(strange[0], known)
+        raise DataError(f'{where} has "{strange[0]}".{near} Allowed: {listed(known, 12)}')
     return given
