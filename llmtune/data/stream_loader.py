@@ -143,7 +143,7 @@ class StreamLoader(BatchLoader):
         """Start the processes that tokenise; best before this one joins others."""
         if not self._reading:
             count = self.stream.config.preprocessing_num_workers or rank_workers()
-            reports = [SourceReport(name=found.spelling) for found in self.stream.datasets]
+            reports = [SourceReport(name=dataset.spelling) for dataset in self.stream.datasets]
             self._reading.append(Reading(pool=WorkerPool(self.stream.maker, count), reports=reports))
 
     def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None, bad_rows: Path | None = None) -> None:
