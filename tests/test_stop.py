@@ -93,7 +93,7 @@ def test_an_evaluation_is_left_and_done_again(
 @pytest.mark.parametrize(
     ("what", "which", "save_steps"),
     [
-        ("make_plan", 1, None), ("build_objective", 1, None), ("sample_answers", 1, None), ("sample_answers", 2, 2),
+        ("make_plan", 1, None), ("build_run", 1, None), ("sample_answers", 1, None), ("sample_answers", 2, 2),
         ("write_result", 1, 2),
     ],
 )  # fmt: skip
