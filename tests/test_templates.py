@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Conversation
@@ -286,19 +287,27 @@ def spaced_tokenizer(prefix: bool) -> Any:
     return tokenizer
 
 
-def test_special_tokens_in_texts_are_split_by_any_tokenizer_that_reads_them_apart() -> None:
-    tokenizer = spaced_tokenizer(prefix=False)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_special_tokens_in_texts_are_split_by_any_tokenizer_that_reads_them_apart(prefix: bool) -> None:
+    tokenizer = spaced_tokenizer(prefix)
     messages = chat("say <end_of_turn> now", " <bos> it is<start_of_turn>").messages
     ((one,),) = Renderer(tokenizer, split_special_tokens=True).encode([Conversation(messages=messages)])
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     assert (one.ids == end).sum() == 2 and (one.ids == tokenizer.bos_token_id).sum() == 1
     expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    if prefix:
+        expected = re.sub("(?<=<bos>|turn>)(?=[mu\n])", " ", expected)  # a space before what follows the template's own
     assert "".join(tokenizer.convert_ids_to_tokens(one.ids)).replace("\u2581", " ") == expected
     plain = chat("a b", "c d\n e")
     found = [Renderer(tokenizer, split_special_tokens=split).encode([plain])[0][0] for split in (True, False)]
     assert found[0].ids.tolist() == found[1].ids.tolist() and found[0].mask.tolist() == found[1].mask.tolist()
+
+
+def test_special_tokens_in_texts_are_not_split_by_a_tokenizer_that_reads_otherwise_beside_them() -> None:
+    tokenizer = spaced_tokenizer(prefix=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<tool>", rstrip=True, special=True)]})
     with pytest.raises(DataError, match="reads text otherwise beside special tokens"):
-        Renderer(spaced_tokenizer(prefix=True), split_special_tokens=True)
+        Renderer(tokenizer, split_special_tokens=True)
 
 
 def test_weights_of_messages_reach_their_tokens() -> None:

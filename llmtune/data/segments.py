@@ -1,16 +1,17 @@
 """Tokenising renderings, and finding which tokens belong to a stretch of the text.
 
-Special tokens split a text before anything else looks at it, so that what stands between two of them has the same ids
-whatever surrounds it. Where that holds (byte-level tokenizers without special tokens that swallow spaces, checked on
-the first texts), pieces that come again, such as a system message, are tokenised once, and offsets are not needed: that
-is a third of the work. Elsewhere whole texts are tokenised with their offsets.
+Special tokens split a text before anything else looks at it, so that what stands between two of them mostly has the
+same ids whatever surrounds it. Where that holds, which is tried with each tokenizer, texts are tokenised in the pieces
+between special tokens: one that comes again, such as a system message, is tokenised once, offsets hardly needed.
+Elsewhere a text is one piece.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from itertools import pairwise
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,15 @@ from llmtune.data.literal import Literal
 from llmtune.data.turns import Special
 
 _PROVED = 8
-"""Texts that are tokenised both ways before pieces are trusted."""
-_SHORT, _KEPT = 256, 4096
-"""Characters of a piece, and pieces, that are remembered."""
-
-_OTHERWISE = (
-    "split_special_tokens: found true, but {} of this model reads text otherwise beside special tokens; set "
-    "split_special_tokens: false"
-)
+"""Texts that are tokenised whole, too, before pieces are trusted."""
 _PROBES = ("a", " a", "a ", "\n", "\n\n a", "Hello there.", "  b\n", "\t", "é 日本", "<b> 1,2")
 
 Spans = Sequence[tuple[int, int]]
 """(start, stop) characters of a text."""
 Found = tuple[np.ndarray, list[tuple[int, int]]]
 """(tokens,) int32 of a text, and for each of its spans the tokens (first, stop) that share a character with it."""
+Bound = tuple[int, str]
+"""Where a span starts or stops: the number of a piece, and what of the piece stands before."""
 
 
 class Segments:
@@ -46,160 +42,105 @@ class Segments:
             DataError: it is asked for, and this tokenizer's ids depend on what stands beyond special tokens.
         """
         self.tokenizer, self.special, self.literal = tokenizer, special, literal
-        self.ids_of = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
-        self._proved, self._sound = 0, _splits_cleanly(tokenizer)
-        self._known: dict[str, list[int]] = {}
-        if literal is not None and not self._sound:
-            self._sound = _reads_apart(tokenizer, special)
-        if literal is not None and not self._sound:
-            raise DataError(_OTHERWISE.format(type(tokenizer).__name__))
+        self._marks = dict(zip(special.strings, self._tokens(special.strings), strict=True))
+        self._unproved = _PROVED
+        self._apart = self._reads_apart()
+        self._check()
 
     def encode(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[Found]:
         """Tokenise `texts`, and find the tokens of the `spans` of each."""
-        results: list[Found | None] = [None] * len(texts)
-        if self._sound:
-            results = self._by_pieces(texts, spans)
-        trial = [
-            at for at, text in enumerate(texts[: max(0, _PROVED - self._proved)]) if self._sound and self._plain(text)
-        ]
-        whole = sorted({*trial, *(at for at, result in enumerate(results) if result is None)})
-        for at, found in zip(
-            whole, self._by_offsets([texts[at] for at in whole], [spans[at] for at in whole]), strict=True
-        ):
-            piecewise = results[at]
-            if piecewise is not None and not (np.array_equal(piecewise[0], found[0]) and piecewise[1] == found[1]):
-                if self.literal is not None:
-                    raise DataError(_OTHERWISE.format(type(self.tokenizer).__name__))
-                self._sound = False
-                return self.encode(texts, spans)
-            results[at] = found
-        self._proved += len(trial)
-        return [result for result in results if result is not None]
-
-    def _plain(self, text: str) -> bool:
-        return self.literal is None or self.literal.restored(text) == text
-
-    def _by_pieces(self, texts: Sequence[str], spans: Sequence[Spans]) -> list[Found | None]:
-        split = [[(match.start(), match.end()) for match in self.special.pattern.finditer(text)] for text in texts]
-        pieces = [self._pieces(text, marks) for text, marks in zip(texts, split, strict=True)]
-        heads = [self._heads(text, marks, wanted) for text, marks, wanted in zip(texts, split, spans, strict=True)]
-        missing = list(dict.fromkeys(
-            piece for group in (*pieces, *(found.values() for found in heads if found)) for piece in group
-            if piece not in self._known and piece not in self.ids_of
-        ))  # fmt: skip
-        ids_of = dict(zip(missing, self._ids(missing), strict=True))
-        if len(self._known) < _KEPT:
-            self._known |= {piece: ids for piece, ids in ids_of.items() if len(piece) <= _SHORT}
-        return [
-            None if found is None else self._joined(text, group, found, wanted, ids_of)
-            for text, group, found, wanted in zip(texts, pieces, heads, spans, strict=True)
-        ]
-
-    def _ids(self, pieces: Sequence[str]) -> list[list[int]]:
-        backend = self.tokenizer.backend_tokenizer
-        if self.literal is None:
-            return [each.ids for each in backend.encode_batch_fast(pieces, add_special_tokens=False)]
-        before, backend.encode_special_tokens = backend.encode_special_tokens, True
-        try:
-            texts = [self.literal.restored(piece) for piece in pieces]
-            return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        finally:
-            backend.encode_special_tokens = before
-
-    def _pieces(self, text: str, marks: list[tuple[int, int]]) -> list[str]:
-        """The text, cut before and after each special token."""
-        bounds = [0, *(bound for mark in marks for bound in mark), len(text)]
-        return [text[start:stop] for start, stop in pairwise(bounds) if stop > start]
-
-    def _heads(self, text: str, marks: list[tuple[int, int]], spans: Spans) -> dict[int, str] | None:
-        """For each bound of a span inside a piece, the part of the piece before it."""
-        edges = {0, len(text), *(bound for mark in marks for bound in mark)}
-        found = {}
-        for bound in (bound for span in spans for bound in span):
-            if bound not in edges:
-                begin = max(edge for edge in edges if edge < bound)
-                found[bound] = text[begin:bound]
-        return found
-
-    def _joined(
-        self, text: str, pieces: list[str], heads: dict[int, str], spans: Spans, new: dict[str, list[int]]
-    ) -> Found | None:
-        """All ids, and the tokens of the spans; None where a bound falls inside a token."""
-        ids: list[int] = []
-        at_bound = {0: 0}
-        place, waiting = 0, sorted(heads)
-        for piece in pieces:
-            own = [self.ids_of[piece]] if piece in self.ids_of else new.get(piece) or self._known.get(piece) or []
-            while waiting and waiting[0] < place + len(piece):
-                bound = waiting.pop(0)
-                head = heads[bound]
-                part = new.get(head) or self._known.get(head) or []
-                if own[: len(part)] != part:
-                    if self.literal is None:
-                        return None
-                    own = part + self._ids([text[bound : place + len(piece)]])[0]  # a turn begins with a token
-                at_bound[bound] = len(ids) + len(part)
-            ids += own
-            place += len(piece)
-            at_bound[place] = len(ids)
-        return np.array(ids, np.int32), [(at_bound[start], at_bound[stop]) for start, stop in spans]
-
-    def _by_offsets(
-        self, texts: Sequence[str], spans: Sequence[Spans]
-    ) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
-        if not texts:
-            return []
-        # The template writes BOS itself where there is one, so none is added here.
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        results = []
-        for ids, pairs, wanted in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
-            offsets = np.array(pairs, np.int64).reshape(-1, 2)
-            found = [
-                (int(np.searchsorted(offsets[:, 1], start, "right")), int(np.searchsorted(offsets[:, 0], stop, "left")))
-                for start, stop in wanted
-            ]
-            results.append((np.array(ids, np.int32), found))
+        cut = [self._pieces(text) for text in texts]
+        bounds = [_bounds(pieces, wanted) for pieces, wanted in zip(cut, spans, strict=True)]
+        new = {piece: None for pieces in cut for piece in pieces}
+        if self._apart:
+            new |= {head: None for found in bounds for _, head in found}
+        asked = [piece for piece in new if piece not in self._marks]
+        tokens = self._marks | dict(zip(asked, self._tokens(asked, literal=True, offsets=not self._apart), strict=True))
+        results = [self._joined(pieces, found, tokens) for pieces, found in zip(cut, bounds, strict=True)]
+        if self._apart and self._unproved:
+            trial = [at for at, text in enumerate(texts) if self._restored(text) == text][: self._unproved]
+            self._unproved -= len(trial)
+            whole = self._tokens([texts[at] for at in trial])
+            self._apart = all(results[at][0].tolist() == one.ids for at, one in zip(trial, whole, strict=True))
+            self._check()
+            return results if self._apart else self.encode(texts, spans)
         return results
 
+    def _check(self) -> None:
+        if self.literal is not None and not self._apart:
+            raise DataError(
+                f"split_special_tokens: found true, but {type(self.tokenizer).__name__} of this model reads text "
+                "otherwise beside special tokens; set split_special_tokens: false"
+            )
 
-def _splits_cleanly(tokenizer: Any) -> bool:
-    """Whether ids between special tokens depend on nothing outside, as far as the tokenizer's parts tell."""
-    backend = tokenizer.backend_tokenizer
-    spelt = json.loads(backend.to_str())
-    whole = all(
-        str(token).strip() and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
-        for token in tokenizer.added_tokens_decoder.values()
-    )
-    pre = spelt["pre_tokenizer"] or {}
-    names = {pre.get("type"), *(each["type"] for each in pre.get("pretokenizers", ()))}
-    plain = spelt["normalizer"] is None or spelt["normalizer"]["type"] in ("NFC", "NFKC")
-    return whole and plain and "ByteLevel" in names and names <= {"ByteLevel", "Split", "Digits", "Sequence"}
+    def _tokens(self, pieces: Sequence[str], *, literal: bool = False, offsets: bool = False) -> Sequence[Any]:
+        """The `tokenizers.Encoding` of each, with `offsets` or without, which is quicker.
+
+        With `literal`, special tokens in them are plain text where that is asked for. The template writes BOS itself
+        where there is one, so none is added here.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding(), backend.no_truncation()  # whoever used the tokenizer last may have left them on
+        backend.encode_special_tokens = literal and self.literal is not None
+        try:
+            encode = backend.encode_batch if offsets else backend.encode_batch_fast
+            return encode([self._restored(piece) for piece in pieces], add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = False
+
+    def _restored(self, text: str) -> str:
+        return text if self.literal is None else self.literal.restored(text)
+
+    def _pieces(self, text: str) -> list[str]:
+        """The text, cut before and after each special token where they keep its parts apart."""
+        if not self._apart:
+            return [text]
+        marks = (bound for mark in self.special.pattern.finditer(text) for bound in mark.span())
+        return [text[start:stop] for start, stop in pairwise((0, *marks, len(text))) if stop > start] or [text]
+
+    def _joined(self, pieces: Sequence[str], bounds: Sequence[Bound], tokens: Mapping[str, Any]) -> Found:
+        """All ids of a text, and the tokens between each two of the bounds."""
+        own = [tokens[piece].ids for piece in pieces]
+        counts = list(accumulate(map(len, own), initial=0))
+        edges, offsets = [], {}
+        for number, (at, head) in enumerate(bounds):
+            before = tokens[head].ids if self._apart else None
+            if before is not None and own[at][: len(before)] == before and self.tokenizer.unk_token_id not in before:
+                edges.append(counts[at] + len(before))
+                continue
+            if at not in offsets:  # a bound may fall inside a token, which is then the span's
+                piece = pieces[at]
+                (whole,) = self._tokens([piece], literal=True, offsets=True) if self._apart else [tokens[piece]]
+                offsets[at] = whole.offsets
+            bisect, side = (bisect_left, 0) if number % 2 else (bisect_right, 1)
+            edges.append(counts[at] + bisect(offsets[at], len(self._restored(head)), key=itemgetter(side)))
+        ids = np.fromiter(chain.from_iterable(own), np.int32, counts[-1])
+        return ids, list(zip(edges[::2], edges[1::2], strict=True))
+
+    def _reads_apart(self) -> bool:
+        """Whether some texts have the ids between special tokens that they have alone.
+
+        So it is with most, and not where special tokens swallow spaces, or where only the very beginning of a text has
+        a space put before it.
+        """
+        added = self.tokenizer.added_tokens_decoder.values()
+        if any(text.lstrip or text.rstrip or text.single_word or text.normalized for text in added):
+            return False
+        marks = self.special.strings[:2]
+        alone = self._tokens(_PROBES)
+        return bool(marks) and all(
+            self._tokens([mark + probe + mark])[0].ids == [*self._marks[mark].ids, *one.ids, *self._marks[mark].ids]
+            for mark in marks
+            for probe, one in zip(_PROBES, alone, strict=True)
+        )
 
 
-def _reads_apart(tokenizer: Any, special: Special) -> bool:
-    """Whether some texts have the ids between special tokens that they have alone, whatever the tokenizer's parts are.
-
-    So it is with Gemma's, and not with those that put a space before a text, as Llama 2's does.
-    """
-    marks = {str(text): token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
-    if any(text.lstrip or text.rstrip or text.single_word for text in tokenizer.added_tokens_decoder.values()):
-        return False
-
-    def alone(text: str) -> list[int]:
-        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-    if alone("\na") != [*alone("\n"), *alone("a")]:
-        return False  # something is put before each text
-    for mark in [text for text in special.strings if text in marks][:2]:
-        for probe in _PROBES:
-            whole = tokenizer(mark + probe + mark, add_special_tokens=False, verbose=False)["input_ids"]
-            if whole != [marks[mark], *alone(probe), marks[mark]]:
-                return False
-    return bool(marks)
+def _bounds(pieces: Sequence[str], spans: Spans) -> list[Bound]:
+    """The start and the stop of each span, in turn."""
+    places = list(accumulate(map(len, pieces), initial=0))
+    found = []
+    for start, stop in spans:
+        for bound, at in ((start, bisect_right(places, start) - 1), (stop, bisect_left(places, stop) - 1)):
+            at = min(max(at, 0), len(pieces) - 1)
+            found.append((at, pieces[at][: bound - places[at]]))
+    return found
