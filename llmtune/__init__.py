@@ -23,7 +23,7 @@ _WHERE = {
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",
-            "UsesModels", "WithoutDropout",
+            "Prepares", "UsesModels", "WithoutDropout",
         ),
         "llmtune.contract.examples": (
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",

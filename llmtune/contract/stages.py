@@ -16,8 +16,27 @@ class StageLoss:
 
     total: Tensor
     """Scalar with a graph: the summed loss of this micro-batch."""
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached sums, reported as `sum / weight`."""
+    metrics: Mapping[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Detached sums, reported as `sum / weight`; or (sum, count) of what only some rows have, reported as their mean
+    over the step, and left out where the step has none."""
+
+    def sums(self) -> dict[str, Tensor]:
+        """The loss and all metrics under their names, and the counts of those that have their own under `NAME#`."""
+        found = {"loss": self.total}
+        for name, value in self.metrics.items():
+            found |= {name: value[0], name + COUNT: value[1]} if isinstance(value, tuple) else {name: value}
+        return found
+
+
+COUNT = "#"
+"""What the name of a count ends with."""
+
+
+def means(sums: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
+    """What is reported of summed `StageLoss.sums`; `weight` is the denominator of those without a count."""
+    counts = {name.removesuffix(COUNT): value for name, value in sums.items() if name.endswith(COUNT)}
+    plain = {name: value for name, value in sums.items() if not name.endswith(COUNT)}
+    return {name: value / counts.get(name, weight) for name, value in plain.items() if counts.get(name, 1)}
 
 
 @dataclass(kw_only=True)
@@ -55,6 +74,11 @@ class Batch:
     longest_document: int = 0
     row_tokens: int = 0
     """Tokens of the whole row where this is one rank's piece of it (context parallelism); 0 for whole rows."""
+    mismatched: Batch | None = None
+    """Where rows are labelled: each of their prompts with the answer to another one of the step (KTO's estimate of how
+    far the model has moved)."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a stage that `Prepares` has put here."""
     sample_ids: tuple[int, ...] = ()
     """Numbers of the samples among those trained on, for error messages."""
 
@@ -112,6 +136,10 @@ class StageContext(Protocol):
         """
         ...
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of what each has of its own batches. Collective."""
+        ...
+
     def head(self, model: nn.Module) -> nn.Module:
         """The output head."""
         ...
@@ -125,6 +153,19 @@ class Stage(Protocol):
     """What is learnt from a batch. Runs inside the root module's forward, so it may call any part of the model."""
 
     def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss: ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """Optional on a stage that has to see a whole step, on all ranks, before it can say the loss of one row."""
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch], context: StageContext) -> Sequence[Batch]:
+        """The micro-batches that this rank learns from, made of those of its step: usually the same with `extra`.
+
+        Called once before each step's losses, and before those of an evaluation with all its batches; without
+        gradients, inside the root module's forward, by all ranks for as many batches each.
+        """
+        ...
 
 
 @runtime_checkable

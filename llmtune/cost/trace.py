@@ -28,7 +28,7 @@ from llmtune.planning.memory import Estimate, Memory
 from llmtune.planning.memory_formulas import estimate_memory, further_weights, logits_bytes
 from llmtune.training.building import make_objective, make_training, spread
 from llmtune.training.loop import clip, forward_backward, global_norm
-from llmtune.training.objective import Context, Objective
+from llmtune.training.objective import Context, Objective, prepared
 from llmtune.training.optim import make_optimizer
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
     optimizer = stepped_optimizer(plan)
     unused: Any = optimizer  # the parts of the loop that are called here take no step
     training = make_training(plan, objective, unused)
-    micros = [fake_batch(shape) for _ in range(min(2, shape.micro_steps))]
+    micros = prepared(objective, [fake_batch(shape) for _ in range(min(2, shape.micro_steps))])
     large_norm = 2.0 * (training.max_grad_norm or 1.0)
     # Beforehand once: DTensor works out how each operation spreads, on tensors that are not the step's.
     clip(training, global_norm(parameters), large_norm)
@@ -201,7 +201,7 @@ def fake_batch(shape: MicroBatch) -> Batch:
 
     rows = (shape.rows, shape.length)
     sequences = torch.arange(shape.targets) * shape.sequences // max(1, shape.targets)
-    return Batch(
+    batch = Batch(
         input_ids=whole(*rows),
         labels=whole(*rows),
         weight=float(shape.targets),
@@ -212,6 +212,8 @@ def fake_batch(shape: MicroBatch) -> Batch:
         position_ids=whole(*rows) if shape.flat else None,
         attention_mask=whole(*rows) if shape.masked else None,
     )
+    batch.mismatched = replace(batch)
+    return batch
 
 
 class Observer:

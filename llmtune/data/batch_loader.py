@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,12 +40,14 @@ class UnitBatches:
     def batches(self, units: Sequence[int], device: torch.device) -> list[Batch]:
         """This rank's micro-batches of the units of a step."""
         pieces = self.micro_steps * self.ranks.batch_ranks
+        others = other_answers(self.samples, [sample for unit in units for sample in self.units[unit]])
         units = deal(units, self._lengths, padded=not self.flat, pieces=pieces)
         mine = split(units, self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
-        return [to_device(self.batch(units), device) for units in mine]
+        return [to_device(self.batch(units, others), device) for units in mine]
 
-    def batch(self, units: Sequence[int]) -> Batch:
-        """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split."""
+    def batch(self, units: Sequence[int], others: Mapping[int, int] | None = None) -> Batch:
+        """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split. `others` are the
+        `other_answers` of a step, those of the batch alone if None."""
         pieces = [self.units.pieces(unit) for unit in units]
         if self.units.kind == "row":
             documents = [joined(self.samples, unit) for unit in pieces]
@@ -53,7 +56,8 @@ class UnitBatches:
                 collate(documents, flat=self.flat, pad_id=self.pad_id, sample_ids=tuple(numbers)), self.ranks
             )
         chosen = [piece.sample for unit in pieces for piece in unit]
-        return sample_batch(self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks)
+        others = other_answers(self.samples, chosen) if others is None else others
+        return sample_batch(self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks, others=others)
 
     def origin(self, sample: int) -> str:
         """Where a sample of a batch comes from."""
@@ -140,8 +144,27 @@ def row_lengths(samples: TokenSamples, units: Units) -> np.ndarray:
     return (samples.stops - samples.starts).reshape(-1, samples.width).max(1)
 
 
-def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pad_id: int, ranks: Ranks) -> Batch:
-    """Whole samples as one batch; this rank's piece of it where rows are split."""
+def other_answers(samples: TokenSamples, order: Sequence[int]) -> dict[int, int]:
+    """For each of some labelled samples the next one in `order`, whose answer it is paired with; none of others."""
+    return dict(zip(order, [*order[1:], *order[:1]], strict=True)) if samples.labels is not None else {}
+
+
+def mismatched(samples: TokenSamples, sample: int, other: int) -> TokenSequence:
+    """The prompt of one sample with the answer of another, cut to the length of the longest sample."""
+    (own,), (theirs,) = samples.sequences(sample), samples.sequences(other)
+    asked = own.start + int(np.argmax(samples.mask[own]))
+    answer = slice(theirs.start + int(np.argmax(samples.mask[theirs])), theirs.stop)
+    ids = np.concatenate([samples.ids[own.start : asked], samples.ids[answer]])[: samples.longest]
+    mask = np.concatenate([np.zeros(asked - own.start, bool), samples.mask[answer]])[: samples.longest]
+    return TokenSequence(ids, mask)
+
+
+def sample_batch(
+    samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pad_id: int, ranks: Ranks,
+    others: Mapping[int, int] = MappingProxyType({}),
+) -> Batch:  # fmt: skip
+    """Whole samples as one batch; this rank's piece of it where rows are split. Labelled ones come with each prompt's
+    `mismatched` answer."""
     ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
     parts = [part for sample in chosen for part in samples.sequences(sample)]
     batch = collate(
@@ -153,6 +176,9 @@ def sample_batch(samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pa
         desirable=None if labels is None else [bool(labels[sample]) for sample in chosen for _ in range(samples.width)],
         counts_samples=samples.counts_samples,
     )
+    if samples.labels is not None:
+        crossed = [mismatched(samples, sample, others[sample]) for sample in chosen]
+        batch.mismatched = collate(crossed, flat=flat, pad_id=pad_id, counts_samples=True)
     return split_row(batch, ranks)
 
 
@@ -191,7 +217,9 @@ def evaluation_batches(
     number of batches, the last ones maybe empty. Longest first, so that little is padded."""
     order = np.arange(len(samples)) if chosen is None else chosen
     order = order[np.argsort(-samples.lengths[order], kind="stable")].tolist()
+    others = other_answers(samples, order)
     for start in range(0, len(order), per_device * ranks.batch_ranks):
         first = start + ranks.batch_rank * per_device
         part = order[first : first + per_device]
-        yield to_device(sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks), device)
+        batch = sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks, others=others)
+        yield to_device(batch, device)

@@ -179,5 +179,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     changes: dict[str, Any] = {
         name: moved(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
     }
+    if batch.mismatched is not None:
+        changes["mismatched"] = to_device(batch.mismatched, device)
+    changes["extra"] = {name: moved(value) for name, value in batch.extra.items()}
     changes["weight_groups"] = tuple((weight, moved(spots)) for weight, spots in batch.weight_groups)
     return replace(batch, **changes)

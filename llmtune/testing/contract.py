@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llmtune.contract.errors import LlmtuneError, PluginError, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.stages import learns_of
-from llmtune.testing.running import REFERENCES, tiny_recipe
+from llmtune.testing.running import REFERENCES, ROWS, tiny_recipe
 
 Check = Callable[..., None]
 """`check(subject, folder)`, documented by its law, raises `Broken`."""
@@ -91,7 +91,7 @@ class Subject:
         if self.point != "stage_config":
             return "conversation"
         kind = learns_of(self.built())[0]
-        return kind if kind == "preference" else "conversation"
+        return kind if kind in ROWS else "conversation"
 
     def config(self) -> Any:
         """The plugin's own config object."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmtune.testing.tiny import tiny_chats, tiny_model_folder, tiny_preferences
+from llmtune.testing.tiny import tiny_chats, tiny_labelled, tiny_model_folder, tiny_preferences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ def tiny_recipe(
         values: dict[str, Any] = {"initializer_range": 0.2, **(sizes or {})}
         tiny_model_folder(folder, family, **values)
     if not rows.exists():
-        {"conversation": tiny_chats, "preference": tiny_preferences}[kind](folder)
+        {"conversation": tiny_chats, "preference": tiny_preferences, "labelled": tiny_labelled}[kind](folder)
     return {
         "model": str(model),
         "dataset": str(rows),
@@ -61,7 +61,7 @@ def tiny_recipe(
     } | keys
 
 
-ROWS = {"conversation": "chats.jsonl", "preference": "preferences.jsonl"}
+ROWS = {"conversation": "chats.jsonl", "preference": "preferences.jsonl", "labelled": "labelled.jsonl"}
 """Files of rows, by what the rows are."""
 
 REFERENCES = {point: "reference" for point in ("init_config", "stage_config", "optim_config", "lr_scheduler_config")}

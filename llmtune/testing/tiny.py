@@ -131,6 +131,17 @@ def tiny_preferences(folder: Path, rows: int = 24) -> Path:
     return _write(folder, "preferences", made)
 
 
+def tiny_labelled(folder: Path, rows: int = 24) -> Path:
+    """Write `rows` questions with an answer and whether it is one to give, as JSON lines."""
+    made = []
+    for number in range(rows):
+        good = number % 3 != 1
+        answer = f"It is {2 * number}." + " Anything else?" * (number % 3) if good else "No." + " No." * (number % 5)
+        messages = [{"role": "user", "content": f"How much is {number} and {number}?" + " Please." * (number % 4)}]
+        made.append({"messages": [*messages, {"role": "assistant", "content": answer}], "label": good})
+    return _write(folder, "labelled", made)
+
+
 def _write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     path = Path(folder) / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -37,7 +37,8 @@ def build_run(plan: Plan) -> Objective:
     """The model that trains inside its stage, and the stage's further models, all spread and filled. Collective."""
     objective = build_objective(plan.model)
     own = {name: build_objective(further).eval() for name, further in plan.further.items()}
-    objective.context = Context(objective.context.ops, further=asked(plan, {n: OwnModel(o) for n, o in own.items()}))
+    further = asked(plan, {name: OwnModel(each) for name, each in own.items()})
+    objective.context = Context(objective.context.ops, further=further, tensor_ranks=plan.ranks.dims.tensor)
     return objective
 
 

@@ -13,8 +13,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from llmtune.contract.errors import DivergedError, listed, noting
+from llmtune.contract.stages import COUNT, Prepares, means
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
+from llmtune.training.objective import prepared
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,7 +91,7 @@ def train(run: Training, watcher: Watcher) -> int:
     while step < run.total_steps:
         started, run.at = time.perf_counter(), step + 1
         rate = set_learning_rate(run, step)
-        micros = run.batches.step(step, run.device)
+        micros = prepared(run.objective, run.batches.step(step, run.device))
         weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
         weight /= run.ranks.dims.tensor  # a tensor group computes one result; it counts once
         sums = forward_backward(run, micros, weight, step)
@@ -126,8 +128,10 @@ def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, ste
         result = run.objective(micro)
         loss = result.total / divisor
         (loss * factor).backward()
-        for name, value in {"loss": loss.detach(), **{k: v / divisor for k, v in result.metrics.items()}}.items():
-            sums[name] = sums[name] + value if name in sums else value.detach()
+        counted = {name for name in result.metrics if isinstance(result.metrics[name], tuple)}
+        for name, value in result.sums().items():
+            share = value.detach() if name.removesuffix(COUNT) in counted else value.detach() / divisor
+            sums[name] = sums[name] + share if name in sums else share
     return sums
 
 
@@ -161,6 +165,7 @@ def read_back(run: Training, sums: Mapping[str, Tensor], norm: Tensor) -> tuple[
     *values, grad_norm = torch.cat([packed, norm.double().reshape(1).to(packed.device)]).tolist()
     numbers = dict(zip(names, values, strict=True))
     scale = run.scaler.scale if run.scaler else 1.0
+    numbers = means(numbers)
     return numbers.pop("loss"), grad_norm / scale, numbers
 
 
@@ -231,13 +236,13 @@ def evaluate(
     for part, batches in parts.items():
         sums: dict[str, Tensor] = {}
         weight = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in batches():
+        for batch in prepared(objective, list(batches())) if isinstance(objective.stage, Prepares) else batches():
             if leave():
                 objective.train()
                 return None
             result = objective(batch)
             weight += batch.weight
-            for name, value in {"loss": result.total, **result.metrics}.items():
+            for name, value in result.sums().items():
                 sums[name] = sums.get(name, 0) + value.double()
         found = total(torch.stack([*sums.values(), weight])).tolist()
         numbers = dict(zip([*sums, ""], found, strict=True))
@@ -250,4 +255,5 @@ def evaluate(
 
 def _means(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
     """Sums over the weight, which goes by the empty name."""
-    return {prefix + name: value / (sums[""] or 1.0) for name, value in sums.items() if name}
+    found = means({name: value for name, value in sums.items() if name}, sums[""] or 1.0)
+    return {prefix + name: value for name, value in found.items()}

@@ -6,7 +6,7 @@ a stage may call the model, its backbone or its head as it likes, without buildi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.contract.errors import noting
-from llmtune.contract.stages import StageContext
+from llmtune.contract.stages import Prepares, StageContext
 from llmtune.distributed.fsdp2 import reshard
+from llmtune.distributed.ranks import total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,15 @@ class Objective(nn.Module):
                 return self.stage.loss(self.model, batch, self.context)
 
 
+def prepared(objective: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The micro-batches of a step as the objective's stage prepares them, where it does. Collective."""
+    stage = objective.stage
+    if not isinstance(stage, Prepares):
+        return batches
+    with torch.no_grad():
+        return objective(lambda: stage.prepare(objective.model, batches, objective.context))
+
+
 class Context(StageContext):
     """`StageContext` for a transformers model."""
 
@@ -69,12 +79,18 @@ class Context(StageContext):
         ops: Mapping[str, Callable[..., Any]],
         head_explains_logits: bool | None = None,
         further: Mapping[str, FrozenModel] = MappingProxyType({}),
+        tensor_ranks: int = 1,
     ) -> None:
         self.ops: Mapping[str, Callable[..., Any]] = {
             "linear_cross_entropy": linear_cross_entropy, "linear_token_logps": linear_token_logps, **ops,
         }  # fmt: skip
         self._head_explains_logits = head_explains_logits
         self._further = further
+        self._tensor_ranks = tensor_ranks
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks; a tensor group, which computes one result, counts once."""
+        return total(values.clone()) / self._tensor_ranks
 
     def with_model(self, name: str, compute: Callable[[nn.Module, StageContext], Tensor]) -> Tensor:
         """What `compute` makes of a further model, without gradients. Collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from llmtune.contract.stages import Batch, StageLoss
+from llmtune.data.batch_loader import other_answers
 from llmtune.data.batches import to_device
 from llmtune.model.edits import named_tensors
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
 from llmtune.testing.points import edits
 from llmtune.testing.points.edits import same_bytes
+from llmtune.training.objective import prepared
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -34,7 +37,7 @@ def laws(subject: Subject) -> list[Check]:
 def returns_a_loss(subject: Subject, folder: Path) -> None:
     """`loss` returns a `StageLoss`: a finite scalar in float32 with a graph, and detached scalars as metrics."""
     plan, objective = running.start(subject.keys(folder))
-    found = objective(_batch(plan, [0, 1, 2]))
+    found = objective(_batch(plan, objective, [0, 1, 2]))
     if not isinstance(found, StageLoss):
         raise Broken(f"it returned {type(found).__name__}", "Return StageLoss(total=...)")
     if found.total.dim() or found.total.dtype != torch.float32 or not math.isfinite(float(found.total.detach())):
@@ -42,7 +45,7 @@ def returns_a_loss(subject: Subject, folder: Path) -> None:
         raise Broken(f"`total` is {kind}", "Return one finite float32 number")
     if not found.total.requires_grad:
         raise Broken("`total` has no graph, so nothing would be learnt", "Do not detach it or use no_grad")
-    if odd := [name for name, value in found.metrics.items() if value.requires_grad or value.dim()]:
+    if odd := [name for name, value in found.sums().items() if name != "loss" and (value.requires_grad or value.dim())]:
         raise Broken(f"the metrics {names(odd)} are not detached scalars", "Give summed numbers with .detach()")
 
 
@@ -50,8 +53,8 @@ def is_a_sum_over_rows(subject: Subject, folder: Path) -> None:
     """Loss and metrics of a batch are the sums of its rows': the loop divides by the weight of the whole step."""
     plan, objective = running.start(subject.keys(folder))
     rows = [0, 1, 2, 5, 8]
-    together = _numbers(objective(_batch(plan, rows)))
-    alone = [_numbers(objective(_batch(plan, [row]))) for row in rows]
+    together = _numbers(objective(_batch(plan, objective, rows)))
+    alone = [_numbers(objective(batch)) for batch in _batches(plan, objective, [[row] for row in rows])]
     for name, value in together.items():
         total = sum(numbers[name] for numbers in alone)
         if not math.isclose(value, total, rel_tol=subject.tolerance, abs_tol=1e-6):
@@ -65,9 +68,10 @@ def ignores_padding(subject: Subject, folder: Path) -> None:
     """More padding, and rows laid end to end instead of padded, change nothing."""
     plan, objective = running.start(subject.keys(folder))
     rows = [0, 1, 2, 5]
-    expected = _numbers(objective(_batch(plan, rows)))
-    layouts = {"with 7 more tokens of padding": _padded_more(_batch(plan, rows), 7)}
-    layouts["with rows laid end to end"] = _batch(plan, rows, flat=True)
+    padded = _batch(plan, objective, rows)
+    expected = _numbers(objective(padded))
+    layouts = {"with 7 more tokens of padding": _padded_more(padded, 7)}
+    layouts["with rows laid end to end"] = _batch(plan, objective, rows, flat=True)
     for what, batch in layouts.items():
         for name, value in _numbers(objective(batch)).items():
             if not math.isclose(value, expected[name], rel_tol=10 * subject.tolerance, abs_tol=1e-6):
@@ -80,7 +84,7 @@ def ignores_padding(subject: Subject, folder: Path) -> None:
 def has_the_gradient_of_its_loss(subject: Subject, folder: Path) -> None:
     """The gradient agrees with finite differences of the loss, along random directions."""
     plan, objective = running.start(subject.keys(folder))
-    batch = _batch(plan, [0, 1, 2])
+    batch = _batch(plan, objective, [0, 1, 2])
     objective.eval()
     objective(batch).total.backward()
     trained = [(p, p.grad) for p in plan.model.module.parameters() if p.grad is not None]
@@ -104,7 +108,7 @@ def has_the_gradient_of_its_loss(subject: Subject, folder: Path) -> None:
 def changes_nothing(subject: Subject, folder: Path) -> None:
     """Computing the loss leaves weights, buffers, the batch and the training mode as they were, and repeats itself."""
     plan, objective = running.start(subject.keys(folder))
-    batch = _batch(plan, [0, 1, 2])
+    batch = _batch(plan, objective, [0, 1, 2])
     objective.train()
     before = {name: tensor.detach().clone() for name, tensor in named_tensors(plan.model.module).items()}
     parts = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
@@ -139,9 +143,17 @@ def learns(subject: Subject, folder: Path) -> None:
         raise Broken(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}", "Check the sign of the loss")
 
 
-def _batch(plan: Plan, rows: list[int], flat: bool = False) -> Batch:
+def _batch(plan: Plan, objective: Any, rows: list[int], flat: bool = False) -> Batch:
+    (batch,) = _batches(plan, objective, [rows], flat)
+    return batch
+
+
+def _batches(plan: Plan, objective: Any, parts: list[list[int]], flat: bool = False) -> Sequence[Batch]:
+    """The micro-batches of a step, as the stage prepares them, in the mode that the objective is in."""
     batches: Any = plan.data.batches
-    return to_device(replace(batches, flat=flat or batches.flat).batch(rows), plan.device)
+    batches, rows = replace(batches, flat=flat or batches.flat), [row for part in parts for row in part]
+    others = other_answers(batches.samples, rows)
+    return prepared(objective, [to_device(batches.batch(part, others), plan.device) for part in parts])
 
 
 def _padded_more(batch: Batch, extra: int) -> Batch:
@@ -161,7 +173,7 @@ def _padded_more(batch: Batch, extra: int) -> Batch:
 
 
 def _numbers(found: StageLoss) -> dict[str, float]:
-    return {"loss": found.total.item(), **{name: value.item() for name, value in found.metrics.items()}}
+    return {name: value.item() for name, value in found.sums().items()}
 
 
 def _moved(objective: Any, batch: Batch, trained: list[Any], along: list[Tensor], step: float) -> float:

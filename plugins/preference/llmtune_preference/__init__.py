@@ -1,4 +1,4 @@
-"""Learning from pairs of a chosen and a rejected answer: `stage_config: dpo`, and reward models by `rm`."""
+"""Learning from preferences: pairs of answers (`stage_config: dpo`, `rm`), or single ones with a label (`kto`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,34 @@ PairLoss = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig:
+class ReferenceKeys:
+    """The model that answers are compared with."""
+
+    ref_model: str | None = None
+    """Another model as reference: a folder or a hub id. null is the model as it was before training."""
+    ref_model_adapters: str | tuple[str, ...] | None = None
+    """Adapters of the reference, in PEFT's format."""
+    ref_model_quantization_bit: Literal[4, 8] | None = None
+    """Bits per weight of the reference; null does not quantise it, unless it is the trained model's base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KtoConfig(ReferenceKeys):
+    """Keys of `stage_config: {name: kto}`."""
+
+    pref_beta: Annotated[float, Gt(0)] = 0.1
+    """How strongly an answer's log-probability counts against the reference's."""
+    kto_chosen_weight: Annotated[float, Ge(0)] = 1.0
+    """What an answer to be given counts. Where labels are uneven, the two weights times the numbers of answers should
+    be about as 1 to 1, up to 4 to 3."""
+    kto_rejected_weight: Annotated[float, Ge(0)] = 1.0
+    """What an answer to be avoided counts."""
+    pref_ftx: Annotated[float, Ge(0)] = 0.0
+    """Share of supervised learning of answers to be given: their mean cross-entropy, times this, is added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(ReferenceKeys):
     """Keys of `stage_config: {name: dpo}`."""
 
     pref_loss: PairLoss = "sigmoid"
@@ -38,12 +65,6 @@ class DpoConfig:
     ld_alpha: Annotated[float, Ge(0)] | None = None
     """What a token counts that lies beyond the shorter answer's length, from 0 to 1 (LD-DPO, arXiv 2409.06411); null
     counts all tokens alike. Not for losses over means (`ipo`, `orpo`, `simpo`)."""
-    ref_model: str | None = None
-    """Another model as reference: a folder or a hub id. null is the model as it was before training."""
-    ref_model_adapters: str | tuple[str, ...] | None = None
-    """Adapters of the reference, in PEFT's format."""
-    ref_model_quantization_bit: Literal[4, 8] | None = None
-    """Bits per weight of the reference; null does not quantise it, unless it is the trained model's base."""
 
     def __post_init__(self) -> None:
         named = [key for key in ("ref_model", "ref_model_adapters", "ref_model_quantization_bit") if getattr(self, key)]
@@ -78,6 +99,13 @@ def build_dpo(config: DpoConfig) -> Any:
     return Pairs(config)
 
 
+def build_kto(config: KtoConfig) -> Any:
+    """The stage of single answers that `config` describes."""
+    from .kto import Unpaired
+
+    return Unpaired(config)
+
+
 def build_rm(config: RmConfig) -> Any:
     """The stage of rewards that `config` describes."""
     from .rm import Rewards
@@ -87,10 +115,11 @@ def build_rm(config: RmConfig) -> Any:
 
 @hookimpl
 def stage_config() -> list[Plugin]:
-    """`dpo` and `rm`."""
+    """`dpo`, `kto` and `rm`."""
     return [
         Plugin(
             name="dpo", config=DpoConfig, build=build_dpo, summary="Preferring chosen answers to rejected ones (DPO)"
         ),
+        Plugin(name="kto", config=KtoConfig, build=build_kto, summary="Answers to be given or avoided (KTO)"),
         Plugin(name="rm", config=RmConfig, build=build_rm, summary="A reward model: one number for an answer"),
     ]

@@ -10,6 +10,7 @@ import torch
 from llmtune import Batch, ModelSpec, StageContext, StageLoss
 
 from . import REFERENCE_FREE
+from .answers import per_sequence, reference_keys, token_shares
 from .losses import LOSSES, MEANS, Scores
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class Pairs:
     def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
         """The sum over the batch's pairs. The reference answers first, before the model's activations are there."""
         config, mean = self.config, self.config.pref_loss in MEANS
-        share_N = token_shares(batch, config.ld_alpha)
+        share_N = token_shares(batch)
+        if config.ld_alpha is not None:
+            share_N = share_N * shared_length(batch, config.ld_alpha)
         reference_N = None
         if self.models:
             reference_N = context.with_model("reference", lambda other, its: its.token_logps(other, batch))
@@ -63,34 +66,11 @@ class Pairs:
         }
 
 
-def reference_keys(config: DpoConfig) -> dict[str, Any]:
-    """The keys of a recipe in which the reference differs from the trained model; none where it is its start."""
-    keys: dict[str, Any] = {}
-    if config.ref_model is not None:
-        keys |= {"model": config.ref_model, "revision": None, "quant_config": None, "peft_config": None}
-    if config.ref_model_adapters is not None:
-        keys["peft_config"] = {"name": "lora", "adapter_name_or_path": config.ref_model_adapters}
-    if config.ref_model_quantization_bit is not None:
-        keys["quant_config"] = {"name": "auto", "quantization_bit": config.ref_model_quantization_bit}
-    return keys
-
-
-def per_sequence(values_N: Tensor, batch: Batch) -> Tensor:
-    """(S,) sums over the targets of each sequence."""
-    assert batch.target_sequence is not None
-    return values_N.new_zeros(batch.sequences).index_add(0, batch.target_sequence, values_N)
-
-
-def token_shares(batch: Batch, ld_alpha: float | None) -> Tensor:
-    """(N,) what each target counts in its answer: its weight, and less beyond the length that both answers have."""
+def shared_length(batch: Batch, beyond: float) -> Tensor:
+    """(N,) 1 for targets within the length that both answers of a pair have, `beyond` for those after it."""
     assert batch.target_sequence is not None
     sequence_N = batch.target_sequence
-    share_N = torch.ones(len(sequence_N), device=sequence_N.device)
-    for weight, spots in batch.weight_groups:
-        share_N[spots] = weight
-    if ld_alpha is None:
-        return share_N
-    length_S = per_sequence(torch.ones_like(share_N), batch)
+    length_S = per_sequence(torch.ones(len(sequence_N), device=sequence_N.device), batch)
     place_N = torch.arange(len(sequence_N), device=sequence_N.device) - (length_S.cumsum(0) - length_S)[sequence_N]
     shared_S = torch.minimum(length_S[0::2], length_S[1::2]).repeat_interleave(2)
-    return torch.where(place_N < shared_S[sequence_N], share_N, share_N * ld_alpha)
+    return torch.where(place_N < shared_S[sequence_N], 1.0, beyond)
