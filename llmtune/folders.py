@@ -25,7 +25,11 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Flush a file, or a folder with all its files, to disk, then give it its final name, in place of a former one."""
+    """Flush a file, or a folder with all its files, to disk, then give it its final name, in place of a former one.
+
+    The files can be read by whom the user lets read files.
+    """
+    make_readable(partial)
     for path in [*partial.rglob("*"), partial]:
         if path.is_dir():
             sync_folder(path)
@@ -42,6 +46,15 @@ def publish(partial: Path, final: Path) -> None:
         final.unlink(missing_ok=True)
         partial.rename(final)
     sync_folder(final.parent)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode of new files: safetensors makes them for the user alone."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for file in [path, *path.rglob("*")]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import llmtune
 from llmtune.cli import main
 from llmtune.contract.errors import LlmtuneError
+from llmtune.contract.examples import BadRow, Text
+from llmtune.data.formats.row import Chosen, read_row
+from llmtune.inference.chat import chat_loop
 from llmtune.recipe.recipe import load_recipe
 from llmtune.testing import running
+from llmtune.training.out_of_memory import explain_out_of_memory
 
 
 def said(**keys: object) -> str:
@@ -77,3 +85,61 @@ def test_a_registry_that_names_a_file_which_is_not_there(tmp_path: Path) -> None
     keys = running.tiny_recipe(tmp_path, dataset="mine", dataset_dir=str(tmp_path))
     with pytest.raises(LlmtuneError, match="mine, of dataset_info.json in .*: ./mine.json: read as a local path"):
         llmtune.preview(keys)
+
+
+def test_a_misspelt_generation_key_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "somewhere", "--prompt", "hi", "temprature=0.1"]) == 2
+    assert 'temprature: no such key. Did you mean "temperature"?' in capsys.readouterr().err
+
+
+def test_results_can_be_read_by_others(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        run = llmtune.train(running.tiny_recipe(tmp_path, max_steps=1, save_steps=1, peft_config="lora"))
+        merged = run.export(tmp_path / "merged", infer_dtype="float32")
+    finally:
+        os.umask(before)
+    files = [file for folder in (run.output_dir, merged) for file in folder.rglob("*.safetensors")]
+    assert len(files) > 3 and {file.stat().st_mode & 0o777 for file in files} == {0o644}
+
+
+def test_a_format_that_fails_on_a_row_is_told_with_the_row() -> None:
+    class Counts:
+        kind, columns, required = "text", ("text", "count"), ("text",)
+
+        def recognise(self, row: Mapping[str, Any]) -> None: ...
+
+        def convert(self, row: Mapping[str, Any]) -> Text:
+            return Text(text=row["text"] * int(row["count"]))
+
+    with pytest.raises(BadRow, match="counts failed: convert of counts raised ValueError: invalid literal"):
+        read_row(Chosen(format=Counts(), name="counts", why=""), {"text": "a", "count": "many"})
+
+
+def test_memory_that_runs_out_while_files_are_written_is_explained() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    for raised, told in ((panic("PyObject pointer is null"), llmtune.OutOfMemoryError), (KeyboardInterrupt(),) * 2):
+        kind = told if isinstance(told, type) else KeyboardInterrupt
+        with pytest.raises(kind), explain_out_of_memory(torch.device("cpu"), lambda: "step 3", list):
+            raise raised
+
+
+def test_answers_to_a_pipe_stand_alone() -> None:
+    said: list[str] = []
+    lines = iter(["hello", "again"])
+
+    class Echo:
+        completes = False
+
+        def stream(self, text: str) -> Iterator[str]:
+            yield text.upper()
+
+    def read(prompt: str) -> str:
+        assert prompt == ""
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    chat_loop(Echo(), read, said.append, guides=False)  # type: ignore[arg-type]
+    assert "".join(said) == "HELLO\nAGAIN\n"

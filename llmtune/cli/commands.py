@@ -13,7 +13,7 @@ from typing import Any
 from llmtune import __version__
 from llmtune.cli import data as data_cli
 from llmtune.cli.libraries import load_libraries
-from llmtune.contract.errors import LlmtuneError, RecipeError
+from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean
 from llmtune.terminal import doing, say
 
 
@@ -226,16 +226,20 @@ def _chat(options: Any) -> None:
     from llmtune.inference.chat import NO_TEMPLATE, chat_loop, conversation_for, generate_config
     from llmtune.inference.reopen import open_model, recipe_of
     from llmtune.model.generation import GenerateConfig
+    from llmtune.recipe.keys import top_level_keys
     from llmtune.recipe.recipe import parse_overrides
 
     given = parse_overrides(options.overrides)
     names = {field.name for field in fields(GenerateConfig)}
     others = {key: value for key, value in given.items() if key not in names}
+    for key in others:
+        if key.partition(".")[0] not in top_level_keys() and (near := did_you_mean(key, names)):
+            raise RecipeError(f"command line  {key}: no such key.{near}")
     recipe = recipe_of(options.model, **others)
     config = generate_config(recipe, {key: value for key, value in given.items() if key in names})
     conversation = conversation_for(recipe, *open_model(options.model, **others), config)
     if options.prompt is None:
-        chat_loop(conversation)
+        chat_loop(conversation, guides=sys.stdin.isatty())
         return
     if conversation.completes:
         print(NO_TEMPLATE, file=sys.stderr)

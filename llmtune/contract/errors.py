@@ -131,7 +131,9 @@ def noting(label: str, doing: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation has failed. On a CPU torch has no class of its own for it."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    # The last is what safetensors' Rust part ends with where Python has no memory for what it returns.
+    said = {RuntimeError: "can't allocate memory", BaseException: "PyObject pointer is null"}
+    return known or any(isinstance(error, kind) and words in str(error) for kind, words in said.items())
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

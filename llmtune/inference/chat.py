@@ -45,18 +45,22 @@ def chat_loop(
     conversation: ChatSession,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
+    *,
+    guides: bool = True,
 ) -> None:
     """Talk in the terminal until /exit or Ctrl-D. Ctrl-C stops the answer that is being written.
 
-    `read` takes a prompt and returns a line, `write` takes text; None prints.
+    `read` takes a prompt and returns a line, `write` takes text; None prints. Unless it `guides`, as where lines come
+    from a pipe, answers are all that is written.
     """
     write = write or partial(print, end="", flush=True)
-    write(f"{NO_TEMPLATE}\n{HELP}\n" if conversation.completes else f"{HELP}\n")
+    if guides:
+        write(f"{NO_TEMPLATE}\n{HELP}\n" if conversation.completes else f"{HELP}\n")
     while True:
         try:
-            text = read("\nYou: ").strip()
+            text = read("\nYou: " if guides else "").strip()
         except EOFError:
-            write("\n")
+            write("\n" if guides else "")
             return
         except KeyboardInterrupt:
             write(f"\n{HELP}\n")

@@ -14,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from llmtune.contract.errors import PlanError, blaming
 from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
+from llmtune.folders import make_readable
 from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
 from llmtune.model.generation import encode, has_template, plain_ids
 from llmtune.model.skeleton import cast
@@ -144,6 +145,7 @@ def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig)
     else:
         model.save_pretrained(target, max_shard_size=size)
     plan.tokenizer.save_pretrained(target)
+    make_readable(target)
     if keys.export_hub_model_id:
         model.push_to_hub(keys.export_hub_model_id, token=plan.keys.token)
         plan.tokenizer.push_to_hub(keys.export_hub_model_id, token=plan.keys.token)

@@ -20,7 +20,7 @@ def explain_out_of_memory(
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
