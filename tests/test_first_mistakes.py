@@ -117,8 +117,8 @@ def test_a_format_that_fails_on_a_row_is_told_with_the_row() -> None:
 
 
 def test_memory_that_runs_out_while_files_are_written_is_explained() -> None:
-    panic = type("PanicException", (BaseException,), {})
-    explained = [(panic("PyObject pointer is null"), llmtune.OutOfMemoryError), (KeyboardInterrupt(), KeyboardInterrupt)]
+    panic = type("PanicException", (BaseException,), {})("PyObject pointer is null")
+    explained = [(panic, llmtune.OutOfMemoryError), (KeyboardInterrupt(), KeyboardInterrupt)]
     for raised, told in explained:
         with pytest.raises(told), explain_out_of_memory(torch.device("cpu"), lambda: "step 3", list):
             raise raised
