@@ -158,5 +158,8 @@ def test_batches_that_would_mix_or_cut_answers_are_refused(tmp_path: Path) -> No
     spread = Ranks(size=2, dims=ParallelDims(context=2))
     (sentence,) = batch_objections("preference", data, spread)
     assert "cp_size is 2, but the loss of preferences needs whole answers" in sentence
+    for wrong in ((data, spread), (joined, Ranks())):  # a sample in pieces would count several times, or its tokens
+        (sentence,) = batch_objections("conversation", *wrong, counts_samples=True)
+        assert "samples that the stage counts" in sentence
     (sentence,) = batch_objections("prompt", joined, Ranks())
     assert sentence.startswith("packing: found true, but the data are prompts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from llmtune.planning.decisions import SAFE
 from llmtune.planning.devices import GIB
 from llmtune.planning.memory_formulas import estimate_memory
 from llmtune.planning.micro_batch import largest
+from llmtune.recipe.recipe import load_recipe
+from llmtune.testing import running
+from llmtune.training import resume
 from tests.by_hand import adapt_by_hand, base_by_hand, train_by_hand
 from tests.runs import recipe
 from tests.spawn import in_ranks
@@ -194,3 +198,15 @@ def test_what_a_run_decides_is_on_record(tiny_llama: str, chats: str, tmp_path: 
     record = json.loads((run.output_dir / "run.json").read_text())
     types = {"bf16": False, "fp16": False, "pure_bf16": False}
     assert record["decided"] == {**types, "activation_checkpointing": "none"}
+
+
+def test_a_checkpoint_out_of_its_run_keeps_the_number_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTUNE_CPU_DTYPE", "bfloat16")
+    keys = running.tiny_recipe(tmp_path, max_steps=2, save_steps=2, bf16=None)
+    run = llmtune.train(keys)
+    shutil.copytree(run.output_dir / "checkpoints" / "step-00000002", tmp_path / "taken" / "step-00000002")
+    monkeypatch.setenv("LLMTUNE_CPU_DTYPE", "float32")
+    taken = str(tmp_path / "taken" / "step-00000002")
+    again = {**keys, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": taken}
+    before = resume.decided_before(load_recipe(again))
+    assert before["bf16"] is True and "activation_checkpointing" not in before

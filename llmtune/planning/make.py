@@ -67,7 +67,9 @@ def make_plan(
         sets = held.set_names if recipe.data.eval_on_each_dataset else ()
         stage = parts.one("stage_config").built
         problems += [PlanError(sentence) for sentence in metric_objections(recipe.train, stage, sets)]
-    problems += [PlanError(sentence) for sentence in batch_objections(prepared.train.kind, recipe.data, ranks)]
+    samples = prepared.train
+    found = batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
+    problems += [PlanError(sentence) for sentence in found]
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)

@@ -46,9 +46,11 @@ def metric_objections(train: TrainConfig, stage: Stage, sets: Sequence[str]) -> 
         yield f'metric_for_best_model: found "{metric}", allowed is one of {listed(known)}.{near}'
 
 
-def batch_objections(kind: str, data: DataConfig, ranks: Ranks) -> Iterator[str]:
-    """What keeps samples of this kind from being packed or split as the recipe says."""
-    if (noun := NOUNS.get(kind)) is None:
+def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: bool = False) -> Iterator[str]:
+    """What keeps samples of this kind, which the stage counts as such or as tokens, from being packed or split as the
+    recipe says."""
+    noun = NOUNS.get(kind) or ("samples that the stage counts" if counts_samples else None)
+    if noun is None:
         return
     if data.packing and kind == "prompt":
         yield "packing: found true, but the data are prompts, which are answered one by one; set packing: false"

@@ -19,6 +19,7 @@ from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, total
 from llmtune.distributed.stopping import StopRequest
+from llmtune.planning.decisions import decided
 from llmtune.training import checkpoint
 from llmtune.training.loop import LossScale, StepStats, evaluate
 from llmtune.training.manifest import Manifest, verify
@@ -103,7 +104,10 @@ class TrainingCallbacks:
     def log(self, step: int) -> None:
         """One line of metrics: means over the steps since the last one."""
         window, self.window = self.window, []
-        mean = {name: sum(s.metrics[name] for s in window) / len(window) for name in window[-1].metrics}
+        found: dict[str, list[float]] = {}  # a step may have no rows that a metric is about
+        for name, value in (pair for stats in window for pair in stats.metrics.items()):
+            found.setdefault(name, []).append(value)
+        mean = {name: sum(values) / len(values) for name, values in found.items()}
         speed = sum(s.tokens for s in window) / max(sum(s.seconds for s in window), 1e-9)
         mfu = self.mfu(speed)
         metrics = {
@@ -180,7 +184,8 @@ class TrainingCallbacks:
         manifest = Manifest(
             step=step, ranks=plan.ranks.size, rows=plan.data.batches.order.batch, recipe=plain(plan.recipe.resolved),
             plugins=plan.parts.fingerprint(), llmtune=__version__, data=plan.data.digest,
-            revision=plan.model.files.revision, origins=self.origins, numbers=self.state(),
+            revision=plan.model.files.revision, origins=self.origins,
+            numbers={**self.state(), "decided": decided(plan)},
         )  # fmt: skip
 
         def extra(folder: Path) -> None:

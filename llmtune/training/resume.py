@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,14 +87,24 @@ def _passed_over(damaged: Path, why: str, folder: Path) -> str:
 
 
 def decided_before(recipe: Recipe) -> dict[str, Any]:
-    """What was decided for the machine when the run was started that this recipe would continue, from its record."""
+    """The number type that was chosen when the run was started that this recipe would continue: from its record, or
+    from a checkpoint that was taken out of its run. Activation checkpointing, which changes no number, is decided anew.
+    """
     if is_replaced(recipe):
         return {}
+    return {key: value for key, value in _recorded(recipe).items() if key != "activation_checkpointing"}
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
     folder, place = output_dir(recipe), _resumed_from(recipe)
     path = Path(place) if place else folder
     for found in (folder, path, path.parent.parent):  # a run, or one of its checkpoints
         if is_run(found) and published(found / "checkpoints") and (before := read_record(found).get("decided")):
             return before
+    for checkpoint in (path, *published(path / "checkpoints")[-1:], *published(folder / "checkpoints")[-1:]):
+        with suppress(CheckpointError):  # what is wrong with it is said where it is read to go on from
+            if before := read_manifest(checkpoint).numbers.get("decided"):
+                return before
     return {}
 
 

@@ -207,7 +207,8 @@ def _run(
                 last = first_step if keeper.catch_up(first_step) else train(training, keeper)
     finally:
         if loggers is not None:
-            loggers.finish()
+            with stop.finishing(lambda: "closing the loggers"):
+                loggers.finish()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
     stop.doing = "while the result was written; the last step is saved"

@@ -105,6 +105,12 @@ def test_steps_with_one_label_only_train_and_report_what_they_have(tmp_path: Pat
     assert np.isfinite([row["loss"] for row in rows]).all() and rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_metrics_of_several_steps_are_means_of_those_that_have_them(tmp_path: Path) -> None:
+    given = keys(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=1, logging_steps=3, max_steps=12)
+    rows = running.train(given).metrics
+    assert len(rows) == 5 and all(np.isfinite(list(row.values())).all() for row in rows)
+
+
 def test_evaluation_does_not_depend_on_its_batches(tmp_path: Path) -> None:
     found = []
     for size in (1, 5):
