@@ -44,3 +44,10 @@ def test_a_batch_says_what_is_wanted() -> None:
 
 def test_every_former_name_is_public() -> None:
     assert {"Situation", "Change", "Layout", "Labelled"} <= set(llmtune.__all__)
+
+
+def test_a_former_change_is_read_by_its_former_names() -> None:
+    def step(model: object) -> None: ...
+
+    change = llmtune.Change(settle=[step], follow={"a": "inputs"})
+    assert change.settle == change.after_load == [step] and change.follow == change.tp_follow == {"a": "inputs"}

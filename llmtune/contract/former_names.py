@@ -38,3 +38,13 @@ class Change(ModelEdit):
         claims.setdefault("after_load", settle)
         claims.setdefault("tp_follow", follow or {})
         super().__init__(**claims)
+
+    @property
+    def settle(self) -> Sequence[Callable[[nn.Module], None]]:
+        """The former name of `after_load`."""
+        return self.after_load
+
+    @property
+    def follow(self) -> Mapping[str, Literal["inputs", "outputs"]]:
+        """The former name of `tp_follow`."""
+        return self.tp_follow

@@ -170,8 +170,12 @@ def _raise_as_noted(note: Path) -> None:
 
 def _launch() -> str:
     """What the processes of one launch have in common; empty for a process by itself."""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    return "/".join(os.environ.get(name, "") for name in names) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    said, names = os.environ, ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    if int(said.get("WORLD_SIZE", 1)) == 1:
+        return ""
+    # Every plain `torchrun` has the same names. On one machine its ranks have a parent in common, too.
+    alone = "TORCHELASTIC_RUN_ID" in said and said.get("LOCAL_WORLD_SIZE") == said.get("WORLD_SIZE")
+    return "/".join([*(said.get(name, "") for name in names), str(os.getppid()) if alone else ""])
 
 
 def _user() -> str:
