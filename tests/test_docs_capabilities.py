@@ -177,7 +177,13 @@ def test_what_the_page_says_in_brackets(models: dict[bool, str], chats: str, tmp
 
 
 def test_every_installed_stage_is_on_the_page_with_what_it_learns_from(models: dict[bool, str]) -> None:
-    nouns = {"conversation": "conversations", "text": "texts", "tokens": "tokens", "preference": "preferences"}
+    nouns = {
+        "conversation": "conversations",
+        "text": "texts",
+        "tokens": "tokens",
+        "preference": "preferences",
+        "labelled": "labelled answers",
+    }
     rows = {row.partition("`")[2].partition("`")[0]: cells for row, cells in table("Stages").items()}
     assert sorted(rows) == sorted(row.name for row in Registry().listing() if row.point == "stage_config")
     for name, cells in rows.items():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmtune.contract.stages import Batch
 from llmtune.data import DataConfig, prepare
 from llmtune.data.batch_loader import BatchLoader
 from llmtune.distributed.ranks import Ranks
@@ -46,6 +47,8 @@ def equal(one: Any, other: Any) -> bool:
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, Batch):
+        return all(equal(value, getattr(other, name)) for name, value in vars(one).items())
     return one == other
 
 
