@@ -13,7 +13,7 @@ import torch
 import llmtune
 from llmtune.cli import main
 from llmtune.contract.errors import LlmtuneError
-from llmtune.contract.examples import BadRow, Text
+from llmtune.contract.examples import Text
 from llmtune.data.formats.row import Chosen, read_row
 from llmtune.inference.chat import chat_loop
 from llmtune.recipe.recipe import load_recipe
@@ -112,7 +112,7 @@ def test_a_format_that_fails_on_a_row_is_told_with_the_row() -> None:
         def convert(self, row: Mapping[str, Any]) -> Text:
             return Text(text=row["text"] * int(row["count"]))
 
-    with pytest.raises(BadRow, match="counts failed: convert of counts raised ValueError: invalid literal"):
+    with pytest.raises(LlmtuneError, match="counts failed in convert of text, count: ValueError: invalid literal"):
         read_row(Chosen(format=Counts(), name="counts", why=""), {"text": "a", "count": "many"})
 
 

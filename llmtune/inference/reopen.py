@@ -49,13 +49,17 @@ class SavedRun(NamedTuple):
 def saved_at(path: str | Path) -> SavedRun | None:
     """The run that `path` is, is a checkpoint of, or is the adapter of; None for anything else."""
     folder = Path(path).resolve()
-    if run_folder.is_run(folder):
+    if _is_run(folder):
         return SavedRun(folder)
-    if folder.parent.name == "checkpoints" and run_folder.is_run(folder.parent.parent):
+    if folder.parent.name == "checkpoints" and _is_run(folder.parent.parent):
         return SavedRun(folder.parent.parent, folder)
-    if folder.name == "model" and run_folder.is_run(folder.parent) and (folder.parent / "trained.safetensors").exists():
+    if folder.name == "model" and _is_run(folder.parent) and (folder.parent / "trained.safetensors").exists():
         return SavedRun(folder.parent)
     return None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").exists()
 
 
 def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:

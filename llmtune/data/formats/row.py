@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmtune.contract.errors import DataError, LlmtuneError, listed
+from llmtune.contract.errors import DataError, LlmtuneError, PluginError, listed
 from llmtune.contract.examples import BadRow, Conversation, DataFormat, Example, Preference, Prompt, UnpairedPreference
 from llmtune.data.messages import check_conversation, kind
 from llmtune.data.misspelt import as_names, misspelt
@@ -47,10 +47,8 @@ def read_row(chosen: Chosen, data: Any) -> Example:
     except (BadRow, LlmtuneError):
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise BadRow(
-            f"{chosen.name} failed", f"convert of {chosen.name} raised {type(error).__name__}: {said}"
-        ) from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise PluginError(f"data_config: {chosen.name} failed in convert of {listed(row, 6)}: {said}") from error
     if getattr(example, "kind", None) != chosen.format.kind:
         what = f"says its rows become {chosen.format.kind}, and made {type(example).__name__} of one"
         raise DataError(f"format {chosen.name} {what}; the package that offers it has to be mended")
