@@ -9,6 +9,10 @@ from llmtune import Ge, Gt, Lt, Plugin, hookimpl
 
 REFERENCE_FREE = ("orpo", "simpo")
 """Losses that ask the trained model only."""
+MEANS = ("ipo", "orpo", "simpo")
+"""Losses over the mean log-probability of an answer's tokens; the others take the sum."""
+SMOOTHED = ("sigmoid", "simpo", "robust", "exo")
+"""Losses that know wrong labels."""
 
 PairLoss = Literal[
     "sigmoid", "hinge", "ipo", "orpo", "simpo", "robust", "exo", "bco", "nca", "apo_zero", "apo_down", "sppo",
@@ -70,14 +74,14 @@ class DpoConfig(ReferenceKeys):
         named = [key for key in ("ref_model", "ref_model_adapters", "ref_model_quantization_bit") if getattr(self, key)]
         if self.pref_loss in REFERENCE_FREE and named:
             raise ValueError(f"{named[0]}: pref_loss {self.pref_loss} asks no reference; leave it out")
-        if self.dpo_label_smoothing and self.pref_loss not in ("sigmoid", "simpo", "robust", "exo"):
+        if self.dpo_label_smoothing and self.pref_loss not in SMOOTHED:
             raise ValueError(
                 f"dpo_label_smoothing: found {self.dpo_label_smoothing}, which pref_loss {self.pref_loss} does not "
                 "know; set it to 0, or pref_loss to sigmoid, simpo, robust or exo"
             )
         if self.pref_loss == "exo" and not self.dpo_label_smoothing:
             raise ValueError("dpo_label_smoothing: pref_loss exo takes its logarithm; set it above 0, such as 0.001")
-        if self.ld_alpha is not None and (self.ld_alpha > 1 or self.pref_loss in ("ipo", "orpo", "simpo")):
+        if self.ld_alpha is not None and (self.ld_alpha > 1 or self.pref_loss in MEANS):
             raise ValueError(
                 f"ld_alpha: found {self.ld_alpha} with pref_loss {self.pref_loss}, allowed is 0 to 1 with a loss over "
                 "sums of log-probabilities, not ipo, orpo or simpo"

@@ -1,12 +1,12 @@
-"""What stages over whole answers share. N targets · S sequences."""
+"""What stages over whole answers share. N targets · S sequences · P pairs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from llmtune import Batch
+from llmtune import Batch, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,3 +38,36 @@ def token_shares(batch: Batch) -> Tensor:
     for weight, spots in batch.weight_groups:
         share_N[spots] = weight
     return share_N
+
+
+class Answers(NamedTuple):
+    """What a model says to the answers of a batch: (S,) float32 each."""
+
+    logps: Tensor
+    """Summed log-probability, times the tokens' shares."""
+    shares: Tensor
+    """Summed shares of the tokens, above 0."""
+    ratios: Tensor
+    """`logps` less those of the reference; `logps` themselves where none is asked."""
+
+
+def answers_of(model: Any, batch: Batch, context: StageContext, share_N: Tensor, reference: bool = True) -> Answers:
+    """Ask the model, and before that its reference, while the model's activations are not there yet."""
+    said_N = context.with_model("reference", lambda it, its: its.token_logps(it, batch)) if reference else None
+    logps_S = per_sequence(context.token_logps(model, batch) * share_N, batch)
+    ratios_S = logps_S if said_N is None else logps_S - per_sequence(said_N * share_N, batch)
+    return Answers(logps_S, per_sequence(share_N, batch).clamp(min=1e-6), ratios_S)
+
+
+PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+def pair_metrics(rewards_S: Tensor) -> dict[str, Tensor]:
+    """Sums over pairs, chosen and rejected in turn, of the rewards of their answers."""
+    chosen_P, rejected_P = rewards_S.detach()[0::2], rewards_S.detach()[1::2]
+    return {
+        "rewards/chosen": chosen_P.sum(),
+        "rewards/rejected": rejected_P.sum(),
+        "rewards/margins": (chosen_P - rejected_P).sum(),
+        "rewards/accuracies": (chosen_P > rejected_P).float().sum(),
+    }

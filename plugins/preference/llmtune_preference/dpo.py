@@ -9,9 +9,9 @@ import torch
 
 from llmtune import Batch, ModelSpec, StageContext, StageLoss
 
-from . import REFERENCE_FREE
-from .answers import per_sequence, reference_keys, token_shares
-from .losses import LOSSES, MEANS, Scores
+from . import MEANS, REFERENCE_FREE
+from .answers import PAIR_METRICS, answers_of, pair_metrics, per_sequence, reference_keys, token_shares
+from .losses import LOSSES, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,7 @@ class Pairs:
     learns = ("preference",)
     counts = "samples"
     without_dropout = True
-    metrics = (
-        "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-    )  # fmt: skip
+    metrics = (*PAIR_METRICS, "logps/chosen", "logps/rejected")
 
     def __init__(self, config: DpoConfig) -> None:
         self.config = config
@@ -35,35 +33,19 @@ class Pairs:
         self.models: Mapping[str, ModelSpec] = {} if free else {"reference": ModelSpec(keys=reference_keys(config))}
 
     def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
-        """The sum over the batch's pairs. The reference answers first, before the model's activations are there."""
-        config, mean = self.config, self.config.pref_loss in MEANS
-        share_N = token_shares(batch)
+        """The sum over the batch's pairs."""
+        config, share_N = self.config, token_shares(batch)
         if config.ld_alpha is not None:
             share_N = share_N * shared_length(batch, config.ld_alpha)
-        reference_N = None
-        if self.models:
-            reference_N = context.with_model("reference", lambda other, its: its.token_logps(other, batch))
-        logps_N = context.token_logps(model, batch)
-        logps_S, count_S = per_sequence(logps_N * share_N, batch), per_sequence(share_N, batch).clamp(min=1e-6)
-        scores_S = logps_S if reference_N is None else logps_S - per_sequence(reference_N * share_N, batch)
-        if mean:
+        logps_S, count_S, scores_S = answers_of(model, batch, context, share_N, reference=bool(self.models))
+        if config.pref_loss in MEANS:
             scores_S = scores_S / count_S
         loss_P = LOSSES[config.pref_loss](Scores(scores_S[0::2], scores_S[1::2]), config)
         if config.pref_ftx:
             loss_P = loss_P - config.pref_ftx * (logps_S / count_S)[0::2]
-        return StageLoss(total=loss_P.sum(), metrics=self._metrics(scores_S.detach(), logps_S.detach()))
-
-    def _metrics(self, scores_S: Tensor, logps_S: Tensor) -> dict[str, Tensor]:
-        rewards_S = self.config.pref_beta * scores_S
-        chosen_P, rejected_P = rewards_S[0::2], rewards_S[1::2]
-        return {
-            "rewards/chosen": chosen_P.sum(),
-            "rewards/rejected": rejected_P.sum(),
-            "rewards/margins": (chosen_P - rejected_P).sum(),
-            "rewards/accuracies": (chosen_P > rejected_P).float().sum(),
-            "logps/chosen": logps_S[0::2].sum(),
-            "logps/rejected": logps_S[1::2].sum(),
-        }
+        said_S = logps_S.detach()
+        logps = {"logps/chosen": said_S[0::2].sum(), "logps/rejected": said_S[1::2].sum()}
+        return StageLoss(total=loss_P.sum(), metrics={**pair_metrics(config.pref_beta * scores_S), **logps})
 
 
 def shared_length(batch: Batch, beyond: float) -> Tensor:

@@ -10,11 +10,9 @@ import torch
 
 from llmtune import Batch, ModelSpec, StageContext, StageLoss
 
-from .answers import per_sequence, reference_keys, token_shares
+from .answers import answers_of, reference_keys, token_shares
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from . import KtoConfig
 
 
@@ -36,12 +34,13 @@ class Unpaired:
         self.models: Mapping[str, ModelSpec] = {"reference": ModelSpec(keys=reference_keys(config))}
 
     def prepare(self, model: Any, batches: Sequence[Batch], context: StageContext) -> list[Batch]:
-        """Put the step's `kl` into each batch, and how many answers there are for each of either label."""
+        """Put the step's `kl` into each batch."""
         sums = torch.zeros(2, dtype=torch.float64, device=batches[0].input_ids.device)
         for batch in batches:
             assert batch.mismatched is not None, "labelled rows come with mismatched answers"
-            moved_S = self._ratios(model, batch.mismatched, context)[0]
-            sums += torch.stack([moved_S.double().sum(), torch.ones_like(moved_S, dtype=torch.float64).sum()])
+            crossed = answers_of(model, batch.mismatched, context, token_shares(batch.mismatched))
+            sums[0] += crossed.ratios.double().sum()
+            sums[1] += batch.mismatched.sequences
         moved, count = context.total(sums)
         kl = (moved / count.clamp(min=1)).clamp(min=0).float()
         return [replace(batch, extra={"kl": kl}) for batch in batches]
@@ -49,7 +48,7 @@ class Unpaired:
     def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
         """The sum over the batch's answers."""
         config, kl = self.config, batch.extra["kl"]
-        ratio_S, logps_S, count_S = self._ratios(model, batch, context)
+        logps_S, count_S, ratio_S = answers_of(model, batch, context, token_shares(batch))
         desirable_S = torch.zeros(len(ratio_S), dtype=torch.bool) if batch.desirable is None else batch.desirable
         desirable_S = desirable_S.to(ratio_S.device)
         value_S = torch.sigmoid(config.pref_beta * torch.where(desirable_S, ratio_S - kl, kl - ratio_S))
@@ -63,11 +62,3 @@ class Unpaired:
             metrics[f"rewards/{name}"] = ((rewards_S * these_S).sum(), these_S.float().sum())
             metrics[f"logps/{name}"] = ((logps_S * these_S).sum(), these_S.float().sum())
         return StageLoss(total=loss_S.sum(), metrics=metrics)
-
-    def _ratios(self, model: Any, batch: Batch, context: StageContext) -> tuple[Tensor, Tensor, Tensor]:
-        """(S,) log-ratio to the reference, log-probability, and summed shares of its tokens, of each answer."""
-        share_N = token_shares(batch)
-        reference_N = context.with_model("reference", lambda other, its: its.token_logps(other, batch))
-        logps_N = context.token_logps(model, batch)
-        logps_S, count_S = per_sequence(logps_N * share_N, batch), per_sequence(share_N, batch).clamp(min=1e-6)
-        return logps_S - per_sequence(reference_N * share_N, batch), logps_S, count_S

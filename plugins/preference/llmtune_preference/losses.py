@@ -122,5 +122,3 @@ LOSSES: Mapping[str, Callable[[Scores, Any], Tensor]] = {
     )
 }  # fmt: skip
 """(P,) losses by the names of `pref_loss`."""
-MEANS = ("ipo", "orpo", "simpo")
-"""Losses over the mean log-probability of an answer's tokens; the others take the sum."""

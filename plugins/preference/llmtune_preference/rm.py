@@ -10,6 +10,8 @@ from torch.nn.functional import logsigmoid
 
 from llmtune import Amendment, Batch, RunContext, StageContext, StageLoss, output_heads
 
+from .answers import PAIR_METRICS, pair_metrics
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,7 +23,7 @@ class Rewards:
 
     learns = ("preference",)
     counts = "samples"
-    metrics = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    metrics = PAIR_METRICS
 
     def __init__(self, config: RmConfig) -> None:
         self.config = config
@@ -47,14 +49,7 @@ class Rewards:
         loss_P = -logsigmoid(chosen_P - rejected_P)
         if self.config.center_rewards_coefficient:
             loss_P = loss_P + self.config.center_rewards_coefficient * (chosen_P + rejected_P).square()
-        chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
-        metrics = {
-            "rewards/chosen": chosen_P.sum(),
-            "rewards/rejected": rejected_P.sum(),
-            "rewards/margins": (chosen_P - rejected_P).sum(),
-            "rewards/accuracies": (chosen_P > rejected_P).float().sum(),
-        }
-        return StageLoss(total=loss_P.sum(), metrics=metrics)
+        return StageLoss(total=loss_P.sum(), metrics=pair_metrics(rewards_S))
 
 
 def last_positions(batch: Batch, pad_id: int) -> Tensor:

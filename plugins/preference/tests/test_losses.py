@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from llmtune_preference import REFERENCE_FREE, DpoConfig
-from llmtune_preference.losses import LOSSES, MEANS, Scores
+from llmtune_preference import MEANS, REFERENCE_FREE, DpoConfig
+from llmtune_preference.losses import LOSSES, Scores
 
 EXTREME = [-1e4, -300.0, -1.0, -1e-9, 0.0, 1.0, 300.0]
 SMOOTHED = ("exo", "robust", "sigmoid", "simpo")
