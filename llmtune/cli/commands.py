@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmtune import __version__
-from llmtune.cli import data as data_cli
+from llmtune.cli.data import add_commands, add_overrides, add_recipe, count
 from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean
 from llmtune.terminal import doing, say
+
+KEYS = "learning_rate=1e-4 peft_config.r=32"
+"""Keys of a recipe, as they are written on the command line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,16 +102,16 @@ def parser() -> argparse.ArgumentParser:
     train = command(
         "train", _train, "Train as a recipe says", "An interrupted run continues when the same command is run again."
     )
-    _recipe_arguments(train)
+    add_recipe(train, KEYS)
     train.add_argument(
         "--fresh", action="store_true", help="start over, deleting the run in output_dir, finished or not"
     )
-    train.add_argument("--nproc", type=_count, metavar="N", help="ranks on this machine (default: one per GPU)")
+    train.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
     train.add_argument("--nnodes", default="1", metavar="N", help="machines of the run, or LEAST:MOST of them")
     train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is one of them")
     train.add_argument("--rdzv-id", metavar="NAME", help="tells runs apart that meet at the same HOST:PORT")
     train.add_argument(
-        "--max-restarts", type=_count, default=0, metavar="N", help="start failed ranks again, so often at most"
+        "--max-restarts", type=count, default=0, metavar="N", help="start failed ranks again, so often at most"
     )
     plan = command(
         "plan",
@@ -117,45 +120,30 @@ def parser() -> argparse.ArgumentParser:
         "Finds every error that a run would hit later. That a run does not fit its device is said, with what would "
         "help, and is no error: the exit code is 0.",
     )
-    _recipe_arguments(plan)
-    plan.add_argument("--nproc", type=_count, metavar="N", help="plan for this many ranks of this machine")
-    plan.add_argument("--ranks", type=_count, metavar="N", help="plan for this many ranks, on any machines")
+    add_recipe(plan, KEYS)
+    plan.add_argument("--nproc", type=count, metavar="N", help="plan for this many ranks of this machine")
+    plan.add_argument("--ranks", type=count, metavar="N", help="plan for this many ranks, on any machines")
     plan.add_argument("--device", metavar="NAME", help="of this kind: h100, a100, rtx4090, ... or a memory, 24GB")
     plan.add_argument("--json", action="store_true", help="the cost, for machines")
     chat = command("chat", _chat, "Talk to a run, a checkpoint, a model, or a base with adapters")
     chat.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder, a hub id, or a recipe"
     )
-    _overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
+    add_overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     export = command("export", _export, "Merge an adapter into its base and write a plain model")
     export.add_argument(
         "run", metavar="RUN", help="a run's folder, a checkpoint, or a base with peft_config (or a recipe)"
     )
-    _overrides(export, "export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id")
+    add_overrides(export, "export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id")
     reward = command("reward", _reward, "Give the rewards of a trained reward model, a line of JSON for each row")
     reward.add_argument("run", metavar="RUN", help="the folder of a run with stage_config rm, or a reward model's")
-    _overrides(reward, "dataset=FILE of conversations or preferences, recipe keys")
-    data_cli.add_commands(commands)
+    add_overrides(reward, "dataset=FILE of conversations or preferences, recipe keys")
+    add_commands(commands)
     plugins = command("plugins", _plugins, "List extension points and what is installed for them")
     plugins.add_argument("--json", action="store_true", help="for machines")
     command("schema", _schema, "Print the JSON Schema of recipes, with the installed plugins' blocks")
     return top
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, allowed is a whole number >= 1")
-    return int(text)
-
-
-def _overrides(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
-
-
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
-    _overrides(parser, "override keys: learning_rate=1e-4 peft_config.r=32")
 
 
 def _train(options: Any) -> int:

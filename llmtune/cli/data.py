@@ -34,13 +34,12 @@ def add_commands(commands: Any) -> None:
     check.add_argument(
         "source", metavar="SOURCE", help="a file, folder, glob, hub:owner/name, name in dataset_info.json, or recipe"
     )
-    check.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value",
-        help="keys of the data set (columns={instruction: question}) or of a recipe (model=NAME template=qwen3)",
-    )  # fmt: skip
+    add_overrides(
+        check, "keys of the data set (columns={instruction: question}) or of a recipe (model=NAME template=qwen3)"
+    )
     check.add_argument("--format", metavar="NAME", help="of the rows (default: detected)")
     check.add_argument("--dataset-dir", metavar="FOLDER", help="where dataset_info.json is")
-    check.add_argument("--limit", type=_count, metavar="N", help="read the first N rows only")
+    check.add_argument("--limit", type=count, metavar="N", help="read the first N rows only")
     check.add_argument("--all", action="store_true", help="list all bad rows, not only the first 20")
     check.add_argument("--quarantine", metavar="FILE", help="write the bad rows and their reasons as JSON Lines")
     check.add_argument("--json", action="store_true", help="for machines")
@@ -48,8 +47,8 @@ def add_commands(commands: Any) -> None:
     preview = _command(inner, "preview", _preview, "Show samples as they train, the trained tokens in colour", (
         "Where there is no colour, they stand in [[...]]."
     ))  # fmt: skip
-    _recipe_arguments(preview)
-    preview.add_argument("-n", type=_count, default=3, metavar="N", help="so many samples (default: 3)")
+    add_recipe(preview)
+    preview.add_argument("-n", type=count, default=3, metavar="N", help="so many samples (default: 3)")
     preview.add_argument(
         "--rows", type=_rows, default=(), metavar="5,17", help="samples of these rows; or chats.jsonl:5"
     )
@@ -57,7 +56,7 @@ def add_commands(commands: Any) -> None:
     preview.add_argument("--html", metavar="FILE", help="write a page instead")
 
     stats = _command(inner, "stats", _stats, "Show lengths, fill, padding, and what cutoffs would cost")
-    _recipe_arguments(stats)
+    add_recipe(stats)
     stats.add_argument("--plot", metavar="FILE", help="draw the lengths (png, svg, pdf)")
     stats.add_argument("--json", action="store_true", help="for machines")
 
@@ -68,12 +67,19 @@ def _command(commands: Any, name: str, run: Any, text: str, more: str = "") -> a
     return made
 
 
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser, example: str = "cutoff_len=4096") -> None:
+    """Let a command take a recipe, and keys that go before it."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override keys: cutoff_len=4096")
+    add_overrides(parser, f"override keys: {example}")
 
 
-def _count(text: str) -> int:
+def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
+    """Let a command take any number of `key=value`."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
+
+
+def count(text: str) -> int:
+    """A number of things from the command line."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text}, allowed is a whole number >= 1")
     return int(text)
