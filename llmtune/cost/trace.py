@@ -8,7 +8,7 @@ that was left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llmtune.contract.stages import Batch, StageContext, further_models
+from llmtune.contract.stages import Batch, further_models
 from llmtune.contract.structure import transformer_layers
 from llmtune.cost.tracker import Segment, Tracker, by_category
 from llmtune.distributed.placement import materialise
@@ -76,7 +76,8 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
         objective = built(model)
         # A further model is taken to compute what the trained one does, without weights of its own. Whether the head
         # explains the logits is a question of values, which fake tensors have not.
-        stand_in = dict.fromkeys(further_models(plan.parts.one("stage_config").built), StandIn(module))
+        names = further_models(plan.parts.one("stage_config").built)
+        stand_in = dict.fromkeys(names, lambda compute, context: compute(module, context))
         objective.context = Context(objective.context.ops, head_explains_logits=True, further=stand_in)
         with FakeTensorMode(allow_non_fake_inputs=True):
             timeline = step(traced, objective, shape, runs)
@@ -84,16 +85,6 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     chunks = logits_bytes(plan.model, shape) - logits_bytes(model, shape)
     everywhere = Memory() if timeline.has_state else Memory(optimizer=estimate_memory(plan, shape).most.optimizer)
     return unroll(timeline, everywhere=everywhere + further_weights(plan), loss=Memory(logits=chunks))
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """The trained model in the place of a further one."""
-
-    model: nn.Module
-
-    def __call__(self, compute: Callable[[nn.Module, StageContext], Tensor], context: Context) -> Tensor:
-        return compute(self.model, context)
 
 
 @contextmanager
@@ -152,7 +143,7 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
     optimizer = stepped_optimizer(plan)
     unused: Any = optimizer  # the parts of the loop that are called here take no step
     training = make_training(plan, objective, unused)
-    micros = prepared(objective, [fake_batch(shape) for _ in range(min(2, shape.micro_steps))])
+    micros = list(prepared(objective, [fake_batch(shape) for _ in range(min(2, shape.micro_steps))]))
     large_norm = 2.0 * (training.max_grad_norm or 1.0)
     # Beforehand once: DTensor works out how each operation spreads, on tensors that are not the step's.
     clip(training, global_norm(parameters), large_norm)

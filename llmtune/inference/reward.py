@@ -71,8 +71,7 @@ def rewards_of_rows(path: str | Path, dataset: Any, **overrides: Any) -> Iterato
 
 
 def _of_samples(model: Any, batch: Batch, width: int) -> Iterator[tuple[int, list[float]]]:
-    mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
     with torch.no_grad():
-        rewards_S = model(input_ids=batch.input_ids, attention_mask=mask).logits[:, 0].float()
+        rewards_S = model(**batch.model_inputs()).logits[:, 0].float()
     for index, number in enumerate(batch.sample_ids):
         yield number, rewards_S[index * width : (index + 1) * width].tolist()

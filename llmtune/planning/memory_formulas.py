@@ -102,7 +102,8 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
     whole = hold("", model.module, rank, state)
     root = whole - reduce(Held.__add__, held, Held())
     acts = activations(model, batch, [layer for _, layer in layers], rank, level)
-    grads, base = Memory(gradients=whole.gradients), whole.static + further_weights(plan)
+    grads, always = Memory(gradients=whole.gradients), whole.static + further_weights(plan)
+    base = always
     if batch.micro_steps > 1:  # those of the micro-batches before are there from the start
         base += Memory(gradients=4 * whole.trained) if rank.keeps_gradients else grads
     step = Step(
@@ -110,7 +111,7 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
         logits=Memory(logits=logits_bytes(model, batch)), head=head_trained(model), again=level != "none",
     )  # fmt: skip
     moments = {name: base + more for name, more in (step.spread() if rank.spread else step.alone())}
-    moments["update"] = whole.static + further_weights(plan) + grads
+    moments["update"] = always + grads
     if rank.dist.in_host_memory:
         moments = {name: to_host(memory) for name, memory in moments.items()}
     moment, at_peak = max(moments.items(), key=lambda item: item[1].total)

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from llmtune.contract.errors import DivergedError, listed, noting
-from llmtune.contract.stages import COUNT, Prepares, means
+from llmtune.contract.stages import COUNT, means
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
 from llmtune.training.objective import prepared
@@ -91,7 +91,7 @@ def train(run: Training, watcher: Watcher) -> int:
     while step < run.total_steps:
         started, run.at = time.perf_counter(), step + 1
         rate = set_learning_rate(run, step)
-        micros = prepared(run.objective, run.batches.step(step, run.device))
+        micros = list(prepared(run.objective, run.batches.step(step, run.device)))
         weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
         weight /= run.ranks.dims.tensor  # a tensor group computes one result; it counts once
         sums = forward_backward(run, micros, weight, step)
@@ -128,9 +128,10 @@ def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, ste
         result = run.objective(micro)
         loss = result.total / divisor
         (loss * factor).backward()
-        counted = {name for name in result.metrics if isinstance(result.metrics[name], tuple)}
-        for name, value in result.sums().items():
-            share = value.detach() if name.removesuffix(COUNT) in counted else value.detach() / divisor
+        found = result.sums()
+        for name, value in found.items():
+            has_own_count = name.endswith(COUNT) or name + COUNT in found
+            share = value.detach() if has_own_count else value.detach() / divisor
             sums[name] = sums[name] + share if name in sums else share
     return sums
 
@@ -236,7 +237,7 @@ def evaluate(
     for part, batches in parts.items():
         sums: dict[str, Tensor] = {}
         weight = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in prepared(objective, list(batches())) if isinstance(objective.stage, Prepares) else batches():
+        for batch in prepared(objective, batches()):
             if leave():
                 objective.train()
                 return None

@@ -6,7 +6,7 @@ a stage may call the model, its backbone or its head as it likes, without buildi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,13 +62,13 @@ class Objective(nn.Module):
                 return self.stage.loss(self.model, batch, self.context)
 
 
-def prepared(objective: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The micro-batches of a step as the objective's stage prepares them, where it does. Collective."""
+def prepared(objective: nn.Module, batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The batches that are looked at together, as the objective's stage prepares them, where it does. Collective."""
     stage = objective.stage
     if not isinstance(stage, Prepares):
         return batches
     with torch.no_grad():
-        return objective(lambda: stage.prepare(objective.model, batches, objective.context))
+        return objective(lambda: stage.prepare(objective.model, list(batches), objective.context))
 
 
 class Context(StageContext):
@@ -118,27 +118,29 @@ class Context(StageContext):
 
     def next_token_loss(self, model: Any, batch: Batch) -> Tensor:
         """Cross-entropy of the batch's targets under the model, times their weights, summed: a float32 scalar."""
-        if self._head_explains_logits is None:
-            self._head_explains_logits = self._probe(model, batch)
-        if self._head_explains_logits:
-            hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
-            fused, head, transform = self.ops["linear_cross_entropy"], self.head(model), self.logit_transform(model)
-            return weighted_sum(batch, hidden_ND, lambda some_ND, targets: fused(some_ND, head, targets, transform))
-        logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
-        return weighted_sum(
-            batch, logits_NV, lambda some_NV, targets: F.cross_entropy(some_NV.float(), targets, reduction="sum")
-        )
+        values_NX, head, transform = self._at_targets(model, batch)
+        op = self.ops["linear_cross_entropy"] if head is not None else cross_entropy
+        return weighted_sum(batch, values_NX, lambda some_NX, targets: op(some_NX, head, targets, transform))
 
     def token_logps(self, model: Any, batch: Batch) -> Tensor:
         """The log-probability of each of the batch's N targets under the model: (N,) float32."""
+        values_NX, head, transform = self._at_targets(model, batch)
+        if head is None:
+            return -cross_entropy(values_NX, None, batch.targets, None, "none")
+        return self.ops["linear_token_logps"](values_NX, head, batch.targets, transform)
+
+    def _at_targets(
+        self, model: Any, batch: Batch
+    ) -> tuple[Tensor, nn.Module | None, Callable[[Tensor], Tensor] | None]:
+        """(N, D) hidden states of the batch's targets with the head and the transform that make logits of them, where
+        these explain the model's logits; else the (N, V) logits themselves, and None."""
         if self._head_explains_logits is None:
             self._head_explains_logits = self._probe(model, batch)
         if self._head_explains_logits:
-            hidden_ND = self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
-            op = self.ops["linear_token_logps"]
-            return op(hidden_ND, self.head(model), batch.targets, self.logit_transform(model))
-        logits_NV = model(**batch.model_inputs()).logits.flatten(0, 1).index_select(0, batch.predict_at)
-        return -F.cross_entropy(logits_NV.float(), batch.targets, reduction="none")
+            values, head, transform = self.hidden_states(model, batch), self.head(model), self.logit_transform(model)
+        else:
+            values, head, transform = model(**batch.model_inputs()).logits, None, None
+        return values.flatten(0, 1).index_select(0, batch.predict_at), head, transform
 
     def _probe(self, model: Any, batch: Batch) -> bool:
         """Whether head and transform on the backbone's output give this model's logits. Asked once a run, on 4 tokens:
@@ -180,10 +182,21 @@ def linear_cross_entropy(
     hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, transform: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """The plain operation: logits for all N positions at once, then summed cross-entropy in float32."""
-    logits_NV = head(hidden_ND)
+    return cross_entropy(hidden_ND, head, targets_N, transform)
+
+
+def cross_entropy(
+    values_NX: Tensor,
+    head: nn.Module | None,
+    targets_N: Tensor,
+    transform: Callable[[Tensor], Tensor] | None,
+    reduction: str = "sum",
+) -> Tensor:
+    """Cross-entropy in float32 of the logits that `head` and `transform` make of `values_NX`, or that these are."""
+    logits_NV = values_NX if head is None else head(values_NX)
     if transform is not None:
         logits_NV = transform(logits_NV)
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction=reduction)
 
 
 LOGITS_AT_ONCE = 2**24
@@ -194,17 +207,12 @@ def linear_token_logps(
     hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, transform: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """The plain operation: some positions at a time go through the head, and once more in the backward pass."""
-
-    def of_chunk(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        logits_CV = head(hidden_CD)
-        if transform is not None:
-            logits_CV = transform(logits_CV)
-        return -F.cross_entropy(logits_CV.float(), targets_C, reduction="none")
-
     vocabulary = max((max(weight.shape) for weight in head.parameters() if weight.ndim == 2), default=2**17)
     size = max(1, LOGITS_AT_ONCE // vocabulary)
-    chunks = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
-    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    return -torch.cat([
+        checkpoint(cross_entropy, hidden_CD, head, targets_C, transform, "none", use_reentrant=False)
+        for hidden_CD, targets_C in zip(hidden_ND.split(size), targets_N.split(size), strict=True)
+    ])  # fmt: skip
 
 
 class FrozenModel(Protocol):

@@ -153,7 +153,7 @@ def _batches(plan: Plan, objective: Any, parts: list[list[int]], flat: bool = Fa
     batches: Any = plan.data.batches
     batches, rows = replace(batches, flat=flat or batches.flat), [row for part in parts for row in part]
     others = other_answers(batches.samples, rows)
-    return prepared(objective, [to_device(batches.batch(part, others), plan.device) for part in parts])
+    return list(prepared(objective, [to_device(batches.batch(part, others), plan.device) for part in parts]))
 
 
 def _padded_more(batch: Batch, extra: int) -> Batch:
