@@ -101,12 +101,13 @@ def raise_all(errors: Sequence[LlmtuneError]) -> None:
 
 
 @contextmanager
-def blaming(label: str, doing: str) -> Iterator[None]:
-    """Let an exception that a plugin raises carry the plugin's name and what it was doing. Errors of llmtune, and those
-    of memory that ran out, which have an explanation of their own, pass as they are."""
+def blaming(label: str, doing: str, *, but: type[Exception] = LlmtuneError) -> Iterator[None]:
+    """Let an exception that a plugin raises carry the plugin's name and what it was doing. Errors of llmtune, those of
+    memory that ran out, which have an explanation of their own, and the kind `but`, which the caller expects, pass as
+    they are."""
     try:
         yield
-    except LlmtuneError:
+    except (LlmtuneError, but):
         raise
     except Exception as error:
         if is_out_of_memory(error):

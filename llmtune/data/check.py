@@ -20,7 +20,7 @@ import numpy as np
 from llmtune.contract.errors import DataError, LlmtuneError
 from llmtune.contract.examples import BadRow, Example
 from llmtune.data.config import Source
-from llmtune.data.formats import Chosen, Formats, read_row
+from llmtune.data.formats import LOOKED_AT, Chosen, Formats, read_row
 from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.reading import Chunk, HubAccess, Row, chunks, find, first_rows, separated
 from llmtune.data.report import Bad, Losses, counts_text
@@ -30,8 +30,6 @@ from llmtune.terminal import Shown
 if TYPE_CHECKING:
     from llmtune.data.tokenise import Tokeniser
 
-LOOKED_AT = 100
-"""Rows that the format is detected from."""
 _SPECIAL = "text that may be read as a special token, see split_special_tokens"
 _STRANGE = {
     "characters that were lost": re.compile("\ufffd"),

@@ -15,7 +15,7 @@ import numpy as np
 from llmtune.contract.errors import DataError, listed
 from llmtune.data.cache import Place, key_of
 from llmtune.data.config import DataConfig, Source
-from llmtune.data.formats import Chosen, Formats, check_kind
+from llmtune.data.formats import LOOKED_AT, Chosen, Formats, check_kind
 from llmtune.data.hashes import own_code_hash
 from llmtune.data.piece import Packed
 from llmtune.data.reading import Chunk, Dataset, HubAccess, chunks, content_key, find, first_rows, separated
@@ -30,8 +30,6 @@ from llmtune.folders import cache_root
 
 VERSION = 2
 """Counts up when the same data and keys give other tokens than before."""
-LOOKED_AT = 100
-"""Rows of a data set that its format is detected from."""
 LIKE_CONVERSATIONS = {"text": "conversation", "tokens": "conversation"}
 """Kinds whose samples are like those of another: tokens, some of which train."""
 _MOST_WITHOUT_TARGET = 0.01

@@ -38,12 +38,13 @@ def tiny_recipe(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model, rows = folder / f"tiny-{family}", folder / ROWS[kind]
+    name, write = ROWS[kind]
+    model, rows = folder / f"tiny-{family}", folder / name
     if not model.exists():
         values: dict[str, Any] = {"initializer_range": 0.2, **(sizes or {})}
         tiny_model_folder(folder, family, **values)
     if not rows.exists():
-        {"conversation": tiny_chats, "preference": tiny_preferences, "labelled": tiny_labelled}[kind](folder)
+        write(folder)
     return {
         "model": str(model),
         "dataset": str(rows),
@@ -61,8 +62,11 @@ def tiny_recipe(
     } | keys
 
 
-ROWS = {"conversation": "chats.jsonl", "preference": "preferences.jsonl", "labelled": "labelled.jsonl"}
-"""Files of rows, by what the rows are."""
+ROWS = {
+    "conversation": ("chats.jsonl", tiny_chats), "preference": ("preferences.jsonl", tiny_preferences),
+    "labelled": ("labelled.jsonl", tiny_labelled),
+}  # fmt: skip
+"""By what the rows are: the file that holds some, and what writes it."""
 
 REFERENCES = {point: "reference" for point in ("init_config", "stage_config", "optim_config", "lr_scheduler_config")}
 """Blocks that a recipe cannot do without."""

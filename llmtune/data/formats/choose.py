@@ -15,6 +15,8 @@ from llmtune.data.hashes import code_hash
 from llmtune.data.misspelt import as_names, is_like, misspelt
 from llmtune.data.reading import Dataset
 
+LOOKED_AT = 100
+"""Rows of a data set that its format is detected from."""
 NOUNS = {
     "conversation": "conversations", "preference": "preferences", "labelled": "labelled answers", "prompt": "prompts",
     "text": "texts", "tokens": "tokenised rows",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmtune.contract.errors import DataError, LlmtuneError, PluginError, listed
+from llmtune.contract.errors import DataError, blaming, listed
 from llmtune.contract.examples import BadRow, Conversation, DataFormat, Example, Preference, Prompt, UnpairedPreference
 from llmtune.data.messages import check_conversation, kind
 from llmtune.data.misspelt import as_names, misspelt
@@ -42,13 +42,8 @@ def read_row(chosen: Chosen, data: Any) -> Example:
     if media := [name for name in _MEDIA if row.get(name)]:
         raise BadRow("not only text", f'the column "{media[0]}" holds media, allowed is text only')
     _check_columns(chosen, row)
-    try:
+    with blaming(f"data_config: {chosen.name}", f"convert of {listed(row, 6)}", but=BadRow):
         example = chosen.format.convert(row)
-    except (BadRow, LlmtuneError):
-        raise
-    except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise PluginError(f"data_config: {chosen.name} failed in convert of {listed(row, 6)}: {said}") from error
     if getattr(example, "kind", None) != chosen.format.kind:
         what = f"says its rows become {chosen.format.kind}, and made {type(example).__name__} of one"
         raise DataError(f"format {chosen.name} {what}; the package that offers it has to be mended")

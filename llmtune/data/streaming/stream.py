@@ -11,8 +11,8 @@ from typing import Any
 
 from llmtune.contract.errors import DataError, raise_all
 from llmtune.data.config import DataConfig, sources
-from llmtune.data.formats import Chosen, check_kind
-from llmtune.data.making import LOOKED_AT, Making, check_bad_rows, one_kind, unique
+from llmtune.data.formats import LOOKED_AT, Chosen, check_kind
+from llmtune.data.making import Making, check_bad_rows, one_kind, unique
 from llmtune.data.reading import Dataset
 from llmtune.data.report import Bad, DataReport, PartReport, SourceReport
 from llmtune.data.store import Tokenised
