@@ -10,6 +10,7 @@ from typing import Any
 
 from llmtune.contract.errors import listed
 from llmtune.contract.examples import KINDS, DataFormat
+from llmtune.contract.generation import Engine
 from llmtune.contract.records import (
     Adapter,
     Distribute,
@@ -157,6 +158,13 @@ POINTS: Mapping[str, ExtensionPoint] = {
             question="Where metrics go besides `metrics.jsonl`.",
             protocol=Logger,
             several=True,
+            changes_training=False,
+        ),
+        ExtensionPoint(
+            name="engine_config",
+            question="What generates answers.",
+            protocol=Engine,
+            required=True,
             changes_training=False,
         ),
     )

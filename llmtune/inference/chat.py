@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import PlanError, RecipeError, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, RecipeError, raise_all
 from llmtune.contract.schema import decode
 from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, has_template
+from llmtune.recipe.parts import find_parts
+from llmtune.recipe.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmtune.contract.generation import Engine
     from llmtune.recipe.recipe import Recipe
 
 
@@ -34,7 +37,16 @@ def conversation_for(
             "asked by `llmtune reward`"
         )
     variables = recipe.data.template_variables
-    return ChatSession(model, tokenizer, variables, config, completes=not has_template(tokenizer, variables))
+    completes, engine = not has_template(tokenizer, variables), engine_of(recipe)
+    return ChatSession(model, tokenizer, variables, config, completes=completes, generate=engine.generate)
+
+
+def engine_of(recipe: Recipe) -> Engine:
+    """What the recipe generates with. Raises all problems of its `engine_config`."""
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, Registry(), problems, ("engine_config",))
+    raise_all(problems)
+    return parts.one("engine_config").built
 
 
 NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"

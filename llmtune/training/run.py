@@ -291,12 +291,13 @@ def sample_answers(plan: Plan, objective: Objective, when: str) -> list[str]:
     config = GenerateConfig(do_sample=False, max_new_tokens=64, default_system=data.default_system)
     variables = data.template_variables
     completes = not has_template(tokenizer, variables)
+    engine = plan.parts.one("engine_config").built
     objective.eval()
     answers = [
         objective(
-            lambda question=question: ChatSession(module, tokenizer, variables, config, completes=completes).ask(
-                question
-            )
+            lambda question=question: ChatSession(
+                module, tokenizer, variables, config, completes=completes, generate=engine.generate
+            ).ask(question)
         )
         for question in plan.recipe.train.sample_prompts
     ]

@@ -57,6 +57,10 @@ POINTS = {
     )),
     "logger_config": ("hates_nan", "writes_early", "needs_a_start", "leaves_home"),
     "init_config": ("shifts_rows", "rounds"),
+    "engine_config": (
+        "takes_chances", "sees_its_neighbours", "ignores_seeds", "never_ends", "keeps_silent", "stays_in_eval",
+        "draws_by_rank",
+    ),
     "data_config": ("knows_no_kind", "lies_about_its_kind", "fails_on_gaps", "changes_rows", "counts_rows"),
 }  # fmt: skip
 CONFIGS = {"undocumented": Undocumented, "out_of_bounds": OutOfBounds, "mutable": Mutable}
@@ -66,12 +70,12 @@ def _builder(name: str) -> Callable[[Any], Any]:
     def build(config: Any) -> Any:
         import torch
 
-        from acme_broken import edits, formats, others
+        from acme_broken import edits, engines, formats, others
 
         if name == "draws_numbers":
             torch.rand(1)
         made = "".join(word.title() for word in name.split("_"))
-        return getattr(next(module for module in (edits, formats, others) if hasattr(module, made)), made)()
+        return getattr(next(module for module in (edits, engines, formats, others) if hasattr(module, made)), made)()
 
     return build
 
@@ -134,3 +138,8 @@ def logger_config() -> list[Plugin]:
 @hookimpl
 def data_config() -> list[Plugin]:
     return _plugins("data_config")
+
+
+@hookimpl
+def engine_config() -> list[Plugin]:
+    return _plugins("engine_config")
