@@ -19,7 +19,7 @@ _WHERE = {
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
             "Adapter", "Amends", "Amendment", "Merges", "SwitchesOff", "TrainsWhole", "Reopens",
             "Init", "ReadsOnFirst", "Distribute", "HoldsGathered", "ParallelDims", "OptimizerFactory",
-            "Repacks", "Schedule", "Logger", "LoggerStart", "Continues", "Checks",
+            "Repacks", "Schedule", "FollowsEvaluations", "Logger", "LoggerStart", "Continues", "Checks",
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",

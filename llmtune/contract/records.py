@@ -327,6 +327,23 @@ class Schedule(Protocol):
         ...
 
 
+@runtime_checkable
+class FollowsEvaluations(Protocol):
+    """Optional on a schedule that depends on how evaluations turn out. A recipe that names one has to evaluate."""
+
+    def evaluated(self, value: float, greater_is_better: bool) -> None:
+        """Called after each evaluation with the value of `metric_for_best_model`, the same on all ranks."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """Plain numbers for the checkpoint: all that `factor` depends on besides its arguments."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, before the first step of a continued run."""
+        ...
+
+
 class Logger(Protocol):
     """Receives metrics on rank 0. An error in it is reported once and never stops a run."""
 

@@ -14,7 +14,7 @@ from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
-from llmtune.planning.objections import batch_objections, metric_objections
+from llmtune.planning.objections import batch_objections, metric_objections, schedule_objections
 from llmtune.planning.plan import Plan
 from llmtune.recipe.parts import Parts, collect, find_parts
 from llmtune.terminal import doing
@@ -67,6 +67,9 @@ def make_plan(
         sets = held.set_names if recipe.data.eval_on_each_dataset else ()
         stage = parts.one("stage_config").built
         problems += [PlanError(sentence) for sentence in metric_objections(recipe.train, stage, sets)]
+    problems += [
+        PlanError(s) for part in parts.at("lr_scheduler_config") for s in schedule_objections(recipe.train, part)
+    ]
     samples = prepared.train
     found = batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
     problems += [PlanError(sentence) for sentence in found]

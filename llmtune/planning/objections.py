@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, did_you_mean, listed
-from llmtune.contract.records import Checks, TrainsWhole
+from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
 from llmtune.contract.stages import Measures
 
 if TYPE_CHECKING:
@@ -44,6 +44,15 @@ def metric_objections(train: TrainConfig, stage: Stage, sets: Sequence[str]) -> 
     near = did_you_mean(metric, known)
     if metric not in known and (near or (compares and isinstance(stage, Measures))):
         yield f'metric_for_best_model: found "{metric}", allowed is one of {listed(known)}.{near}'
+
+
+def schedule_objections(train: TrainConfig, part: BuiltPlugin) -> Iterator[str]:
+    """A schedule that follows evaluations where there are none."""
+    if isinstance(part.built, FollowsEvaluations) and train.eval_strategy == "no":
+        yield (
+            f"lr_scheduler_config: {part.plugin.name} follows evaluations, and the recipe has none; set eval_strategy "
+            "to steps or epoch with val_size or eval_dataset, or choose another schedule"
+        )
 
 
 def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: bool = False) -> Iterator[str]:

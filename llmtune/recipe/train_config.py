@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from llmtune.contract.schema import Ge, Gt, Lt
+from llmtune.contract.schema import Ge, Gt, Le, Lt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,10 @@ class TrainConfig:
     """Optimiser steps over which the learning rate rises from 0."""
     warmup_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The same as a share of all steps; give one of the two."""
+    warmup_type: Literal["linear", "cosine", "constant"] = "linear"
+    """The curve of warm-up. `constant` stays at `warmup_start_ratio` until the schedule begins."""
+    warmup_start_ratio: Annotated[float, Ge(0), Le(1)] | None = None
+    """Where warm-up begins, as a share of `learning_rate`. null is 0; for `constant` it is 1, the whole rate."""
     seed: Annotated[int, Ge(0)] = 42
     """Decides the order of samples, fresh weights and dropout."""
 
@@ -102,6 +106,12 @@ class TrainConfig:
             object.__setattr__(self, "max_grad_norm", 0.0)
         if problems := list(self._contradictions()):
             raise ValueError("\n".join(problems))
+
+    @property
+    def warmup_start(self) -> float:
+        """`warmup_start_ratio`, also where it is left out."""
+        default = 1.0 if self.warmup_type == "constant" else 0.0
+        return default if self.warmup_start_ratio is None else self.warmup_start_ratio
 
     @property
     def checkpointing(self) -> Literal["auto", "full", "selective", "none"]:

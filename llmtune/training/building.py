@@ -25,12 +25,12 @@ from llmtune.model.tying import require_tied
 from llmtune.model.weight_files import StoredTensor, read_index
 from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
+from llmtune.training.schedule import WarmedSchedule
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Distribute, Init
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.planning.plan import Plan
-    from llmtune.recipe.parts import BuiltPlugin
 
 
 def build_run(plan: Plan) -> Objective:
@@ -91,23 +91,11 @@ def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optim
     return Training(
         objective=objective, optimizer=optimizer, optimizer_label=plan.parts.one("optim_config").full_label,
         batches=plan.data.batches,
-        schedule=NamedSchedule(plan.parts.one("lr_scheduler_config")),
+        schedule=WarmedSchedule(plan.parts.one("lr_scheduler_config"), train.warmup_type, train.warmup_start),
         distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=plan.steps,
         warmup_steps=plan.warmup_steps, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
         scaler=LossScale() if plan.model.precision.scaled else None, first_step=first_step,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class NamedSchedule:
-    """A schedule whose errors carry the plugin's name."""
-
-    part: BuiltPlugin
-
-    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
-        """Multiplier of the learning rate."""
-        with blaming(self.part.full_label, f"factor({step}, {total_steps}, {warmup_steps})"):
-            return self.part.built.factor(step, total_steps, warmup_steps)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
     from llmtune.training.log import Loggers
     from llmtune.training.objective import Objective
+    from llmtune.training.schedule import WarmedSchedule
 
 
 @dataclass
@@ -50,6 +51,7 @@ class TrainingCallbacks:
     scaler: LossScale | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
     """Hashes that go into each checkpoint, see `llmtune.training.origins`."""
+    schedule: WarmedSchedule | None = None
     tokens: int = 0
     window: list[StepStats] = field(default_factory=list)
     best_value: float | None = None
@@ -160,6 +162,8 @@ class TrainingCallbacks:
                 f'metric_for_best_model: found "{train.metric_for_best_model}", allowed is one of {listed(metrics)}'
             )
         self.judge(step, metrics[train.metric_for_best_model])
+        if self.schedule is not None:
+            self.schedule.evaluated(metrics[train.metric_for_best_model], train.greater_is_better)
         patience = train.early_stopping_patience
         self.stopped_early = patience is not None and self.bad_evaluations >= patience
 
@@ -212,6 +216,7 @@ class TrainingCallbacks:
             "left_evaluation": self.left_evaluation,
             "window": [asdict(stats) for stats in self.window],
             "loss_scale": self.scaler.state() if self.scaler else None,
+            "schedule": self.schedule.state() if self.schedule else None,
             "stream": self.plan.data.batches.cursor(),
         }
 
@@ -230,6 +235,8 @@ class TrainingCallbacks:
         self.saved_step = manifest.step
         if self.scaler and numbers.get("loss_scale"):
             self.scaler.restore(numbers["loss_scale"])
+        if self.schedule is not None:
+            self.schedule.restore(numbers.get("schedule"))
 
     def best(self) -> tuple[Path, Manifest] | str | None:
         """The best checkpoint if the recipe wants it at the end; a sentence where it is lost; None where none is

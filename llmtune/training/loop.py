@@ -21,9 +21,10 @@ from llmtune.training.objective import prepared
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmtune.contract.records import Distribute, Schedule
+    from llmtune.contract.records import Distribute
     from llmtune.contract.stages import Batch
     from llmtune.data.batch_loader import BatchLoader
+    from llmtune.training.schedule import WarmedSchedule
 
 TOKENS = ""
 """Name of the count of tokens among a step's sums, which no metric of a stage can have."""
@@ -59,7 +60,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     optimizer_label: str
     """The plugin that made it, for errors."""
-    schedule: Schedule
+    schedule: WarmedSchedule
     distribute: Distribute
     batches: BatchLoader
     ranks: Ranks
@@ -137,11 +138,8 @@ def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, ste
 
 
 def set_learning_rate(run: Training, step: int) -> float:
-    """Linear warm-up from 0, then the schedule, as transformers defines them; returns the rate of the first group."""
-    if step < run.warmup_steps:
-        factor = step / max(1, run.warmup_steps)
-    else:
-        factor = run.schedule.factor(step, run.total_steps, run.warmup_steps)
+    """Warm-up, then the schedule, as transformers defines them; returns the rate of the first group."""
+    factor = run.schedule.factor(step, run.total_steps, run.warmup_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(run.optimizer.param_groups[0]["lr"])

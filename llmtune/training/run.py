@@ -192,7 +192,7 @@ def _run(
     loggers = start_loggers(plan, first_step)
     keeper = TrainingCallbacks(
         plan, objective, optimizer, loggers, registry.observers(), stop, cost.mfu, training.scaler,
-        {**origins(plan), **read},
+        {**origins(plan), **read}, training.schedule,
     )  # fmt: skip
     try:
         with stop.finishing(lambda: f"finishing step {training.at or first_step + 1}, then saving"):

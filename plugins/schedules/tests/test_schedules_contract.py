@@ -16,6 +16,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("cosine", {"num_cycles": 1.75, "min_lr_ratio": 0.1}),
     ("polynomial", {}),
     ("polynomial", {"power": 2.5, "lr_end_ratio": 1.0}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("inverse_sqrt", {}),
+    ("warmup_stable_decay", {"num_decay_steps": 10, "min_lr_ratio": 0.1}),
+    ("reduce_lr_on_plateau", {"patience": 1}),
 ]
 
 
