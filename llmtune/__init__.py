@@ -23,13 +23,14 @@ _WHERE = {
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",
-            "Prepares", "UsesModels", "WithoutDropout",
+            "Prepares", "Remembers", "RollsOut", "UsesModels", "WithoutDropout",
         ),
         "llmtune.contract.examples": (
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
             "Text", "Tokens", "UnpairedPreference",
         ),
-        "llmtune.contract.generation": ("Answer", "Engine", "GenerateConfig"),
+        "llmtune.contract.rewards": ("Reward",),
+        "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),
         "llmtune.model.generate": ("generate", "ContextFull"),
         "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),
         "llmtune.model.hub": ("fetch_files",),

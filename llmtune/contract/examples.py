@@ -43,6 +43,8 @@ class Preference:
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What else a stage may want of the row: `margin`, by how much the first answer is better."""
     kind: ClassVar[str] = "preference"
 
 
@@ -67,7 +69,7 @@ class Prompt:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """The row's other columns, such as a reference answer that a reward is computed from."""
+    """The row's other columns, such as a reference answer that a reward is computed from: what JSON can hold."""
     kind: ClassVar[str] = "prompt"
 
 

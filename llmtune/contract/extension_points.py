@@ -23,6 +23,7 @@ from llmtune.contract.records import (
     Quant,
     Schedule,
 )
+from llmtune.contract.rewards import Reward
 from llmtune.contract.stages import Stage
 
 
@@ -126,6 +127,12 @@ POINTS: Mapping[str, ExtensionPoint] = {
             protocol=Stage,
             required=True,
             shapes_model=True,
+        ),
+        ExtensionPoint(
+            name="reward_config",
+            question="What an answer is worth, for stages that learn from answers of the model.",
+            protocol=Reward,
+            several=True,
         ),
         ExtensionPoint(
             name="data_config",

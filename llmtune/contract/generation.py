@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from llmtune.contract.schema import Ge, Gt, Le
 
@@ -54,6 +54,23 @@ class Answer:
     """Whether the limit came first: no token ended the answer."""
     text: str
     """The answer's tokens as text, without white space around it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """An answer of the model to a prompt of the data, whose worth is asked."""
+
+    prompt: str
+    """The prompt as the template wrote it, control tokens included."""
+    answer: str
+    """The answer without control tokens and without white space around it."""
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    """The answer's tokens; where it came to its end, the last one is the token that ended it."""
+    cut: bool
+    """Whether the limit of tokens came first: no token ended the answer."""
+    columns: Mapping[str, Any]
+    """The columns of the prompt's row, such as the right answer, as `Batch.columns` has them."""
 
 
 class Engine(Protocol):

@@ -123,6 +123,8 @@ class ModelEdit:
     """New tensors that the edit already filled with real values, on any device but meta."""
     after_load: Sequence[Callable[[nn.Module], None]] = ()
     """Called in order once all weights are in place, for values that depend on them."""
+    aside: frozenset[str] = frozenset()
+    """New tensors that train whatever else does, and are in checkpoints but in no result: a value head."""
     trainable: Callable[[str], bool] | None = None
     """Which parameters train, by name. Exactly one edit may decide; without one all train."""
     store_trainable: Literal["float32", "compute"] | None = None

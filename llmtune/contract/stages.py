@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from llmtune.contract.generation import Answer, Completion, GenerateConfig
+    from llmtune.contract.records import Amendment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +82,30 @@ class Batch:
     mismatched: Batch | None = None
     """Where rows are labelled: each of their prompts with the answer to another one of the step (KTO's estimate of how
     far the model has moved)."""
+    columns: tuple[Mapping[str, Any], ...] = ()
+    """For each sample the columns of its row that are not tokens: of prompts all, of preferences `margin`, if given."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What a stage that `Prepares` has put here."""
     sample_ids: tuple[int, ...] = ()
     """Numbers of the samples among those trained on, for error messages."""
+
+    @property
+    def tokens(self) -> int:
+        """How many there are, without padding; 0 where there are no rows."""
+        if not self.sequences:
+            return 0
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def rows(self) -> list[list[int]]:
+        """The tokens of each sequence, without padding."""
+        if self.document_starts is not None:
+            bounds = self.document_starts.tolist()[: self.sequences + 1]
+            ids = self.input_ids[0].tolist()
+            return [ids[start:stop] for start, stop in pairwise(bounds)]
+        lengths = [self.input_ids.shape[1]] * len(self.input_ids)
+        if self.attention_mask is not None:
+            lengths = self.attention_mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(self.input_ids.tolist(), lengths, strict=True)][: self.sequences]
 
     @property
     def wanted(self) -> Tensor | None:
@@ -122,8 +147,9 @@ class StageContext(Protocol):
         """Cross-entropy of the batch's targets, times their weights, summed: a float32 scalar."""
         ...
 
-    def token_logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The log-probability of each of the batch's N targets, without weights: (N,) float32.
+    def token_logps(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """The log-probability of each of the batch's N targets, without weights: (N,) float32. Logits are divided by
+        `temperature`.
 
         Logits are there for some positions at a time only, and once more in the backward pass.
         """
@@ -138,6 +164,38 @@ class StageContext(Protocol):
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all ranks of what each has of its own batches. Collective."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer, with its template and new tokens."""
+        ...
+
+    @property
+    def rewards(self) -> Sequence[str]:
+        """The names of the recipe's rewards (`reward_config`), in its order."""
+        ...
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]
+    ) -> list[Answer]:
+        """Answers to prompts of token ids by the recipe's engine, one seed for each. Collective: all ranks call it,
+        with prompts or none."""
+        ...
+
+    def seed_of(self, *numbers: int) -> int:
+        """A seed for a draw of this step, told from its others by `numbers` (the sample, the draw); the same on
+        whatever rank and in whatever batch, and again where a run is continued. Evaluations have seeds of their own."""
+        ...
+
+    def score(self, completions: Sequence[Completion]) -> Tensor:
+        """(completions, rewards) float32: what each reward of the recipe says of each answer, NaN where it says
+        nothing. Collective. Raises PluginError where a reward is not finite or not for every answer."""
+        ...
+
+    def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:
+        """A batch of token rows on the run's device and in its layout, each with the place of the first token that
+        trains; `weight` and `sequences` are their number. Without rows it is one that weighs nothing."""
         ...
 
     def head(self, model: nn.Module) -> nn.Module:
@@ -163,8 +221,42 @@ class Prepares(Protocol):
         """The micro-batches that this rank learns from, made of those of its step: usually the same with `extra`.
 
         Called once before each step's losses, and before those of an evaluation with all its batches; without
-        gradients, inside the root module's forward, by all ranks for as many batches each.
+        gradients, inside the root module's forward, by all ranks for as many batches each. All ranks return
+        as many, too.
         """
+        ...
+
+
+@runtime_checkable
+class RollsOut(Protocol):
+    """Optional on a stage that `Prepares`: it learns from answers that the model gives to the prompts of a step.
+
+    Of what was prepared once a step makes several updates of the weights. The number of a step counts roll-outs, and so
+    do the learning rate, logs, evaluations and checkpoints.
+    """
+
+    answer_tokens: int
+    """Most tokens that an answer adds to its prompt; memory is planned by it."""
+    reads: int
+    """Times as many micro-batches of prompts a step reads as `gradient_accumulation_steps` says."""
+    updates: int
+    """Updates of the weights in a step."""
+
+    def update(self, number: int, prepared: Sequence[Batch], context: StageContext) -> Sequence[Batch]:
+        """The micro-batches of the 0-based update `number`, out of what `prepare` returned; as many on every rank."""
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """Optional on a stage that carries numbers from step to step, such as a coefficient that adapts."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps: plain numbers and texts, the same on every rank."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
         ...
 
 
@@ -203,14 +295,16 @@ class ModelSpec:
 
     keys: Mapping[str, Any] = field(default_factory=dict)
     """Keys of a recipe, such as `model`, `quant_config`, `peft_config`; all others are the run's."""
+    amend: Callable[[PretrainedConfig, PreTrainedTokenizerBase], Amendment] | None = None
+    """Changes the model's config in place, as `Amends.amend` does; None: nothing but the plugins of `keys` do."""
 
 
 @runtime_checkable
 class UsesModels(Protocol):
-    """Optional on a stage that asks further models (a reference, a reward), through `StageContext.with_model`."""
+    """Optional on a stage or a reward that asks further models, through `StageContext.with_model`."""
 
     models: Mapping[str, ModelSpec]
-    """Each by the name that the stage calls it."""
+    """Each by the name that it is asked by. Those of a stage and of each reward are apart."""
 
 
 @runtime_checkable
@@ -230,6 +324,6 @@ def learns_of(stage: Stage) -> Sequence[str]:
     return stage.learns if isinstance(stage, LearnsFrom) else LEARNS
 
 
-def further_models(stage: Stage) -> Mapping[str, ModelSpec]:
-    """The further models that `stage` asks, by its names of them."""
-    return stage.models if isinstance(stage, UsesModels) else {}
+def further_models(built: Any) -> Mapping[str, ModelSpec]:
+    """The further models that a stage or a reward asks, by its names of them."""
+    return built.models if isinstance(built, UsesModels) else {}

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llmtune.contract.stages import Batch, further_models
+from llmtune.contract.stages import Batch, RollsOut
 from llmtune.contract.structure import transformer_layers
 from llmtune.cost.tracker import Segment, Tracker, by_category
 from llmtune.distributed.placement import materialise
+from llmtune.planning.further_models import model_names
 from llmtune.planning.memory import Estimate, Memory
 from llmtune.planning.memory_formulas import estimate_memory, further_weights, logits_bytes
 from llmtune.training.building import make_objective, make_training, spread
@@ -68,6 +69,8 @@ class Timeline:
 
 def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
+    if isinstance(plan.parts.one("stage_config").built, RollsOut):
+        raise NotImplementedError("fake tensors have no answers")
     module, runs = cut(deepcopy(plan.model.module))
     context = replace(plan.model.context, device="cpu")
     model = replace(plan.model, module=module, device=torch.device("cpu"), context=context, compiled=False)
@@ -76,7 +79,7 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
         objective = built(model)
         # A further model is taken to compute what the trained one does, without weights of its own. Whether the head
         # explains the logits is a question of values, which fake tensors have not.
-        names = further_models(plan.parts.one("stage_config").built)
+        names = model_names(plan.parts)
         stand_in = dict.fromkeys(names, lambda compute, context: compute(module, context))
         objective.context = Context(objective.context.ops, head_explains_logits=True, further=stand_in)
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -176,6 +176,8 @@ def sample_batch(
         desirable=None if labels is None else [bool(labels[sample]) for sample in chosen for _ in range(samples.width)],
         counts_samples=samples.counts_samples,
     )
+    if samples.columns is not None:
+        batch.columns = tuple(samples.row(sample) for sample in chosen)
     if samples.labels is not None:
         crossed = [mismatched(samples, sample, others[sample]) for sample in chosen]
         batch.mismatched = collate(crossed, flat=flat, pad_id=pad_id, counts_samples=True)

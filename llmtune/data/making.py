@@ -15,7 +15,7 @@ import numpy as np
 from llmtune.contract.errors import DataError, listed
 from llmtune.data.cache import Place, key_of
 from llmtune.data.config import DataConfig, Source
-from llmtune.data.formats import LOOKED_AT, Chosen, Formats, check_kind
+from llmtune.data.formats import LOOKED_AT, Chosen, Formats, answers_prompts, check_kind, kind_for
 from llmtune.data.hashes import own_code_hash
 from llmtune.data.piece import Packed
 from llmtune.data.reading import Chunk, Dataset, HubAccess, chunks, content_key, find, first_rows, separated
@@ -60,7 +60,8 @@ class Making:
 
     @cached_property
     def tokeniser(self) -> Tokeniser:
-        return Tokeniser(self.config, self.tokenizer, read_tool_format(self.config.tool_format, self.base_dir))
+        tool_format = read_tool_format(self.config.tool_format, self.base_dir)
+        return Tokeniser(self.config, self.tokenizer, tool_format, prompts=answers_prompts(self.learns))
 
     def find(self, entries: Sequence[Source]) -> list[Dataset]:
         """The data sets, wherever they are. Raises DataError where one is not."""
@@ -130,6 +131,7 @@ class Making:
             "template": template,
             "tool_format": self.tokeniser.renderer.tool_format,
             "concatenated": self.tokeniser.cutoff is None,
+            "prompts": self.tokeniser.prompts,
             "day": date.today().isoformat() if dated else None,
             **{key: vars(config)[key] for key in _KEYS},
         }
@@ -160,10 +162,10 @@ class Making:
                     report.rows += 1
                     report.add_bad(Bad(f"{first[0].origin}{row.number}", "unreadable", row.problem or "", None))
             return
-        chosen = self.formats.of(dataset, readable)
-        report.format, report.kind = chosen.name, chosen.format.kind
+        chosen = self.formats.of(dataset, readable, self.learns)
+        report.format, report.kind = chosen.name, kind_for(self.learns, chosen.format.kind)
         report.why = chosen.why + separated(dataset)
-        check_kind(chosen.format.kind, self.learns, self.stage, dataset.spelling)
+        check_kind(report.kind, self.learns, self.stage, dataset.spelling)
         config = self.config
         work = partial(self._encode, chosen)
         yield from in_order(work, self._chunks(dataset), config.preprocessing_num_workers)

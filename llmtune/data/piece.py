@@ -24,6 +24,8 @@ class Piece:
     sequences: list[TokenSequence] = field(default_factory=list)
     labels: list[bool] = field(default_factory=list)
     """One a sample, where rows are labelled."""
+    columns: list[bytes] = field(default_factory=list)
+    """One a sample, where rows have columns that are kept: JSON objects."""
     rows: list[int] = field(default_factory=list)
     """For each sample, the place of its row in `numbers`."""
     numbers: list[int] = field(default_factory=list)
@@ -57,6 +59,8 @@ class Piece:
             lengths=lengths,
             trained=total[starts + lengths] - total[starts],
             labels=np.array(self.labels, bool) if self.labels else None,
+            columns=np.frombuffer(b"".join(self.columns), np.uint8) if self.columns else None,
+            column_sizes=np.array([len(each) for each in self.columns], np.int64) if self.columns else None,
             rows=np.array(self.rows, np.int64),
             numbers=np.array(self.numbers, np.int64),
             read=self.read,
@@ -80,9 +84,21 @@ class Packed:
     trained: np.ndarray
     """(sequences,) int64."""
     labels: np.ndarray | None
+    columns: np.ndarray | None
+    """(bytes,) uint8, the objects end to end."""
+    column_sizes: np.ndarray | None
+    """(samples,) int64."""
     rows: np.ndarray
     numbers: np.ndarray
     read: int
     bad: Sequence[Bad]
     losses: Losses
     ends: Counter[int]
+
+    @property
+    def column_stops(self) -> np.ndarray | None:
+        """(samples, 2) int64, where the object of each sample begins and ends."""
+        if self.column_sizes is None:
+            return None
+        ends = np.cumsum(self.column_sizes)
+        return np.stack([ends - self.column_sizes, ends], 1)

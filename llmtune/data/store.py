@@ -19,12 +19,15 @@ from llmtune.data.tokens import TokenSamples
 
 TYPES = {
     "ids": np.int32, "mask": np.bool_, "weights": np.float32, "starts": np.int64, "stops": np.int64,
-    "trained": np.int64, "labels": np.bool_, "rows": np.int64, "sets": np.int32, "files": np.int32, "numbers": np.int64,
+    "trained": np.int64, "labels": np.bool_, "rows": np.int64, "columns": np.uint8, "column_stops": np.int64,
+    "sets": np.int32, "files": np.int32, "numbers": np.int64,
 }  # fmt: skip
 """Arrays of `TokenSamples`; `files` and `numbers` say for each row where it stands."""
 
-_CONTENT = ("ids", "mask", "weights", "starts", "stops", "labels")
+_CONTENT = ("ids", "mask", "weights", "starts", "stops", "labels", "columns", "column_stops")
 """What the digest covers: whatever training depends on."""
+_OPTIONAL = ("weights", "labels", "columns", "column_stops")
+"""What not all samples have."""
 ABOUT = "about.json"
 BAD_ROWS = "bad_rows.jsonl"
 
@@ -81,6 +84,9 @@ class StoreWriter:
         self._write("numbers", piece.numbers)
         if piece.labels is not None:
             self._write("labels", piece.labels)
+        if piece.columns is not None and (stops := piece.column_stops) is not None:
+            self._write("column_stops", (stops + self.written["columns"]).reshape(-1))
+            self._write("columns", piece.columns)
         if len(piece.rows):
             self.width = piece.width
         self.tokens += len(piece.ids)
@@ -152,13 +158,15 @@ def open_store(folder: Path, checked: bool = False) -> Tokenised:
     about = read_about(folder)
     if about is None:
         raise ValueError(f"{folder} holds no {ABOUT}")
-    empty = {name: np.zeros(0, TYPES[name]) for name in TYPES if name not in ("weights", "labels")}
+    empty = {name: np.zeros(0, TYPES[name]) for name in TYPES if name not in _OPTIONAL}
     mapped = {name: _mapped(folder / f"{name}.bin", name, count) for name, count in about["arrays"].items()}
     for name, written in {} if checked else about.get("hashes", {}).items():
         if file_hash(folder / f"{name}.bin") != written:
             raise ValueError(f"{folder / f'{name}.bin'} is not as it was written")
     arrays: dict[str, Any] = empty | mapped
     files, numbers, origins = arrays.pop("files"), arrays.pop("numbers"), about["origins"]
+    if "column_stops" in arrays:
+        arrays["column_stops"] = arrays["column_stops"].reshape(-1, 2)
     samples = TokenSamples(
         **arrays,
         set_names=tuple(about["set_names"]),

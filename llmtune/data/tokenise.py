@@ -3,7 +3,8 @@ in any process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +38,11 @@ CHATS = (Conversation, Preference, UnpairedPreference, Prompt)
 class Tokeniser:
     """Encodes rows as a recipe's data keys say."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any, tool_format: str | None = None) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self, config: DataConfig, tokenizer: Any, tool_format: str | None = None, prompts: bool = False
+    ) -> None:
+        """With `prompts` a conversation becomes the prompt of its last answer."""
+        self.config, self.tokenizer, self.prompts = config, tokenizer, prompts
         self.renderer = Renderer(
             tokenizer,
             template_kwargs=config.template_variables,
@@ -59,7 +63,10 @@ class Tokeniser:
             try:
                 if row.problem is not None:
                     raise BadRow("unreadable", row.problem)
-                examples.append(read_row(chosen, row.data))
+                example = read_row(chosen, row.data)
+                if self.prompts and isinstance(example, Conversation):
+                    example = asked(example, row.data)
+                examples.append(example)
                 found.append(row)
             except BadRow as bad:
                 piece.bad.append(_bad(bad, row, origin))
@@ -127,6 +134,7 @@ class Tokeniser:
             piece.width = len(sample)
             piece.sequences += sample
             piece.labels += [example.label] if isinstance(example, UnpairedPreference) else []
+            piece.columns += [as_json(example.extra)] if isinstance(example, Preference | Prompt) else []
             piece.rows.append(len(piece.numbers))
         if kept:
             piece.numbers.append(row.number)
@@ -153,6 +161,24 @@ class Tokeniser:
         losses.truncated += 1
         losses.tokens_cut += len(whole.ids) - cut
         return [[whole.part(0, cut)]]
+
+
+def asked(conversation: Conversation, row: Mapping[str, Any]) -> Prompt:
+    """What the last answer of a conversation answers, with all columns of its row, and the answer as `answer` where no
+    column has this name. Raises BadRow where nothing is asked."""
+    at = max((n for n, each in enumerate(conversation.messages) if each["role"] in ("user", "tool")), default=None)
+    if at is None:
+        raise BadRow("no question", "the conversation has no user or tool message that could be answered")
+    said = next((each["content"] for each in conversation.messages[at + 1 :] if each["role"] == "assistant"), None)
+    return Prompt(
+        messages=conversation.messages[: at + 1], tools=conversation.tools,
+        template_kwargs=conversation.template_kwargs, extra={**({} if said is None else {"answer": said}), **row},
+    )  # fmt: skip
+
+
+def as_json(columns: Mapping[str, Any]) -> bytes:
+    """The columns of a row, what JSON does not know as text."""
+    return json.dumps(columns, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
 
 def _conversations(example: Example) -> list[Conversation]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -33,6 +34,11 @@ class TokenSamples:
     """(tokens,) float32, what a trained token counts; None: all count 1."""
     labels: np.ndarray | None = None
     """(samples,) bool, whether the answer is wanted, where rows are labelled so (KTO)."""
+    columns: np.ndarray | None = None
+    """(bytes,) uint8, a JSON object for each sample, end to end: the columns of its row that are not tokens; None where
+    no sample has any."""
+    column_stops: np.ndarray | None = None
+    """(samples, 2) int64, where the object of each sample begins and ends in `columns`."""
     width: int = 1
     kind: str = "conversation"
     """`conversation` (also of text and tokens), `preference`, `labelled` or `prompt`."""
@@ -76,12 +82,18 @@ class TokenSamples:
         counts = [len(part.ids) for part in parts]
         shifts = np.repeat(np.cumsum(counts) - counts, [len(part.starts) for part in parts])
         rows = np.repeat(rows_before or [0], [len(part) for part in parts] if rows_before else 1)
-        weights = labels = None
+        weights = labels = columns = column_stops = None
         if any(part.weights is not None for part in parts):
             filled = [np.ones(len(p.ids), np.float32) if p.weights is None else p.weights for p in parts]
             weights = np.concatenate(filled)
         if any(part.labels is not None for part in parts):
             labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+        if any(part.columns is not None for part in parts):
+            held = [(p.columns, p.column_stops) for p in parts if p.columns is not None and p.column_stops is not None]
+            sizes = [len(each) for each, _ in held]
+            columns = np.concatenate([each for each, _ in held])
+            before = (np.cumsum(sizes) - sizes).tolist()
+            column_stops = np.concatenate([stops + n for (_, stops), n in zip(held, before, strict=True)])
         return replace(
             parts[0],
             ids=np.concatenate([part.ids for part in parts]),
@@ -93,6 +105,8 @@ class TokenSamples:
             sets=np.concatenate([np.zeros(len(p), np.int32) if p.sets is None else p.sets for p in parts]),
             weights=weights,
             labels=labels,
+            columns=columns,
+            column_stops=column_stops,
             width=max((part.width for part in parts if len(part)), default=1),
             digest="",
             **more,
@@ -138,6 +152,13 @@ class TokenSamples:
         (part,) = self.sequences(index)
         return self.ids[part], self.mask[part]
 
+    def row(self, index: int) -> Mapping[str, Any]:
+        """The columns of a sample's row that are not tokens; none where none were kept."""
+        if self.columns is None or self.column_stops is None:
+            return {}
+        start, stop = self.column_stops[index]
+        return json.loads(self.columns[start:stop].tobytes())
+
     def set_of(self, index: int) -> int:
         """The number of the data set that a sample comes from."""
         return int(self.sets[index]) if self.sets is not None else 0
@@ -159,7 +180,9 @@ class TokenSamples:
     def hashed(self) -> str:
         """SHA-256 of the arrays."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.mask, self.starts, self.stops, self.weights, self.labels):
+        for array in (
+            self.ids, self.mask, self.starts, self.stops, self.weights, self.labels, self.columns, self.column_stops
+        ):  # fmt: skip
             digest.update(b"" if array is None else array.tobytes())
         return digest.hexdigest()
 
@@ -175,5 +198,6 @@ class TokenSamples:
             rows=self.rows[chosen],
             sets=self.sets[chosen] if self.sets is not None else None,
             labels=self.labels[chosen] if self.labels is not None else None,
+            column_stops=self.column_stops[chosen] if self.column_stops is not None else None,
             digest=hashlib.sha256(self.digest.encode() + chosen.tobytes()).hexdigest() if self.digest else "",
         )

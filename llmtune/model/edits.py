@@ -63,6 +63,8 @@ class Ledger:
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)
     tp_follow: dict[str, Literal["inputs", "outputs"]] = field(default_factory=dict)
     """New linear modules that are split with the layer they are in."""
+    aside: set[str] = field(default_factory=set)
+    """Names of tensors that train and are no part of the result."""
     filled: set[str] = field(default_factory=set)
     """Names of persistent buffers that already hold real values."""
     after_load: list[tuple[str, Callable[[nn.Module], None]]] = field(default_factory=list)
@@ -100,6 +102,7 @@ class Ledger:
         self.files |= change.files
         self.tp_follow |= change.tp_follow
         self.filled |= change.buffers
+        self.aside |= change.aside
         self.after_load += [(plugin, step) for step in change.after_load]
         if change.trainable is not None:
             if self.trainable is not None:
@@ -137,6 +140,8 @@ class Ledger:
             name for name, t in new.items() if not t.is_meta and name in persistent and name not in change.buffers
         ]:
             raise EditError(f"plugin {plugin} materialised {listed(early)} before the weights are loaded")
+        if untold := sorted(change.aside - told):
+            raise EditError(f"plugin {plugin} sets {listed(untold)} aside and did not say how to initialise them")
         if absent := [name for name in told if name not in after]:
             raise EditError(f"plugin {plugin} reported {listed(absent)}, which the model does not have")
 
@@ -151,6 +156,7 @@ class Ledger:
         self.copies = {now(name): now(of) for name, of in self.copies.items()}
         self.files = {now(name): where for name, where in self.files.items()}
         self.filled = {now(name) for name in self.filled}
+        self.aside = {now(name) for name in self.aside}
 
     def packed(self) -> set[str]:
         """Names whose stored type belongs to a plugin and is never cast."""
@@ -180,7 +186,7 @@ def set_trainable(model: nn.Module, ledger: Ledger, dtype: torch.dtype) -> list[
     packed = ledger.packed()
     chosen = []
     for name, parameter in model.named_parameters():
-        trains = ledger.trainable is None or ledger.trainable(name)
+        trains = name in ledger.aside or ledger.trainable is None or ledger.trainable(name)
         trains = trains and parameter.dtype.is_floating_point
         if trains and name in packed:
             raise EditError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import counted, listed
-from llmtune.contract.stages import Counts, learns_of
+from llmtune.contract.stages import Counts, RollsOut, learns_of
 from llmtune.data import prepare
 from llmtune.data.batch_loader import BatchLoader
 from llmtune.data.mixing import counts, mixed
@@ -16,6 +16,7 @@ from llmtune.data.stream_loader import StreamLoader
 from llmtune.recipe.parts import Parts, formats_of
 
 if TYPE_CHECKING:
+    from llmtune.contract.stages import Stage
     from llmtune.data import Prepared
     from llmtune.data.units import Units
     from llmtune.distributed.ranks import Ranks
@@ -63,21 +64,22 @@ def access_of(recipe: Recipe) -> HubAccess:
     return HubAccess(cache_dir=None if cache is None else str(cache), token=recipe.model.token)
 
 
-def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool) -> DataPlan:
-    """Order `prepared` into steps; `flat` lays documents end to end instead of padding rows."""
+def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool, stage: Stage) -> DataPlan:
+    """Order `prepared` into steps of `stage`; `flat` lays documents end to end instead of padding rows."""
     train, data = recipe.train, recipe.data
+    micro_steps = train.gradient_accumulation_steps * (stage.reads if isinstance(stage, RollsOut) else 1)
     # Any id will do: padding is masked by position and never a target.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     if prepared.stream is not None:
         batches = StreamLoader.over(
             prepared.stream, prepared.train, per_device=train.per_device_train_batch_size,
-            micro_steps=train.gradient_accumulation_steps, ranks=ranks, flat=flat, pad_id=pad,
+            micro_steps=micro_steps, ranks=ranks, flat=flat, pad_id=pad,
         )  # fmt: skip
         return DataPlan(prepared=prepared, batches=batches, notes=_without_bare(batches.units, "the first "))
     samples = mixed(prepared.train, data, train.seed)
     notes = [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, prepared.train)] if found]
     batches = BatchLoader.make(
-        samples, data, per_device=train.per_device_train_batch_size, micro_steps=train.gradient_accumulation_steps,
+        samples, data, per_device=train.per_device_train_batch_size, micro_steps=micro_steps,
         ranks=ranks, seed=train.seed, flat=flat, pad_id=pad,
     )  # fmt: skip
     notes += _without_bare(batches.units)
@@ -88,9 +90,9 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
             "every step learns from all of them, and an epoch is one step. Lower gradient_accumulation_steps or "
             "per_device_train_batch_size for more steps an epoch"
         )
-        batches = batches.with_rows(rows, train.gradient_accumulation_steps)
-        if batches.micro_steps < train.gradient_accumulation_steps:
-            wanted, micros = train.gradient_accumulation_steps, batches.micro_steps
+        batches = batches.with_rows(rows, micro_steps)
+        if batches.micro_steps < micro_steps:
+            wanted, micros = micro_steps, batches.micro_steps
             notes.append(f"gradient_accumulation_steps: {wanted:,} -> {micros}, as the others would have no row")
     return DataPlan(prepared=prepared, batches=batches, notes=tuple(notes))
 

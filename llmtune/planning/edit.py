@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import POINTS
-from llmtune.contract.records import Amends, RunContext
+from llmtune.contract.records import Amends, Edit, RunContext
 from llmtune.contract.stages import WithoutDropout
 from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template
@@ -102,8 +102,11 @@ def plan_model(
     module: Any = ledger.model
     problems: list[LlmtuneError] = []
     for part in parts.at("stage_config") if mode == "train" else []:
-        problems += plugin_objections(part, context, module)
+        if not isinstance(part.built, Edit):
+            problems += plugin_objections(part, context, module)
     apply_edits(("quant_config", "peft_config"), parts, ledger, context, problems)
+    if mode == "train":
+        apply_edits(("stage_config",), parts, ledger, context, problems)
     raise_all(problems)
     trainable: list[str] = []
     if mode == "infer":
@@ -189,7 +192,7 @@ def apply_edits(
     points: Sequence[str], parts: Parts, ledger: Ledger, context: RunContext, problems: list[LlmtuneError]
 ) -> None:
     """Let the plugins at these points edit, but those that object to the recipe; what fails goes to `problems`."""
-    for part in (part for point in points for part in parts.at(point)):
+    for part in (part for point in points for part in parts.at(point) if isinstance(part.built, Edit)):
         if found := plugin_objections(part, context, ledger.model):
             problems += found
             continue

@@ -1,18 +1,19 @@
-"""The further models of a stage: frozen, planned like the one that trains, from the run's recipe and keys of theirs."""
+"""The further models of a stage and of rewards: frozen, and planned like the one that trains, from the run's recipe and
+keys of theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, PlanError, listed, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming, listed, raise_all
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import SwitchesOff
-from llmtune.contract.stages import further_models
+from llmtune.contract.stages import ModelSpec, further_models
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.recipe.blocks import read_blocks
-from llmtune.recipe.parts import Parts, collect, find_parts
+from llmtune.recipe.parts import BuiltPlugin, Parts, collect, find_parts
 
 if TYPE_CHECKING:
     from llmtune.planning.model_plan import ModelPlan
@@ -24,17 +25,29 @@ def plan_further(recipe: Recipe, registry: Registry, parts: Parts, trained: Mode
     """Plans of those that have weights of their own. Raises all that is wrong, each error under the model's name."""
     plans: dict[str, ModelPlan] = {}
     problems: list[LlmtuneError] = []
-    for name, spec in further_models(parts.one("stage_config").built).items():
-        if not spec.keys and switched_off(parts, trained):
-            continue
-        wrong: list[LlmtuneError] = []
-        with collect(wrong):
-            own = with_keys(recipe, spec.keys, adapted=bool(trained.ledger.files) and not spec.keys)
-            plans[name] = _plan(own, registry, trained)
-        stage = parts.one("stage_config").label
-        problems += [type(error)(f"the model {name} of {stage}: {error}") for error in wrong]
+    for prefix, part in askers(parts):
+        for name, spec in further_models(part.built).items():
+            if not spec.keys and switched_off(parts, trained):
+                continue
+            wrong: list[LlmtuneError] = []
+            with collect(wrong):
+                own = with_keys(recipe, spec.keys, adapted=bool(trained.ledger.files) and not spec.keys)
+                plans[prefix + name] = _plan(own, spec, part, registry, trained)
+            problems += [type(error)(f"the model {name} of {part.label}: {error}") for error in wrong]
     raise_all(problems)
     return plans
+
+
+def askers(parts: Parts) -> Iterator[tuple[str, BuiltPlugin]]:
+    """The plugins that may ask further models, each with what stands before their names in `Plan.further`."""
+    yield "", parts.one("stage_config")
+    for number, part in enumerate(parts.at("reward_config")):
+        yield f"reward_config[{number}] ", part
+
+
+def model_names(parts: Parts) -> list[str]:
+    """The names of all further models, as `Plan.further` has them."""
+    return [prefix + name for prefix, part in askers(parts) for name in further_models(part.built)]
 
 
 def switched_off(parts: Parts, trained: ModelPlan) -> bool:
@@ -64,11 +77,16 @@ def with_keys(recipe: Recipe, keys: Mapping[str, Any], adapted: bool) -> Recipe:
     )
 
 
-def _plan(recipe: Recipe, registry: Registry, trained: ModelPlan) -> ModelPlan:
+def _plan(recipe: Recipe, spec: ModelSpec, asker: BuiltPlugin, registry: Registry, trained: ModelPlan) -> ModelPlan:
     problems: list[LlmtuneError] = []
     parts = find_parts(recipe, registry, problems, STRUCTURE_POINTS)
     raise_all(problems)
     pretrained = read_pretrained(recipe, parts, trained.ranks, described=False, templated=False)
+    if spec.amend is not None:
+        with blaming(asker.full_label, "amend"):
+            amendment = spec.amend(pretrained.config, pretrained.tokenizer)
+        model_class = amendment.model_class or pretrained.keys.model_class
+        pretrained = replace(pretrained, keys=replace(pretrained.keys, model_class=model_class))
     here, there = len(pretrained.tokenizer), len(trained.tokenizer)
     if pretrained.tokenizer.get_vocab() != trained.tokenizer.get_vocab():
         raise PlanError(

@@ -77,7 +77,7 @@ def make_plan(
     assert model is not None
     further = plan_further(recipe, registry, parts, model)
     flat = model.end_to_end or recipe.data.isolates
-    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat)
+    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, parts.one("stage_config").built)
     notes = (*parts.notes, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
     return with_checkpointing(plan)

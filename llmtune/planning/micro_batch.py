@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmtune.contract.stages import RollsOut
 from llmtune.data.batch_loader import row_lengths
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def largest(plan: Plan) -> MicroBatch:
     batches, train = plan.data.batches, plan.recipe.train
     samples, units, flat = batches.samples, batches.units, batches.flat
     rows = row_lengths(samples, units)
+    stage = plan.parts.one("stage_config").built
+    answer = stage.answer_tokens if isinstance(stage, RollsOut) else 0
     size = min(train.per_device_train_batch_size, len(units))
     # A piece of a sample counts at most its own tokens.
     targets = np.minimum(units.sums(samples.supervised), units.tokens)
@@ -56,12 +59,12 @@ def largest(plan: Plan) -> MicroBatch:
     width = samples.width if units.kind == "sample" else 1
     return MicroBatch(
         rows=1 if flat else size * width,
-        length=-(-int(longest.sum() if flat else longest[-1]) // share),
-        targets=-(-int(np.sort(targets)[-size:].sum()) // share),
+        length=-(-int(longest.sum() + answer * size if flat else longest[-1] + answer) // share),
+        targets=-(-int(np.sort(targets)[-size:].sum() + answer * size) // share),
         sequences=int(np.sort(np.diff(units.bounds))[-size:].sum()) * samples.width,
         micro_steps=train.gradient_accumulation_steps,
         masked=not flat and size * width > 1 and bool(rows.min() < rows.max() or width > 1),
         flat=flat,
-        mean_tokens=total / len(units) * size,
+        mean_tokens=(total / len(units) + answer) * size,
         attended=float((documents * (documents + 1)).sum()) / 2 / max(total, 1.0),
     )

@@ -35,7 +35,7 @@ class Plan(Shown):
     """The model that is trained."""
     data: DataPlan
     further: Mapping[str, ModelPlan] = field(default_factory=dict)
-    """The further models of the stage that have weights of their own, by the stage's names of them."""
+    """The further models of stage and rewards that have weights of their own, by their names."""
     notes: tuple[str, ...] = ()
     target: Device | None = None
     """The described device that this is a plan for, where it need not be one of this machine."""

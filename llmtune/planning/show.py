@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.contract.errors import counted
 from llmtune.contract.extension_points import POINTS
-from llmtune.contract.stages import further_models
+from llmtune.planning.further_models import model_names
 
 if TYPE_CHECKING:
     from llmtune.distributed.ranks import Ranks
@@ -36,7 +36,7 @@ def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
 def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
     """The further models of the stage, and whether they take memory of their own."""
     rows = []
-    for name in further_models(parts.one("stage_config").built):
+    for name in model_names(parts):
         plan = further.get(name)
         text = f"{plan.keys.model}, {plan.parameters()[1]:,} parameters" if plan else "the base, with its adapters off"
         rows.append((name.capitalize(), text))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmtune.testing.tiny import tiny_chats, tiny_labelled, tiny_model_folder, tiny_preferences
+from llmtune.testing.tiny import tiny_chats, tiny_labelled, tiny_model_folder, tiny_preferences, tiny_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def tiny_recipe(
 
 ROWS = {
     "conversation": ("chats.jsonl", tiny_chats), "preference": ("preferences.jsonl", tiny_preferences),
-    "labelled": ("labelled.jsonl", tiny_labelled),
+    "labelled": ("labelled.jsonl", tiny_labelled), "prompt": ("prompts.jsonl", tiny_prompts),
 }  # fmt: skip
 """By what the rows are: the file that holds some, and what writes it."""
 

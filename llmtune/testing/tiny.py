@@ -142,6 +142,15 @@ def tiny_labelled(folder: Path, rows: int = 24) -> Path:
     return _write(folder, "labelled", made)
 
 
+def tiny_prompts(folder: Path, rows: int = 24) -> Path:
+    """Write `rows` questions with their right answer in the column `answer`, as JSON lines."""
+    made = [
+        {"prompt": f"How much is {number} and {number}?" + " Please." * (number % 4), "answer": str(2 * number)}
+        for number in range(rows)
+    ]
+    return _write(folder, "prompts", made)
+
+
 def _write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     path = Path(folder) / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import torch
 
 from llmtune.contract.errors import blaming
 from llmtune.contract.records import SwitchesOff
-from llmtune.contract.stages import further_models
+from llmtune.contract.stages import RollsOut, further_models
 from llmtune.contract.structure import transformer_layers
 from llmtune.distributed.activation_checkpointing import checkpoint_activations
 from llmtune.distributed.context_parallel import attend_over_ranks
@@ -23,8 +23,10 @@ from llmtune.model.loading import WeightLoader, only_first_reads
 from llmtune.model.source import resolve_model
 from llmtune.model.tying import require_tied
 from llmtune.model.weight_files import StoredTensor, read_index
+from llmtune.planning.further_models import askers
 from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
+from llmtune.training.rollouts import Rollouts
 from llmtune.training.schedule import WarmedSchedule
 
 if TYPE_CHECKING:
@@ -37,16 +39,32 @@ def build_run(plan: Plan) -> Objective:
     """The model that trains inside its stage, and the stage's further models, all spread and filled. Collective."""
     objective = build_objective(plan.model)
     own = {name: build_objective(further).eval() for name, further in plan.further.items()}
-    further = asked(plan, {name: OwnModel(each) for name, each in own.items()})
-    objective.context = Context(objective.context.ops, further=further, tensor_ranks=plan.ranks.dims.tensor)
+    stage, *rewards = asked(plan, {name: OwnModel(each) for name, each in own.items()})
+    rollouts = make_rollouts(plan, rewards) if isinstance(plan.parts.one("stage_config").built, RollsOut) else None
+    objective.context = Context(
+        objective.context.ops, further=stage, tensor_ranks=plan.ranks.dims.tensor, rollouts=rollouts
+    )
     return objective
 
 
-def asked(plan: Plan, own: Mapping[str, FrozenModel]) -> dict[str, FrozenModel]:
-    """All further models of the plan's stage: its `own` ones, and for the others the trained model, adapters off."""
+def asked(plan: Plan, own: Mapping[str, FrozenModel]) -> list[dict[str, FrozenModel]]:
+    """All further models of the plan's stage and of each reward: their `own` ones, and for the others the trained
+    model, adapters off."""
     switches = [part.built for part in plan.parts.at("peft_config") if isinstance(part.built, SwitchesOff)]
-    names = further_models(plan.parts.one("stage_config").built)
-    return {name: own[name] if name in own else BeforeTraining(plan.model.module, switches[0]) for name in names}
+
+    def model(name: str) -> FrozenModel:
+        return own[name] if name in own else BeforeTraining(plan.model.module, switches[0])
+
+    return [{name: model(prefix + name) for name in further_models(part.built)} for prefix, part in askers(plan.parts)]
+
+
+def make_rollouts(plan: Plan, further: Sequence[Mapping[str, FrozenModel]]) -> Rollouts:
+    """What the plan's stage needs to let its model answer; `further` are the models that each reward asks."""
+    batches = plan.data.batches
+    return Rollouts(
+        tokenizer=plan.model.tokenizer, engine=plan.parts.one("engine_config"), rewards=plan.parts.at("reward_config"),
+        further=further, flat=batches.flat, pad_id=batches.pad_id, device=plan.device, seed=plan.recipe.train.seed,
+    )  # fmt: skip
 
 
 def build_objective(plan: ModelPlan) -> Objective:

@@ -15,6 +15,7 @@ import torch
 from llmtune import __version__
 from llmtune.contract.errors import CheckpointError, PlanError, listed
 from llmtune.contract.events import Evaluated, Event, Saved, StepDone
+from llmtune.contract.stages import Remembers
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, total
@@ -218,6 +219,7 @@ class TrainingCallbacks:
             "loss_scale": self.scaler.state() if self.scaler else None,
             "schedule": self.schedule.state() if self.schedule else None,
             "stream": self.plan.data.batches.cursor(),
+            **({"stage": dict(stage.state())} if isinstance(stage := self.objective.stage, Remembers) else {}),
         }
 
     def restore(self, folder: Path, manifest: Manifest) -> None:
@@ -232,6 +234,8 @@ class TrainingCallbacks:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: its manifest lacks {error}, without which a run cannot go on") from error
         self.left_evaluation = numbers.get("left_evaluation", False)
+        if isinstance(stage := self.objective.stage, Remembers):
+            stage.restore(numbers.get("stage", {}))
         self.saved_step = manifest.step
         if self.scaler and numbers.get("loss_scale"):
             self.scaler.restore(numbers["loss_scale"])

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from llmtune.contract.errors import DivergedError, listed, noting
-from llmtune.contract.stages import COUNT, means
+from llmtune.contract.stages import COUNT, RollsOut, means
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
 from llmtune.training.objective import prepared
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmtune.contract.records import Distribute
     from llmtune.contract.stages import Batch
     from llmtune.data.batch_loader import BatchLoader
+    from llmtune.training.objective import Objective
     from llmtune.training.schedule import WarmedSchedule
 
 TOKENS = ""
@@ -56,7 +57,7 @@ class StepStats:
 class Training:
     """All that a step needs."""
 
-    objective: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     optimizer_label: str
     """The plugin that made it, for errors."""
@@ -92,32 +93,74 @@ def train(run: Training, watcher: Watcher) -> int:
     while step < run.total_steps:
         started, run.at = time.perf_counter(), step + 1
         rate = set_learning_rate(run, step)
-        micros = list(prepared(run.objective, run.batches.step(step, run.device)))
-        weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
-        weight /= run.ranks.dims.tensor  # a tensor group computes one result; it counts once
-        sums = forward_backward(run, micros, weight, step)
-        norm = global_norm(run.parameters)
-        sums[TOKENS] = torch.tensor(run.batches.share_of_tokens(step), device=run.device, dtype=torch.float64)
-        loss, grad_norm, metrics = read_back(run, sums, norm)
-        tokens = metrics.pop(TOKENS)
-        if run.scaler is not None and run.scaler.overflowed(grad_norm):
-            run.optimizer.zero_grad(set_to_none=True)
-            continue
-        require_finite(run, loss, grad_norm, step, micros)
-        clip(run, norm, grad_norm)
-        with noting(run.optimizer_label, "step"):
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        micros = list(prepared(run.objective, run.batches.step(step, run.device), step))
+        done: list[StepStats] = []
+        while len(done) < updates_of(run.objective):
+            stats = update(run, chosen(run.objective, len(done), micros), step, len(done))
+            if stats is not None:
+                done.append(stats)
         step += 1
-        stats = StepStats(loss, grad_norm, rate, round(tokens), time.perf_counter() - started, metrics)
-        if watcher.after_step(step, stats):
+        if watcher.after_step(step, summary(done, rate, time.perf_counter() - started)):
             break
         run.objective.train()
     return step
 
 
-def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, step: int) -> dict[str, Tensor]:
-    """All micro-batches of a step. Returns detached sums over this rank's share, divided by `weight`."""
+def update(run: Training, micros: Sequence[Batch], step: int, number: int) -> StepStats | None:
+    """Update the weights once, for the time `number` of this step. None where gradients overflowed in float16, so that
+    it has to be repeated with the smaller scale now set."""
+    weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
+    weight /= run.ranks.dims.tensor  # a tensor group computes one result; it counts once
+    sums = forward_backward(run, micros, weight, step, number)
+    norm = global_norm(run.parameters)
+    sums[TOKENS] = torch.tensor(tokens_of(run, micros, step, number), device=run.device, dtype=torch.float64)
+    loss, grad_norm, metrics = read_back(run, sums, norm)
+    tokens = metrics.pop(TOKENS)
+    if run.scaler is not None and run.scaler.overflowed(grad_norm):
+        run.optimizer.zero_grad(set_to_none=True)
+        return None
+    require_finite(run, loss, grad_norm, step, micros)
+    clip(run, norm, grad_norm)
+    with noting(run.optimizer_label, "step"):
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return StepStats(loss, grad_norm, 0.0, round(tokens), 0.0, metrics)
+
+
+def updates_of(objective: Objective) -> int:
+    """Updates of the weights in a step."""
+    return objective.stage.updates if isinstance(objective.stage, RollsOut) else 1
+
+
+def chosen(objective: Objective, number: int, micros: Sequence[Batch]) -> Sequence[Batch]:
+    """The prepared micro-batches that an update of a step learns from: all, unless the stage makes several updates."""
+    if not isinstance(objective.stage, RollsOut):
+        return micros
+    with noting(objective.stage_label, "update"):
+        return objective.stage.update(number, micros, objective.context)
+
+
+def tokens_of(run: Training, micros: Sequence[Batch], step: int, number: int) -> float:
+    """What this rank adds to the step's tokens: those of the data, or of what was said to them."""
+    if not isinstance(run.objective.stage, RollsOut):
+        return run.batches.share_of_tokens(step)
+    return float(sum(micro.tokens for micro in micros)) if number == 0 else 0.0
+
+
+def summary(done: Sequence[StepStats], rate: float, seconds: float) -> StepStats:
+    """The step that some updates make together: means of their losses and metrics, the gradient norm of the last."""
+    metrics: dict[str, list[float]] = {}
+    for name, value in (pair for stats in done for pair in stats.metrics.items()):
+        metrics.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in metrics.items()}
+    loss = sum(stats.loss for stats in done) / len(done)
+    return StepStats(loss, done[-1].grad_norm, rate, sum(stats.tokens for stats in done), seconds, means)
+
+
+def forward_backward(
+    run: Training, micros: Sequence[Batch], weight: Tensor, step: int, update: int = 0
+) -> dict[str, Tensor]:
+    """All micro-batches of an update. Returns detached sums over this rank's share, divided by `weight`."""
     sums: dict[str, Tensor] = {}
     # FSDP2 averages gradients over the ranks of its mesh; times their number, the mean is the sum we want.
     factor = run.ranks.size // run.ranks.dims.tensor * (run.scaler.scale if run.scaler else 1.0)
@@ -125,7 +168,7 @@ def forward_backward(run: Training, micros: Sequence[Batch], weight: Tensor, ste
     for number, micro in enumerate(micros):
         run.distribute.before_backward(run.objective, number == len(micros) - 1)
         # Dropout is a function of (seed, step, micro-batch, rank): nothing to save, nothing that evaluation disturbs.
-        seeded_step(run.seed, step, number, run.ranks.stream)
+        seeded_step(run.seed, step, number + update * len(micros), run.ranks.stream)
         result = run.objective(micro)
         loss = result.total / divisor
         (loss * factor).backward()
@@ -222,7 +265,7 @@ class LossScale:
 
 @torch.no_grad()
 def evaluate(
-    objective: nn.Module,
+    objective: Objective,
     parts: Mapping[str, Callable[[], Iterable[Batch]]],
     device: torch.device,
     leave: Callable[[], bool] = lambda: False,

@@ -6,7 +6,8 @@ a stage may call the model, its backbone or its head as it likes, without buildi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,9 +24,16 @@ from llmtune.distributed.ranks import total
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
+    from llmtune.contract.generation import Answer, Completion, GenerateConfig
     from llmtune.contract.records import SwitchesOff
     from llmtune.contract.stages import Batch, Stage
+    from llmtune.training.rollouts import Rollouts
+
+
+EVALUATION = -1
+"""The number of the step that evaluations draw their seeds for."""
 
 
 class Objective(nn.Module):
@@ -34,6 +42,9 @@ class Objective(nn.Module):
     `forward(function)` calls the function instead: whatever uses the model while it is sharded (generation, checks) has
     to run in here, where FSDP2 has gathered the root's weights.
     """
+
+    stage_label: str
+    context: Context
 
     def __init__(
         self,
@@ -62,12 +73,13 @@ class Objective(nn.Module):
                 return self.stage.loss(self.model, batch, self.context)
 
 
-def prepared(objective: nn.Module, batches: Iterable[Batch]) -> Iterable[Batch]:
+def prepared(objective: Objective, batches: Iterable[Batch], step: int = EVALUATION) -> Iterable[Batch]:
     """The batches that are looked at together, as the objective's stage prepares them, where it does. Collective."""
     stage = objective.stage
     if not isinstance(stage, Prepares):
         return batches
-    with torch.no_grad():
+    objective.context.step = step
+    with torch.no_grad(), noting(objective.stage_label, "prepare"):
         return objective(lambda: stage.prepare(objective.model, list(batches), objective.context))
 
 
@@ -80,6 +92,7 @@ class Context(StageContext):
         head_explains_logits: bool | None = None,
         further: Mapping[str, FrozenModel] = MappingProxyType({}),
         tensor_ranks: int = 1,
+        rollouts: Rollouts | None = None,
     ) -> None:
         self.ops: Mapping[str, Callable[..., Any]] = {
             "linear_cross_entropy": linear_cross_entropy, "linear_token_logps": linear_token_logps, **ops,
@@ -87,6 +100,8 @@ class Context(StageContext):
         self._head_explains_logits = head_explains_logits
         self._further = further
         self._tensor_ranks = tensor_ranks
+        self._rollouts = rollouts
+        self.step = EVALUATION
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all ranks; a tensor group, which computes one result, counts once."""
@@ -96,6 +111,46 @@ class Context(StageContext):
         """What `compute` makes of a further model, without gradients. Collective."""
         with torch.no_grad():
             return self._further[name](compute, self)
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """What roll-outs need, which there is in a run."""
+        assert self._rollouts is not None, "only a run has roll-outs"
+        return self._rollouts
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer."""
+        return self.rollouts.tokenizer
+
+    @property
+    def rewards(self) -> Sequence[str]:
+        """The names of the recipe's rewards."""
+        return self.rollouts.names
+
+    def generate(
+        self, model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]
+    ) -> list[Answer]:
+        """Answers by the recipe's engine. Collective."""
+        return self.rollouts.generate(model, prompts, config, seeds)
+
+    def seed_of(self, *numbers: int) -> int:
+        """A seed for a draw of this step."""
+        return self.rollouts.seed_of(self.step, *numbers)
+
+    def score(self, completions: Sequence[Completion]) -> Tensor:
+        """(completions, rewards) float32. Collective."""
+        return self.rollouts.score(completions, self)
+
+    def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:
+        """A batch of token rows in the run's layout."""
+        return self.rollouts.batch(sequences, sample_ids)
+
+    def asking(self, further: Mapping[str, FrozenModel]) -> Context:
+        """The same for a reward, which asks further models of its own."""
+        other = copy(self)
+        other._further = further
+        return other
 
     def hidden_states(self, model: Any, batch: Batch) -> Tensor:
         """Last hidden states (B, T, D), without building logits."""
@@ -122,11 +177,12 @@ class Context(StageContext):
         op = self.ops["linear_cross_entropy"] if head is not None else cross_entropy
         return weighted_sum(batch, values_NX, lambda some_NX, targets: op(some_NX, head, targets, transform))
 
-    def token_logps(self, model: Any, batch: Batch) -> Tensor:
+    def token_logps(self, model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
         """The log-probability of each of the batch's N targets under the model: (N,) float32."""
         values_NX, head, transform = self._at_targets(model, batch)
+        transform = tempered(transform, temperature)
         if head is None:
-            return -cross_entropy(values_NX, None, batch.targets, None, "none")
+            return -cross_entropy(values_NX, None, batch.targets, transform, "none")
         return self.ops["linear_token_logps"](values_NX, head, batch.targets, transform)
 
     def _at_targets(
@@ -164,6 +220,13 @@ class Context(StageContext):
         # A cap at 30 moves logits of 0.5 by 5e-5 of themselves: float32 tells, narrower types tell it of larger ones.
         rtol, atol = (1e-5, 1e-6) if logits.dtype == torch.float32 else (1e-2, 1e-3)
         return expected.shape == found.shape and torch.allclose(expected, found, rtol=rtol, atol=atol)
+
+
+def tempered(transform: Callable[[Tensor], Tensor] | None, temperature: float) -> Callable[[Tensor], Tensor] | None:
+    """The transform of logits, and then their division by a temperature."""
+    if temperature == 1.0:
+        return transform
+    return lambda logits: (logits if transform is None else transform(logits)) / temperature
 
 
 def weighted_sum(batch: Batch, values_NX: Tensor, summed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def trained_tensors(plan: ModelPlan) -> dict[str, Tensor]:
-    """Every trained tensor whole, on the CPU of rank 0 (empty elsewhere). Collective."""
+    """Every trained tensor of the result whole, on the CPU of rank 0 (empty elsewhere). Collective."""
     chosen = {}
     for name, parameter in plan.module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in plan.ledger.aside:
             tensor = full(parameter)
             if plan.ranks.first:
                 chosen[name] = tensor

@@ -6,7 +6,7 @@ a row which does not fit is named with the reason instead of being guessed at.
 
 from __future__ import annotations
 
-from llmtune.data.formats.choose import LOOKED_AT, Formats, check_kind
+from llmtune.data.formats.choose import LOOKED_AT, Formats, answers_prompts, check_kind, kind_for
 from llmtune.data.formats.row import Chosen, read_row
 
-__all__ = ["LOOKED_AT", "Chosen", "Formats", "check_kind", "read_row"]
+__all__ = ["LOOKED_AT", "Chosen", "Formats", "answers_prompts", "check_kind", "kind_for", "read_row"]

@@ -53,8 +53,8 @@ class Formats:
     default_facts: Any = None
     """The parameters and the package of `default`."""
 
-    def of(self, dataset: Dataset, rows: Sequence[Any]) -> Chosen:
-        """The format of a data set whose first readable rows are `rows`.
+    def of(self, dataset: Dataset, rows: Sequence[Any], learns: Sequence[str] = ()) -> Chosen:
+        """The format of a data set whose first readable rows are `rows`, for a stage that learns from such kinds.
 
         Raises:
             DataError: nothing or several recognise the rows, or what the recipe says of the format is wrong.
@@ -69,7 +69,7 @@ class Formats:
         config = self._config(dataset, name, block) if block is not None else None
         if block is not None and name != "auto":
             return _chosen(dataset, self._made(dataset, str(name), config), str(name), "as named", rows)
-        name, why = detect(_renamed_rows(dataset, rows), dataset.spelling, self._tagged(dataset))
+        name, why = detect(_renamed_rows(dataset, rows), dataset.spelling, self._tagged(dataset), learns)
         form = self._made(dataset, name, None) if dataset.tags else self.known[name]
         return _chosen(dataset, form, name, why, rows)
 
@@ -178,7 +178,9 @@ def _renamed_rows(dataset: Dataset, rows: Sequence[Any]) -> list[Any]:
     ]
 
 
-def detect(rows: Sequence[Any], name: str, known: Mapping[str, DataFormat]) -> tuple[str, str]:
+def detect(
+    rows: Sequence[Any], name: str, known: Mapping[str, DataFormat], learns: Sequence[str] = ()
+) -> tuple[str, str]:
     """The name of the format that alone recognises rows of data set `name`, and what made it out.
 
     Rows that differ from it are then reported one by one.
@@ -194,6 +196,8 @@ def detect(rows: Sequence[Any], name: str, known: Mapping[str, DataFormat]) -> t
         return max(counts, key=lambda recognised: counts[recognised])
     if formats:
         raise DataError(f"{name}: rows fit several formats ({listed(sorted(formats))}); {named}")
+    if answers_prompts(learns) and (asked := [each for each, form in known.items() if _asks(form, rows)]):
+        return asked[0], "prompts, as the stage learns from nothing else"
     columns = dict.fromkeys(str(column) for row in rows if isinstance(row, Mapping) for column in row)
     wanted = "; ".join(f"{each}: {_needs(form)}" for each, form in known.items())
     raise DataError(
@@ -201,6 +205,14 @@ def detect(rows: Sequence[Any], name: str, known: Mapping[str, DataFormat]) -> t
         f"{_nearest(rows, columns, known)} Known formats need: {wanted}. "
         f"Map them with `columns` in the entry of dataset, or {named}"
     )
+
+
+def _asks(form: DataFormat, rows: Sequence[Any]) -> bool:
+    """Whether a format makes prompts of all rows, whatever else stands in them, such as an answer to compare with."""
+    try:
+        return form.kind == "prompt" and bool([form.convert(row) for row in rows])
+    except BadRow:
+        return False
 
 
 def _needs(form: DataFormat) -> str:
@@ -222,6 +234,16 @@ def _nearest(rows: Sequence[Any], columns: Iterable[str], known: Mapping[str, Da
     except BadRow as bad:
         return f" Read as {name}, the first row cannot be used: {bad}."
     return ""
+
+
+def answers_prompts(learns: Sequence[str]) -> bool:
+    """Whether a stage learns from prompts alone, so that of a conversation it wants the prompt of the last answer."""
+    return set(learns) == {"prompt"}
+
+
+def kind_for(learns: Sequence[str], kind: str) -> str:
+    """What rows of a kind are to a stage that learns from the kinds `learns`."""
+    return "prompt" if kind == "conversation" and answers_prompts(learns) else kind
 
 
 def check_kind(kind: str, learns: Sequence[str], stage: str, source: str) -> None:

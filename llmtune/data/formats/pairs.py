@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class PreferencePairs:
     """
 
     kind = "preference"
-    columns = ("chosen", "rejected", "chosen_messages", *_BEFORE, *_OTHER_SIDE)
+    columns = ("chosen", "rejected", "chosen_messages", "margin", *_BEFORE, *_OTHER_SIDE)
     required = ()
     needs = "chosen and rejected, or messages and rejected_response"
 
@@ -56,7 +57,7 @@ class PreferencePairs:
         prompt, chosen, rejected = _split(*sides)
         return Preference(
             prompt=prompt, chosen=chosen, rejected=rejected, tools=normal_tools(row.get("tools")),
-            template_kwargs=variables_of(row),
+            template_kwargs=variables_of(row), extra=_margin(row),
         )  # fmt: skip
 
     def _beside(self, row: Mapping[str, Any], before: list[Message]) -> list[list[Message]]:
@@ -155,3 +156,13 @@ class KtoRows:
         return UnpairedPreference(
             messages=messages, label=label, tools=normal_tools(row.get("tools")), template_kwargs=variables_of(row)
         )
+
+
+def _margin(row: Mapping[str, Any]) -> dict[str, float]:
+    """By how much the chosen answer is better, where the row says so."""
+    margin = row.get("margin")
+    if margin is None:
+        return {}
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise BadRow("margin is no number", f'"margin" is {margin!r}, allowed is a finite number')
+    return {"margin": float(margin)}

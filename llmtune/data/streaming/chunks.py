@@ -91,7 +91,8 @@ class PieceMaker:
         numbers = packed.numbers[packed.rows].tolist()
         return TokenSamples(
             ids=packed.ids, mask=packed.mask, weights=packed.weights, starts=starts, stops=starts + packed.lengths,
-            trained=packed.trained, labels=packed.labels, rows=np.array([places[each] for each in numbers], np.int64),
+            trained=packed.trained, labels=packed.labels, columns=packed.columns,
+            column_stops=packed.column_stops, rows=np.array([places[each] for each in numbers], np.int64),
             sets=np.full(len(numbers), source, np.int32), width=packed.width, kind=self.kind,
         )  # fmt: skip
 

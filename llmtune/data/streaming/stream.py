@@ -11,7 +11,7 @@ from typing import Any
 
 from llmtune.contract.errors import DataError, raise_all
 from llmtune.data.config import DataConfig, sources
-from llmtune.data.formats import LOOKED_AT, Chosen, check_kind
+from llmtune.data.formats import LOOKED_AT, Chosen, check_kind, kind_for
 from llmtune.data.making import Making, check_bad_rows, one_kind, unique
 from llmtune.data.reading import Dataset
 from llmtune.data.report import Bad, DataReport, PartReport, SourceReport
@@ -162,9 +162,13 @@ class _Look:
             for each in rows:
                 self.report.add_bad(Bad(each.place, "unreadable", each.row.problem or "", None))
             check_bad_rows(make.config, self.report)
-        chosen = make.formats.of(dataset, readable)
-        self.report.format, self.report.why, self.report.kind = chosen.name, chosen.why, chosen.format.kind
-        check_kind(chosen.format.kind, make.learns, make.stage, dataset.spelling)
+        chosen = make.formats.of(dataset, readable, make.learns)
+        self.report.format, self.report.why, self.report.kind = (
+            chosen.name,
+            chosen.why,
+            kind_for(make.learns, chosen.format.kind),
+        )
+        check_kind(self.report.kind, make.learns, make.stage, dataset.spelling)
         return chosen
 
 

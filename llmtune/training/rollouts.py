@@ -1,0 +1,95 @@
+"""What a stage needs to let its model answer: the recipe's engine, its rewards, and batches of what was said."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmtune.contract.errors import PluginError, blaming
+from llmtune.data.batches import collate, to_device
+from llmtune.data.sequence import TokenSequence
+from llmtune.distributed.ranks import fail_together
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.contract.generation import Answer, Completion, GenerateConfig
+    from llmtune.contract.stages import Batch
+    from llmtune.recipe.parts import BuiltPlugin
+    from llmtune.training.objective import Context, FrozenModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """Engine, rewards and layout of a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    engine: BuiltPlugin
+    rewards: Sequence[BuiltPlugin]
+    further: Sequence[Mapping[str, FrozenModel]]
+    """The models that each reward asks."""
+    flat: bool
+    pad_id: int
+    device: torch.device
+    seed: int
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the rewards, in the recipe's order; one that comes again gets a number."""
+        plain = [part.plugin.name for part in self.rewards]
+        return [name if plain.index(name) == at else f"{name}#{at + 1}" for at, name in enumerate(plain)]
+
+    def generate(
+        self, model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]
+    ) -> list[Answer]:
+        """Answers by the engine, one for each prompt. Collective."""
+        with blaming(self.engine.full_label, "generate"):
+            return self.engine.built.generate(model, self.tokenizer, prompts, config, seeds=seeds)
+
+    def seed_of(self, *numbers: int) -> int:
+        """A seed that follows from the run's and `numbers`."""
+        return random.Random(repr((self.seed, *numbers))).getrandbits(62)
+
+    def score(self, completions: Sequence[Completion], context: Context) -> Tensor:
+        """(completions, rewards) float32, NaN where a reward says nothing. Collective.
+
+        Raises PluginError, on all ranks, where one of them has no finite number for every answer.
+        """
+        found = np.full((len(completions), len(self.rewards)), np.nan, dtype=np.float32)
+        for at, (part, further) in enumerate(zip(self.rewards, self.further, strict=True)):
+            error: Exception | None = None
+            try:
+                with blaming(part.full_label, "score"):
+                    scores = part.built.score(completions, context.asking(further))
+                found[:, at] = checked(part, completions, scores)
+            except Exception as met:
+                error = met
+            fail_together(error)
+        return torch.from_numpy(found).to(self.device)
+
+    def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:
+        """Token rows, each trained from a place on, as a batch that weighs as much as it has rows."""
+        rows = [TokenSequence(np.asarray(ids, np.int64), np.arange(len(ids)) >= first) for ids, first in sequences]
+        made = collate(rows, flat=self.flat, pad_id=self.pad_id, sample_ids=sample_ids, counts_samples=True)
+        return to_device(made, self.device)
+
+
+def checked(part: BuiltPlugin, completions: Sequence[Completion], scores: Sequence[float | None]) -> list[float]:
+    """The scores of a reward, NaN for None. Raises PluginError where one is missing or not finite."""
+    if len(scores) != len(completions):
+        raise PluginError(f"{part.full_label}: score gave {len(scores)} numbers for {len(completions)} answers")
+    values = [math.nan if score is None else float(score) for score in scores]
+    for score, value, completion in zip(scores, values, completions, strict=True):
+        if score is not None and not math.isfinite(value):
+            raise PluginError(
+                f"{part.full_label}: score gave {score} for the answer {completion.answer[:200]!r}, allowed is a "
+                "finite number, or None where there is nothing to say; nothing was learnt from this step"
+            )
+    return values

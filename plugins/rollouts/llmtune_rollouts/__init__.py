@@ -1,0 +1,83 @@
+"""Learning from the model's own answers: groups of them (`stage_config: grpo`), or with a value function (`ppo`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from llmtune import Ge, Gt, Le, Plugin, hookimpl
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerKeys:
+    """How the model answers the prompts of a step."""
+
+    max_new_tokens: Annotated[int, Ge(1)] = 256
+    """Most tokens of an answer."""
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """Divides the logits before sampling, and in the loss."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Sample from the fewest tokens whose probabilities add up to this; below 1 answers are drawn from another
+    distribution than the one that is learnt."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Sample from this many likeliest tokens; 0 is all."""
+    reward_weights: tuple[float, ...] | None = None
+    """What each reward of `reward_config` counts, in its order; null counts them all 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceKeys:
+    """The model that answers are kept near."""
+
+    ref_model: str | None = None
+    """Another model as reference: a folder or a hub id. null is the model as it was before training."""
+    ref_model_adapters: str | tuple[str, ...] | None = None
+    """Adapters of the reference, in PEFT's format."""
+    ref_model_quantization_bit: Literal[4, 8] | None = None
+    """Bits per weight of the reference; null does not quantise it, unless it is the trained model's base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig(AnswerKeys, ReferenceKeys):
+    """Keys of `stage_config: {name: grpo}`."""
+
+    num_generations: Annotated[int, Ge(2)] = 8
+    """Answers to each prompt."""
+    num_iterations: Annotated[int, Ge(1)] = 1
+    """Updates of the weights from the answers of a step."""
+    beta: Annotated[float, Ge(0)] = 0.0
+    """What the distance from the reference counts (an estimate of the KL divergence, arXiv 2402.03300, equation 4); 0
+    needs no reference."""
+    epsilon: Annotated[float, Gt(0)] = 0.2
+    """How far the probability of a token may fall, as a share, before it stops to count."""
+    epsilon_high: Annotated[float, Gt(0)] | None = None
+    """How far it may rise; null is `epsilon` (DAPO, arXiv 2503.14476, has 0.28)."""
+    delta: Annotated[float, Gt(1)] | None = None
+    """Most that a ratio of probabilities counts where the answer is bad (arXiv 2505.07291); null sets no limit."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    """What a token counts. `grpo`: each answer alike, its tokens share that. `dr_grpo`: each token alike, divided by
+    `max_new_tokens` (arXiv 2503.20783). `dapo` and `bnpo`: each token alike, divided by the tokens of the update over
+    all ranks and micro-batches; the two differ where a loss depends on how a step is split, which it does not here."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the deviation of the rewards of the same prompt, or of the step; `none` divides
+    by nothing (as the authors of `dr_grpo` advise)."""
+    mask_truncated_completions: bool = False
+    """Learn nothing from answers that `max_new_tokens` cut. They still count in their group's mean."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Whether probabilities are compared token by token, or as the geometric mean over an answer (GSPO, arXiv
+    2507.18071; with `loss_type: grpo`)."""
+
+
+def build_grpo(config: GrpoConfig) -> Any:
+    """The stage of groups of answers that `config` describes."""
+    from .grpo import Groups
+
+    return Groups(config)
+
+
+@hookimpl
+def stage_config() -> list[Plugin]:
+    """`grpo`."""
+    return [
+        Plugin(name="grpo", config=GrpoConfig, build=build_grpo, summary="Groups of the model's own answers (GRPO)"),
+    ]

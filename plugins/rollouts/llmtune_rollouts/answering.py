@@ -1,0 +1,102 @@
+"""What stages over the model's own answers share. N targets · S answers · R rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from llmtune import Batch, Completion, GenerateConfig, StageContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from . import AnswerKeys, ReferenceKeys
+
+
+class Said(NamedTuple):
+    """An answer of this step."""
+
+    completion: Completion
+    sample: int
+    """The number of its prompt's sample."""
+
+
+def generate_config(keys: AnswerKeys) -> GenerateConfig:
+    """How the model answers."""
+    return GenerateConfig(
+        temperature=keys.temperature, top_p=keys.top_p, top_k=keys.top_k, max_new_tokens=keys.max_new_tokens,
+    )  # fmt: skip
+
+
+def reference_keys(keys: ReferenceKeys) -> dict[str, Any]:
+    """The keys of a recipe in which the reference differs from the trained model; none where it is its start."""
+    found: dict[str, Any] = {}
+    if keys.ref_model is not None:
+        found |= {"model": keys.ref_model, "revision": None, "quant_config": None, "peft_config": None}
+    if keys.ref_model_adapters is not None:
+        found["peft_config"] = {"name": "lora", "adapter_name_or_path": keys.ref_model_adapters}
+    if keys.ref_model_quantization_bit is not None:
+        found["quant_config"] = {"name": "auto", "quantization_bit": keys.ref_model_quantization_bit}
+    return found
+
+
+def answered(model: Any, batch: Batch, context: StageContext, config: GenerateConfig, answers: int = 1) -> list[Said]:
+    """`answers` answers to each prompt of a batch, one after the other. Collective."""
+    prompts = batch.rows()
+    samples = [sample for sample in batch.sample_ids for _ in range(answers)]
+    seeds = [context.seed_of(sample, draw) for sample in batch.sample_ids for draw in range(answers)]
+    found = context.generate(model, [prompt for prompt in prompts for _ in range(answers)], config, seeds)
+    columns = batch.columns or ({},) * len(prompts)
+    texts = context.tokenizer.batch_decode(prompts) if prompts else []
+    return [
+        Said(
+            Completion(
+                prompt=texts[at // answers], answer=answer.text, prompt_ids=answer.prompt_ids, ids=answer.ids,
+                cut=answer.cut, columns=columns[at // answers],
+            ),
+            sample,
+        )
+        for at, (answer, sample) in enumerate(zip(found, samples, strict=True))
+    ]  # fmt: skip
+
+
+def dealt(said: Sequence[Said], batches: int) -> list[list[int]]:
+    """The numbers of the answers in so many batches of about as many each, those of like length together."""
+    order = sorted(range(len(said)), key=lambda at: -len(said[at].completion.prompt_ids + said[at].completion.ids))
+    bounds = [len(order) * at // batches for at in range(batches + 1)]
+    return [order[start:stop] for start, stop in pairwise(bounds)]
+
+
+def batch_of(said: Sequence[Said], context: StageContext, masked: bool = False) -> Batch:
+    """Prompts and answers as one batch, in which the answers train; with `masked` not those that were cut."""
+    rows = []
+    for completion, _ in said:
+        ids = [*completion.prompt_ids, *completion.ids]
+        rows.append((ids, len(ids) if masked and completion.cut else len(completion.prompt_ids)))
+    return context.batch(rows, [sample for _, sample in said])
+
+
+def lengths(batch: Batch) -> Tensor:
+    """(S,) trained tokens of each answer."""
+    return per_answer(torch.ones(len(batch.targets), device=batch.targets.device), batch)
+
+
+def per_answer(values_N: Tensor, batch: Batch) -> Tensor:
+    """(S,) sums over the targets of each answer."""
+    assert batch.target_sequence is not None
+    return values_N.new_zeros(batch.sequences).index_add(0, batch.target_sequence, values_N)
+
+
+def weighted(rewards_SR: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """(S,) the sum of an answer's rewards, each times its weight; NaN where no reward says anything of the answer."""
+    weights_R = rewards_SR.new_tensor(weights or [1.0] * rewards_SR.shape[1])
+    return torch.where(rewards_SR.isnan().all(1), torch.nan, (rewards_SR * weights_R).nansum(1))
+
+
+def counted(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A metric over the values that are numbers: their sum and how many they are."""
+    real = ~values.isnan()
+    return torch.where(real, values, 0.0).sum().float(), real.sum().float()

@@ -1,0 +1,150 @@
+"""The stage of groups of answers (GRPO). N targets · S answers · G answers of a prompt · P prompts · R rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtune import Batch, ModelSpec, RunContext, StageContext, StageLoss
+
+from .answering import (
+    Said,
+    answered,
+    batch_of,
+    counted,
+    dealt,
+    generate_config,
+    lengths,
+    per_answer,
+    reference_keys,
+    weighted,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from . import GrpoConfig
+
+SMALL = 1e-4
+"""Added to a deviation that is divided by, as TRL does."""
+
+
+class Groups:
+    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300): an answer is as good as its reward is
+    above the mean of the answers to the same prompt, and all of its tokens alike."""
+
+    learns = ("prompt",)
+    counts = "samples"
+    without_dropout = True
+    reads = 1
+
+    def __init__(self, config: GrpoConfig) -> None:
+        self.config = config
+        self.generation = generate_config(config)
+        self.answer_tokens = config.max_new_tokens
+        self.updates = config.num_iterations
+        self.models: Mapping[str, ModelSpec] = (
+            {"reference": ModelSpec(keys=reference_keys(config))} if config.beta else {}
+        )
+
+    def check(self, context: RunContext, model: Any) -> Iterator[str]:
+        """Rewards are what answers are told apart by."""
+        if model.get_output_embeddings() is None:
+            yield f"grpo lets the model answer, and {type(model).__name__} has no head over a vocabulary"
+
+    def prepare(self, model: Any, batches: Sequence[Batch], context: StageContext) -> list[Batch]:
+        """Answers to the prompts of a step, with their advantages: `num_generations` times as many batches."""
+        config, groups = self.config, self.config.num_generations
+        said = [one for batch in batches for one in answered(model, batch, context, self.generation, groups)]
+        scores_SR = context.score([one.completion for one in said])
+        rewards_S = weighted(scores_SR, config.reward_weights)
+        advantages_S, deviation_S = self.advantages(rewards_S, context)
+        extra = {
+            "advantages": advantages_S, "reward": rewards_S, "reward_std": deviation_S,
+            "cut": torch.tensor([float(one.completion.cut) for one in said], device=rewards_S.device),
+            "length": torch.tensor([float(len(one.completion.ids)) for one in said], device=rewards_S.device),
+            **{f"rewards/{name}": scores_SR[:, at] for at, name in enumerate(context.rewards)},
+        }  # fmt: skip
+        made = []
+        for chosen in dealt(said, len(batches) * groups):
+            spots = torch.tensor(chosen, dtype=torch.int64, device=rewards_S.device)
+            rows: list[Said] = [said[at] for at in chosen]
+            batch = batch_of(rows, context, masked=config.mask_truncated_completions)
+            batch.extra = {name: values.index_select(0, spots) for name, values in extra.items()}
+            if config.loss_type in ("bnpo", "dapo"):
+                batch.weight = float(len(batch.targets))
+            made.append(self._known(model, batch, context))
+        return made
+
+    def advantages(self, rewards_S: Tensor, context: StageContext) -> tuple[Tensor, Tensor]:
+        """(S,) how much better an answer is than those to its prompt, 0 where no reward says anything of it; and (S,)
+        the deviation of the rewards of its prompt's answers. Collective."""
+        grouped_PG = rewards_S.view(-1, self.config.num_generations)
+        deviation_S = deviation(grouped_PG).repeat_interleave(self.config.num_generations)
+        advantages_S = (grouped_PG - grouped_PG.nanmean(1, keepdim=True)).flatten()
+        if self.config.scale_rewards == "group":
+            advantages_S = advantages_S / (deviation_S + SMALL)
+        elif self.config.scale_rewards == "batch":
+            real = rewards_S[~rewards_S.isnan()].double()
+            count, total = context.total(torch.stack([real.new_tensor(float(len(real))), real.sum()]))
+            squares = context.total((real - total / count.clamp(min=1)).square().sum())
+            advantages_S = advantages_S / ((squares / (count - 1).clamp(min=1)).sqrt().float() + SMALL)
+        return advantages_S.nan_to_num(0.0), deviation_S
+
+    def _known(self, model: Any, batch: Batch, context: StageContext) -> Batch:
+        """The batch with what is known of its targets before the update: log-probabilities now, and the reference's."""
+        heat, extra = self.config.temperature, dict(batch.extra)
+        if self.updates > 1:
+            extra["old_logps"] = context.token_logps(model, batch, heat)
+        if self.config.beta:
+            extra["ref_logps"] = context.with_model("reference", lambda it, its: its.token_logps(it, batch, heat))
+        return replace(batch, extra=extra)
+
+    def update(self, number: int, prepared: Sequence[Batch], context: StageContext) -> Sequence[Batch]:
+        """Every update learns from all answers."""
+        return prepared
+
+    def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
+        """The sum over answers of the mean over their tokens (`grpo`), or over tokens."""
+        config = self.config
+        advantages_S, count_S = batch.extra["advantages"], lengths(batch)
+        logps_N = context.token_logps(model, batch, config.temperature)
+        old_N = batch.extra.get("old_logps", logps_N.detach())
+        said_by = batch.target_sequence
+        log_ratio_N = logps_N - old_N
+        if config.importance_sampling_level == "sequence":
+            log_ratio_N = (per_answer(log_ratio_N, batch) / count_S.clamp(min=1)).index_select(0, said_by)
+        ratio_N, advantage_N = log_ratio_N.exp(), advantages_S.index_select(0, said_by)
+        high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        within_N = ratio_N.clamp(1 - config.epsilon, 1 + high)
+        gain_N = torch.min(ratio_N * advantage_N, within_N * advantage_N)
+        if config.delta is not None:
+            gain_N = torch.min(ratio_N.clamp(max=config.delta) * advantage_N, within_N * advantage_N)
+        loss_N, metrics = -gain_N, self._metrics(batch)
+        clipped_N = ((ratio_N < 1 - config.epsilon) & (advantage_N < 0)) | ((ratio_N > 1 + high) & (advantage_N > 0))
+        metrics["clipped"] = counted(clipped_N.float())
+        if config.beta:
+            apart_N = batch.extra["ref_logps"] - logps_N
+            kl_N = apart_N.exp() - apart_N - 1
+            loss_N = loss_N + config.beta * kl_N
+            metrics["kl"] = counted(kl_N.detach())
+        if config.loss_type == "grpo":
+            loss_N = loss_N / count_S.index_select(0, said_by)
+        elif config.loss_type == "dr_grpo":
+            loss_N = loss_N / config.max_new_tokens
+        return StageLoss(total=loss_N.sum(), metrics=metrics)
+
+    def _metrics(self, batch: Batch) -> dict[str, Any]:
+        named = {"length": "completions/length", "cut": "completions/cut"}
+        kept = {name: values for name, values in batch.extra.items() if name.startswith("reward") or name in named}
+        return {named.get(name, name): counted(values) for name, values in kept.items()}
+
+
+def deviation(grouped_PG: Tensor) -> Tensor:
+    """(P,) the deviation of the numbers in each group around their mean, from a sample; 0 where there is one."""
+    count_P = (~grouped_PG.isnan()).sum(1)
+    squares_P = (grouped_PG - grouped_PG.nanmean(1, keepdim=True)).square().nansum(1)
+    return (squares_P / (count_P - 1).clamp(min=1)).sqrt()
