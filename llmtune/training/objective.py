@@ -140,7 +140,7 @@ class Context(StageContext):
 
     def score(self, completions: Sequence[Completion]) -> Tensor:
         """(completions, rewards) float32. Collective."""
-        return self.rollouts.score(completions, self)
+        return self.rollouts.score(completions, [self.asking(further) for further in self.rollouts.further])
 
     def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:
         """A batch of token rows in the run's layout."""

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.contract.generation import Answer, Completion, GenerateConfig
-    from llmtune.contract.stages import Batch
+    from llmtune.contract.stages import Batch, StageContext
     from llmtune.recipe.parts import BuiltPlugin
-    from llmtune.training.objective import Context, FrozenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class Rollouts:
     tokenizer: PreTrainedTokenizerBase
     engine: BuiltPlugin
     rewards: Sequence[BuiltPlugin]
-    further: Sequence[Mapping[str, FrozenModel]]
+    further: Sequence[Mapping[str, Any]]
     """The models that each reward asks."""
     flat: bool
     pad_id: int
@@ -57,17 +56,17 @@ class Rollouts:
         """A seed that follows from the run's and `numbers`."""
         return random.Random(repr((self.seed, *numbers))).getrandbits(62)
 
-    def score(self, completions: Sequence[Completion], context: Context) -> Tensor:
-        """(completions, rewards) float32, NaN where a reward says nothing. Collective.
+    def score(self, completions: Sequence[Completion], contexts: Sequence[StageContext]) -> Tensor:
+        """(completions, rewards) float32, NaN where a reward says nothing. Each has a context of its own. Collective.
 
         Raises PluginError, on all ranks, where one of them has no finite number for every answer.
         """
         found = np.full((len(completions), len(self.rewards)), np.nan, dtype=np.float32)
-        for at, (part, further) in enumerate(zip(self.rewards, self.further, strict=True)):
+        for at, (part, context) in enumerate(zip(self.rewards, contexts, strict=True)):
             error: Exception | None = None
             try:
                 with blaming(part.full_label, "score"):
-                    scores = part.built.score(completions, context.asking(further))
+                    scores = part.built.score(completions, context)
                 found[:, at] = checked(part, completions, scores)
             except Exception as met:
                 error = met
