@@ -18,8 +18,12 @@ _WHERE = {
         "llmtune.contract.records": (
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
             "Adapter", "Amends", "Amendment", "Merges", "SwitchesOff", "TrainsWhole", "Reopens",
-            "Init", "ReadsOnFirst", "Distribute", "HoldsGathered", "ParallelDims", "OptimizerFactory",
-            "Repacks", "Schedule", "FollowsEvaluations", "Logger", "LoggerStart", "Continues", "Checks",
+            "Init", "ReadsOnFirst", "Distribute", "HoldsGathered", "ParallelDims",
+            "Schedule", "FollowsEvaluations", "Logger", "LoggerStart", "Continues", "Checks",
+        ),
+        "llmtune.contract.optimizers": (
+            "OptimizerFactory", "OptimizerContext", "ParameterGroup", "ParameterRole", "ChangesWhatTrains", "Repacks",
+            "SpreadsState",
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",

@@ -75,7 +75,7 @@ def allocator_peak(plan: Any) -> int:
     gc.collect()  # what earlier tests left behind must not be freed while this one counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         objective = build_objective(plan.model)
-        optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model.module, 1e-4)
+        optimizer = make_optimizer(plan)
         training = replace(make_training(plan, objective, optimizer), total_steps=2, warmup_steps=0, seed=0)
         with record_function("steps begin"):
             pass

@@ -21,6 +21,7 @@ CONTRACT = {
     "llmtune.contract.generation",
     "llmtune.contract.events",
     "llmtune.contract.hookspecs",
+    "llmtune.contract.optimizers",
     "llmtune.contract.load_rules",
     "llmtune.contract.extension_points",
     "llmtune.contract.errors",

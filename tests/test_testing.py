@@ -14,7 +14,7 @@ import pytest
 from llmtune import PluginError, plan, train
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.testing import LawError, check_plugin, in_ranks, laws, tiny_chats, tiny_recipe
-from llmtune.training.building import NamedSchedule
+from llmtune.training.schedule import WarmedSchedule
 
 HERE = Path(__file__).parent
 BROKEN = {
@@ -233,7 +233,7 @@ def test_the_plan_refuses_what_does_not_keep_its_protocol(name: str, words: str,
 def test_a_schedule_that_raises_is_named(tmp_path: Path) -> None:
     part = plan(tiny_recipe(tmp_path, lr_scheduler_config="divides_by_zero")).parts.one("lr_scheduler_config")
     with pytest.raises(PluginError, match='lr_scheduler_config: "divides_by_zero" of acme-broken 1.0 failed'):
-        NamedSchedule(part).factor(5, 5, 5)
+        WarmedSchedule(part).factor(5, 5, 5)
 
 
 def test_importing_it_loads_neither_torch_nor_pytest() -> None:

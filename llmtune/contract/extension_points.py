@@ -11,6 +11,7 @@ from typing import Any
 from llmtune.contract.errors import listed
 from llmtune.contract.examples import KINDS, DataFormat
 from llmtune.contract.generation import Engine
+from llmtune.contract.optimizers import OptimizerFactory
 from llmtune.contract.records import (
     Adapter,
     Distribute,
@@ -18,7 +19,6 @@ from llmtune.contract.records import (
     Init,
     Kernel,
     Logger,
-    OptimizerFactory,
     Peft,
     Quant,
     Schedule,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from llmtune.contract.optimizers import ParameterRole
+
 API_VERSION = 1
 """Version of this contract. A plugin made for another major version is not used."""
 
@@ -127,6 +129,10 @@ class ModelEdit:
     """New tensors that train whatever else does, and are in checkpoints but in no result: a value head."""
     trainable: Callable[[str], bool] | None = None
     """Which parameters train, by name. Exactly one edit may decide; without one all train."""
+    roles: Mapping[str, ParameterRole] = field(default_factory=dict)
+    """What new parameters are for, by name, where their place in the model does not tell: factors of adapters."""
+    lr_factor: Callable[[str], float] | None = None
+    """Multiplier of the learning rate of each parameter that trains, by name; None is 1 for all."""
     store_trainable: Literal["float32", "compute"] | None = None
     """Overrides the type in which trainable parameters are stored; None follows the recipe."""
     ops: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -290,34 +296,6 @@ class HoldsGathered(Protocol):
     def savings(self) -> Mapping[Literal["gradients", "host"], Mapping[str, Any]]:
         """The keys of its block that save memory and are not set yet: `gradients` keeps shards between micro-batches,
         `host` moves shards to host memory."""
-        ...
-
-
-class OptimizerFactory(Protocol):
-    """Makes the optimiser for named parameter groups."""
-
-    def create(
-        self, decay: Sequence[tuple[str, nn.Parameter]], no_decay: Sequence[tuple[str, nn.Parameter]], lr: float
-    ) -> torch.optim.Optimizer: ...
-
-
-@runtime_checkable
-class Repacks(Protocol):
-    """Optional on an optimiser whose state of a parameter is in a form of its own, such as 8-bit blocks.
-
-    With it a run continues on another number of ranks; without it, only where every rank holds the same piece of each
-    parameter as before. The plain numbers in the state (a step counter) are the core's to keep.
-    """
-
-    def unpack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """State of one rank's piece of a parameter as plain tensors of that piece's shape."""
-        ...
-
-    def pack(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What `unpack` gave, for the piece of `parameter` that this rank holds, as this optimiser keeps it.
-
-        Whole numbers of blocks that were packed before come out as they were.
-        """
         ...
 
 

@@ -168,9 +168,7 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
 def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
     """The recipe's optimiser with its state made by a first step, or None where it cannot work on fake tensors."""
     try:
-        optimizer = make_optimizer(
-            plan.parts.one("optim_config").built, plan.model.module, plan.recipe.train.learning_rate
-        )
+        optimizer = make_optimizer(plan)
         optimizer.step()
         return optimizer
     except Exception:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from llmtune.contract.optimizers import ParameterRole
+
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under each of its names (a tied weight has several)."""
@@ -70,6 +72,10 @@ class Ledger:
     after_load: list[tuple[str, Callable[[nn.Module], None]]] = field(default_factory=list)
     trainable: Callable[[str], bool] | None = None
     trainable_by: str = ""
+    roles: dict[str, ParameterRole] = field(default_factory=dict)
+    """What new parameters are for, where an edit has said so."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """Multipliers of the learning rate that are not 1."""
     changes: list[tuple[str, ModelEdit]] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the original tensors as the checkpoint holds them, by original name."""
@@ -103,6 +109,9 @@ class Ledger:
         self.tp_follow |= change.tp_follow
         self.filled |= change.buffers
         self.aside |= change.aside
+        self.roles |= change.roles
+        if change.lr_factor is not None:
+            self.lr_factors |= {name: factor for name in after if (factor := change.lr_factor(name)) != 1.0}
         self.after_load += [(plugin, step) for step in change.after_load]
         if change.trainable is not None:
             if self.trainable is not None:
@@ -142,7 +151,7 @@ class Ledger:
             raise EditError(f"plugin {plugin} materialised {listed(early)} before the weights are loaded")
         if untold := sorted(change.aside - told):
             raise EditError(f"plugin {plugin} sets {listed(untold)} aside and did not say how to initialise them")
-        if absent := [name for name in told if name not in after]:
+        if absent := [name for name in (*told, *change.roles) if name not in after]:
             raise EditError(f"plugin {plugin} reported {listed(absent)}, which the model does not have")
 
     def _follow(self, moved: Mapping[str, str]) -> None:
@@ -157,6 +166,8 @@ class Ledger:
         self.files = {now(name): where for name, where in self.files.items()}
         self.filled = {now(name) for name in self.filled}
         self.aside = {now(name) for name in self.aside}
+        self.roles = {now(name): role for name, role in self.roles.items()}
+        self.lr_factors = {now(name): factor for name, factor in self.lr_factors.items()}
 
     def packed(self) -> set[str]:
         """Names whose stored type belongs to a plugin and is never cast."""

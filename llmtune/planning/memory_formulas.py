@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,6 +19,12 @@ from torch import nn
 
 from llmtune.contract.records import HoldsGathered
 from llmtune.contract.structure import transformer_layers
+from llmtune.model.parameter_groups import (
+    create_optimizer,
+    group_parameters,
+    optimizer_context,
+    parameter_roles,
+)
 from llmtune.model.sizes import ModelSizes, sizes_of
 from llmtune.planning.memory import Estimate, Memory, Sums
 
@@ -199,36 +205,41 @@ def optimizer_bytes(plan: Plan, rank: Rank) -> dict[tuple[Any, ...], int]:
     either, as it wants a GPU, what AdamW has."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    trained = [(name, p) for name, p in plan.model.module.named_parameters() if p.requires_grad]
-    kinds = {rank.key(name, p): (name, rank.local(p), p.dtype) for name, p in reversed(trained)}
-    factory = plan.parts.one("optim_config").built
-    numbers = [math.prod(shape) for _, shape, _ in kinds.values()]
-    sizes = [2 * count * dtype.itemsize for count, (_, _, dtype) in zip(numbers, kinds.values(), strict=True)]
+    module, ledger, train = plan.model.module, plan.model.ledger, plan.recipe.train
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    kinds = {rank.key(name, p): (name, p) for name, p in reversed(trained)}
+    shapes = [tuple(p.shape) for _, p in kinds.values()]
+    shares = [math.prod(rank.local(p)) / p.numel() for _, p in kinds.values()]
+    roles, context = parameter_roles(module, ledger.roles), optimizer_context(module, train.learning_rate, train.seed)
+
+    def state_sizes(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        """Bytes of whole state after a step, for parameters of these shapes."""
+        named = [
+            (name, nn.Parameter(torch.zeros(shape, dtype=p.dtype)))
+            for (name, p), shape in zip(kinds.values(), shapes, strict=True)
+        ]
+        for _, parameter in named:
+            parameter.grad = torch.zeros_like(parameter)
+        groups = group_parameters(named, roles, ledger.lr_factors, train.learning_rate)
+        optimizer = create_optimizer(plan.parts.one("optim_config").built, groups, context)
+        optimizer.step()
+        states = [optimizer.state.get(parameter, {}).values() for _, parameter in named]
+        return [sum(each.numel() * each.element_size() for each in s if isinstance(each, torch.Tensor)) for s in states]
+
+    sizes = [2 * p.numel() * p.element_size() for _, p in kinds.values()]
     # A foreign optimiser may do anything with values that fake tensors have not.
     with suppress(Exception):
-        small = [(name, _small(shape), dtype) for name, shape, dtype in kinds.values()]
-        ratios = [count / math.prod(shape) for count, (_, shape, _) in zip(numbers, small, strict=True)]
-        sizes = [int(size * ratio) for size, ratio in zip(_state_sizes(factory, small), ratios, strict=True)]
+        small = [_small(shape) for shape in shapes]
+        ratios = [math.prod(shape) / math.prod(less) for shape, less in zip(shapes, small, strict=True)]
+        sizes = [int(size * ratio) for size, ratio in zip(state_sizes(small), ratios, strict=True)]
         with FakeTensorMode():
-            sizes = _state_sizes(factory, list(kinds.values()))
-    return dict(zip(kinds, sizes, strict=True))
+            sizes = state_sizes(shapes)
+    return {kind: round(size * share) for kind, size, share in zip(kinds, sizes, shares, strict=True)}
 
 
 def _small(shape: tuple[int, ...]) -> tuple[int, ...]:
     """At most 2**16 numbers, with as many dimensions."""
     return tuple(min(size, 2 ** (16 // len(shape))) for size in shape)
-
-
-def _state_sizes(factory: Any, named: list[tuple[str, tuple[int, ...], torch.dtype]]) -> list[int]:
-    """Bytes of state after a step, for parameters of these names, shapes and types."""
-    parameters = [(name, nn.Parameter(torch.zeros(shape, dtype=dtype))) for name, shape, dtype in named]
-    for _, parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    matrices = [pair for pair in parameters if pair[1].dim() > 1]
-    optimizer = factory.create(matrices, [pair for pair in parameters if pair[1].dim() <= 1], 1e-3)
-    optimizer.step()
-    states = [optimizer.state.get(parameter, {}).values() for _, parameter in parameters]
-    return [sum(each.numel() * each.element_size() for each in s if isinstance(each, torch.Tensor)) for s in states]
 
 
 def activations(

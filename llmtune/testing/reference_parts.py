@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.contract.load_rules import TensorReader
+from llmtune.contract.optimizers import OptimizerContext, ParameterGroup
 from llmtune.contract.records import ModelEdit, RunContext
 from llmtune.contract.stages import Batch, StageContext, StageLoss
 
@@ -54,12 +55,11 @@ class ReferenceLoss:
 class Momentum:
     """An `OptimizerFactory`."""
 
-    def create(
-        self, decay: Sequence[tuple[str, nn.Parameter]], no_decay: Sequence[tuple[str, nn.Parameter]], lr: float
-    ) -> torch.optim.Optimizer:
+    def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> torch.optim.Optimizer:
         # One parameter at a time: torch's list operations refuse parameters of different meshes.
-        options: dict[str, Any] = {"lr": lr, "momentum": 0.9, "foreach": False, "fused": False}
-        return torch.optim.SGD([parameter for _, parameter in (*decay, *no_decay)], **options)
+        options: dict[str, Any] = {"momentum": 0.9, "foreach": False, "fused": False}
+        params = [{"params": [p for _, p in group.parameters], "lr": group.lr} for group in groups]
+        return torch.optim.SGD(params, **options)
 
 
 class Flat:

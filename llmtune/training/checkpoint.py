@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from llmtune.contract.errors import CheckpointError, DivergedError, listed
-from llmtune.contract.records import Repacks
+from llmtune.contract.optimizers import Repacks, SpreadsState
 from llmtune.distributed.placement import local
 from llmtune.distributed.ranks import Ranks, from_first, total, wait_for_all
 from llmtune.folders import publish, size_and_hash
@@ -111,12 +111,14 @@ def training_state(
     """Trainable weights and optimiser state as named tensors, and the optimiser's plain numbers."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not (parameter.requires_grad or id(parameter) in held):  # an optimiser may train a part at a time
             continue
         tensors[f"model/{name}"] = parameter.detach()
         state = optimizer.state.get(parameter, {}) if optimizer else {}
-        suffix = f"/{box_text(box_of(parameter))}" if belongs_to_a_shard(state, parameter) else ""
+        cut = not isinstance(optimizer, SpreadsState) and belongs_to_a_shard(state, parameter)
+        suffix = f"/{box_text(box_of(parameter))}" if cut else ""
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() == 0:
                 # A counter: exact as a number, and safetensors storage cannot address a tensor without dimensions.
@@ -166,7 +168,7 @@ def restore(
             if box:
                 shards.setdefault(name, {}).setdefault(parse_box(box[0]), {})[leaf] = key
             if not box or parse_box(box[0]) == box_of(trainable[name]):
-                state[key] = _empty_like_stored(facts, trainable[name], whole=not box)
+                state[key] = _empty_like_stored(facts, trainable[name], leaf, optimizer, whole=not box)
     cut_anew = {name: found for name, found in shards.items() if box_of(trainable[name]) not in found}
     _require_repacking(folder, manifest, optimizer, cut_anew, trainable, ranks)
     with _alone_is_fine():
@@ -215,11 +217,13 @@ def _parse(key: str, trainable: Mapping[str, Any]) -> list[str]:
     return [name, *rest]
 
 
-def _empty_like_stored(facts: Any, parameter: Tensor, whole: bool) -> Tensor:
-    dtype = facts.properties.dtype
+def _empty_like_stored(facts: Any, parameter: Any, leaf: str, optimizer: Any, whole: bool) -> Tensor:
+    shape, dtype = tuple(facts.size), facts.properties.dtype
+    if whole and isinstance(optimizer, SpreadsState):
+        return optimizer.empty_state(parameter, leaf, shape, dtype)
     if whole:
         return torch.zeros_like(parameter.detach(), dtype=dtype)
-    return torch.zeros(tuple(facts.size), dtype=dtype, device=parameter.device)
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
 
 def read_trained(folder: Path) -> dict[str, Tensor]:

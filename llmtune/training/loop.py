@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from llmtune.contract.errors import DivergedError, listed, noting
+from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.stages import COUNT, RollsOut, means
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
@@ -75,10 +75,9 @@ class Training:
     at: int = 0
     """The step that is being done, from 1."""
 
-    @cached_property
-    def parameters(self) -> list[nn.Parameter]:
-        """Those that train; found once, not on every step."""
-        return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        """All that ever train; an optimiser may change which do at a time."""
 
 
 def train(run: Training, watcher: Watcher) -> int:
@@ -92,6 +91,9 @@ def train(run: Training, watcher: Watcher) -> int:
     step = run.first_step
     while step < run.total_steps:
         started, run.at = time.perf_counter(), step + 1
+        if isinstance(run.optimizer, ChangesWhatTrains):
+            with noting(run.optimizer_label, "at_step"):
+                run.optimizer.at_step(step)
         rate = set_learning_rate(run, step)
         micros = list(prepared(run.objective, run.batches.step(step, run.device), step))
         done: list[StepStats] = []
@@ -103,6 +105,8 @@ def train(run: Training, watcher: Watcher) -> int:
         if watcher.after_step(step, summary(done, rate, time.perf_counter() - started)):
             break
         run.objective.train()
+    for parameter in run.parameters:
+        parameter.requires_grad_(True)
     return step
 
 

@@ -1,22 +1,21 @@
-"""Which parameters decay, and making the recipe's optimiser."""
+"""The recipe's optimiser."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmtune.model.parameter_groups import create_optimizer, group_parameters, optimizer_context, parameter_roles
+
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-    from llmtune.contract.records import OptimizerFactory
+    from llmtune.planning.plan import Plan
 
 
-def make_optimizer(factory: OptimizerFactory, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """Weight decay for matrices only: norms, biases and other vectors have none (as transformers' Trainer does)."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decay = [(name, parameter) for name, parameter in named if parameter.dim() > 1]
-    no_decay = [(name, parameter) for name, parameter in named if parameter.dim() <= 1]
-    optimizer = factory.create(decay, no_decay, learning_rate)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return optimizer
+def make_optimizer(plan: Plan) -> torch.optim.Optimizer:
+    """The optimiser of all parameters that train in the plan's model, at the recipe's learning rate."""
+    module, ledger, train = plan.model.module, plan.model.ledger, plan.recipe.train
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    groups = group_parameters(named, parameter_roles(module, ledger.roles), ledger.lr_factors, train.learning_rate)
+    context = optimizer_context(module, train.learning_rate, train.seed)
+    return create_optimizer(plan.parts.one("optim_config").built, groups, context)

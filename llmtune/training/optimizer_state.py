@@ -21,7 +21,7 @@ from llmtune.distributed.placement import local, local_box
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmtune.contract.records import Repacks
+    from llmtune.contract.optimizers import Repacks
 
 Box = tuple[tuple[int, int], ...]
 """`[start, stop)` in each dimension of the whole parameter."""

@@ -180,9 +180,8 @@ def _run(
     first_step = found[1].step if found else 0
     stop.doing = "while weights were loaded, before this start has learnt anything"
     objective, read = _build(plan, found, cost)
-    optim = plan.parts.one("optim_config")
-    with blaming(optim.full_label, "create"):
-        optimizer = make_optimizer(optim.built, plan.model.module, plan.recipe.train.learning_rate)
+    with blaming(plan.parts.one("optim_config").full_label, "create"):
+        optimizer = make_optimizer(plan)
     training = make_training(plan, objective, optimizer, first_step)
     if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)

@@ -19,8 +19,8 @@ class WarmedSchedule:
     """A schedule with its warm-up, whose errors carry the plugin's name."""
 
     part: BuiltPlugin
-    warmup_type: Literal["linear", "cosine", "constant"]
-    start: float
+    warmup_type: Literal["linear", "cosine", "constant"] = "linear"
+    start: float = 0.0
     """The share at which warm-up begins."""
 
     def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:

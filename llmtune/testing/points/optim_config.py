@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from llmtune.distributed.ranks import Ranks
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject, names
+from llmtune.testing.optimizers import create_for
 from llmtune.testing.points import edits
 from llmtune.testing.points.edits import same_bytes
 from llmtune.training import checkpoint
 from llmtune.training.manifest import Manifest, verify
-from llmtune.training.optim import make_optimizer
 
 RATE = 0.02
 
@@ -47,7 +47,7 @@ class Bowl(nn.Module):
 
 def _start(subject: Subject, rate: float = RATE) -> tuple[Bowl, torch.optim.Optimizer]:
     bowl = Bowl(subject.device)
-    return bowl, make_optimizer(subject.built(), bowl, rate)
+    return bowl, create_for(subject.built(), list(bowl.named_parameters()), rate)
 
 
 def _go(bowl: Bowl, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -68,7 +68,7 @@ def takes_every_parameter(subject: Subject, folder: Path) -> None:
         raise Broken(f"`create` returned {type(optimizer).__name__}", "Return a torch.optim.Optimizer")
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     if odd := [name for name, parameter in bowl.named_parameters() if held.count(id(parameter)) != 1]:
-        raise Broken(f"{names(odd)} are held not at all or twice", "Put both lists into groups")
+        raise Broken(f"{names(odd)} are held not at all or twice", "Put all groups into it")
 
 
 def lowers_a_loss(subject: Subject, folder: Path) -> None:
@@ -91,7 +91,7 @@ def obeys_the_learning_rate(subject: Subject, folder: Path) -> None:
 
 
 def spares_vectors_from_decay(subject: Subject, folder: Path) -> None:
-    """A parameter of the second list (norms, biases) stays where it is while its gradient is zero."""
+    """A parameter of a group without `decays` (norms, biases) stays where it is while its gradient is zero."""
     bowl, optimizer = _start(subject)
     before = bowl.vector.detach().clone()
     for _ in range(3):
@@ -99,7 +99,7 @@ def spares_vectors_from_decay(subject: Subject, folder: Path) -> None:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     if not torch.equal(bowl.vector, before):
-        raise Broken("a vector without gradient moved", "Give the second list a group without weight decay")
+        raise Broken("a vector without gradient moved", "Give groups that do not decay no weight decay")
 
 
 def leaves_parameters_without_gradient(subject: Subject, folder: Path) -> None:

@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmtune import ModelEdit, PlanError, RunContext, split_names
+from llmtune import ModelEdit, ParameterRole, PlanError, RunContext, split_names
 
 from . import files
 from .merge import fold, set_magnitudes
@@ -164,6 +164,7 @@ class Lora:
             trainable=_is_adapter,
             report=report,
             tp_follow=_follow(model),
+            roles=_roles(model),
         )
 
     def _existing(self, model: nn.Module, places: tuple[str, ...], context: RunContext) -> ModelEdit:
@@ -194,7 +195,12 @@ class Lora:
             self._use_side_by_side(model)
         after_load = [self.merge] if several and "quantized_base" not in context.capabilities else []
         return ModelEdit(
-            files=stored, after_load=after_load, trainable=_is_adapter, report=report, tp_follow=_follow(model)
+            files=stored,
+            after_load=after_load,
+            trainable=_is_adapter,
+            report=report,
+            tp_follow=_follow(model),
+            roles=_roles(model),
         )
 
     def _check_several(self, configs: list[LoraConfig], context: RunContext) -> None:
@@ -234,6 +240,15 @@ def _follow(model: nn.Module) -> dict[str, Literal["inputs", "outputs"]]:
         for part, side in sides.items()
         for adapter in getattr(module, part)
     }
+
+
+def _roles(model: nn.Module) -> dict[str, ParameterRole]:
+    """The factors of adapters, by name."""
+    roles: dict[str, ParameterRole] = {
+        "lora_A": "adapter_a", "lora_B": "adapter_b", "lora_embedding_A": "adapter_a", "lora_embedding_B": "adapter_b",
+    }  # fmt: skip
+    found = {name: files.taken_apart(name) for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    return {name: roles[part.part] for name, part in found.items() if part is not None and part.part in roles}
 
 
 def _is_adapter(name: str) -> bool:

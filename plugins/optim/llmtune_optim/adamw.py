@@ -1,4 +1,4 @@
-"""torch's AdamW with two groups."""
+"""torch's AdamW for any groups."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmtune import PlanError
+from llmtune import OptimizerContext, ParameterGroup, PlanError
 
 from . import AdamWConfig
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where torch >= 2.11 has a fused AdamW."""
-
-Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class AdamWFactory:
@@ -24,34 +22,38 @@ class AdamWFactory:
     def __init__(self, config: AdamWConfig) -> None:
         self.config = config
 
-    def create(self, decay: Named, no_decay: Named, lr: float) -> torch.optim.AdamW:
-        """`decay` gets the recipe's weight decay, `no_decay` none. Raises PlanError if `fused: true` is impossible."""
+    def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> torch.optim.AdamW:
+        """The recipe's weight decay for groups that decay. Raises PlanError if `fused: true` is impossible."""
         config = self.config
-        require_parameters(decay, no_decay)
-        groups = decay_groups(decay, no_decay, config.weight_decay)
-        fused = choose_fused(config.fused, [*decay, *no_decay])
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+        require_parameters(groups)
+        fused = choose_fused(config.fused, [pair for group in groups for pair in group.parameters])
+        optimizer = torch.optim.AdamW(
+            torch_groups(groups, config.weight_decay), betas=config.betas, eps=config.eps, fused=fused
+        )
         if fused:
             optimizer.register_step_pre_hook(place_step_counters)
         return optimizer
 
 
-def decay_groups(decay: Named, no_decay: Named, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for torch, leaving out empty ones."""
+def torch_groups(groups: Sequence[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
+    """The groups as torch's optimisers take them."""
     return [
-        {"params": [parameter for _, parameter in named], "weight_decay": rate}
-        for named, rate in ((decay, weight_decay), (no_decay, 0.0))
-        if named
+        {
+            "params": [parameter for _, parameter in group.parameters],
+            "lr": group.lr,
+            "weight_decay": weight_decay if group.decays else 0.0,
+        }
+        for group in groups
     ]
 
 
-def require_parameters(decay: Named, no_decay: Named) -> None:
+def require_parameters(groups: Sequence[ParameterGroup]) -> None:
     """PlanError where nothing trains."""
-    if not decay and not no_decay:
+    if not any(group.parameters for group in groups):
         raise PlanError("optim_config: no parameter of the model trains; let peft_config leave some trainable")
 
 
-def choose_fused(wanted: bool | None, named: Named) -> bool:
+def choose_fused(wanted: bool | None, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
     """The recipe's `fused`, or for null whether the kernel exists for all parameters."""
     unsuited = [
         (name, parameter)

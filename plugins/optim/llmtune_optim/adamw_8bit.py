@@ -6,16 +6,17 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llmtune import PlanError
+from llmtune import OptimizerContext, ParameterGroup, PlanError
 
 from . import AdamW8bitConfig
-from .adamw import Named, decay_groups, require_parameters
+from .adamw import require_parameters, torch_groups
 
 
 @contextmanager
@@ -45,21 +46,22 @@ class AdamW8bitFactory:
     def __init__(self, config: AdamW8bitConfig) -> None:
         self.config = config
 
-    def create(self, decay: Named, no_decay: Named, lr: float) -> ShardedAdamW8bit:
-        """Groups by decay and by width of the states. Raises PlanError for paged states without CUDA."""
+    def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> ShardedAdamW8bit:
+        """Groups by width of the states, too. Raises PlanError for paged states without CUDA."""
         config = self.config
-        require_parameters(decay, no_decay)
-        for name, parameter in [*decay, *no_decay]:
+        require_parameters(groups)
+        for name, parameter in (pair for group in groups for pair in group.parameters):
             if config.paged and parameter.device.type != "cuda":
                 raise PlanError(
                     f"optim_config.paged: found true, but {name} is on {parameter.device.type} and only CUDA pages; "
                     "leave paged out"
                 )
-        groups = []
+        split = []
         for bits in (8, 32):
-            heavy, light = ([pair for pair in named if self.bits(*pair) == bits] for named in (decay, no_decay))
-            groups += [group | {"bits": bits} for group in decay_groups(heavy, light, config.weight_decay)]
-        return ShardedAdamW8bit(groups, lr=lr, betas=config.betas, eps=config.eps, paged=config.paged)
+            found = [(group, [pair for pair in group.parameters if self.bits(*pair) == bits]) for group in groups]
+            of_width = [replace(group, parameters=members) for group, members in found if members]
+            split += [group | {"bits": bits} for group in torch_groups(of_width, config.weight_decay)]
+        return ShardedAdamW8bit(split, betas=config.betas, eps=config.eps, paged=config.paged)
 
     def bits(self, name: str, parameter: nn.Parameter) -> int:
         """Width of a parameter's states: by its full size, so that it does not depend on the number of ranks."""
@@ -79,9 +81,11 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: Sequence[Mapping[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, paged: bool
+        self, groups: Sequence[Mapping[str, Any]], *, betas: tuple[float, float], eps: float, paged: bool
     ) -> None:
-        super().__init__([dict(group) for group in groups], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(
+            [dict(group) for group in groups], {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        )
         self._inner = [
             bitsandbytes.optim.AdamW8bit(
                 [nn.Parameter(local_part(parameter.detach())) for parameter in group["params"]],

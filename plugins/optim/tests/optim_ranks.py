@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from llmtune.testing import create_for
+
 STEPS = 6
 
 
@@ -38,8 +40,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
 
 
 def make(build, config, model: nn.Module) -> torch.optim.Optimizer:
-    named = list(model.named_parameters())
-    return build(config).create([p for p in named if p[1].dim() > 1], [p for p in named if p[1].dim() < 2], 1e-2)
+    return create_for(build(config), list(model.named_parameters()), 1e-2)
 
 
 def worst(whole: nn.Module, sharded: nn.Module) -> list[float]:

@@ -14,6 +14,7 @@ from llmtune_optim import AdamW8bitConfig, AdamWConfig, build_adamw, build_adamw
 from torch import nn
 
 from llmtune import PlanError
+from llmtune.testing import create_for
 
 
 def parameters(*shapes: tuple[int, ...], seed: int = 0) -> list[tuple[str, nn.Parameter]]:
@@ -64,7 +65,7 @@ def gradients_of(named, index: int, count: int) -> list[torch.Tensor]:
 def test_update_is_adamw_and_only_matrices_decay(build, config) -> None:
     named = parameters((7, 5), (5,))
     start = [parameter.detach().clone() for _, parameter in named]
-    steps(build(config).create(named[:1], named[1:], 1e-2), named, 0, 8)
+    steps(create_for(build(config), named, 1e-2), named, 0, 8)
     rates = [1e-2 / (1 + step) for step in range(8)]
     for index, decay in enumerate((0.3, 0.0)):
         expected = adamw_by_hand(start[index], gradients_of(named, index, 8), rates, decay)
@@ -73,7 +74,7 @@ def test_update_is_adamw_and_only_matrices_decay(build, config) -> None:
 
 def test_fused_is_the_default_and_equals_torch() -> None:
     named, other = parameters((33, 21), (21,)), parameters((33, 21), (21,))
-    ours = build_adamw(AdamWConfig()).create(named[:1], named[1:], 1e-2)
+    ours = create_for(build_adamw(AdamWConfig()), named, 1e-2)
     theirs = torch.optim.AdamW([p for _, p in other], lr=1e-2, weight_decay=0.0, fused=True)
     assert all(group["fused"] for group in ours.param_groups)
     steps(ours, named, 0, 4)
@@ -84,14 +85,14 @@ def test_fused_is_the_default_and_equals_torch() -> None:
 def test_fused_where_it_cannot_be_is_refused_or_left_out() -> None:
     named = [("w", nn.Parameter(torch.empty(4, 4, device="meta")))]
     with pytest.raises(PlanError, match=r"optim_config\.fused: found true, but w is torch\.float32 on meta"):
-        build_adamw(AdamWConfig(fused=True)).create(named, [], 1e-2)
-    assert build_adamw(AdamWConfig()).create(named, [], 1e-2).param_groups[0]["fused"] is False
+        create_for(build_adamw(AdamWConfig(fused=True)), named, 1e-2)
+    assert create_for(build_adamw(AdamWConfig()), named, 1e-2).param_groups[0]["fused"] is False
 
 
 def test_restored_step_counters_move_to_their_parameter() -> None:
     from llmtune_optim.adamw import place_step_counters
 
-    optimizer = build_adamw(AdamWConfig()).create([("w", nn.Parameter(torch.empty(2, 2, device="meta")))], [], 1e-2)
+    optimizer = create_for(build_adamw(AdamWConfig()), [("w", nn.Parameter(torch.empty(2, 2, device="meta")))], 1e-2)
     parameter = optimizer.param_groups[0]["params"][0]
     optimizer.state[parameter]["step"] = torch.tensor(3.0)
     place_step_counters(optimizer)
@@ -102,18 +103,18 @@ def test_restored_step_counters_move_to_their_parameter() -> None:
 def test_nothing_to_train_is_an_error(build) -> None:
     config = AdamWConfig() if build is build_adamw else AdamW8bitConfig()
     with pytest.raises(PlanError, match="no parameter of the model trains"):
-        build(config).create([], [], 1e-3)
+        create_for(build(config), [], 1e-3)
 
 
 def test_paged_needs_cuda() -> None:
     with pytest.raises(PlanError, match=r"optim_config\.paged: found true, but p0 is on cpu"):
-        build_adamw_8bit(AdamW8bitConfig(paged=True)).create(parameters((64, 64)), [], 1e-3)
+        create_for(build_adamw_8bit(AdamW8bitConfig(paged=True)), parameters((64, 64)), 1e-3)
 
 
 def test_8bit_states_for_large_parameters_only() -> None:
     named = parameters((64, 64), (63, 65), (64, 64))
     named = [("layer.weight", named[0][1]), ("small.weight", named[1][1]), ("model.embed_tokens.weight", named[2][1])]
-    optimizer = build_adamw_8bit(AdamW8bitConfig()).create(named, [], 1e-2)
+    optimizer = create_for(build_adamw_8bit(AdamW8bitConfig()), named, 1e-2)
     steps(optimizer, named, 0, 2)
     large, small, embedding = (optimizer.state[parameter] for _, parameter in named)
     assert large["state1"].dtype == large["state2"].dtype == torch.uint8
@@ -128,7 +129,7 @@ def regression(build, config, count: int = 120) -> float:
     torch.manual_seed(0)
     x_NI, weight_IO = torch.randn(256, 64), torch.randn(64, 80)
     model = nn.Linear(64, 80)
-    optimizer = build(config).create([("weight", model.weight)], [("bias", model.bias)], 3e-2)
+    optimizer = create_for(build(config), list(model.named_parameters()), 3e-2)
     for _ in range(count):
         loss = nn.functional.mse_loss(model(x_NI), x_NI @ weight_IO)
         loss.backward()
@@ -164,11 +165,11 @@ def saved(optimizer: torch.optim.Optimizer, named) -> list[tuple[str, str, objec
 def test_ten_steps_equal_five_and_five_after_a_restart(build, config, way) -> None:
     shapes = [(64, 65), (15, 16), (70,)]  # many blocks, the last one partial; one block only; 32-bit states
     straight, broken = parameters(*shapes), parameters(*shapes)
-    steps(build(config).create(straight[:2], straight[2:], 1e-2), straight, 0, 10)
-    first = build(config).create(broken[:2], broken[2:], 1e-2)
+    steps(create_for(build(config), straight, 1e-2), straight, 0, 10)
+    first = create_for(build(config), broken, 1e-2)
     steps(first, broken, 0, 5)
     again = [(name, nn.Parameter(parameter.detach().clone())) for name, parameter in broken]
-    second = build(config).create(again[:2], again[2:], 1e-2)
+    second = create_for(build(config), again, 1e-2)
     if way == "by name":
         by_name = dict(again)
         for name, key, value in saved(first, broken):
@@ -183,11 +184,11 @@ def test_ten_steps_equal_five_and_five_after_a_restart(build, config, way) -> No
 
 def test_continuing_leaves_the_saved_state_alone() -> None:
     named = parameters((64, 64))
-    first = build_adamw_8bit(AdamW8bitConfig()).create(named, [], 1e-2)
+    first = create_for(build_adamw_8bit(AdamW8bitConfig()), named, 1e-2)
     steps(first, named, 0, 2)
     kept = {key: value for _, key, value in saved(first, named)}
     before = copy.deepcopy(kept)
-    second = build_adamw_8bit(AdamW8bitConfig()).create(named, [], 1e-2)
+    second = create_for(build_adamw_8bit(AdamW8bitConfig()), named, 1e-2)
     second.state[named[0][1]].update(kept)
     steps(second, named, 2, 4)
     assert all(torch.equal(kept[key], before[key]) for key in ("state1", "state2", "absmax1", "absmax2"))
@@ -195,7 +196,7 @@ def test_continuing_leaves_the_saved_state_alone() -> None:
 
 def test_parameter_without_gradient_stays() -> None:
     named = parameters((64, 64), (64, 64))
-    optimizer = build_adamw_8bit(AdamW8bitConfig()).create(named, [], 1e-2)
+    optimizer = create_for(build_adamw_8bit(AdamW8bitConfig()), named, 1e-2)
     start = [parameter.detach().clone() for _, parameter in named]
     named[0][1].grad = torch.ones(64, 64)
     optimizer.step()
@@ -244,7 +245,7 @@ def test_8bit_state_is_cut_anew_without_loss_where_blocks_stay() -> None:
     """Rows of 128: blocks of 256 are two rows, so two pieces of four rows hold whole blocks, pieces of three do not."""
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(8, 128))
-    optimizer = build_adamw_8bit(AdamW8bitConfig(min_8bit_size=1)).create([("w", parameter)], [], 1e-2)
+    optimizer = create_for(build_adamw_8bit(AdamW8bitConfig(min_8bit_size=1)), [("w", parameter)], 1e-2)
     for _ in range(3):
         parameter.grad = torch.randn(8, 128)
         optimizer.step()

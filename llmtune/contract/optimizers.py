@@ -1,0 +1,104 @@
+"""What an optimiser is told, what makes it, and what it may offer besides `step`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+ParameterRole = Literal["matrix", "embedding", "head", "norm", "bias", "adapter_a", "adapter_b"]
+"""What a parameter is for: the weight of a layer (two or more dimensions), of an embedding or of an output head; the
+scale of a norm, or any other vector; a bias; a factor of a low-rank adapter, at its inputs (a) or its outputs (b)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters of one role that train at one rate."""
+
+    role: ParameterRole
+    parameters: Sequence[tuple[str, nn.Parameter]]
+    """Names and parameters in the model's order; on several ranks `DTensor`s."""
+    lr: float
+    """The recipe's learning rate times `lr_factor`, where its group of the optimiser has to begin."""
+    lr_factor: float = 1.0
+    """What the peft method asks for, see `ModelEdit.lr_factor`."""
+    decays: bool = True
+    """Whether weight decay is for it: matrices of any role have it, norms, biases and other vectors never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerContext:
+    """What an optimiser may know of the model and the run. Plain values, the same on every rank."""
+
+    learning_rate: float
+    """The recipe's."""
+    hidden_size: int = 0
+    """Numbers of a hidden state."""
+    heads: int = 0
+    """Query heads of a layer."""
+    key_value_heads: int = 0
+    head_size: int = 0
+    """Numbers of a head."""
+    layers: Sequence[str] = ()
+    """Names of the transformer layers, in order."""
+    seed: int = 0
+    """The recipe's, for methods that draw random numbers; from it and a parameter's name, never from torch's state."""
+
+
+class OptimizerFactory(Protocol):
+    """Makes the optimiser for the parameters that train."""
+
+    def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> torch.optim.Optimizer:
+        """An optimiser that holds each parameter once, in groups whose `lr` is the `ParameterGroup`'s.
+
+        The core multiplies each group's first `lr` by the schedule. State is in `state[parameter]`: plain numbers, and
+        tensors that are spread like their parameter (or see `Repacks` and `SpreadsState`).
+        """
+        ...
+
+
+@runtime_checkable
+class SpreadsState(Protocol):
+    """Optional on an optimiser whose state has tensors of other shapes than the parameter's, such as low-rank factors.
+
+    On several ranks each is a `DTensor` over the parameter's ranks. A checkpoint holds it whole, so that a run goes on
+    with any number of ranks.
+    """
+
+    def empty_state(self, parameter: nn.Parameter, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An empty tensor of the whole `shape`, spread over the parameter's ranks as the state `key` is."""
+        ...
+
+
+@runtime_checkable
+class ChangesWhatTrains(Protocol):
+    """Optional on an optimiser under which only some of its parameters train at a time."""
+
+    def at_step(self, step: int) -> None:
+        """Called before the 0-based `step` is done, on every rank. It may switch `requires_grad` of the parameters that
+        it holds, and begin their state anew; a function of `step` alone, as a continued run begins with any."""
+        ...
+
+
+@runtime_checkable
+class Repacks(Protocol):
+    """Optional on an optimiser whose state of a parameter is in a form of its own, such as 8-bit blocks.
+
+    With it a run continues on another number of ranks; without it, only where every rank holds the same piece of each
+    parameter as before. The plain numbers in the state (a step counter) are the core's to keep.
+    """
+
+    def unpack(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """State of one rank's piece of a parameter as plain tensors of that piece's shape."""
+        ...
+
+    def pack(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `unpack` gave, for the piece of `parameter` that this rank holds, as this optimiser keeps it.
+
+        Whole numbers of blocks that were packed before come out as they were.
+        """
+        ...
