@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _WHERE = {
     name: module
     for module, names in {
-        "llmtune.api": ("train", "plan", "build", "load", "Run"),
+        "llmtune.api": ("train", "plan", "build", "load", "predict", "Run"),
         "llmtune.inference.inspect": ("check_data", "preview", "stats"),
         "llmtune.contract.events": ("Event", "StepDone", "Evaluated", "Saved"),
         "llmtune.contract.hookspecs": ("hookimpl",),
@@ -33,6 +33,7 @@ _WHERE = {
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
             "Text", "Tokens", "UnpairedPreference",
         ),
+        "llmtune.contract.evaluation": ("Prediction",),
         "llmtune.contract.rewards": ("Reward",),
         "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),
         "llmtune.model.generate": ("generate", "ContextFull"),

@@ -1,4 +1,4 @@
-"""The Python API: `train`, `plan`, `build`, `load`, and the `Run` they give."""
+"""The Python API: `train`, `plan`, `build`, `load`, `predict`, and the `Run` they give."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from llmtune.training import run_folder
 
 if TYPE_CHECKING:
     from llmtune.cost.priced import PricedPlan
+    from llmtune.inference.predict import Predictions
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
 
@@ -97,6 +98,10 @@ class Run:
         messages = [*asked, {"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         variables = recipe_of(self.output_dir, **self._trust).data.template_variables
         return reward_of(*self.model(), messages, variables)
+
+    def predict(self, dataset: Any = None, *, nproc: int | None = None, **keys: Any) -> Predictions:
+        """Answer the rows of `dataset` (left out: of the recipe's `eval_dataset`); see `llmtune.predict`."""
+        return predict(self.output_dir, dataset, nproc=nproc, **{**self._trust, **keys})
 
     def export(self, export_dir: str | Path, **keys: Any) -> Path:
         """Merge the adapter into its base and write a plain model; keys as `llmtune export` takes them."""
@@ -238,6 +243,36 @@ def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any
     else:
         made = make_model_plan(loaded, registry, Ranks(), device, "build")
     return build_objective(made).model, made.tokenizer
+
+
+def predict(model: str | Path, dataset: Any = None, *, nproc: int | None = None, **keys: Any) -> Predictions:
+    """Answer every row of `dataset` with a run, a checkpoint, a model folder or a hub id.
+
+    The answers go to a file, which a second call continues; `rows` of the result has them in the order of the data.
+
+    `keys` are keys of a recipe (`max_new_tokens=64`, `per_device_eval_batch_size=8`), and `output_dir`, the folder that
+    is written to. `nproc` starts that many ranks on this machine; by default one per GPU. Raises subclasses of
+    `LlmtuneError`.
+    """
+    import json
+
+    from llmtune.distributed.launch import LaunchError, launch, under_launcher
+    from llmtune.inference.predict import Predictions, Request
+    from llmtune.inference.predict import predict as predict_here
+    from llmtune.recipe.text import plain
+
+    quiet_imports()
+    if in_notebook():
+        show_doing()
+    keys |= {} if dataset is None else {"dataset": dataset}
+    ranks = nproc or default_ranks(keys.get("device", "auto"))
+    if ranks == 1 or under_launcher():
+        return predict_here(model, **keys)
+    words = [f"{key}={json.dumps(plain(value, key))}" for key, value in keys.items()]
+    code = launch(["predict", str(model), *words], ranks)
+    if code:
+        raise LaunchError(f"a rank failed with exit code {code}; its message is above")
+    return Predictions(Request.of(model, keys).folder)
 
 
 def load(run_dir: str | Path, *, trust_remote_code: bool = False) -> Run:

@@ -23,9 +23,8 @@ LOOKALIKES = {
     "train_mm_proj_only": "train_on_prompt", "pref_loss": "plot_loss", "ppo_buffer_size": "buffer_size",
     "ref_model": "model", "badam_update_ratio": "warmup_ratio", "media_dir": "dataset_dir", "shift_attn": "flash_attn",
     "use_unsloth_gc": "use_reentrant_gc", "train_from_scratch": "train_on_prompt", "vllm_config": "optim_config",
-    "export_device": "export_dir", "task_dir": "dataset_dir", "save_dir": "cache_dir", "do_sample": "max_samples",
-    "temperature": "template", "top_k": "token", "max_new_tokens": "new_special_tokens",
-    "skip_special_tokens": "split_special_tokens", "ray_num_workers": "preprocessing_num_workers",
+    "export_device": "export_dir", "task_dir": "dataset_dir", "save_dir": "cache_dir",
+    "ray_num_workers": "preprocessing_num_workers",
     "resources_per_worker": "preprocessing_num_workers", "placement_strategy": "mix_strategy",
 }  # fmt: skip
 """Keys, and what a looser measure of likeness takes them for."""
@@ -80,7 +79,7 @@ def test_keys_in_blocks_are_answered_too() -> None:
     told = about_unknown_in_block("peft_config", "lora", "lora_rank", known)
     assert told == 'no such key for "lora" (write r). Known: r, target_modules'
     assert "PiSSA is not here yet" in about_unknown_in_block("peft_config", "lora", "pissa_init", known)
-    assert "`llmtune chat RUN temperature=" in about_unknown_in_block("peft_config", "lora", "temperature", known)
+    assert "`llmtune chat RUN max_length=" in about_unknown_in_block("peft_config", "lora", "max_length", known)
     assert 'Did you mean "r"?' in about_unknown_in_block("peft_config", "lora", "rr", known)
     assert about_unknown_in_block("data_config", "auto", "x", ()) == 'no such key for "auto". It has no keys'
 
@@ -89,8 +88,8 @@ def test_core_keys_and_blocks_are_told_in_one_round() -> None:
     found = refused(
         {
             "model": "m", "cutoff_len": "abc", "peft_config": {"name": "lora", "rnak": 3}, "data_config": "alpacca",
-            "optim_config": {"betas": 3}, "temperature": 0.7,
+            "optim_config": {"betas": 3}, "max_length": 7,
         }
     )  # fmt: skip
-    keys = ["temperature", "cutoff_len", "peft_config.rnak", "data_config", "optim_config.betas"]
+    keys = ["max_length", "cutoff_len", "peft_config.rnak", "data_config", "optim_config.betas"]
     assert [message.split("  ")[1].partition(":")[0] for message in found] == keys

@@ -131,6 +131,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add_overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    predict = command(
+        "predict", _predict, "Answer every row of a data set, into generated_predictions.jsonl",
+        "What is written already is kept when the same command is run again.",
+    )  # fmt: skip
+    predict.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder, a hub id, or a recipe"
+    )
+    add_overrides(predict, "dataset=FILE, output_dir=FOLDER, generation parameters (max_new_tokens=64) or recipe keys")
+    predict.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
     export = command("export", _export, "Merge an adapter into its base and write a plain model")
     export.add_argument(
         "run", metavar="RUN", help="a run's folder, a checkpoint, or a base with peft_config (or a recipe)"
@@ -234,6 +243,28 @@ def _chat(options: Any) -> None:
     for piece in conversation.stream(options.prompt):
         print(piece, end="", flush=True)
     print()
+
+
+def _predict(options: Any) -> int:
+    from llmtune.api import default_ranks
+    from llmtune.distributed.launch import launch, under_launcher
+    from llmtune.distributed.ranks import leave
+    from llmtune.distributed.stopping import die_with_parent
+    from llmtune.recipe.recipe import parse_overrides
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(signal.SIGTERM)
+    given = parse_overrides(options.overrides)
+    if not under_launcher() and (ranks := options.nproc or default_ranks(given.get("device", "auto"))) > 1:
+        return launch(["predict", options.model, *options.overrides], ranks)
+    load_libraries()
+    from llmtune.inference.predict import predict
+
+    found = predict(options.model, **given)
+    if os.environ.get("RANK", "0") == "0":
+        say(str(found))
+    leave()
+    return 0
 
 
 def _export(options: Any) -> None:

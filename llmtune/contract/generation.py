@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """How an answer is drawn from the model."""
+class GenerationKeys:
+    """How answers are drawn from the model, wherever it generates: in predictions and in chat."""
 
     do_sample: bool = True
     """Draw each token at random by its probability; false always takes the likeliest."""
@@ -26,20 +26,26 @@ class GenerateConfig:
     """Sample from this many likeliest tokens; 0 is all."""
     num_beams: Annotated[int, Ge(1)] = 1
     """Number of beams searched; above 1 an answer arrives whole instead of streaming."""
-    max_length: Annotated[int, Ge(1)] | None = None
-    """Most tokens of prompt and answer together; has no effect beside `max_new_tokens`."""
     max_new_tokens: Annotated[int, Ge(1)] | None = None
-    """Most tokens of an answer; null is what `max_length` leaves, or 1024. No answer goes beyond the length that the
-    model was made for."""
+    """Most tokens of an answer; null is 1024. No answer goes beyond the length that the model was made for."""
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Above 1 makes tokens that occurred before less likely; 1 changes nothing."""
     length_penalty: float = 1.0
     """With beams: above 0 favours long answers, below 0 short ones."""
+    skip_special_tokens: bool = True
+    """Leave the template's control tokens out of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(GenerationKeys):
+    """How an answer is drawn from the model, with what only a command says: in a recipe, `max_length` would be taken
+    for the length of the rows that are trained on."""
+
+    max_length: Annotated[int, Ge(1)] | None = None
+    """Most tokens of prompt and answer together; has no effect beside `max_new_tokens`."""
     default_system: str | None = None
     """System message of conversations that have none; null leaves it to the template. Not given, it is the one that
     the recipe trained with."""
-    skip_special_tokens: bool = True
-    """Leave the template's control tokens out of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -270,9 +270,13 @@ def pick(samples: TokenSamples, counts: Sequence[int | None], seed: int) -> Toke
         if count is None or not len(own):
             chosen.append(own)
             continue
-        rows = np.unique(samples.rows[own])
-        passes, rest = divmod(count, len(rows))
-        # The words after the seed keep this draw apart from the held-out rows and from the order of any epoch.
-        drawn = np.random.default_rng([seed, 2**31 + 1, number]).choice(rows, rest, replace=False)
-        chosen += [own] * passes + [own[np.isin(samples.rows[own], drawn)]]
+        passes, rest = drawn(np.unique(samples.rows[own]), count, seed, number)
+        chosen += [own] * passes + [own[np.isin(samples.rows[own], rest)]]
     return samples.select(np.concatenate(chosen))
+
+
+def drawn(rows: np.ndarray, count: int, seed: int, number: int) -> tuple[int, np.ndarray]:
+    """How `count` rows are taken of data set `number`: so many whole passes, and these rows once more."""
+    passes, rest = divmod(count, len(rows))
+    # The words after the seed keep this draw apart from the held-out rows and from the order of any epoch.
+    return passes, np.random.default_rng([seed, 2**31 + 1, number]).choice(rows, rest, replace=False)

@@ -100,6 +100,15 @@ class Renderer:
         ((ids, _),) = self._segments.encode([text], [[]])
         return ids
 
+    def answer(self, conversation: Conversation) -> str:
+        """What the template writes of the last message, the assistant's, after the prompt that asks for it. BadRow
+        where it cannot be rendered."""
+        conversation = self._written(self._with_system(self._thought(conversation)))
+        *asked, answer = conversation.messages
+        full = self.render(conversation, conversation.messages)
+        prompt = self.render(conversation, asked, prompt=True)
+        return full[len(prompt) :] if full.startswith(prompt) else str(answer["content"])
+
     def text(self, text: str) -> np.ndarray:
         """(tokens,) of a plain text: what the tokenizer puts before it, once, and the end-of-sequence token after."""
         ids = self.tokenizer(text, verbose=False, split_special_tokens=self.split_special_tokens)["input_ids"]

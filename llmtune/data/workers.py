@@ -104,11 +104,12 @@ def in_order(work: Callable[[Item], Result], items: Iterator[Item], workers: int
         pool.close()
 
 
-def progress(what: str, unit: str) -> Any:
-    """A progress bar of tqdm's on a terminal, for what takes longer than two seconds; elsewhere nothing is written."""
+def progress(what: str, unit: str, *, shown: bool = True) -> Any:
+    """A progress bar of tqdm's on a terminal, for what takes longer than two seconds; elsewhere, or unless it is to be
+    `shown`, nothing is written."""
     from tqdm import tqdm
 
-    return tqdm(desc=what, unit=unit, unit_scale=True, delay=2, disable=None, leave=False)
+    return tqdm(desc=what, unit=unit, unit_scale=True, delay=2, disable=None if shown else True, leave=False)
 
 
 def _start(work: Callable[[Any], Any]) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, PlanError, RecipeError, raise_all
+from llmtune.contract.errors import LlmtuneError, RecipeError, raise_all
 from llmtune.contract.schema import decode
+from llmtune.model.generate import require_head
 from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, has_template
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.registry import Registry
@@ -15,13 +16,14 @@ from llmtune.recipe.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.contract.generation import Engine
+    from llmtune.recipe.parts import BuiltPlugin
     from llmtune.recipe.recipe import Recipe
 
 
 def generate_config(recipe: Recipe, given: Mapping[str, Any]) -> GenerateConfig:
-    """Generation parameters as `given`, with the recipe's system message. Raises RecipeError for what is wrong."""
-    config, problems = decode(GenerateConfig, {"default_system": recipe.data.default_system, **given})
+    """Generation parameters as `given`, else the recipe's. Raises RecipeError for what is wrong."""
+    own = {**vars(recipe.generation), "default_system": recipe.data.default_system}
+    config, problems = decode(GenerateConfig, {**own, **given})
     raise_all([RecipeError(f"{problem.key}: {problem.message}") for problem in problems])
     return config
 
@@ -31,22 +33,18 @@ def conversation_for(
 ) -> ChatSession:
     """A conversation as the recipe's samples were rendered in training; plain text is continued where the tokenizer has
     no chat template."""
-    if model.get_output_embeddings() is None:
-        raise PlanError(
-            f"{type(model).__name__} has no head over a vocabulary, so that it cannot answer; a reward model is "
-            "asked by `llmtune reward`"
-        )
+    require_head(model)
     variables = recipe.data.template_variables
-    completes, engine = not has_template(tokenizer, variables), engine_of(recipe)
+    completes, engine = not has_template(tokenizer, variables), engine_part(recipe).built
     return ChatSession(model, tokenizer, variables, config, completes=completes, generate=engine.generate)
 
 
-def engine_of(recipe: Recipe) -> Engine:
+def engine_part(recipe: Recipe) -> BuiltPlugin:
     """What the recipe generates with. Raises all problems of its `engine_config`."""
     problems: list[LlmtuneError] = []
     parts = find_parts(recipe, Registry(), problems, ("engine_config",))
     raise_all(problems)
-    return parts.one("engine_config").built
+    return parts.one("engine_config")
 
 
 NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"

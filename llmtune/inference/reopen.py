@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.recipe import Recipe
+    from llmtune.training.objective import Objective
 
 
 class SavedRun(NamedTuple):
@@ -89,20 +90,22 @@ def _templates(run: Path) -> list[Path]:
 
 
 def open_plan(
-    path: str | Path, /, *, dtype: torch.dtype | None = None, device: str = "auto", **overrides: Any
-) -> ModelPlan:
-    """A plan whose model has the structure it was trained with; weights come with `fill`.
+    path: str | Path, /, *, dtype: torch.dtype | None = None, device: str = "auto",
+    ranks: Ranks | None = None, **overrides: Any,
+) -> ModelPlan:  # fmt: skip
+    """A plan whose model has the structure it was trained with, spread over `ranks`; weights come with `fill`.
 
     Raises PlanError where the recipe would add something untrained, as an adapter without files.
     """
     recipe, registry, saved = recipe_of(path, **overrides), Registry(), saved_at(path)
-    place = pick_device(device)
+    ranks = ranks or Ranks()
+    place = pick_device(device, ranks.local_rank)
     if saved is not None and saved.whole:
         recipe = whole_model(recipe, saved.run / "model", overrides)
     elif saved is not None:
         recipe = with_saved_adapter(recipe, registry, saved, overrides)
     mode = "infer" if saved is None or saved.whole else "reopen"
-    made = make_model_plan(recipe, registry, Ranks(), place, mode, dtype or _usual_dtype(recipe))
+    made = make_model_plan(recipe, registry, ranks, place, mode, dtype or _usual_dtype(recipe))
     if mode == "infer" and made.ledger.fresh:
         names = ", ".join(part.plugin.name for part in made.parts.at("peft_config"))
         raise PlanError(
@@ -173,15 +176,18 @@ def open_model(
     return plan.module, plan.tokenizer
 
 
-def fill(plan: ModelPlan, path: str | Path) -> None:
-    """Load base weights, then what was trained on top of them. Raises LoadError if the base is another one now."""
+def fill(plan: ModelPlan, path: str | Path) -> Objective:
+    """Load base weights, then what was trained on top of them; the model's root, in eval mode. Collective.
+
+    Raises LoadError if the base is another one now.
+    """
     saved = saved_at(path) if plan.mode == "reopen" else None
     if saved is not None:
         check_base(plan, saved)
     objective = build_objective(plan)
     if saved is not None:
         restore_trained(plan, saved_tensors(saved))
-    objective.eval()
+    return objective.eval()
 
 
 def check_base(plan: ModelPlan, saved: SavedRun) -> None:

@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llmtune.contract.errors import DataError, DivergedError
+from llmtune.contract.errors import DataError, DivergedError, PlanError
 from llmtune.contract.generation import Answer, GenerateConfig
 from llmtune.distributed.ranks import fail_together, from_all
 from llmtune.model.skeleton import config_value
@@ -206,19 +206,33 @@ class Ends(StoppingCriteria):
         return torch.tensor(full, device=input_ids.device)
 
 
+def limit_of(model_config: Any, config: GenerateConfig) -> int | None:
+    """Most tokens of prompt and answer together; None where nothing limits them."""
+    made_for = config_value(model_config.get_text_config(), "max_position_embeddings")
+    wanted = None if config.max_new_tokens else config.max_length
+    return min((limit for limit in (made_for, wanted) if limit), default=None)
+
+
 def room(model: PreTrainedModel, prompt_tokens: int, config: GenerateConfig) -> int:
     """Most tokens of the answer to a prompt of so many. Raises ContextFull where it is none."""
-    made_for = config_value(model.config.get_text_config(), "max_position_embeddings")
-    wanted = None if config.max_new_tokens else config.max_length
-    limits = [limit for limit in (made_for, wanted) if limit]
-    most = [config.max_new_tokens or 1024] if wanted is None else []
-    room_tokens = min([*most, *(limit - prompt_tokens for limit in limits)])
+    limit, filled = limit_of(model.config, config), config.max_length is not None and not config.max_new_tokens
+    most = [] if filled else [config.max_new_tokens or 1024]
+    room_tokens = min([*most, *([limit - prompt_tokens] if limit else [])])
     if room_tokens < 1:
         raise ContextFull(
-            f"the conversation has {prompt_tokens} tokens, the limit for prompt and answer together is {min(limits)}; "
+            f"the conversation has {prompt_tokens} tokens, the limit for prompt and answer together is {limit}; "
             "start a new conversation (/clear), ask something shorter, or raise max_length if the model allows it"
         )
     return room_tokens
+
+
+def require_head(model: PreTrainedModel) -> None:
+    """PlanError where the model's outputs are no words."""
+    if model.get_output_embeddings() is None:
+        raise PlanError(
+            f"{type(model).__name__} has no head over a vocabulary, so that it cannot answer; a reward model is "
+            "asked by `llmtune reward`"
+        )
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:

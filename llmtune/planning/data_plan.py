@@ -10,14 +10,20 @@ from llmtune.contract.errors import counted, listed
 from llmtune.contract.stages import Counts, RollsOut, learns_of
 from llmtune.data import prepare
 from llmtune.data.batch_loader import BatchLoader
+from llmtune.data.config import sources
+from llmtune.data.making import Making
 from llmtune.data.mixing import counts, mixed
+from llmtune.data.questions import KINDS, QuestionReader
 from llmtune.data.reading import HubAccess
 from llmtune.data.stream_loader import StreamLoader
+from llmtune.model.generate import limit_of
 from llmtune.recipe.parts import Parts, formats_of
 
 if TYPE_CHECKING:
+    from llmtune.contract.generation import GenerateConfig
     from llmtune.contract.stages import Stage
-    from llmtune.data import Prepared
+    from llmtune.data import Formats, Prepared, TokenSamples
+    from llmtune.data.questions import Question
     from llmtune.data.units import Units
     from llmtune.distributed.ranks import Ranks
     from llmtune.recipe.recipe import Recipe
@@ -32,6 +38,8 @@ class DataPlan:
     """The tokens to train and to evaluate on, and what became of the rows that they come from."""
     batches: BatchLoader
     """The loader that gives each step its micro-batches."""
+    questions: Sequence[Question] = ()
+    """What the model answers of the rows that are evaluated on, where the recipe asks for predictions."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,6 +64,26 @@ def prepare_for(
         learns=learns or learns_of(stage.built), stage=stage.plugin.name, writes=writes, access=access_of(recipe),
     )  # fmt: skip
     return made.counting(stage.built.counts) if isinstance(stage.built, Counts) else made
+
+
+def questions_of(
+    recipe: Recipe, formats: Formats, tokenizer: Any, model_config: Any, config: GenerateConfig,
+    evaluated: TokenSamples | None = None,
+) -> list[Question]:  # fmt: skip
+    """What the model is asked of the rows that the recipe evaluates on, of which `evaluated` are the samples; without
+    these, of all rows of `dataset`."""
+    data, entries = recipe.data, sources(recipe.data.dataset)
+    if evaluated is not None:
+        entries = sources(data.eval_dataset, "eval_dataset") or entries
+    make = Making(
+        data, tokenizer, recipe.base_dir, formats, KINDS, "a prediction", recipe.train.seed, access=access_of(recipe)
+    )
+    limit = limit_of(model_config, config)
+    reader = QuestionReader(
+        make=make, most_tokens=limit - 1 if limit else None, skip_special_tokens=config.skip_special_tokens
+    )
+    only = None if evaluated is None else {evaluated.origin(index) for index in range(len(evaluated))}
+    return reader.read(entries, only)
 
 
 def access_of(recipe: Recipe) -> HubAccess:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
+from llmtune.contract.generation import GenerateConfig
 from llmtune.data.streaming.stream import unstreamable
 from llmtune.distributed.mesh import arrange
+from llmtune.model.generate import require_head
 from llmtune.model.precision import Precision, choose_precision
 from llmtune.model.sizes import sizes_of
-from llmtune.planning.data_plan import plan_data, prepare_for
+from llmtune.planning.data_plan import plan_data, prepare_for, questions_of
 from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import batch_objections, metric_objections, schedule_objections
 from llmtune.planning.plan import Plan
-from llmtune.recipe.parts import Parts, collect, find_parts
+from llmtune.recipe.parts import Parts, collect, find_parts, formats_of
 from llmtune.terminal import doing
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmtune.data import Prepared
+    from llmtune.data.questions import Question
     from llmtune.distributed.ranks import Ranks
     from llmtune.planning.devices import Device
     from llmtune.planning.edit import Pretrained
@@ -73,11 +77,20 @@ def make_plan(
     samples = prepared.train
     found = batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
     problems += [PlanError(sentence) for sentence in found]
+    questions: list[Question] = []
+    if recipe.train.do_predict and model is not None:
+        with collect(problems):
+            require_head(model.module)
+            formats, config = formats_of(parts, registry), GenerateConfig(**vars(recipe.generation))
+            questions = questions_of(
+                recipe, formats, pretrained.tokenizer, pretrained.config, config, prepared.evaluation
+            )
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)
     flat = model.end_to_end or recipe.data.isolates
     data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, parts.one("stage_config").built)
+    data = replace(data, questions=questions)
     notes = (*parts.notes, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
     return with_checkpointing(plan)
@@ -103,7 +116,7 @@ def make_model_plan(
     """
     problems: list[LlmtuneError] = []
     parts = find_parts(recipe, registry, problems, STRUCTURE_POINTS)
-    ranks = arranged(ranks, parts, problems) if mode == "build" else ranks
+    ranks = arranged(ranks, parts, problems) if mode == "build" or ranks.size > 1 else ranks
     given = Precision(dtype, dtype, autocast=False) if dtype else None
     precision, pretrained = foundations(
         recipe, parts, ranks, device, problems, target=target, templated=True, precision=given

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtune.contract.extension_points import POINTS
+from llmtune.contract.generation import GenerationKeys
+from llmtune.contract.schema import field_types
 from llmtune.recipe.secrets import blank
 
 FREE = {
@@ -17,7 +19,8 @@ FREE = {
     "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
     "export_legacy_format", "infer_dtype", "disable_gradient_checkpointing", "activation_checkpointing",
     "use_reentrant_gc", "torch_compile", "ddp_timeout", "preprocessing_num_workers",
-    "preprocessing_batch_size", "overwrite_cache", "tokenized_path", "data_shared_file_system",
+    "preprocessing_batch_size", "overwrite_cache", "tokenized_path", "data_shared_file_system", "do_predict",
+    *field_types(GenerationKeys),
     *(name for name, point in POINTS.items() if not point.changes_training),
 }  # fmt: skip
 """They change what is reported or kept, or how the same numbers are computed, not what is learnt."""

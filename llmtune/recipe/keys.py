@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from llmtune.contract.errors import did_you_mean, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS
+from llmtune.contract.generation import GenerationKeys
 from llmtune.contract.schema import field_types
 from llmtune.data.config import DataConfig
 from llmtune.model.source import ModelConfig
@@ -13,7 +14,7 @@ from llmtune.recipe.export_config import ExportConfig
 from llmtune.recipe.foreign_keys import foreign_keys
 from llmtune.recipe.train_config import TrainConfig
 
-CONFIGS: tuple[type, ...] = (ModelConfig, DataConfig, TrainConfig, ExportConfig)
+CONFIGS: tuple[type, ...] = (ModelConfig, DataConfig, TrainConfig, GenerationKeys, ExportConfig)
 """The dataclasses that own the keys at the top level."""
 
 

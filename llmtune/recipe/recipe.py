@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
+from llmtune.contract.generation import GenerationKeys
 from llmtune.contract.schema import decode, defaults, field_types
 from llmtune.data.config import DataConfig
 from llmtune.model.config import ModelConfig
@@ -50,6 +51,7 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    generation: GenerationKeys
     export: ExportConfig
     blocks: Blocks = field(repr=False)
     """Extension point to its (plugin name, parameters), as far as the recipe names any. A point that is missing here
@@ -123,16 +125,16 @@ def load_recipe(
         problems += _nothing_to_evaluate(configs[1], configs[2], places)
     if problems:
         raise_all([*problems, *wrong_blocks(blocks, places)])
-    model, data, train, export = configs
+    model, data, train, generation, export = configs
     name = _name(source, model)
     train = dataclasses.replace(train, output_dir=train.output_dir or f"runs/{name}")
     if "eval_strategy" not in tree and (data.val_size or data.eval_dataset is not None):
         train = dataclasses.replace(train, eval_strategy="epoch")
-    shown = _shown((model, data, train, export), blocks, tree)
+    shown = _shown((model, data, train, generation, export), blocks, tree)
     text = blank_text(found) if isinstance(source, (str, os.PathLike)) else recipe_text.dump(blank(tree))
     return Recipe(
-        model=model, data=data, train=train, export=export, blocks=blocks, resolved=shown, tree=tree, name=name,
-        text=text, places=places, environment=environment(tree, resolved),
+        model=model, data=data, train=train, generation=generation, export=export, blocks=blocks, resolved=shown,
+        tree=tree, name=name, text=text, places=places, environment=environment(tree, resolved),
     )  # fmt: skip
 
 
@@ -262,9 +264,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _nothing_to_evaluate(data: DataConfig, train: TrainConfig, places: Places) -> list[RecipeError]:
-    if train.eval_strategy == "no" or data.eval_dataset is not None or data.val_size:
+    if data.eval_dataset is not None or data.val_size:
         return []
-    return [places.error("eval_strategy", "there is nothing to evaluate on; set val_size or eval_dataset")]
+    idle = {"eval_strategy": train.eval_strategy != "no", "do_predict": train.do_predict}
+    said = "there is nothing to evaluate on; set val_size or eval_dataset"
+    return [places.error(key, said) for key, wanted in idle.items() if wanted]
 
 
 def _name(source: Any, model: ModelConfig) -> str:

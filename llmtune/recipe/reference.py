@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmtune.contract.records import Plugin
     from llmtune.recipe.registry import Registry
 
-_TITLES = ("Model", "Data", "Training", "Export and use")
+_TITLES = ("Model", "Data", "Training", "Generation", "Export and use")
 
 
 def recipe_schema(registry: Registry) -> dict[str, Any]:

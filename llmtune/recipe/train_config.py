@@ -73,6 +73,10 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = ()
     """Questions answered before and after training, shown side by side."""
 
+    do_predict: bool = False
+    """Once training is done, answer the rows that are evaluated on (`eval_dataset`, or those of `val_size`) and write
+    the answers to `generated_predictions.jsonl` in `output_dir`."""
+
     eval_strategy: Literal["no", "steps", "epoch", False] = "no"
     """When to evaluate. Left out, it is `epoch` where the recipe has `val_size` or `eval_dataset`. YAML reads a bare no
     as false, which means the same here."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, raise_all
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
     check_agreement,
@@ -44,6 +44,7 @@ from llmtune.training.origins import WEIGHTS, base_weights, origins
 from llmtune.training.out_of_memory import explain_out_of_memory
 from llmtune.training.outcome import Outcome
 from llmtune.training.plot import plot_metrics
+from llmtune.training.predict import predict_to, predictor_of
 from llmtune.training.save import write_result
 
 if TYPE_CHECKING:
@@ -210,6 +211,8 @@ def _run(
                 loggers.finish()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
+    if plan.data.questions:
+        keeper.save(last)  # so that predictions that are killed go on from here
     stop.doing = "while the result was written; the last step is saved"
     with nullcontext() if keeper.saved_step == last else stop.finishing(lambda: "finishing the run"):
         return _finish(plan, keeper, before, show)
@@ -250,8 +253,20 @@ def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Call
     if plan.ranks.first and recipe.plot_loss:
         plot_metrics(read_metrics(plan.output_dir), plan.output_dir / "loss.png")
     wait_for_all()
+    if plan.data.questions:
+        show(predict(plan, objective, result))
     answers = [(question, old, new) for question, old, new in zip(recipe.sample_prompts, before, after, strict=True)]
     return Outcome(plan, "done", objective, answers, result)
+
+
+def predict(plan: Plan, objective: Objective, result: Mapping[str, Any]) -> str:
+    """Answer the rows that are evaluated on into the run's folder; what became of it, in a sentence. Collective."""
+    doing.info("Answering the rows that are evaluated on")
+    engine, config = plan.parts.one("engine_config"), GenerateConfig(**vars(plan.recipe.generation))
+    predictor = predictor_of(plan.recipe, plan.model, engine, objective, config)
+    facts = {"model": from_first(result.get("trained_sha256", ""))}
+    found = predict_to(plan.output_dir, predictor, plan.data.questions, facts, replaces=True)
+    return f"Wrote {counted(len(found), 'prediction')} to {plan.output_dir / run_folder.PREDICTIONS}"
 
 
 def _shared(work: Any, plan: Plan) -> Any:

@@ -5,6 +5,7 @@ run.json        versions, plugins, status             metrics.jsonl   one line p
 model/          what others read    trained.safetensors  the trained tensors of an adapter, by model name
 checkpoints/    see llmtune.training.checkpoint        quarantine.jsonl  rows that cannot be used, and why
 loggers/NAME/   what the logger NAME wrote             chat_template.jinja  the template of the run's tokenizer
+generated_predictions.jsonl, predict_settings.json, predict_results.json  see llmtune.training.predict
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ RECORD = "run.json"
 QUARANTINE = "quarantine.jsonl"
 LOGGERS = "loggers"
 TRAINED = "trained.safetensors"
-_FILES = ("recipe.yaml", "resolved.yaml", "chat_template.jinja", "metrics.jsonl", "loss.png", TRAINED, QUARANTINE)
+PREDICTIONS = "generated_predictions.jsonl"
+PREDICT_SETTINGS = "predict_settings.json"
+PREDICT_RESULTS = "predict_results.json"
+_FILES = (
+    "recipe.yaml", "resolved.yaml", "chat_template.jinja", "metrics.jsonl", "loss.png", TRAINED, QUARANTINE,
+    PREDICTIONS, PREDICT_SETTINGS, PREDICT_RESULTS,
+)  # fmt: skip
 _OUTPUTS = {"output_dir", "export_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint", "logger_config"}
 """Keys that may name a place inside of `output_dir`: nothing there is read to train on."""
 
