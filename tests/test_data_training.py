@@ -118,8 +118,8 @@ def in_sets(samples: TokenSamples) -> TokenSamples:
 def with_samples(plan: Plan, samples: TokenSamples) -> Plan:
     """The plan of the same recipe on other samples."""
     prepared = replace(plan.data.prepared, train=samples)
-    flat = plan.data.batches.flat
-    return replace(plan, data=plan_data(plan.recipe, prepared, plan.ranks, plan.model.tokenizer, flat))
+    flat, stage = plan.data.batches.flat, plan.parts.one("stage_config").built
+    return replace(plan, data=plan_data(plan.recipe, prepared, plan.ranks, plan.model.tokenizer, flat, stage))
 
 
 def test_each_data_set_is_evaluated(place: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ CONTRACT = {
     "llmtune.contract.stages",
     "llmtune.contract.examples",
     "llmtune.contract.generation",
+    "llmtune.contract.rewards",
     "llmtune.contract.events",
     "llmtune.contract.hookspecs",
     "llmtune.contract.optimizers",

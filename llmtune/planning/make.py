@@ -17,7 +17,7 @@ from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
-from llmtune.planning.objections import batch_objections, metric_objections, schedule_objections
+from llmtune.planning.objections import batch_objections, metric_objections, reward_objections, schedule_objections
 from llmtune.planning.plan import Plan
 from llmtune.recipe.parts import Parts, collect, find_parts, formats_of
 from llmtune.terminal import doing
@@ -76,6 +76,7 @@ def make_plan(
     ]
     samples = prepared.train
     found = batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
+<<<<<<< HEAD
     problems += [PlanError(sentence) for sentence in found]
     questions: list[Question] = []
     if recipe.train.do_predict and model is not None:
@@ -85,6 +86,9 @@ def make_plan(
             questions = questions_of(
                 recipe, formats, pretrained.tokenizer, pretrained.config, config, prepared.evaluation
             )
+=======
+    problems += [PlanError(sentence) for sentence in [*found, *reward_objections(parts)]]
+>>>>>>> 661c0d4 (Laws of stages that roll out; GRPO is tested against TRL; rewards and stages that do not fit are told)
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)

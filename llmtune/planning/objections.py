@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, did_you_mean, listed
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
-from llmtune.contract.stages import Measures
+from llmtune.contract.stages import Measures, RollsOut
 
 if TYPE_CHECKING:
     from llmtune.contract.records import RunContext
@@ -70,6 +70,16 @@ def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: 
             f"dist_config: cp_size is {ranks.dims.context}, but the loss of {noun} needs whole answers, and a rank "
             "has pieces; set cp_size: 1"
         )
+
+
+def reward_objections(parts: Parts) -> Iterator[str]:
+    """A stage that learns from rewards and has none, or rewards that no stage asks for."""
+    stage, rewards = parts.one("stage_config"), parts.at("reward_config")
+    if isinstance(stage.built, RollsOut) and not rewards:
+        yield f"reward_config: not given, and {stage.label} learns from what answers are worth; name at least one"
+    elif rewards and not isinstance(stage.built, RollsOut):
+        named = listed([part.plugin.name for part in rewards])
+        yield f"reward_config: found {named}, but {stage.label} lets the model answer nothing; remove it"
 
 
 def packing_obstacle(module: Any, attention: str) -> str | None:

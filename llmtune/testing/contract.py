@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llmtune.contract.errors import LlmtuneError, PluginError, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS
-from llmtune.contract.stages import learns_of
+from llmtune.contract.stages import RollsOut, learns_of
 from llmtune.testing.running import REFERENCES, ROWS, tiny_recipe
 
 Check = Callable[..., None]
@@ -82,6 +82,8 @@ class Subject:
         given = {**REFERENCES, "device": self.device, "bf16": False}
         if self.point == "quant_config" and self.mode == "train":
             given["peft_config"] = "reference"  # what is quantised cannot train
+        if self.point == "stage_config" and isinstance(self.built(), RollsOut):
+            given["reward_config"] = "reference"
         given |= {**self.recipe, **changes}
         return tiny_recipe(folder, self.family, self.sizes, self.kind, **given)
 

@@ -55,6 +55,12 @@ def stage_config() -> list[Plugin]:
 
 
 @hookimpl
+def reward_config() -> list[Plugin]:
+    """A number that follows from the answer's tokens alone."""
+    return _plugin("Evens", "Share of even tokens")
+
+
+@hookimpl
 def optim_config() -> list[Plugin]:
     """An optimiser linear in the gradient, so that rounding is not blown up."""
     return _plugin("Momentum", "SGD with momentum 0.9")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.contract.generation import Completion
 from llmtune.contract.load_rules import TensorReader
 from llmtune.contract.optimizers import OptimizerContext, ParameterGroup
 from llmtune.contract.records import ModelEdit, RunContext
@@ -50,6 +51,13 @@ class ReferenceLoss:
 
     def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss:
         return StageLoss(total=context.next_token_loss(model, batch))
+
+
+class Evens:
+    """A `Reward`: the share of an answer's tokens that are even numbers."""
+
+    def score(self, completions: Sequence[Completion], context: StageContext) -> list[float]:
+        return [sum(token % 2 == 0 for token in each.ids) / len(each.ids) for each in completions]
 
 
 class Momentum:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmtune.contract.errors import DataError, did_you_mean, listed
 from llmtune.contract.records import Plugin
-from llmtune.data.formats.chats import Alpaca, AlpacaConfig, Completion, OpenAi, ShareGpt
+from llmtune.data.formats.chats import Alpaca, AlpacaConfig, OpenAi, PromptCompletion, ShareGpt
 from llmtune.data.formats.choose import Auto, Formats, detectable
 from llmtune.data.formats.messages_in import TagsConfig
 from llmtune.data.formats.pairs import KtoRows, PreferencePairs
@@ -23,7 +23,7 @@ FORMATS = (
     Plugin(name="alpaca", config=AlpacaConfig, build=Alpaca, summary="instruction, input, output; history"),
     Plugin(name="sharegpt", config=TagsConfig, build=ShareGpt, summary="conversations of from and value"),
     Plugin(name="openai", config=TagsConfig, build=OpenAi, summary="messages of role and content, tool calls"),
-    Plugin(name="completion", config=TagsConfig, build=Completion, summary="prompt and completion"),
+    Plugin(name="completion", config=TagsConfig, build=PromptCompletion, summary="prompt and completion"),
     Plugin(name="preference", config=TagsConfig, build=PreferencePairs, summary="chosen and rejected answers"),
     Plugin(name="kto", config=TagsConfig, build=KtoRows, summary="answers with a label, true or false"),
     Plugin(name="prompt", config=TagsConfig, build=PromptOnly, summary="questions without answers"),

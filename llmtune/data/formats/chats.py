@@ -137,7 +137,7 @@ class OpenAi:
         return Conversation(messages=messages, tools=tools_of(row), template_kwargs=variables_of(row))
 
 
-class Completion:
+class PromptCompletion:
     """`prompt` and `completion`, texts or messages, as TRL has them. Only the completion is learnt."""
 
     kind = "conversation"

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtune.contract.errors import listed
 from llmtune.contract.examples import BadRow, Message, Preference, UnpairedPreference
-from llmtune.data.formats.chats import VARIABLES, Completion, is_label
+from llmtune.data.formats.chats import VARIABLES, PromptCompletion, is_label
 from llmtune.data.formats.messages_in import TagsConfig, asked_of, held_in, history_of, led, system_of, variables_of
 from llmtune.data.messages import kind, normal_tools
 
@@ -33,7 +33,7 @@ class PreferencePairs:
     needs = "chosen and rejected, or messages and rejected_response"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
-        self.parts = Completion(config)
+        self.parts = PromptCompletion(config)
 
     def recognise(self, row: Mapping[str, Any]) -> str | None:
         if {"chosen", "rejected"} <= set(row):
@@ -81,7 +81,7 @@ class PreferencePairs:
         return [*before, *answer]
 
 
-def before_of(row: Mapping[str, Any], parts: Completion) -> list[Message]:
+def before_of(row: Mapping[str, Any], parts: PromptCompletion) -> list[Message]:
     """What an answer in another column answers."""
     if row.get("prompt") is not None:
         return led(row, parts.prompt(row))
@@ -126,7 +126,7 @@ class KtoRows:
     needs = "label or kto_tag beside an answer"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
-        self.parts = Completion(config)
+        self.parts = PromptCompletion(config)
 
     def recognise(self, row: Mapping[str, Any]) -> str | None:
         if "kto_tag" in row:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.contract.examples import BadRow, Prompt, Text, Tokens
-from llmtune.data.formats.chats import PAIRED, VARIABLES, Completion
+from llmtune.data.formats.chats import PAIRED, VARIABLES, PromptCompletion
 from llmtune.data.formats.messages_in import TagsConfig, led, variables_of
 from llmtune.data.messages import kind, normal_tools
 
@@ -21,7 +21,7 @@ class PromptOnly:
     needs = "prompt"
 
     def __init__(self, config: TagsConfig | None = None) -> None:
-        self.parts = Completion(config)
+        self.parts = PromptCompletion(config)
 
     def recognise(self, row: Mapping[str, Any]) -> str | None:
         others = ("completion", "messages", "conversations", "conversation", "output", "response", "answer", "text")

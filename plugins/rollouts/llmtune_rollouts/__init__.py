@@ -26,7 +26,7 @@ class AnswerKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceKeys:
+class RolloutReferenceKeys:
     """The model that answers are kept near."""
 
     ref_model: str | None = None
@@ -38,7 +38,7 @@ class ReferenceKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoConfig(AnswerKeys, ReferenceKeys):
+class GrpoConfig(AnswerKeys, RolloutReferenceKeys):
     """Keys of `stage_config: {name: grpo}`."""
 
     num_generations: Annotated[int, Ge(2)] = 8
@@ -48,6 +48,9 @@ class GrpoConfig(AnswerKeys, ReferenceKeys):
     beta: Annotated[float, Ge(0)] = 0.0
     """What the distance from the reference counts (an estimate of the KL divergence, arXiv 2402.03300, equation 4); 0
     needs no reference."""
+    use_bias_correction_kl: bool = True
+    """Multiply that estimate by the ratio of probabilities, without which its gradient is not that of the divergence
+    (arXiv 2512.02556)."""
     epsilon: Annotated[float, Gt(0)] = 0.2
     """How far the probability of a token may fall, as a share, before it stops to count."""
     epsilon_high: Annotated[float, Gt(0)] | None = None

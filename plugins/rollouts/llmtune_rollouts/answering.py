@@ -13,7 +13,7 @@ from llmtune import Batch, Completion, GenerateConfig, StageContext
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from . import AnswerKeys, ReferenceKeys
+    from . import AnswerKeys, RolloutReferenceKeys
 
 
 class Said(NamedTuple):
@@ -31,7 +31,7 @@ def generate_config(keys: AnswerKeys) -> GenerateConfig:
     )  # fmt: skip
 
 
-def reference_keys(keys: ReferenceKeys) -> dict[str, Any]:
+def reference_keys(keys: RolloutReferenceKeys) -> dict[str, Any]:
     """The keys of a recipe in which the reference differs from the trained model; none where it is its start."""
     found: dict[str, Any] = {}
     if keys.ref_model is not None:

@@ -129,7 +129,7 @@ class Groups:
         if config.beta:
             apart_N = batch.extra["ref_logps"] - logps_N
             kl_N = apart_N.exp() - apart_N - 1
-            loss_N = loss_N + config.beta * kl_N
+            loss_N = loss_N + config.beta * kl_N * (ratio_N if config.use_bias_correction_kl else 1.0)
             metrics["kl"] = counted(kl_N.detach())
         if config.loss_type == "grpo":
             loss_N = loss_N / count_S.index_select(0, said_by)
