@@ -76,8 +76,7 @@ def make_plan(
     ]
     samples = prepared.train
     found = batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
-<<<<<<< HEAD
-    problems += [PlanError(sentence) for sentence in found]
+    problems += [PlanError(sentence) for sentence in [*found, *reward_objections(parts)]]
     questions: list[Question] = []
     if recipe.train.do_predict and model is not None:
         with collect(problems):
@@ -86,9 +85,6 @@ def make_plan(
             questions = questions_of(
                 recipe, formats, pretrained.tokenizer, pretrained.config, config, prepared.evaluation
             )
-=======
-    problems += [PlanError(sentence) for sentence in [*found, *reward_objections(parts)]]
->>>>>>> 661c0d4 (Laws of stages that roll out; GRPO is tested against TRL; rewards and stages that do not fit are told)
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)
