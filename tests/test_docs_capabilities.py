@@ -183,6 +183,7 @@ def test_every_installed_stage_is_on_the_page_with_what_it_learns_from(models: d
         "tokens": "tokens",
         "preference": "preferences",
         "labelled": "labelled answers",
+        "prompt": "prompts",
     }
     rows = {row.partition("`")[2].partition("`")[0]: cells for row, cells in table("Stages").items()}
     assert sorted(rows) == sorted(row.name for row in Registry().listing() if row.point == "stage_config")

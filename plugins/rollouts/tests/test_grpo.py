@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.testing import Law, laws, running
+from llmtune.testing import Law, in_ranks, laws, running
 
 GIVEN = {
     "num_generations": 3,
@@ -198,8 +198,6 @@ def test_an_answer_depends_on_its_prompt_alone(tmp_path: Path) -> None:
 
 
 def test_one_rank_equals_two(tmp_path: Path) -> None:
-    from llmtune.testing.ranks import in_ranks
-
     stage = {"num_iterations": 2, "beta": 0.1, "scale_rewards": "batch"}
     one = running.train(keys(tmp_path, stage, learning_rate=0.002))
     two = keys(
