@@ -27,7 +27,7 @@ _WHERE = {
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",
-            "Prepares", "Remembers", "RollsOut", "UsesModels", "WithoutDropout",
+            "Precomputes", "Prepares", "Remembers", "RollsOut", "UsesModels", "WithoutDropout",
         ),
         "llmtune.contract.examples": (
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",

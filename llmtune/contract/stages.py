@@ -85,7 +85,7 @@ class Batch:
     columns: tuple[Mapping[str, Any], ...] = ()
     """For each sample the columns of its row that are not tokens: of prompts all, of preferences `margin`, if given."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """What a stage that `Prepares` has put here."""
+    """What a stage that `Prepares` has put here; from one that `Precomputes`, its (sequences,) numbers of each."""
     sample_ids: tuple[int, ...] = ()
     """Numbers of the samples among those trained on, for error messages."""
 
@@ -261,6 +261,22 @@ class Remembers(Protocol):
 
 
 @runtime_checkable
+class Precomputes(Protocol):
+    """Optional on a stage that can ask its further models once for each sample, before training.
+
+    They leave the memory then, and `loss` finds the numbers in `Batch.extra`, whatever rows a sample trains with. The
+    numbers are kept beside the tokenised data until the data, the models or `precomputed` change.
+    """
+
+    precomputed: Mapping[str, Any] | None
+    """Keys of the stage that the numbers depend on, and their plain values; None: nothing is computed before."""
+
+    def precompute(self, batch: Batch, context: StageContext) -> Mapping[str, Tensor]:
+        """Names of numbers, and (sequences,) float32 of each for a batch; without gradients. Collective."""
+        ...
+
+
+@runtime_checkable
 class LearnsFrom(Protocol):
     """Optional on a stage that learns from other examples than conversations, texts and tokens."""
 
@@ -322,6 +338,11 @@ LEARNS = ("conversation", "text", "tokens")
 def learns_of(stage: Stage) -> Sequence[str]:
     """The kinds of examples that `stage` learns from."""
     return stage.learns if isinstance(stage, LearnsFrom) else LEARNS
+
+
+def precomputing(stage: Stage) -> Precomputes | None:
+    """The stage, if it asks its further models before training."""
+    return stage if isinstance(stage, Precomputes) and stage.precomputed is not None else None
 
 
 def further_models(built: Any) -> Mapping[str, ModelSpec]:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from llmtune.data.batches import collate, split_row, to_device
 from llmtune.data.order import Order, deal, padding_share, split
@@ -17,8 +18,6 @@ from llmtune.data.units import SampleSlice, Units, make_units
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
     from llmtune.contract.stages import Batch
     from llmtune.data.config import DataConfig
@@ -178,6 +177,8 @@ def sample_batch(
     )
     if samples.columns is not None:
         batch.columns = tuple(samples.row(sample) for sample in chosen)
+    spots = [sample * samples.width + part for sample in chosen for part in range(samples.width)]
+    batch.extra = {name: torch.tensor(values[spots]) for name, values in samples.precomputed.items()}
     if samples.labels is not None:
         crossed = [mismatched(samples, sample, others[sample]) for sample in chosen]
         batch.mismatched = collate(crossed, flat=flat, pad_id=pad_id, counts_samples=True)

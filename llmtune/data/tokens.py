@@ -47,6 +47,8 @@ class TokenSamples:
     """
     place: Callable[[int], str] | None = field(default=None, repr=False)
     """Where a row stands: `path:line` or `path:row N`."""
+    precomputed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """(samples * width,) float32 each, what the stage has computed of the sequences before training."""
     digest: str = ""
     """SHA-256 of the arrays, as they were written; empty where they never were."""
 
@@ -106,6 +108,7 @@ class TokenSamples:
             weights=weights,
             labels=labels,
             columns=columns,
+            precomputed={},
             column_stops=column_stops,
             width=max((part.width for part in parts if len(part)), default=1),
             digest="",
@@ -199,5 +202,6 @@ class TokenSamples:
             sets=self.sets[chosen] if self.sets is not None else None,
             labels=self.labels[chosen] if self.labels is not None else None,
             column_stops=self.column_stops[chosen] if self.column_stops is not None else None,
+            precomputed={name: values[parts] for name, values in self.precomputed.items()},
             digest=hashlib.sha256(self.digest.encode() + chosen.tobytes()).hexdigest() if self.digest else "",
         )

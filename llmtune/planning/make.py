@@ -17,7 +17,13 @@ from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
-from llmtune.planning.objections import batch_objections, metric_objections, reward_objections, schedule_objections
+from llmtune.planning.objections import (
+    batch_objections,
+    metric_objections,
+    reward_objections,
+    schedule_objections,
+    streaming_objections,
+)
 from llmtune.planning.plan import Plan
 from llmtune.recipe.parts import Parts, collect, find_parts, formats_of
 from llmtune.terminal import doing
@@ -54,6 +60,8 @@ def make_plan(
     doing.info("Reading the model's configuration and tokenizer")
     precision, pretrained = foundations(recipe, parts, ranks, device, problems, target=target, templated=False)
     obstacles = unstreamable(recipe.data, recipe.train.max_steps, recipe.train.eval_strategy)
+    for stage in parts.at("stage_config"):
+        obstacles += [PlanError(sentence) for sentence in streaming_objections(stage, recipe.data)]
     problems += obstacles
     prepared: Prepared | None = None
     if obstacles or not (parts.at("data_config") and parts.at("stage_config")):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from llmtune.contract.records import HoldsGathered
+from llmtune.contract.stages import precomputing
 from llmtune.contract.structure import transformer_layers
 from llmtune.model.parameter_groups import (
     create_optimizer,
@@ -125,7 +126,10 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
 
 
 def further_weights(plan: Plan) -> Memory:
-    """The weights of the stage's further models. What they need in passing is less than the trained model's step."""
+    """The weights of the stage's further models. What they need in passing is less than the trained model's step.
+    Those that are asked before training are gone by then."""
+    if precomputing(plan.parts.one("stage_config").built):
+        return Memory()
     held = [hold("", further.module, Rank(further), {}) for further in plan.further.values()]
     return reduce(Held.__add__, held, Held()).static
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, did_you_mean, listed
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
-from llmtune.contract.stages import Measures, RollsOut
+from llmtune.contract.stages import Measures, RollsOut, precomputing
 
 if TYPE_CHECKING:
     from llmtune.contract.records import RunContext
@@ -80,6 +80,15 @@ def reward_objections(parts: Parts) -> Iterator[str]:
     elif rewards and not isinstance(stage.built, RollsOut):
         named = listed([part.plugin.name for part in rewards])
         yield f"reward_config: found {named}, but {stage.label} lets the model answer nothing; remove it"
+
+
+def streaming_objections(stage: BuiltPlugin, data: DataConfig) -> Iterator[str]:
+    """What a stage has to see of all samples before training, where they are read during it."""
+    if data.streaming and precomputing(stage.built):
+        yield (
+            f"streaming: found true, but {stage.label} asks its further models about all samples before training; set "
+            "streaming: false, or let the stage ask them in each step"
+        )
 
 
 def packing_obstacle(module: Any, attention: str) -> str | None:

@@ -118,7 +118,7 @@ def start(keys: Mapping[str, Any]) -> tuple[Plan, Objective]:
 
     made = plan(keys)
     join(made.ranks, made.device)
-    return made, build_run(made)
+    return build_run(made)
 
 
 def build(keys: Mapping[str, Any], mode: Mode = "train") -> tuple[ModelPlan, Objective]:

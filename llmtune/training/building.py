@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmtune.contract.errors import blaming
 from llmtune.contract.records import SwitchesOff
-from llmtune.contract.stages import RollsOut, further_models
+from llmtune.contract.stages import RollsOut, further_models, precomputing
 from llmtune.contract.structure import transformer_layers
 from llmtune.distributed.activation_checkpointing import checkpoint_activations
 from llmtune.distributed.context_parallel import attend_over_ranks
-from llmtune.distributed.fsdp2 import compile_layers
+from llmtune.distributed.fsdp2 import compile_layers, reshard
 from llmtune.distributed.mesh import parameter_mesh
 from llmtune.distributed.ranks import first_does, join
 from llmtune.distributed.tensor_parallel import split
@@ -26,6 +26,7 @@ from llmtune.model.weight_files import StoredTensor, read_index
 from llmtune.planning.further_models import askers
 from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
+from llmtune.training.precomputed import kept_numbers, precomputed, with_numbers
 from llmtune.training.rollouts import Rollouts
 from llmtune.training.schedule import WarmedSchedule
 
@@ -35,16 +36,32 @@ if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
 
 
-def build_run(plan: Plan) -> Objective:
-    """The model that trains inside its stage, and the stage's further models, all spread and filled. Collective."""
+def build_run(plan: Plan) -> tuple[Plan, Objective]:
+    """The model that trains inside its stage, and the stage's further models, all spread and filled. Collective.
+
+    Where the stage `Precomputes`, its further models are asked here and let go; the plan's samples get the numbers.
+    """
+    stage = plan.parts.one("stage_config").built
+    if precomputing(stage) is None:
+        objective = build_objective(plan.model)
+        objective.context = make_context(plan, objective.context.ops)
+        return plan, objective
+    numbers = kept_numbers(plan)
+    if numbers is None and set(plan.further) == set(further_models(stage)):  # they come and go before the trained one
+        numbers = precomputed(plan, make_context(plan, {}), lambda work: work())
     objective = build_objective(plan.model)
+    if numbers is None:
+        numbers = precomputed(plan, make_context(plan, objective.context.ops), objective.eval())
+        reshard(objective)
+    return with_numbers(plan, numbers), objective
+
+
+def make_context(plan: Plan, ops: Mapping[str, Callable[..., Any]]) -> Context:
+    """What the plan's stage may call besides the trained model and its `ops`. Collective: builds its further models."""
     own = {name: build_objective(further).eval() for name, further in plan.further.items()}
     stage, *rewards = asked(plan, {name: OwnModel(each) for name, each in own.items()})
     rollouts = make_rollouts(plan, rewards) if isinstance(plan.parts.one("stage_config").built, RollsOut) else None
-    objective.context = Context(
-        objective.context.ops, further=stage, tensor_ranks=plan.ranks.dims.tensor, rollouts=rollouts
-    )
-    return objective
+    return Context(ops, further=stage, tensor_ranks=plan.ranks.dims.tensor, rollouts=rollouts)
 
 
 def asked(plan: Plan, own: Mapping[str, FrozenModel]) -> list[dict[str, FrozenModel]]:

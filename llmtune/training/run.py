@@ -180,7 +180,7 @@ def _run(
 ) -> Outcome:  # fmt: skip
     first_step = found[1].step if found else 0
     stop.doing = "while weights were loaded, before this start has learnt anything"
-    objective, read = _build(plan, found, cost)
+    plan, objective, read = _build(plan, found, cost)
     with blaming(plan.parts.one("optim_config").full_label, "create"):
         optimizer = make_optimizer(plan)
     training = make_training(plan, objective, optimizer, first_step)
@@ -218,19 +218,22 @@ def _run(
         return _finish(plan, keeper, before, show)
 
 
-def _build(plan: Plan, found: tuple[Path, Manifest] | None, cost: StepCost) -> tuple[Objective, Mapping[str, str]]:
-    """The model with its weights, and what tells the files that they come from from others. Collective."""
+def _build(
+    plan: Plan, found: tuple[Path, Manifest] | None, cost: StepCost
+) -> tuple[Plan, Objective, Mapping[str, str]]:
+    """The model with its weights, the plan that may have got numbers meanwhile, and what tells the files that the
+    weights come from from others. Collective."""
     # A stream reads and tokenises while the weights are loaded.
     quarantine = plan.output_dir / run_folder.QUARANTINE if plan.ranks.first else None
     cursor = (found[1].step, found[1].numbers["stream"]) if found else (0, None)
     plan.data.batches.start(*cursor, quarantine)
     doing.info("Loading the weights")
     with explain_out_of_memory(plan.device, lambda: "while weights were loaded", cost.remedies):
-        objective = build_run(plan)
+        plan, objective = build_run(plan)
     read = base_weights(plan, found[1].origins if found else {})
     if plan.ranks.first:
         run_folder.write_status(plan.output_dir, "running", model_fingerprint=read[WEIGHTS])
-    return objective, read
+    return plan, objective, read
 
 
 def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Callable[..., Any]) -> Outcome:

@@ -66,12 +66,16 @@ class DpoConfig(ReferenceKeys):
     one above 0."""
     simpo_gamma: float = 0.5
     """Margin of `simpo` between the mean log-probabilities of the two answers, already times `pref_beta`."""
+    precompute_reference: bool = False
+    """Ask the reference once for each answer before training, and keep what it says with the tokenised data: training
+    then holds no reference in memory and takes about a quarter less time a step."""
     ld_alpha: Annotated[float, Ge(0)] | None = None
     """What a token counts that lies beyond the shorter answer's length, from 0 to 1 (LD-DPO, arXiv 2409.06411); null
     counts all tokens alike. Not for losses over means (`ipo`, `orpo`, `simpo`)."""
 
     def __post_init__(self) -> None:
-        named = [key for key in ("ref_model", "ref_model_adapters", "ref_model_quantization_bit") if getattr(self, key)]
+        keys = ("ref_model", "ref_model_adapters", "ref_model_quantization_bit", "precompute_reference")
+        named = [key for key in keys if getattr(self, key)]
         if self.pref_loss in REFERENCE_FREE and named:
             raise ValueError(f"{named[0]}: pref_loss {self.pref_loss} asks no reference; leave it out")
         if self.dpo_label_smoothing and self.pref_loss not in SMOOTHED:

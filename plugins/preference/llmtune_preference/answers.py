@@ -51,12 +51,24 @@ class Answers(NamedTuple):
     """`logps` less those of the reference; `logps` themselves where none is asked."""
 
 
+REFERENCE = "reference_logps"
+"""The precomputed numbers of answers: what the reference says to them."""
+
+
+def reference_logps(batch: Batch, context: StageContext, share_N: Tensor) -> Tensor:
+    """(S,) float32, an answer's summed log-probability under the reference, times the tokens' shares."""
+    said_N = context.with_model("reference", lambda it, its: its.token_logps(it, batch))
+    return per_sequence(said_N * share_N, batch)
+
+
 def answers_of(model: Any, batch: Batch, context: StageContext, share_N: Tensor, reference: bool = True) -> Answers:
-    """Ask the model, and before that its reference, while the model's activations are not there yet."""
-    said_N = context.with_model("reference", lambda it, its: its.token_logps(it, batch)) if reference else None
+    """Ask the model, and its reference unless it was asked before training. It is asked first, while the model's
+    activations are not there yet."""
+    said_S = torch.zeros(())
+    if reference:
+        said_S = batch.extra[REFERENCE] if REFERENCE in batch.extra else reference_logps(batch, context, share_N)
     logps_S = per_sequence(context.token_logps(model, batch) * share_N, batch)
-    ratios_S = logps_S if said_N is None else logps_S - per_sequence(said_N * share_N, batch)
-    return Answers(logps_S, per_sequence(share_N, batch).clamp(min=1e-6), ratios_S)
+    return Answers(logps_S, per_sequence(share_N, batch).clamp(min=1e-6), logps_S - said_S)
 
 
 PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")

@@ -10,7 +10,16 @@ import torch
 from llmtune import Batch, ModelSpec, StageContext, StageLoss
 
 from . import MEANS, REFERENCE_FREE
-from .answers import PAIR_METRICS, answers_of, pair_metrics, per_sequence, reference_keys, token_shares
+from .answers import (
+    PAIR_METRICS,
+    REFERENCE,
+    answers_of,
+    pair_metrics,
+    per_sequence,
+    reference_keys,
+    reference_logps,
+    token_shares,
+)
 from .losses import LOSSES, Scores
 
 if TYPE_CHECKING:
@@ -31,13 +40,21 @@ class Pairs:
         self.config = config
         free = config.pref_loss in REFERENCE_FREE
         self.models: Mapping[str, ModelSpec] = {} if free else {"reference": ModelSpec(keys=reference_keys(config))}
+        self.precomputed = {"ld_alpha": config.ld_alpha} if config.precompute_reference else None
+
+    def precompute(self, batch: Batch, context: StageContext) -> dict[str, Tensor]:
+        """What the reference says to each answer."""
+        return {REFERENCE: reference_logps(batch, context, self.shares(batch))}
+
+    def shares(self, batch: Batch) -> Tensor:
+        """(N,) what each target counts in its answer."""
+        share_N, beyond = token_shares(batch), self.config.ld_alpha
+        return share_N if beyond is None else share_N * shared_length(batch, beyond)
 
     def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
         """The sum over the batch's pairs."""
-        config, share_N = self.config, token_shares(batch)
-        if config.ld_alpha is not None:
-            share_N = share_N * shared_length(batch, config.ld_alpha)
-        logps_S, count_S, scores_S = answers_of(model, batch, context, share_N, reference=bool(self.models))
+        config = self.config
+        logps_S, count_S, scores_S = answers_of(model, batch, context, self.shares(batch), bool(self.models))
         if config.pref_loss in MEANS:
             scores_S = scores_S / count_S
         loss_P = LOSSES[config.pref_loss](Scores(scores_S[0::2], scores_S[1::2]), config)
