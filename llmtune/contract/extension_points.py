@@ -39,6 +39,8 @@ class ExtensionPoint:
     """The protocol that the object keeps to which a plugin's `build` returns."""
     several: bool = False
     """Whether a recipe may name several plugins, as a list."""
+    repeats: bool = False
+    """Whether that list may name one of them more than once."""
     required: bool = False
     """Whether no recipe can do without; null then means the default, and elsewhere it means none."""
     shapes_model: bool = False
@@ -133,6 +135,7 @@ POINTS: Mapping[str, ExtensionPoint] = {
             question="What an answer is worth, for stages that learn from answers of the model.",
             protocol=Reward,
             several=True,
+            repeats=True,
         ),
         ExtensionPoint(
             name="data_config",

@@ -71,7 +71,7 @@ def _read(point: str, value: Any, places: Places, problems: list[RecipeError]) -
         if name.lower() == "none":
             problems.append(places.error(at, f'found "{name}"; for no plugin, write {point}: null'))
             continue
-        if any(name == other for other, _ in made):
+        if not POINTS[point].repeats and any(name == other for other, _ in made):
             problems.append(places.error(at, f'names "{name}" twice, allowed is once; remove one'))
             continue
         made.append((name, {key: item for key, item in entry.items() if key != "name"}))
