@@ -40,13 +40,17 @@ class Rewards:
             yield "rm finds the end of an answer by its padding, and the tokenizer has no padding token; use another"
 
     def loss(self, model: Any, batch: Batch, context: StageContext) -> StageLoss:
-        """The sum over the batch's pairs of -log(sigmoid(r_chosen - r_rejected)), and of the penalty on their sum."""
+        """The sum over the batch's pairs of -log(sigmoid(r_chosen - r_rejected - margin)), and of the penalty on their
+        sum; the margin is what a pair's row says (Llama 2, arXiv 2307.09288, equation 2), else 0."""
         (head,) = output_heads(model)
         hidden_ND = context.hidden_states(model, batch).flatten(0, 1)
         last_S = last_positions(batch, model.config.get_text_config().pad_token_id)
         rewards_S = model.get_submodule(head)(hidden_ND.index_select(0, last_S)).squeeze(-1).float()
         chosen_P, rejected_P = rewards_S[0::2], rewards_S[1::2]
-        loss_P = -logsigmoid(chosen_P - rejected_P)
+        ahead_P = chosen_P - rejected_P
+        if batch.columns:
+            ahead_P = ahead_P - ahead_P.new_tensor([row.get("margin", 0.0) for row in batch.columns])
+        loss_P = -logsigmoid(ahead_P)
         if self.config.center_rewards_coefficient:
             loss_P = loss_P + self.config.center_rewards_coefficient * (chosen_P + rejected_P).square()
         return StageLoss(total=loss_P.sum(), metrics=pair_metrics(rewards_S))

@@ -34,25 +34,32 @@ def keys(folder: Path, **more: Any) -> dict[str, Any]:
     return running.tiny_recipe(folder, kind="preference", **{"stage_config": "rm", **more})
 
 
-def test_loss_and_gradient_equal_trls(tmp_path: Path) -> None:
+def trainer(given: dict[str, Any], model: Any, folder: Path, **config: Any) -> Any:
+    """TRL's trainer of a reward model."""
     trl = pytest.importorskip("trl", reason="needs trl, which the loss is compared with")
     from datasets import Dataset
 
+    args = trl.RewardConfig(output_dir=str(folder / "trl"), report_to=[], use_cpu=True, bf16=False, **config)
+    rows = Dataset.from_list([{"chosen": "yes", "rejected": "no"}])
+    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    return trl.RewardTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+
+
+def inputs(batch: Any) -> dict[str, torch.Tensor]:
+    """A padded batch as TRL lays it out: all chosen answers, then all rejected ones."""
+    order = [*range(0, batch.sequences, 2), *range(1, batch.sequences, 2)]
+    return {"input_ids": batch.input_ids[order], "attention_mask": batch.attention_mask[order]}
+
+
+def test_loss_and_gradient_equal_trls(tmp_path: Path) -> None:
     given = keys(tmp_path, stage_config={"name": "rm", "center_rewards_coefficient": 0.02})
     plan, objective = running.start(given)
     theirs = copy.deepcopy(plan.model.module)
     batch = plan.data.batches.batch([0, 1, 2, 7])
     found = objective(batch)
     (found.total / 4).backward()
-    config = trl.RewardConfig(
-        output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, center_rewards_coefficient=0.02
-    )
-    rows = Dataset.from_list([{"chosen": "yes", "rejected": "no"}])
-    tokenizer = AutoTokenizer.from_pretrained(given["model"])
-    judge = trl.RewardTrainer(model=theirs, args=config, train_dataset=rows, processing_class=tokenizer)
-    order = [*range(0, 8, 2), *range(1, 8, 2)]
-    inputs = {"input_ids": batch.input_ids[order], "attention_mask": batch.attention_mask[order]}
-    expected = judge.compute_loss(judge.model, inputs)
+    judge = trainer(given, theirs, tmp_path, center_rewards_coefficient=0.02)
+    expected = judge.compute_loss(judge.model, inputs(batch))
     expected.backward()
     assert found.total.item() / 4 == pytest.approx(expected.item(), rel=1e-5)
     norms = [
@@ -60,6 +67,41 @@ def test_loss_and_gradient_equal_trls(tmp_path: Path) -> None:
         for m in (plan.model.module, judge.model)
     ]
     assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)
+
+
+def with_margins(given: dict[str, Any]) -> list[float | None]:
+    """Rewrite the recipe's rows: two in three say by how much their answer is better. Returns what each says."""
+    path = Path(given["dataset"])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    margins = [[1.5, None, -0.25][number % 3] for number in range(len(rows))]
+    said = [row if margin is None else {**row, "margin": margin} for row, margin in zip(rows, margins, strict=True)]
+    path.write_text("\n".join(json.dumps(row) for row in said))
+    return margins
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_margins_equal_trls(flat: bool, tmp_path: Path) -> None:
+    given = keys(tmp_path)
+    margins = with_margins(given)
+    padded = llmtune.plan({**given, "output_dir": str(tmp_path / "padded")}).data.batches.batch([0, 1, 2, 7])
+    plan, objective = running.start({**given, **({"kernel_config": "auto"} if flat else {})})
+    judge = trainer(given, copy.deepcopy(plan.model.module), tmp_path)
+    batch = plan.data.batches.batch([0, 1, 2, 7])
+    assert (batch.document_starts is not None) == flat
+    assert [row.get("margin") for row in batch.columns] == [margins[number] for number in (0, 1, 2, 7)]
+    said = torch.tensor([margins[number] or 0.0 for number in (0, 1, 2, 7)])
+    expected = judge.compute_loss(judge.model, {**inputs(padded), "margin": said})
+    assert objective(batch).total.item() / 4 == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_margins_are_the_same_in_any_steps(tmp_path: Path) -> None:
+    given = keys(tmp_path)
+    plain = [row["loss"] for row in running.train({**given, "output_dir": str(tmp_path / "plain")}).metrics]
+    with_margins(given)
+    whole = [row["loss"] for row in running.train({**given, "output_dir": str(tmp_path / "whole")}).metrics]
+    halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "kernel_config": "auto"}
+    split = [row["loss"] for row in running.train({**given, "output_dir": str(tmp_path / "split"), **halves}).metrics]
+    assert split == pytest.approx(whole, rel=1e-4) and whole[0] != pytest.approx(plain[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
