@@ -34,7 +34,7 @@ _WHERE = {
             "Text", "Tokens", "UnpairedPreference",
         ),
         "llmtune.contract.evaluation": ("Prediction",),
-        "llmtune.contract.rewards": ("Reward",),
+        "llmtune.contract.rewards": ("ReadsRows", "Reward"),
         "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),
         "llmtune.model.generate": ("generate", "ContextFull"),
         "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),

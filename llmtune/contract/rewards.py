@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from llmtune.contract.generation import Completion
@@ -20,4 +20,14 @@ class Reward(Protocol):
         answers of its own or for none; `context.with_model` asks the models that the reward `UsesModels`. What it
         raises ends the run before the update.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """Optional on a reward that needs columns of the prompts' rows, such as the right answer."""
+
+    def row_objection(self, columns: Mapping[str, Any]) -> str | None:
+        """What the columns of a row lack, as a sentence that goes on after its place (`has no column 'answer'; ...`);
+        None where they have all. Asked of rows before training."""
         ...

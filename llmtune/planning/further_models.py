@@ -82,6 +82,7 @@ def _plan(recipe: Recipe, spec: ModelSpec, asker: BuiltPlugin, registry: Registr
     parts = find_parts(recipe, registry, problems, STRUCTURE_POINTS)
     raise_all(problems)
     pretrained = read_pretrained(recipe, parts, trained.ranks, described=False, templated=False)
+    kinds = pretrained.config.architectures or ["no class of transformers"]
     if spec.amend is not None:
         with blaming(asker.full_label, "amend"):
             amendment = spec.amend(pretrained.config, pretrained.tokenizer)
@@ -93,4 +94,10 @@ def _plan(recipe: Recipe, spec: ModelSpec, asker: BuiltPlugin, registry: Registr
             f"model: {recipe.model.model} has another vocabulary ({here:,} tokens) than the trained model ({there:,}), "
             "so that the two read different texts; name a model of the same family"
         )
-    return plan_model(recipe, parts, pretrained, trained.precision, trained.ranks, trained.device, "infer")
+    made = plan_model(recipe, parts, pretrained, trained.precision, trained.ranks, trained.device, "infer")
+    if made.keys.model_class == "cls" and "ForSequenceClassification" not in kinds[0] and not made.head_elsewhere:
+        raise PlanError(
+            f"model: {recipe.model.model} has no trained head of a sequence classifier ({kinds[0]}), and no adapter "
+            "brings one; name a model that stage rm has trained"
+        )
+    return made

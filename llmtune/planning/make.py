@@ -83,8 +83,9 @@ def make_plan(
         PlanError(s) for part in parts.at("lr_scheduler_config") for s in schedule_objections(recipe.train, part)
     ]
     samples = prepared.train
-    found = batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
-    problems += [PlanError(sentence) for sentence in [*found, *reward_objections(parts)]]
+    found = [*batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)]
+    found += reward_objections(parts, (samples, prepared.evaluation))
+    problems += [PlanError(sentence) for sentence in found]
     questions: list[Question] = []
     if recipe.train.do_predict and model is not None:
         with collect(problems):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmtune.contract.structure import output_heads
 from llmtune.distributed.activation_checkpointing import Level
 
 if TYPE_CHECKING:
@@ -73,6 +74,14 @@ class ModelPlan:
     def is_adapter(self) -> bool:
         """Whether the trained tensors are a small addition to a base that is kept elsewhere."""
         return any(part.built.kind == "adapter" for part in self.parts.at("peft_config"))
+
+    @property
+    def head_elsewhere(self) -> bool:
+        """Whether the model's files may lack the head of a classifier: one that trains starts from random numbers, and
+        one that is used comes from an adapter's files."""
+        heads = tuple(f"{name}." for name in output_heads(self.module))
+        brought = any(name.startswith(heads) for name in self.ledger.files)
+        return self.keys.model_class == "cls" and (self.mode != "infer" or brought)
 
     def parameters(self) -> tuple[int, int]:
         """(trainable, total), counted on the original shapes: a packed 4-bit weight counts its real size."""

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, did_you_mean, listed
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
+from llmtune.contract.rewards import ReadsRows
 from llmtune.contract.stages import Measures, RollsOut, precomputing
 
 if TYPE_CHECKING:
     from llmtune.contract.records import RunContext
     from llmtune.contract.stages import Stage
     from llmtune.data.config import DataConfig
+    from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
     from llmtune.model.edits import Ledger
     from llmtune.model.vocabulary import Vocabulary
@@ -72,14 +74,28 @@ def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: 
         )
 
 
-def reward_objections(parts: Parts) -> Iterator[str]:
-    """A stage that learns from rewards and has none, or rewards that no stage asks for."""
+ROWS_LOOKED_AT = 20_000
+"""Rows of a data set whose columns are read before training; of a larger one they are evenly spaced."""
+
+
+def reward_objections(parts: Parts, samples: Sequence[TokenSamples | None]) -> Iterator[str]:
+    """A stage that learns from rewards and has none, rewards that no stage asks for, and rows that lack what a reward
+    reads of them."""
     stage, rewards = parts.one("stage_config"), parts.at("reward_config")
     if isinstance(stage.built, RollsOut) and not rewards:
         yield f"reward_config: not given, and {stage.label} learns from what answers are worth; name at least one"
     elif rewards and not isinstance(stage.built, RollsOut):
         named = listed([part.plugin.name for part in rewards])
         yield f"reward_config: found {named}, but {stage.label} lets the model answer nothing; remove it"
+        return
+    for part in (part for part in rewards if isinstance(part.built, ReadsRows)):
+        for held in (held for held in samples if held is not None):
+            for index in range(0, len(held), max(1, len(held) // ROWS_LOOKED_AT)):
+                with blaming(part.full_label, "row_objection"):
+                    objection = part.built.row_objection(held.row(index))
+                if objection:
+                    yield f"{part.label}: {held.origin(index)} {objection}"
+                    break
 
 
 def streaming_objections(stage: BuiltPlugin, data: DataConfig) -> Iterator[str]:

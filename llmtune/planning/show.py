@@ -35,13 +35,13 @@ def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
 
 
 def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
-    """The further models of the stage, and whether they take memory of their own."""
+    """The further models of the stage and of rewards, and whether they take memory of their own."""
     rows = []
     when = "; asked once, before training" if precomputing(parts.one("stage_config").built) else ""
     for name in model_names(parts):
         plan = further.get(name)
         text = f"{plan.keys.model}, {plan.parameters()[1]:,} parameters" if plan else "the base, with its adapters off"
-        rows.append((name.capitalize(), text + when))
+        rows.append((name.rpartition(" ")[2].capitalize(), text + when))
     return [f"{name:<12}{text}" for name, text in rows]
 
 

@@ -11,7 +11,8 @@ from llmtune.recipe import text as recipe_text
 from llmtune.recipe.text import RecipeText, split
 
 _SECRET = re.compile(
-    r"(?i)(^|_)(api_?keys?|(access|private)_?key|secret\w*|passw(or)?d|passphrase|credentials?|token$)($|_)"
+    r"(?i)(^|_)(api_?keys?|(access|private)_?key|secret\w*|passw(or)?d|passphrase|credentials?|(proxy_)?authorization|"
+    r"cookie|token$)($|_)"
 )
 _OF_TEXT = re.compile(
     r"(?i)(^|_)(bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|video|audio|special|first|last|next|new|per|"
@@ -21,7 +22,9 @@ _OF_TEXT = re.compile(
 
 
 def is_secret(key: str) -> bool:
-    """Whether the value of a key, at any depth, is one to write nowhere: a hub's token, an API key, a password."""
+    """Whether the value of a key, at any depth, is one to write nowhere: a hub's token, an API key, a password; of HTTP
+    headers, too, whose names have hyphens."""
+    key = key.replace("-", "_")
     return bool(_SECRET.search(key)) and not _OF_TEXT.search(key)
 
 

@@ -84,12 +84,16 @@ class Subject:
             given["peft_config"] = "reference"  # what is quantised cannot train
         if self.point == "stage_config" and isinstance(self.built(), RollsOut):
             given["reward_config"] = "reference"
+        if self.point == "reward_config":
+            given["stage_config"] = "reference_answers"
         given |= {**self.recipe, **changes}
         return tiny_recipe(folder, self.family, self.sizes, self.kind, **given)
 
     @property
     def kind(self) -> str:
         """What the rows are that the plugin is tested with: of a stage, the first kind that it learns from."""
+        if self.point == "reward_config":
+            return "prompt"
         if self.point != "stage_config":
             return "conversation"
         kind = learns_of(self.built())[0]

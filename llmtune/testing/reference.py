@@ -1,4 +1,5 @@
-"""The plainest part for each extension point, named `reference`: what the laws put around the plugin under test.
+"""The plainest part for each extension point, named `reference`: what the laws put around the plugin under test. The
+stage that learns from the model's own answers is `reference_answers`.
 
 They are known to `llmtune.testing` alone; no recipe outside of it can name them.
 """
@@ -14,7 +15,9 @@ from llmtune.contract.hookspecs import hookimpl
 from llmtune.contract.records import Plugin
 from llmtune.recipe.packages import PackageSource
 
-REFERENCE = PackageSource(module=__name__, distribution="llmtune.testing", version=__version__, names=("reference",))
+REFERENCE = PackageSource(
+    module=__name__, distribution="llmtune.testing", version=__version__, names=("reference", "reference_answers")
+)
 """Where the registry of the laws finds them."""
 
 
@@ -23,8 +26,8 @@ class ReferenceConfig:
     """Reference parts have no keys."""
 
 
-def _plugin(kind: str, summary: str) -> list[Plugin]:
-    return [Plugin(name="reference", config=ReferenceConfig, build=_builder(kind), summary=summary)]
+def _plugin(kind: str, summary: str, name: str = "reference") -> list[Plugin]:
+    return [Plugin(name=name, config=ReferenceConfig, build=_builder(kind), summary=summary)]
 
 
 def _builder(kind: str) -> Callable[[Any], Any]:
@@ -50,8 +53,9 @@ def peft_config() -> list[Plugin]:
 
 @hookimpl
 def stage_config() -> list[Plugin]:
-    """Next-token loss."""
-    return _plugin("ReferenceLoss", "Summed next-token loss")
+    """Next-token loss, and one of answers that the model gives."""
+    answers = _plugin("ReferenceAnswers", "Answers with a high reward become more likely", "reference_answers")
+    return [*_plugin("ReferenceLoss", "Summed next-token loss"), *answers]
 
 
 @hookimpl

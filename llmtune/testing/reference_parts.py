@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.contract.generation import Completion
+from llmtune.contract.generation import Completion, GenerateConfig
 from llmtune.contract.load_rules import TensorReader
 from llmtune.contract.optimizers import OptimizerContext, ParameterGroup
 from llmtune.contract.records import ModelEdit, RunContext
@@ -51,6 +51,49 @@ class ReferenceLoss:
 
     def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss:
         return StageLoss(total=context.next_token_loss(model, batch))
+
+
+class ReferenceAnswers:
+    """A `Stage` that `RollsOut`: each answer becomes more likely by as much as its rewards are (REINFORCE)."""
+
+    learns = ("prompt",)
+    counts = "samples"
+    answer_tokens = 6
+    reads = 1
+    updates = 1
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch], context: StageContext) -> list[Batch]:
+        """One answer to each prompt, with its reward."""
+        made, config = [], GenerateConfig(max_new_tokens=self.answer_tokens, temperature=1.0, top_p=1.0, top_k=0)
+        for batch in batches:
+            prompts = batch.rows()
+            seeds = [context.seed_of(sample) for sample in batch.sample_ids]
+            answers = context.generate(model, prompts, config, seeds)
+            texts = context.tokenizer.batch_decode(prompts) if prompts else []
+            completions = [
+                Completion(
+                    prompt=text, answer=each.text, prompt_ids=each.prompt_ids, ids=each.ids, cut=each.cut,
+                    columns=columns,
+                )
+                for text, each, columns in zip(texts, answers, batch.columns, strict=True)
+            ]  # fmt: skip
+            rows = [([*each.prompt_ids, *each.ids], len(each.prompt_ids)) for each in completions]
+            said = context.batch(rows, batch.sample_ids)
+            said.extra = {"rewards": context.score(completions).nan_to_num(0.0).sum(1)}
+            made.append(said)
+        return made
+
+    def update(self, number: int, prepared: Sequence[Batch], context: StageContext) -> Sequence[Batch]:
+        """All answers."""
+        return prepared
+
+    def loss(self, model: nn.Module, batch: Batch, context: StageContext) -> StageLoss:
+        """The sum over answers of minus their reward times their log-probability."""
+        assert batch.target_sequence is not None
+        rewards_S = batch.extra["rewards"]
+        rewards_N = rewards_S.index_select(0, batch.target_sequence)
+        total = -(rewards_N * context.token_logps(model, batch)).sum()
+        return StageLoss(total=total, metrics={"reward": rewards_S.sum()})
 
 
 class Evens:

@@ -105,7 +105,7 @@ def build_objective(plan: ModelPlan) -> Objective:
         init_label=part.full_label,
         device=plan.device,
         seed=plan.seed,
-        new_heads=plan.keys.model_class == "cls",
+        new_heads=plan.head_elsewhere,
         vocabulary=plan.vocabulary,
     ).run()
     return objective

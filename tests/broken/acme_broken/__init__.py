@@ -61,6 +61,9 @@ POINTS = {
         "takes_chances", "sees_its_neighbours", "ignores_seeds", "never_ends", "keeps_silent", "stays_in_eval",
         "draws_by_rank",
     ),
+    "reward_config": (
+        "counts_to_infinity", "grades_on_a_curve", "grows_tired", "rolls_dice", "favours_large_crowds",
+    ),
     "data_config": ("knows_no_kind", "lies_about_its_kind", "fails_on_gaps", "changes_rows", "counts_rows"),
 }  # fmt: skip
 CONFIGS = {"undocumented": Undocumented, "out_of_bounds": OutOfBounds, "mutable": Mutable}
@@ -70,12 +73,14 @@ def _builder(name: str) -> Callable[[Any], Any]:
     def build(config: Any) -> Any:
         import torch
 
-        from acme_broken import edits, engines, formats, others
+        from acme_broken import edits, engines, formats, others, rewards
 
         if name == "draws_numbers":
             torch.rand(1)
         made = "".join(word.title() for word in name.split("_"))
-        return getattr(next(module for module in (edits, engines, formats, others) if hasattr(module, made)), made)()
+        return getattr(
+            next(module for module in (edits, engines, formats, others, rewards) if hasattr(module, made)), made
+        )()
 
     return build
 
@@ -143,3 +148,8 @@ def data_config() -> list[Plugin]:
 @hookimpl
 def engine_config() -> list[Plugin]:
     return _plugins("engine_config")
+
+
+@hookimpl
+def reward_config() -> list[Plugin]:
+    return _plugins("reward_config")

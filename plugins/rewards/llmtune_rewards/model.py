@@ -1,0 +1,93 @@
+"""Rewards of a sequence classifier with one output. T token positions · D width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtune import Amendment, Batch, Completion, ModelSpec, PlanError, StageContext, output_heads
+
+from .places import keys_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from . import ModelConfig
+
+MARK = "Here an answer ends."
+
+
+class ModelReward:
+    """The number of the head at the end of a conversation, which is the prompt, the answer's tokens, and what the
+    template writes after an answer, whether it came to its end or was cut: as reward models are trained and asked."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def models(self) -> Mapping[str, ModelSpec]:
+        """The reward model. Raises PlanError where the config names none that can be used."""
+        return {"reward": ModelSpec(keys=keys_of(self.config), amend=self._amend)}
+
+    def _amend(self, config: Any, tokenizer: Any) -> Amendment:
+        """A head with one output; of a base without a head, as stage `rm` makes it."""
+        if any("ForSequenceClassification" in name for name in config.architectures or ()):
+            if config.num_labels != 1:
+                raise PlanError(
+                    f"model: {self.config.reward_model} has a head with {config.num_labels} outputs, and a reward is "
+                    "one number; name a reward model"
+                )
+        else:
+            config.pad_token_id = tokenizer.pad_token_id
+        config.num_labels = 1
+        return Amendment(model_class="cls")
+
+    def score(self, completions: Sequence[Completion], context: StageContext) -> list[float]:
+        """What the model says of each answer. Collective."""
+        ending = written_after(context.tokenizer)
+        rows = [conversation(each, ending) for each in completions]
+        return context.with_model("reward", lambda it, its: self._read(it, its, rows, context)).tolist()
+
+    def _read(self, model: Any, its: StageContext, rows: Sequence[Sequence[int]], context: StageContext) -> Tensor:
+        """(rows,) float32, some rows at a time. Ranks read on until the last of them has read all of its own."""
+        (head,) = output_heads(model)
+        pad_id, device = model.config.get_text_config().pad_token_id, next(model.parameters()).device
+        found = torch.zeros(len(rows))
+        order = sorted(range(len(rows)), key=lambda at: -len(rows[at]))
+        while context.total(torch.tensor(float(len(order)), device=device)) > 0:
+            some, order = order[: self.config.batch_size], order[self.config.batch_size :]
+            batch = context.batch([(rows[at], len(rows[at])) for at in some])
+            hidden_TD = its.hidden_states(model, batch).flatten(0, 1)
+            ends = torch.tensor(last_positions(batch, [rows[at] for at in some], pad_id), dtype=torch.int64)
+            logits = model.get_submodule(head)(hidden_TD.index_select(0, ends.to(hidden_TD.device)))
+            found[some] = logits.squeeze(-1).float().cpu()
+        return found
+
+
+def written_after(tokenizer: Any) -> list[int] | None:
+    """The tokens that the template writes after an answer; None where it does not write answers as they are."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    _, said, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(MARK)
+    return tokenizer(after, add_special_tokens=False)["input_ids"] if said else None
+
+
+def conversation(completion: Completion, ending: Sequence[int] | None) -> list[int]:
+    """Prompt and answer as the template writes them; a token that ended the answer is part of the `ending`."""
+    if ending is None:
+        return [*completion.prompt_ids, *completion.ids]
+    said = completion.ids if completion.cut else completion.ids[:-1]
+    return [*completion.prompt_ids, *said, *ending]
+
+
+def last_positions(batch: Batch, rows: Sequence[Sequence[int]], pad_id: int | None) -> list[int]:
+    """Where each row ends in the batch's flattened tokens: its last one that is no padding, as transformers looks for
+    it, even where the text itself ends with that token."""
+    if batch.document_starts is not None:
+        starts = batch.document_starts.tolist()
+    else:
+        starts = range(0, batch.input_ids.numel(), batch.input_ids.shape[1])
+    ends = [max((at for at, token in enumerate(row) if token != pad_id), default=0) for row in rows]
+    return [start + end for start, end in zip(starts, ends, strict=False)]
