@@ -67,7 +67,7 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class RewardModelConfig:
     """Keys of `reward_config: {name: model}`."""
 
     reward_model: str
@@ -127,7 +127,7 @@ def build_rule(config: RuleConfig) -> Any:
     return RuleReward(config)
 
 
-def build_model(config: ModelConfig) -> Any:
+def build_model(config: RewardModelConfig) -> Any:
     """The reward that a sequence classifier gives."""
     from .model import ModelReward
 
@@ -147,6 +147,6 @@ def reward_config() -> list[Plugin]:
     return [
         Plugin(name="function", config=FunctionConfig, build=build_function, summary="A Python function"),
         Plugin(name="rule", config=RuleConfig, build=build_rule, summary="Right or wrong by a rule"),
-        Plugin(name="model", config=ModelConfig, build=build_model, summary="A reward model"),
+        Plugin(name="model", config=RewardModelConfig, build=build_model, summary="A reward model"),
         Plugin(name="endpoint", config=EndpointConfig, build=build_endpoint, summary="A server asked over HTTP"),
     ]

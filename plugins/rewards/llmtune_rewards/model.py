@@ -15,7 +15,7 @@ from .places import keys_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from . import ModelConfig
+    from . import RewardModelConfig
 
 MARK = "Here an answer ends."
 
@@ -24,7 +24,7 @@ class ModelReward:
     """The number of the head at the end of a conversation, which is the prompt, the answer's tokens, and what the
     template writes after an answer, whether it came to its end or was cut: as reward models are trained and asked."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: RewardModelConfig) -> None:
         self.config = config
 
     @cached_property

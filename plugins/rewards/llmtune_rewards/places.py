@@ -11,13 +11,13 @@ import yaml
 from llmtune import PlanError
 
 if TYPE_CHECKING:
-    from . import ModelConfig
+    from . import RewardModelConfig
 
 PLAIN = {"revision": None, "rope_scaling": None, "quant_config": None, "peft_config": None}
 """Keys of the trained model that are not those of another one."""
 
 
-def keys_of(config: ModelConfig) -> dict[str, Any]:
+def keys_of(config: RewardModelConfig) -> dict[str, Any]:
     """The keys in which the reward model differs from the trained one. Raises PlanError where there is none, or where
     it is not of the type that the config names."""
     place = Path(config.reward_model).expanduser()
