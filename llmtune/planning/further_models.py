@@ -95,6 +95,7 @@ def _plan(recipe: Recipe, spec: ModelSpec, asker: BuiltPlugin, registry: Registr
             "so that the two read different texts; name a model of the same family"
         )
     made = plan_model(recipe, parts, pretrained, trained.precision, trained.ranks, trained.device, "infer")
+    made = replace(made, finished=True)
     if made.keys.model_class == "cls" and "ForSequenceClassification" not in kinds[0] and not made.head_elsewhere:
         raise PlanError(
             f"model: {recipe.model.model} has no trained head of a sequence classifier ({kinds[0]}), and no adapter "

@@ -68,6 +68,8 @@ class ModelPlan:
     """Whether each layer is compiled."""
     seed: int = 0
     """The seed of fresh weights."""
+    finished: bool = False
+    """Whether it has been trained elsewhere, so that nothing of it may start from random numbers."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,11 +79,11 @@ class ModelPlan:
 
     @property
     def head_elsewhere(self) -> bool:
-        """Whether the model's files may lack the head of a classifier: one that trains starts from random numbers, and
-        one that is used comes from an adapter's files."""
+        """Whether the model's files may lack the head of a classifier, which then starts from random numbers, or comes
+        from an adapter's files."""
         heads = tuple(f"{name}." for name in output_heads(self.module))
         brought = any(name.startswith(heads) for name in self.ledger.files)
-        return self.keys.model_class == "cls" and (self.mode != "infer" or brought)
+        return self.keys.model_class == "cls" and (brought or not self.finished)
 
     def parameters(self) -> tuple[int, int]:
         """(trainable, total), counted on the original shapes: a packed 4-bit weight counts its real size."""
