@@ -1,5 +1,5 @@
-"""What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed`,
-`data_config: forum`."""
+"""What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed` and `best_of`,
+`data_config: forum`, `reward_config: small`, `engine_config: parrot`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,23 @@ class SmoothedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestOfConfig:
+    """Keys of `stage_config: {name: best_of}`."""
+
+    elder: str
+    """Folder of the model that says how much a token counts."""
+    of: Annotated[int, Ge(1)] = 3
+    """Answers to each prompt, the best of which is learnt."""
+    answer_tokens: Annotated[int, Ge(1)] = 6
+    """Most tokens of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoKeys:
+    """Parts without keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForumConfig:
     """Keys of `data_config: {name: forum}`."""
 
@@ -68,6 +85,24 @@ def _smoothed(config: SmoothedConfig) -> Any:
     return Smoothed(config)
 
 
+def _best_of(config: BestOfConfig) -> Any:
+    from acme_tuning.best_of import BestOf
+
+    return BestOf(config)
+
+
+def _parrot(config: NoKeys) -> Any:
+    from acme_tuning.best_of import Parrot
+
+    return Parrot()
+
+
+def _small(config: NoKeys) -> Any:
+    from acme_tuning.best_of import Small
+
+    return Small()
+
+
 @hookimpl
 def peft_config() -> list[Plugin]:
     return [Plugin(name="ia3", config=Ia3Config, build=_ia3, summary="One trained gain for each output of a layer")]
@@ -88,7 +123,20 @@ def quant_config() -> list[Plugin]:
 
 @hookimpl
 def stage_config() -> list[Plugin]:
-    return [Plugin(name="smoothed", config=SmoothedConfig, build=_smoothed, summary="Label-smoothed fine-tuning")]
+    return [
+        Plugin(name="smoothed", config=SmoothedConfig, build=_smoothed, summary="Label-smoothed fine-tuning"),
+        Plugin(name="best_of", config=BestOfConfig, build=_best_of, summary="The best of several answers"),
+    ]
+
+
+@hookimpl
+def engine_config() -> list[Plugin]:
+    return [Plugin(name="parrot", config=NoKeys, build=_parrot, summary="Answers that follow from the prompt")]
+
+
+@hookimpl
+def reward_config() -> list[Plugin]:
+    return [Plugin(name="small", config=NoKeys, build=_small, summary="Tokens of small numbers")]
 
 
 @hookimpl
