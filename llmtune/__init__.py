@@ -22,8 +22,8 @@ _WHERE = {
             "Schedule", "FollowsEvaluations", "Logger", "LoggerStart", "Continues", "Checks",
         ),
         "llmtune.contract.optimizers": (
-            "OptimizerFactory", "OptimizerContext", "ParameterGroup", "ParameterRole", "ChangesWhatTrains", "Repacks",
-            "SpreadsState",
+            "OptimizerFactory", "OptimizerContext", "ParameterGroup", "ParameterRole", "ChangesWhatTrains",
+            "ChecksGroups", "Repacks", "SpreadsState",
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",

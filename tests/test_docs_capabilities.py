@@ -68,6 +68,10 @@ ROWS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "`cp_size`": [(2, CP), (4, {**CP, "packing": True})],
     "new tokens": [(1, {"new_special_tokens": "<|note|>", "resize_vocab": True})],
     "`adamw`, `adamw_8bit`": [(1, {"optim_config": name}) for name in ("adamw", "adamw_8bit")],
+    "`muon`, `adam_mini`, `adafactor`, `badam`, `lion`, `sgd`": [
+        (1, {"optim_config": name}) for name in ("muon", "adam_mini", "adafactor", "badam", "lion", "sgd")
+    ],
+    "`galore`, `apollo`": [(1, {"optim_config": name}) for name in ("galore", "apollo")],
 }
 TRIED = (
     "`llmtune chat` on a base in 8 bits",
@@ -147,7 +151,9 @@ def test_a_method_goes_with_what_the_page_says(
         for ranks, changes in ROWS[row]:
             if cell in ("yes", "refused"):
                 refusal = (
-                    None if cell == "yes" else "8, which is for inference|quantised|quant_config bnb|how it is split"
+                    None
+                    if cell == "yes"
+                    else "8, which is for inference|quantised|quant_config bnb|how it is split|projects the"
                 )
                 require(keys_for(models, chats, tmp_path, peft, changes), ranks, refusal)
                 continue

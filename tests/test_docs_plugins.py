@@ -16,7 +16,7 @@ GUIDE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="
 MODULES = dict(re.findall(r"`(acme_\w+)\.py`[^\n]*\n```python\n(.*?)^```", GUIDE, re.M | re.S))
 PLUGINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "acme_csv": ("logger_config", "csv", {}),
-    "acme_sgd": ("optim_config", "sgd", {"ranks": False}),
+    "acme_sgd": ("optim_config", "plain_sgd", {"ranks": False}),
     "acme_tickets": ("data_config", "tickets", {"rows": [{"subject": "Help", "body": "How?", "answer": "So."}]}),
     "acme_wsd": ("lr_scheduler_config", "wsd", {}),
 }

@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "optim_config": {"name": "adamw_8bit", "min_8bit_size": 64},
     },
+    "galore": {"peft_config": None, "learning_rate": 1e-3, "optim_config": {"name": "galore", "rank": 4}},
+    "adafactor": {"peft_config": None, "learning_rate": 1e-3, "optim_config": {"name": "adafactor", "beta1": 0.5}},
 }
 COPIES = {"name": "fsdp2", "dp_replicate_size": 2}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -62,6 +62,16 @@ class OptimizerFactory(Protocol):
 
 
 @runtime_checkable
+class ChecksGroups(Protocol):
+    """Optional on an `OptimizerFactory` that cannot take every model: what speaks against it before a run starts."""
+
+    def check_groups(self, groups: Sequence[ParameterGroup]) -> Iterable[str]:
+        """Objections to the parameters that would train, one sentence each, beginning with a key of its block or with
+        the optimiser's name. The parameters are on the meta device, or whole."""
+        ...
+
+
+@runtime_checkable
 class SpreadsState(Protocol):
     """Optional on an optimiser whose state has tensors of other shapes than the parameter's, such as low-rank factors.
 
@@ -79,8 +89,9 @@ class ChangesWhatTrains(Protocol):
     """Optional on an optimiser under which only some of its parameters train at a time."""
 
     def at_step(self, step: int) -> None:
-        """Called before the 0-based `step` is done, on every rank. It may switch `requires_grad` of the parameters that
-        it holds, and begin their state anew; a function of `step` alone, as a continued run begins with any."""
+        """Called before the 0-based `step` is done, on every rank. It may switch off `requires_grad` of parameters that
+        it holds, for this step, and begin their state anew; a function of `step`, as a continued run begins with any.
+        """
         ...
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.stages import Batch, RollsOut
 from llmtune.contract.structure import transformer_layers
 from llmtune.cost.tracker import Segment, Tracker, by_category
@@ -169,6 +170,8 @@ def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
     """The recipe's optimiser with its state made by a first step, or None where it cannot work on fake tensors."""
     try:
         optimizer = make_optimizer(plan)
+        if isinstance(optimizer, ChangesWhatTrains):
+            optimizer.at_step(0)
         optimizer.step()
         return optimizer
     except Exception:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmtune.contract.optimizers import OptimizerFactory
+    from llmtune.model.edits import Ledger
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -36,6 +37,12 @@ def parameter_roles(model: nn.Module, given: Mapping[str, ParameterRole]) -> dic
         return "head" if name.startswith(heads) else "matrix"
 
     return {name: role(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def model_groups(model: nn.Module, ledger: Ledger, learning_rate: float) -> list[ParameterGroup]:
+    """Groups of all parameters of `model` that train."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return group_parameters(named, parameter_roles(model, ledger.roles), ledger.lr_factors, learning_rate)
 
 
 def group_parameters(

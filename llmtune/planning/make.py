@@ -20,6 +20,7 @@ from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import (
     batch_objections,
     metric_objections,
+    optimizer_objections,
     reward_objections,
     schedule_objections,
     streaming_objections,
@@ -94,6 +95,8 @@ def make_plan(
             questions = questions_of(
                 recipe, formats, pretrained.tokenizer, pretrained.config, config, prepared.evaluation
             )
+    for part in parts.at("optim_config") if model is not None else ():
+        problems += optimizer_objections(part, model)
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)

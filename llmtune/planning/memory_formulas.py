@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.records import HoldsGathered
 from llmtune.contract.stages import precomputing
 from llmtune.contract.structure import transformer_layers
@@ -184,7 +185,7 @@ def to_host(memory: Memory) -> Memory:
     return replace(memory, **dict.fromkeys(moved, 0), host=memory.host + sum(moved.values()))
 
 
-def hold(prefix: str, module: nn.Module, rank: Rank, state: dict[tuple[Any, ...], int]) -> Held:
+def hold(prefix: str, module: nn.Module, rank: Rank, state: dict[str, int]) -> Held:
     """What a module's parameters and buffers come to."""
     held = Held(weights=sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()))
     for name, parameter in module.named_parameters(prefix=prefix.removesuffix(".")):
@@ -197,48 +198,57 @@ def hold(prefix: str, module: nn.Module, rank: Rank, state: dict[tuple[Any, ...]
         cast = parameter.dim() > 1 and bytes_each > rank.compute_bytes
         held += Held(
             **{"adapters" if rank.adapter else "weights": size},
-            gradients=size, optimizer=state[rank.key(name, parameter)], gathered=numbers * travels, trained=numbers,
+            gradients=size if name in state else 0, optimizer=state.get(name, 0), gathered=numbers * travels,
+            trained=numbers if name in state else 0,
             copied=numbers * rank.compute_bytes if cast else 0,
         )  # fmt: skip
     return held
 
 
-def optimizer_bytes(plan: Plan, rank: Rank) -> dict[tuple[Any, ...], int]:
-    """State of each kind of trained parameter, found by letting the recipe's optimiser take a step: on fake tensors;
-    where it cannot, on small real ones, its state then being taken to grow with the parameter; where it cannot do that
-    either, as it wants a GPU, what AdamW has."""
+def optimizer_bytes(plan: Plan, rank: Rank) -> dict[str, int]:
+    """State of each parameter that trains at a step, by name, found by letting the recipe's optimiser take a step for
+    one of each kind: on fake tensors; where it cannot, on small real ones, its state then being taken to grow with the
+    parameter; where it cannot do that either, as it wants a GPU, what AdamW has."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     module, ledger, train = plan.model.module, plan.model.ledger, plan.recipe.train
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     kinds = {rank.key(name, p): (name, p) for name, p in reversed(trained)}
-    shapes = [tuple(p.shape) for _, p in kinds.values()]
-    shares = [math.prod(rank.local(p)) / p.numel() for _, p in kinds.values()]
     roles, context = parameter_roles(module, ledger.roles), optimizer_context(module, train.learning_rate, train.seed)
 
-    def state_sizes(shapes: Sequence[tuple[int, ...]]) -> list[int]:
-        """Bytes of whole state after a step, for parameters of these shapes."""
-        named = [
-            (name, nn.Parameter(torch.zeros(shape, dtype=p.dtype)))
-            for (name, p), shape in zip(kinds.values(), shapes, strict=True)
-        ]
-        for _, parameter in named:
-            parameter.grad = torch.zeros_like(parameter)
+    def states(pairs: Sequence[tuple[str, nn.Parameter]], small: bool = False) -> dict[str, int]:
+        """Bytes of whole state after a first step, by name, without those that do not train at it."""
+        shapes = {name: _small(tuple(p.shape)) if small else tuple(p.shape) for name, p in pairs}
+        named = [(name, nn.Parameter(torch.zeros(shapes[name], dtype=p.dtype))) for name, p in pairs]
         groups = group_parameters(named, roles, ledger.lr_factors, train.learning_rate)
         optimizer = create_optimizer(plan.parts.one("optim_config").built, groups, context)
+        by_turns = isinstance(optimizer, ChangesWhatTrains)
+        if by_turns and len(pairs) < len(trained):  # a kind does not tell which of its parameters train
+            return states(trained, small)
+        if by_turns:
+            optimizer.at_step(0)
+        for _, parameter in named:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
-        states = [optimizer.state.get(parameter, {}).values() for _, parameter in named]
-        return [sum(each.numel() * each.element_size() for each in s if isinstance(each, torch.Tensor)) for s in states]
+        found = {name: _tensor_bytes(optimizer.state.get(p, {}).values()) for name, p in named if p.requires_grad}
+        return found if by_turns else {name: found[kinds[rank.key(name, p)][0]] for name, p in trained}
 
-    sizes = [2 * p.numel() * p.element_size() for _, p in kinds.values()]
+    whole = dict(trained)
+    sizes = {name: 2 * p.numel() * p.element_size() for name, p in trained}
     # A foreign optimiser may do anything with values that fake tensors have not.
     with suppress(Exception):
-        small = [_small(shape) for shape in shapes]
-        ratios = [math.prod(shape) / math.prod(less) for shape, less in zip(shapes, small, strict=True)]
-        sizes = [int(size * ratio) for size, ratio in zip(state_sizes(small), ratios, strict=True)]
+        less = {name: math.prod(_small(tuple(p.shape))) for name, p in trained}
+        sizes = {
+            name: size * whole[name].numel() // less[name] for name, size in states([*kinds.values()], True).items()
+        }
         with FakeTensorMode():
-            sizes = state_sizes(shapes)
-    return {kind: round(size * share) for kind, size, share in zip(kinds, sizes, shares, strict=True)}
+            sizes = states([*kinds.values()])
+    shares = {name: math.prod(rank.local(whole[name])) / whole[name].numel() for name in sizes}
+    return {name: round(size * shares[name]) for name, size in sizes.items()}
+
+
+def _tensor_bytes(values: Iterable[Any]) -> int:
+    return sum(each.numel() * each.element_size() for each in values if isinstance(each, torch.Tensor))
 
 
 def _small(shape: tuple[int, ...]) -> tuple[int, ...]:

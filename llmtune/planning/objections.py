@@ -8,9 +8,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, did_you_mean, listed
+from llmtune.contract.optimizers import ChecksGroups
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
 from llmtune.contract.rewards import ReadsRows
 from llmtune.contract.stages import Measures, RollsOut, precomputing
+from llmtune.model.parameter_groups import model_groups
 
 if TYPE_CHECKING:
     from llmtune.contract.records import RunContext
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from llmtune.distributed.ranks import Ranks
     from llmtune.model.edits import Ledger
     from llmtune.model.vocabulary import Vocabulary
+    from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.parts import BuiltPlugin, Parts
     from llmtune.recipe.train_config import TrainConfig
 
@@ -33,6 +36,15 @@ def plugin_objections(part: BuiltPlugin, context: RunContext, module: Any) -> li
         return []
     with blaming(part.full_label, "check"):
         return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(context, module)]
+
+
+def optimizer_objections(part: BuiltPlugin, model: ModelPlan) -> list[LlmtuneError]:
+    """What an optimiser has to say against the parameters that train."""
+    if not isinstance(part.built, ChecksGroups):
+        return []
+    groups = model_groups(model.module, model.ledger, 1.0)
+    with blaming(part.full_label, "check_groups"):
+        return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check_groups(groups)]
 
 
 def metric_objections(train: TrainConfig, stage: Stage, sets: Sequence[str]) -> Iterator[str]:

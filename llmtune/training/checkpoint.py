@@ -111,9 +111,8 @@ def training_state(
     """Trainable weights and optimiser state as named tensors, and the optimiser's plain numbers."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
     for name, parameter in model.named_parameters():
-        if not (parameter.requires_grad or id(parameter) in held):  # an optimiser may train a part at a time
+        if not parameter.requires_grad:
             continue
         tensors[f"model/{name}"] = parameter.detach()
         state = optimizer.state.get(parameter, {}) if optimizer else {}

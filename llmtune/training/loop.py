@@ -91,9 +91,7 @@ def train(run: Training, watcher: Watcher) -> int:
     step = run.first_step
     while step < run.total_steps:
         started, run.at = time.perf_counter(), step + 1
-        if isinstance(run.optimizer, ChangesWhatTrains):
-            with noting(run.optimizer_label, "at_step"):
-                run.optimizer.at_step(step)
+        begin_step(run, step)
         rate = set_learning_rate(run, step)
         micros = list(prepared(run.objective, run.batches.step(step, run.device), step))
         done: list[StepStats] = []
@@ -101,13 +99,20 @@ def train(run: Training, watcher: Watcher) -> int:
             stats = update(run, chosen(run.objective, len(done), micros), step, len(done))
             if stats is not None:
                 done.append(stats)
+        for parameter in run.parameters:  # all train for whoever saves or looks between the steps
+            parameter.requires_grad_(True)
         step += 1
         if watcher.after_step(step, summary(done, rate, time.perf_counter() - started)):
             break
         run.objective.train()
-    for parameter in run.parameters:
-        parameter.requires_grad_(True)
     return step
+
+
+def begin_step(run: Training, step: int) -> None:
+    """Let an optimiser that trains a part at a time choose it."""
+    if isinstance(run.optimizer, ChangesWhatTrains):
+        with noting(run.optimizer_label, "at_step"):
+            run.optimizer.at_step(step)
 
 
 def update(run: Training, micros: Sequence[Batch], step: int, number: int) -> StepStats | None:

@@ -1,13 +1,24 @@
-"""Optimisers: `optim_config: adamw` and `optim_config: adamw_8bit`."""
+"""Optimisers, `optim_config`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmtune import Ge, Gt, Lt, Plugin, hookimpl
+from llmtune import Ge, Gt, Plugin, hookimpl
 
-Beta = Annotated[float, Ge(0), Lt(1)]
+from .configs import (
+    AdafactorConfig,
+    AdamMiniConfig,
+    ApolloConfig,
+    BAdamConfig,
+    Beta,
+    GaLoreConfig,
+    LionConfig,
+    LowRankConfig,
+    MuonConfig,
+    SgdConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +71,79 @@ def build_adamw_8bit(config: AdamW8bitConfig) -> Any:
     return AdamW8bitFactory(config)
 
 
+def build_muon(config: MuonConfig) -> Any:
+    """An `OptimizerFactory` for `muon`."""
+    from .muon import MuonFactory
+
+    return MuonFactory(config)
+
+
+def build_low_rank(config: LowRankConfig) -> Any:
+    """An `OptimizerFactory` for `galore` and `apollo`."""
+    from .low_rank import LowRankFactory
+
+    return LowRankFactory(config)
+
+
+def build_adam_mini(config: AdamMiniConfig) -> Any:
+    """An `OptimizerFactory` for `adam_mini`."""
+    from .by_rows import AdamMiniFactory
+
+    return AdamMiniFactory(config)
+
+
+def build_adafactor(config: AdafactorConfig) -> Any:
+    """An `OptimizerFactory` for `adafactor`."""
+    from .by_rows import AdafactorFactory
+
+    return AdafactorFactory(config)
+
+
+def build_badam(config: BAdamConfig) -> Any:
+    """An `OptimizerFactory` for `badam`."""
+    from .badam import BAdamFactory
+
+    return BAdamFactory(config)
+
+
+def build_lion(config: LionConfig) -> Any:
+    """An `OptimizerFactory` for `lion`."""
+    from .elementwise import LionFactory
+
+    return LionFactory(config)
+
+
+def build_sgd(config: SgdConfig) -> Any:
+    """An `OptimizerFactory` for `sgd`."""
+    from .elementwise import SgdFactory
+
+    return SgdFactory(config)
+
+
 @hookimpl
 def optim_config() -> list[Plugin]:
-    """`adamw` and `adamw_8bit`."""
+    """All optimisers."""
+    eight_bit = Plugin(
+        name="adamw_8bit",
+        config=AdamW8bitConfig,
+        build=build_adamw_8bit,
+        summary="AdamW with 8-bit states (bitsandbytes): 2 bytes per trained parameter instead of 8",
+        requires=("bitsandbytes>=0.48",),
+    )
     return [
-        Plugin(name="adamw", config=AdamWConfig, build=build_adamw, summary="AdamW, fused where it exists"),
-        Plugin(
-            name="adamw_8bit",
-            config=AdamW8bitConfig,
-            build=build_adamw_8bit,
-            summary="AdamW with 8-bit states (bitsandbytes): 2 bytes per trained parameter instead of 8",
-            requires=("bitsandbytes>=0.48",),
+        eight_bit,
+        *(
+            Plugin(name=name, config=config, build=build, summary=summary)
+            for name, config, build, summary in (
+                ("adamw", AdamWConfig, build_adamw, "AdamW, fused where it exists"),
+                ("muon", MuonConfig, build_muon, "Orthogonal updates for matrices, AdamW for all else: half the state"),
+                ("galore", GaLoreConfig, build_low_rank, "Adam in a subspace of each matrix's gradient: little state"),
+                ("apollo", ApolloConfig, build_low_rank, "SGD scaled by what Adam does in a subspace: little state"),
+                ("adam_mini", AdamMiniConfig, build_adam_mini, "AdamW with one second moment a row: half the state"),
+                ("adafactor", AdafactorConfig, build_adafactor, "Second moments of rows and columns: hardly any state"),
+                ("badam", BAdamConfig, build_badam, "Adam on one block of the model at a time: the state of one block"),
+                ("lion", LionConfig, build_lion, "The sign of a momentum: half the state"),
+                ("sgd", SgdConfig, build_sgd, "Gradient descent, with momentum if wanted"),
+            )
         ),
     ]

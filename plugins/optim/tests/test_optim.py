@@ -235,7 +235,9 @@ def test_importing_bitsandbytes_says_nothing() -> None:
 
 def test_entry_module_is_light_and_describes_itself() -> None:
     plugins = {plugin.name: plugin for plugin in optim_config()}
-    assert set(plugins) == {"adamw", "adamw_8bit"}
+    assert set(plugins) == {
+        "adamw", "adamw_8bit", "muon", "galore", "apollo", "adam_mini", "adafactor", "lion", "sgd", "badam",
+    }  # fmt: skip
     code = "import sys, llmtune_optim; print([m for m in ('torch', 'bitsandbytes') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
