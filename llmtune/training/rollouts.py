@@ -80,15 +80,25 @@ class Rollouts:
         return to_device(made, self.device)
 
 
+LARGEST = float(np.finfo(np.float32).max)
+
+
 def checked(part: BuiltPlugin, completions: Sequence[Completion], scores: Sequence[float | None]) -> list[float]:
-    """The scores of a reward, NaN for None. Raises PluginError where one is missing or not finite."""
-    if len(scores) != len(completions):
-        raise PluginError(f"{part.full_label}: score gave {len(scores)} numbers for {len(completions)} answers")
-    values = [math.nan if score is None else float(score) for score in scores]
+    """The scores of a reward, NaN for None. Raises PluginError unless it has one for each answer, each a number that
+    float32 can hold."""
+    allowed = "allowed is a finite number for each answer, or None where there is nothing to say; "
+    allowed += "nothing was learnt from this step"
+    try:
+        values = [math.nan if score is None else float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise PluginError(f"{part.full_label}: score gave {scores!r:.200}, {allowed}") from None
+    if len(values) != len(completions):
+        raise PluginError(
+            f"{part.full_label}: score gave {len(values)} numbers for {len(completions)} answers, {allowed}"
+        )
     for score, value, completion in zip(scores, values, completions, strict=True):
-        if score is not None and not math.isfinite(value):
+        if score is not None and not abs(value) <= LARGEST:
             raise PluginError(
-                f"{part.full_label}: score gave {score} for the answer {completion.answer[:200]!r}, allowed is a "
-                "finite number, or None where there is nothing to say; nothing was learnt from this step"
+                f"{part.full_label}: score gave {score} for the answer {completion.answer[:200]!r}, {allowed}"
             )
     return values

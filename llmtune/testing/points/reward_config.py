@@ -148,7 +148,8 @@ def made_up(plan: Plan) -> list[Completion]:
     samples, tokenizer = plan.data.batches.samples, plan.model.tokenizer
     found = []
     for at in range(6):
-        prompt, columns = samples.sample(at)[0].tolist(), samples.row(at)
+        number = at % len(samples)
+        prompt, columns = samples.sample(number)[0].tolist(), samples.row(number)
         right = str(columns.get("answer", at))
         texts = (f"It is {right}.", "No.", right, "", f"I say {right}, and what I say is true." * 2, f"It is {right}")
         ids, cut = tokenizer(texts[at], add_special_tokens=False)["input_ids"], at == 5

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune import Completion, PluginError, StageContext
 
+from .rows import require_columns
+
 if TYPE_CHECKING:
     from . import EndpointConfig
 
@@ -39,6 +41,7 @@ class EndpointReward:
 
     def score(self, completions: Sequence[Completion], context: StageContext) -> list[float | None]:
         """What the server says of each answer. Raises PluginError where it says nothing that can be used."""
+        require_columns(self, "endpoint", completions)
         found: list[float | None] = []
         for start in range(0, len(completions), self.config.batch_size):
             found += self._asked(completions[start : start + self.config.batch_size], context)

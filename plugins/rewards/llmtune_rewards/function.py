@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune import Completion, PlanError, PluginError, StageContext
 
+from .rows import require_columns
+
 if TYPE_CHECKING:
     from . import FunctionConfig
 
@@ -43,6 +45,7 @@ class FunctionReward:
         """What the function says of each answer; it is not called for none. Raises PluginError where it fails."""
         if not completions:
             return []
+        require_columns(self, "function", completions)
         names = list(self.columns)
         if self.takes_all:
             held = dict.fromkeys(name for each in completions for name in each.columns)

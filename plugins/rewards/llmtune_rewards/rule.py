@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmtune import Completion, DataError, StageContext
+from llmtune import Completion, StageContext
 
 from .numbers import close, last_number
+from .rows import require_columns
 
 if TYPE_CHECKING:
     from . import RuleConfig
@@ -43,6 +44,7 @@ class RuleReward:
     def score(self, completions: Sequence[Completion], context: StageContext) -> list[float]:
         """One of the two scores for each answer. Raises DataError for a row without the column."""
         config = self.config
+        require_columns(self, "rule", completions)
         return [config.right_score if self._is_right(each) else config.wrong_score for each in completions]
 
     def _is_right(self, completion: Completion) -> bool:
@@ -53,8 +55,6 @@ class RuleReward:
         said = self._taken(completion.answer, config.answer_pattern)
         if said is None or config.match == "regex":
             return said is not None
-        if objection := self.row_objection(completion.columns):
-            raise DataError(f"reward_config rule: the row of the prompt {completion.prompt[-80:]!r} {objection}")
         read = self.readers[config.match]
         found = read(said)
         right = [

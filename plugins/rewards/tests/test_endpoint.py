@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import llmtune
-from llmtune import Completion, PluginError
+from llmtune import Completion, DataError, PluginError
 from llmtune.testing import in_ranks, tiny_recipe, tiny_tokenizer
 
 from .conftest import Said, Served
@@ -43,6 +43,8 @@ def test_the_server_is_asked_as_reward_servers_of_llama_factory_are(server: Serv
     assert headers["Authorization"] == "Bearer k" and headers["X-Team"] == "a"
     assert headers["Content-Type"] == "application/json"
     assert score(server, []) == [] and len(server.asked) == 3
+    with pytest.raises(DataError, match="reward_config endpoint: the row of the prompt .* has no column 'more'"):
+        score(server, said, columns=("more",))
 
 
 def test_a_server_that_fails_first_is_asked_again(server: Served, completion: Made) -> None:

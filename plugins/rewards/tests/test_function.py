@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import llmtune
-from llmtune import Completion, PluginError
+from llmtune import Completion, DataError, PluginError
 from llmtune.testing import in_ranks, tiny_recipe
 
 Made = Callable[..., Completion]
@@ -82,6 +82,11 @@ def test_modules_arguments_and_columns_that_are_not_there(functions: str, tmp_pa
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps({"prompt": f"{at}?"}) + "\n" for at in range(8)))
     said = refused(f"{functions}:near", dataset=str(tmp_path / "bare.jsonl"))
     assert f"bare.jsonl:1 has no column 'answer', which {functions}:near takes" in said
+
+
+def test_a_column_that_a_row_of_a_stream_lacks_is_told(functions: str, completion: Made) -> None:
+    with pytest.raises(DataError, match="reward_config function: the row of the prompt .* has no column 'answer'"):
+        reward(f"{functions}:near").score([completion("a", answer="b"), completion("a")], None)
 
 
 @pytest.mark.parametrize(
