@@ -59,6 +59,33 @@ def test_an_answer_depends_neither_on_its_batch_nor_on_its_place(way: str, model
         ]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mistral", "mamba", "gpt2"])
+def test_several_answers_to_a_prompt_are_those_that_it_has_alone(
+    family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts are read once, where the model keeps no more than keys and values of them."""
+    from llmtune.model import generate as module
+
+    sizes = {"sliding_window": 4} if family in ("gemma3_text", "mistral") else {}
+    model = tiny_model(family, vocab_size=len(tokenizer), initializer_range=0.5, **sizes).eval()
+    rows = [2, 0, 0, 2, 5, 2, 0]
+    kept: list[bool] = []
+    prefilled = module.prefilled
+    monkeypatch.setattr(
+        module, "prefilled", lambda *given: kept.append(prefilled(*given) is not None) or prefilled(*given)
+    )
+    seeds = list(range(len(rows)))
+    prompts = [PROMPTS[row] for row in rows]
+    for config in (GREEDY, WAYS["sampled"], WAYS["sampled and penalised"]):
+        together = generate(model, tokenizer, prompts, config, seeds=seeds)
+        alone = [
+            generate(model, tokenizer, [prompt], config, seeds=[seed])[0]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        assert together == alone
+    assert kept == [family != "mamba"] * 3
+
+
 @pytest.mark.parametrize("way", ["greedy", "penalised", "beams", "of one length"])
 @torch.no_grad()
 def test_answers_are_those_of_transformers(way: str, model: Any, tokenizer: Any) -> None:

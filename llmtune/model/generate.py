@@ -24,6 +24,7 @@ from transformers import (
 from llmtune.contract.errors import DataError, DivergedError, PlanError
 from llmtune.contract.generation import Answer, GenerateConfig
 from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.model.prefill import prefilled, repeated
 from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
@@ -101,9 +102,13 @@ def _batch(
         settings |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     if config.num_beams > 1:
         settings["length_penalty"] = config.length_penalty
+    ids_BT, real_BT, prompts = ids_BT.to(device), real_BT.to(device), [row.ids for row in asked]
+    again = config.num_beams == 1 and repeated(prompts)
+    if any(from_all(again)) if spread else again:  # ranks that a model is spread over read prompts together
+        settings["past_key_values"] = prefilled(model, prompts, ids_BT, real_BT)
     with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
         said_BT = model.generate(
-            input_ids=ids_BT.to(device), attention_mask=real_BT.to(device), synced_gpus=spread, **settings,
+            input_ids=ids_BT, attention_mask=real_BT, synced_gpus=spread, **settings,
             logits_processor=LogitsProcessorList([finite, *_processors(config, pads, asked)]),
             stopping_criteria=StoppingCriteriaList(
                 [Ends(asked, width, stop, watch if config.num_beams == 1 and rows else None)]
