@@ -155,6 +155,11 @@ class StageContext(Protocol):
         """
         ...
 
+    def logps_and_states(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The same, and from the same forward pass the (N, D) last hidden states that predict the targets, for a head
+        of the stage's own."""
+        ...
+
     def with_model(self, name: str, compute: Callable[[nn.Module, StageContext], Tensor]) -> Tensor:
         """What `compute` makes of one of the stage's further models and its context, without gradients.
 
@@ -220,9 +225,9 @@ class Prepares(Protocol):
     def prepare(self, model: nn.Module, batches: Sequence[Batch], context: StageContext) -> Sequence[Batch]:
         """The micro-batches that this rank learns from, made of those of its step: usually the same with `extra`.
 
-        Called once before each step's losses, and before those of an evaluation with all its batches; without
-        gradients, inside the root module's forward, by all ranks for as many batches each. All ranks return
-        as many, too.
+        Called once before each step's losses, with the model in training mode, and before those of an evaluation with
+        all its batches; without gradients, inside the root module's forward, by all ranks for as many batches each.
+        All ranks return as many, too.
         """
         ...
 
@@ -238,7 +243,8 @@ class RollsOut(Protocol):
     answer_tokens: int
     """Most tokens that an answer adds to its prompt; memory is planned by it."""
     reads: int
-    """Times as many micro-batches of prompts a step reads as `gradient_accumulation_steps` says."""
+    """Times as many micro-batches of prompts a step reads as `gradient_accumulation_steps` says. The micro-batches of
+    all ranks for one time have the same prompts, drawn by the seed, however the step is split."""
     updates: int
     """Updates of the weights in a step."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llmtune.data.batches import collate, split_row, to_device
-from llmtune.data.order import Order, deal, padding_share, split
+from llmtune.data.order import Order, cut, deal, padding_share, split
 from llmtune.data.sequence import TokenSequence
 from llmtune.data.units import SampleSlice, Units, make_units
 
@@ -35,13 +35,18 @@ class UnitBatches:
     micro_steps: int
     flat: bool
     pad_id: int
+    reads: int = 1
+    """Parts of a step that are dealt apart, so that micro-batches of one part have the same units however it is split:
+    an update of a stage that `RollsOut` learns from one part."""
 
     def batches(self, units: Sequence[int], device: torch.device) -> list[Batch]:
         """This rank's micro-batches of the units of a step."""
-        pieces = self.micro_steps * self.ranks.batch_ranks
+        micro_steps, ranks = self.micro_steps // self.reads, self.ranks.batch_ranks
         others = other_answers(self.samples, [sample for unit in units for sample in self.units[unit]])
-        units = deal(units, self._lengths, padded=not self.flat, pieces=pieces)
-        mine = split(units, self.ranks.batch_rank, self.ranks.batch_ranks, self.micro_steps)
+        mine = []
+        for part in cut(units, self.reads):
+            part = deal(part, self._lengths, padded=not self.flat, pieces=micro_steps * ranks)
+            mine += split(part, self.ranks.batch_rank, ranks, micro_steps)
         return [to_device(self.batch(units, others), device) for units in mine]
 
     def batch(self, units: Sequence[int], others: Mapping[int, int] | None = None) -> Batch:
@@ -77,7 +82,7 @@ class BatchLoader(UnitBatches):
     @classmethod
     def make(
         cls, samples: TokenSamples, config: DataConfig, *, per_device: int, micro_steps: int, ranks: Ranks, seed: int,
-        flat: bool, pad_id: int,
+        flat: bool, pad_id: int, reads: int = 1,
     ) -> BatchLoader:  # fmt: skip
         """`per_device` units in each of `micro_steps` micro-batches of a rank."""
         units = make_units(samples, config, seed)
@@ -86,13 +91,14 @@ class BatchLoader(UnitBatches):
         batch = per_device * micro_steps * ranks.batch_ranks
         return cls(
             samples=samples, units=units, order=Order(len(units), batch, seed, not config.disable_shuffling, lengths),
-            ranks=ranks, micro_steps=micro_steps, flat=flat or units.kind == "pack", pad_id=pad_id,
+            ranks=ranks, micro_steps=micro_steps, flat=flat or units.kind == "pack", pad_id=pad_id, reads=reads,
         )  # fmt: skip
 
     def with_rows(self, rows: int, micro_steps: int) -> BatchLoader:
         """The same with `rows` units a step, in `micro_steps` micro-batches on each rank, but no more than there are
         units: the others would be empty."""
-        return replace(self, order=self.order.with_batch(rows), micro_steps=min(micro_steps, len(self.units)))
+        most = max(1, len(self.units) // self.reads) * self.reads
+        return replace(self, order=self.order.with_batch(rows), micro_steps=min(micro_steps, most))
 
     def start_workers(self) -> None:
         """Nothing to do: all data were tokenised before. A stream starts its processes here."""

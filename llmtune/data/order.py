@@ -6,6 +6,7 @@ Everything here is a pure function of numbers, so a run's data cursor is one int
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -76,9 +77,14 @@ def split(units: Sequence[int], rank: int, ranks: int, micro_steps: int) -> list
     The batch is cut into `micro_steps * ranks` contiguous pieces whose sizes differ by at most one; a piece is empty
     where the batch has fewer units than there are pieces.
     """
-    pieces = micro_steps * ranks
+    pieces = cut(units, micro_steps * ranks)
+    return [list(piece) for piece in pieces[rank::ranks]]
+
+
+def cut(units: Sequence[int], pieces: int) -> list[Sequence[int]]:
+    """So many contiguous pieces, whose sizes differ by at most one."""
     bounds = _bounds(len(units), pieces)
-    return [list(units[bounds[piece] : bounds[piece + 1]]) for piece in range(rank, pieces, ranks)]
+    return [units[start:stop] for start, stop in pairwise(bounds)]
 
 
 def deal(units: Sequence[int], lengths: np.ndarray, *, padded: bool, pieces: int) -> list[int]:

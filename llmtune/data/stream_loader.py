@@ -115,7 +115,7 @@ class StreamLoader(BatchLoader):
     @classmethod
     def over(
         cls, stream: Stream, first: TokenSamples, *, per_device: int, micro_steps: int, ranks: Ranks, flat: bool,
-        pad_id: int,
+        pad_id: int, reads: int = 1,
     ) -> StreamLoader:  # fmt: skip
         """`per_device` units in each of `micro_steps` micro-batches of a rank. DataError if the data are known to have
         fewer rows than a step."""
@@ -132,7 +132,7 @@ class StreamLoader(BatchLoader):
             )
         return cls(
             stream=stream, samples=first, units=units, order=StreamOrder(batch), ranks=ranks, micro_steps=micro_steps,
-            flat=flat or units.kind == "pack", pad_id=pad_id,
+            flat=flat or units.kind == "pack", pad_id=pad_id, reads=reads,
         )  # fmt: skip
 
     def with_rows(self, rows: int, micro_steps: int) -> StreamLoader:
@@ -283,7 +283,7 @@ class StreamLoader(BatchLoader):
         units = make_units(samples, self.stream.config, self.stream.seed)
         batches = UnitBatches(
             samples=samples, units=units, ranks=self.ranks, micro_steps=self.micro_steps, flat=self.flat,
-            pad_id=self.pad_id,
+            pad_id=self.pad_id, reads=self.reads,
         )  # fmt: skip
         order = self._order(batches, filled, made.begin)
         reading.chunk = StreamChunk(made=made._replace(own=[]), batches=batches, order=order, filled=filled)

@@ -205,7 +205,8 @@ def check_base(plan: ModelPlan, saved: SavedRun) -> None:
 
 
 def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
-    """The trained tensors of a checkpoint, checked against its manifest, or of a run: the finished, else its newest.
+    """The trained tensors of a checkpoint, checked against its manifest, or of a run: the finished, else its newest;
+    without those that only training needs, such as a value head.
 
     Raises CheckpointError where nothing was saved, or the file is damaged.
     """
@@ -224,8 +225,8 @@ def saved_tensors(saved: SavedRun) -> Mapping[str, Any]:
             status = run_folder.read_record(run).get("status")
             raise CheckpointError(f"{run}: the run has saved nothing yet (status {status})")
         folder = newest[0]
-    verify(folder)
-    return checkpoint.read_trained(folder)
+    aside = verify(folder).numbers.get("aside", ())
+    return {name: tensor for name, tensor in checkpoint.read_trained(folder).items() if name not in aside}
 
 
 def restore_trained(plan: ModelPlan, tensors: Mapping[str, Any]) -> None:

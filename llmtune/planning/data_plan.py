@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import counted, listed
+from llmtune.contract.errors import PlanError, counted, listed
 from llmtune.contract.stages import Counts, RollsOut, learns_of
 from llmtune.data import prepare
 from llmtune.data.batch_loader import BatchLoader
@@ -95,23 +95,29 @@ def access_of(recipe: Recipe) -> HubAccess:
 def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool, stage: Stage) -> DataPlan:
     """Order `prepared` into steps of `stage`; `flat` lays documents end to end instead of padding rows."""
     train, data = recipe.train, recipe.data
-    micro_steps = train.gradient_accumulation_steps * (stage.reads if isinstance(stage, RollsOut) else 1)
+    reads = stage.reads if isinstance(stage, RollsOut) else 1
+    micro_steps = train.gradient_accumulation_steps * reads
     # Any id will do: padding is masked by position and never a target.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     if prepared.stream is not None:
         batches = StreamLoader.over(
             prepared.stream, prepared.train, per_device=train.per_device_train_batch_size,
-            micro_steps=micro_steps, ranks=ranks, flat=flat, pad_id=pad,
+            micro_steps=micro_steps, ranks=ranks, flat=flat, pad_id=pad, reads=reads,
         )  # fmt: skip
         return DataPlan(prepared=prepared, batches=batches, notes=_without_bare(batches.units, "the first "))
     samples = mixed(prepared.train, data, train.seed)
     notes = [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, prepared.train)] if found]
     batches = BatchLoader.make(
         samples, data, per_device=train.per_device_train_batch_size, micro_steps=micro_steps,
-        ranks=ranks, seed=train.seed, flat=flat, pad_id=pad,
+        ranks=ranks, seed=train.seed, flat=flat, pad_id=pad, reads=reads,
     )  # fmt: skip
     notes += _without_bare(batches.units)
     units, rows = len(batches.units), batches.order.batch
+    if units < reads:
+        raise PlanError(
+            f"stage_config: its updates learn from {reads} parts of a step, and the data are "
+            f"{counted(units, batches.units.kind)}; let it have fewer parts, or more data"
+        )
     if units < rows:
         notes.append(
             f"the data are {counted(units, batches.units.kind)}, fewer than the {rows} of a step: "
@@ -120,7 +126,7 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
         )
         batches = batches.with_rows(rows, micro_steps)
         if batches.micro_steps < micro_steps:
-            wanted, micros = micro_steps, batches.micro_steps
+            wanted, micros = micro_steps // reads, batches.micro_steps // reads
             notes.append(f"gradient_accumulation_steps: {wanted:,} -> {micros}, as the others would have no row")
     return DataPlan(prepared=prepared, batches=batches, notes=tuple(notes))
 

@@ -105,7 +105,7 @@ def plan_model(
         if not isinstance(part.built, Edit):
             problems += plugin_objections(part, context, module)
     apply_edits(("quant_config", "peft_config"), parts, ledger, context, problems)
-    if mode == "train":
+    if mode in ("train", "build"):
         apply_edits(("stage_config",), parts, ledger, context, problems)
     raise_all(problems)
     trainable: list[str] = []

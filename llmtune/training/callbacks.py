@@ -190,7 +190,7 @@ class TrainingCallbacks:
             step=step, ranks=plan.ranks.size, rows=plan.data.batches.order.batch, recipe=plain(plan.recipe.resolved),
             plugins=plan.parts.fingerprint(), llmtune=__version__, data=plan.data.digest,
             revision=plan.model.files.revision, origins=self.origins,
-            numbers={**self.state(), "decided": decided(plan)},
+            numbers={**self.state(), "decided": decided(plan), "aside": sorted(plan.model.ledger.aside)},
         )  # fmt: skip
 
         def extra(folder: Path) -> None:

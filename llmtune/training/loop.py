@@ -94,9 +94,10 @@ def train(run: Training, watcher: Watcher) -> int:
         begin_step(run, step)
         rate = set_learning_rate(run, step)
         micros = list(prepared(run.objective, run.batches.step(step, run.device), step))
-        done: list[StepStats] = []
+        tokens, done = tokens_of(run, micros, step), list[StepStats]()
         while len(done) < updates_of(run.objective):
-            stats = update(run, chosen(run.objective, len(done), micros), step, len(done))
+            part = chosen(run.objective, len(done), micros)
+            stats = update(run, part, step, len(done), 0.0 if done else tokens)
             if stats is not None:
                 done.append(stats)
         for parameter in run.parameters:  # all train for whoever saves or looks between the steps
@@ -115,14 +116,14 @@ def begin_step(run: Training, step: int) -> None:
             run.optimizer.at_step(step)
 
 
-def update(run: Training, micros: Sequence[Batch], step: int, number: int) -> StepStats | None:
-    """Update the weights once, for the time `number` of this step. None where gradients overflowed in float16, so that
-    it has to be repeated with the smaller scale now set."""
+def update(run: Training, micros: Sequence[Batch], step: int, number: int, tokens: float) -> StepStats | None:
+    """Update the weights once, for the time `number` of this step; `tokens` are this rank's that it adds to the run's.
+    None where gradients overflowed in float16, so that it has to be repeated with the smaller scale now set."""
     weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
     weight /= run.ranks.dims.tensor  # a tensor group computes one result; it counts once
     sums = forward_backward(run, micros, weight, step, number)
     norm = global_norm(run.parameters)
-    sums[TOKENS] = torch.tensor(tokens_of(run, micros, step, number), device=run.device, dtype=torch.float64)
+    sums[TOKENS] = torch.tensor(tokens, device=run.device, dtype=torch.float64)
     loss, grad_norm, metrics = read_back(run, sums, norm)
     tokens = metrics.pop(TOKENS)
     if run.scaler is not None and run.scaler.overflowed(grad_norm):
@@ -149,11 +150,11 @@ def chosen(objective: Objective, number: int, micros: Sequence[Batch]) -> Sequen
         return objective.stage.update(number, micros, objective.context)
 
 
-def tokens_of(run: Training, micros: Sequence[Batch], step: int, number: int) -> float:
+def tokens_of(run: Training, micros: Sequence[Batch], step: int) -> float:
     """What this rank adds to the step's tokens: those of the data, or of what was said to them."""
     if not isinstance(run.objective.stage, RollsOut):
         return run.batches.share_of_tokens(step)
-    return float(sum(micro.tokens for micro in micros)) if number == 0 else 0.0
+    return float(sum(micro.tokens for micro in micros))
 
 
 def summary(done: Sequence[StepStats], rate: float, seconds: float) -> StepStats:

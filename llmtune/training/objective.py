@@ -179,7 +179,21 @@ class Context(StageContext):
 
     def token_logps(self, model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
         """The log-probability of each of the batch's N targets under the model: (N,) float32."""
+        return self._logps(batch, *self._at_targets(model, batch), temperature)
+
+    def logps_and_states(self, model: Any, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The same, and the (N, D) last hidden states that predict the targets. A model whose logits are not explained
+        by its head is run twice."""
         values_NX, head, transform = self._at_targets(model, batch)
+        logps_N = self._logps(batch, values_NX, head, transform, temperature)
+        if head is not None:
+            return logps_N, values_NX
+        return logps_N, self.hidden_states(model, batch).flatten(0, 1).index_select(0, batch.predict_at)
+
+    def _logps(
+        self, batch: Batch, values_NX: Tensor, head: nn.Module | None, transform: Callable[[Tensor], Tensor] | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
         transform = tempered(transform, temperature)
         if head is None:
             return -cross_entropy(values_NX, None, batch.targets, transform, "none")

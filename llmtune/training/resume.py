@@ -187,15 +187,15 @@ def check_plugins(plan: Plan, manifest: Manifest) -> None:
 
 def check_batch(plan: Plan, manifest: Manifest) -> None:
     """Raise CheckpointError if the recipe's batch was changed so that a step has other rows than the run's."""
-    train = plan.recipe.train
-    product = train.per_device_train_batch_size * train.gradient_accumulation_steps * plan.ranks.batch_ranks
+    train, share = plan.recipe.train, plan.ranks.batch_ranks * plan.data.batches.reads
+    product = train.per_device_train_batch_size * train.gradient_accumulation_steps * share
     changed = any(manifest.recipe.get(key) != plan.recipe.resolved.get(key) for key in SPLIT)
     if changed and product != manifest.rows:
         raise CheckpointError(
             f"per_device_train_batch_size: the run was started with {manifest.rows} rows a step "
             f"({counted(manifest.ranks, 'rank')}), "
             f"this recipe makes {product} (per_device_train_batch_size {train.per_device_train_batch_size} x "
-            f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {plan.ranks.batch_ranks}); "
+            f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {share}); "
             "restore both keys, which then fit any number of ranks, or set them so that the product stays the same"
         )
 
@@ -214,18 +214,19 @@ def with_rows(plan: Plan, rows: int) -> Plan:
     train = plan.recipe.train
     if plan.data.batches.order.batch == rows:
         return plan
-    micros = -(-rows // (train.per_device_train_batch_size * plan.ranks.batch_ranks))
+    reads = plan.data.batches.reads
+    micros = -(-rows // (train.per_device_train_batch_size * plan.ranks.batch_ranks * reads))
     key, before, now = "gradient_accumulation_steps", train.gradient_accumulation_steps, micros
     if before == now:
         key, before = "per_device_train_batch_size", train.per_device_train_batch_size
-        now = -(-rows // (micros * plan.ranks.batch_ranks))
+        now = -(-rows // (micros * plan.ranks.batch_ranks * reads))
     idle = max(0, plan.ranks.batch_ranks - rows)
     note = (
         f"{key}: {before} -> {now} on {counted(plan.ranks.size, 'rank')}, "
         f"so that a step still has the run's {rows} rows"
         + (f"; {idle} of the ranks have none and only hold their shard" if idle else "")
     )
-    return replace(plan, data=plan.data.with_rows(rows, micros)).noted(note)
+    return replace(plan, data=plan.data.with_rows(rows, micros * reads)).noted(note)
 
 
 def previewed(plan: Plan) -> Plan:

@@ -57,7 +57,7 @@ def is_a_sum_over_rows(subject: Subject, folder: Path) -> None:
     alone = _numbers(objective, _batches(plan, objective, [[row] for row in rows]))
     for name, value in together.items():
         total = alone[name]
-        if not math.isclose(value, total, rel_tol=subject.tolerance, abs_tol=1e-6):
+        if not math.isclose(value, total, rel_tol=subject.tolerance, abs_tol=1e-5):
             raise Broken(
                 f"{name} of {len(rows)} rows is {value:.6g}, their sum one by one {total:.6g}",
                 "Sum over the batch; do not take means",
@@ -76,7 +76,7 @@ def ignores_padding(subject: Subject, folder: Path) -> None:
     layouts["with rows laid end to end"] = _batch(plan, objective, rows, flat=True)
     for what, batches in layouts.items():
         for name, value in _numbers(objective, batches).items():
-            if not math.isclose(value, expected[name], rel_tol=10 * subject.tolerance, abs_tol=1e-6):
+            if not math.isclose(value, expected[name], rel_tol=10 * subject.tolerance, abs_tol=1e-5):
                 raise Broken(
                     f"{what} the {name} is {value:.6g} instead of {expected[name]:.6g}",
                     "Count what `predict_at` and `targets` name, or labels that are not -100",

@@ -78,9 +78,50 @@ def build_grpo(config: GrpoConfig) -> Any:
     return Groups(config)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig(AnswerKeys, RolloutReferenceKeys):
+    """Keys of `stage_config: {name: ppo}`."""
+
+    ppo_buffer_size: Annotated[int, Ge(1)] = 1
+    """Times as many prompts a step answers as an update learns from; each part of them makes an update."""
+    ppo_epochs: Annotated[int, Ge(1)] = 4
+    """Times that the answers of a step are learnt from."""
+    ppo_target: Annotated[float, Gt(0)] | None = 6.0
+    """The distance from the reference, summed over an answer, that `init_kl_coef` is adapted to reach; null leaves it
+    as it is."""
+    ppo_score_norm: bool = False
+    """Subtract the mean of all rewards so far and divide by their deviation."""
+    ppo_whiten_rewards: bool = False
+    """Divide the rewards of tokens, the cost of their distance included, by their deviation in the step."""
+    init_kl_coef: Annotated[float, Ge(0)] = 0.2
+    """What the distance from the reference costs at first; 0 needs no reference."""
+    horizon: Annotated[int, Ge(1)] = 10000
+    """Answers over which that cost adapts."""
+    gamma: Annotated[float, Gt(0), Le(1)] = 1.0
+    """What a reward counts one token earlier."""
+    lam: Annotated[float, Ge(0), Le(1)] = 0.95
+    """How far rewards are believed rather than the value head: 0 looks one token ahead, 1 to the end of the answer."""
+    cliprange: Annotated[float, Gt(0)] = 0.2
+    """How far the probability of a token may move, as a share, before it stops to count."""
+    cliprange_value: Annotated[float, Gt(0)] = 0.2
+    """How far a value may move before it stops to count."""
+    vf_coef: Annotated[float, Ge(0)] = 0.1
+    """What the loss of the values counts."""
+    missing_eos_penalty: Annotated[float, Ge(0)] = 0.0
+    """Subtracted from the reward of an answer that `max_new_tokens` cut."""
+
+
+def build_ppo(config: PpoConfig) -> Any:
+    """The stage of a policy and its value head that `config` describes."""
+    from .ppo import Policy
+
+    return Policy(config)
+
+
 @hookimpl
 def stage_config() -> list[Plugin]:
-    """`grpo`."""
+    """`grpo`, `ppo`."""
     return [
         Plugin(name="grpo", config=GrpoConfig, build=build_grpo, summary="Groups of the model's own answers (GRPO)"),
+        Plugin(name="ppo", config=PpoConfig, build=build_ppo, summary="The model's own answers and a value head (PPO)"),
     ]
