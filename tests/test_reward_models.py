@@ -178,3 +178,13 @@ def test_a_head_that_the_files_say_they_have_must_be_there(tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(other))
     with pytest.raises(LoadError, match=r"missing: score\.weight"):
         running.start(keys(tmp_path / "run", folder))
+
+
+@pytest.mark.parametrize("spread", [{"tp_size": 2}, {"dp_replicate_size": 2}, {"offload_params": True}], ids=str)
+def test_a_reward_model_is_spread_like_the_trained_one(spread: dict[str, Any], tmp_path: Path) -> None:
+    given = keys(tmp_path, trained(tmp_path, "lora").output_dir, stage_config=GRPO, max_steps=1)
+    expected = found({**given, "output_dir": str(tmp_path / "one")})
+    micros = 2 if "tp_size" in spread else 1
+    more = {"dist_config": {"name": "fsdp2", **spread}, "gradient_accumulation_steps": micros}
+    for rank in in_ranks(2, tmp_path / "ranks", found, {**given, **more, "output_dir": str(tmp_path / "two")}):
+        assert rank == pytest.approx(expected, rel=1e-4, abs=1e-4)
