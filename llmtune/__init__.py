@@ -33,7 +33,7 @@ _WHERE = {
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
             "Text", "Tokens", "UnpairedPreference",
         ),
-        "llmtune.contract.evaluation": ("Prediction",),
+        "llmtune.contract.evaluation": ("Evaluator", "MeasuresAnswers", "MeasuresBatches", "Prediction"),
         "llmtune.contract.rewards": ("ReadsRows", "Reward"),
         "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),
         "llmtune.model.generate": ("generate", "ContextFull"),

@@ -101,6 +101,18 @@ def test_two_ranks_write_what_one_does(keys: dict[str, Any], run: Path, chats: P
     assert other.rows == lines(tmp_path / "o1")
 
 
+def test_a_quantised_run_is_asked_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    keys = tiny_recipe(tmp_path, sizes={"hidden_size": 64, "intermediate_size": 128}, peft_config=LORA, max_steps=1,
+                       quant_config={"name": "bnb", "compute_dtype": "float32"})  # fmt: skip
+    llmtune.train(keys)
+    more = {**GREEDY, "infer_dtype": "float32", "max_samples": 5}
+    for ranks in (1, 2):
+        out = str(tmp_path / f"o{ranks}")
+        in_ranks(ranks, tmp_path / f"{ranks}", predict_in_rank, keys["output_dir"], keys["dataset"], out, more)
+    assert len(lines(tmp_path / "o1")) == 5
+    assert lines(tmp_path / "o1") == lines(tmp_path / "o2")
+
+
 def test_what_a_kill_left_is_kept_and_the_rest_is_as_if_there_had_been_none(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -298,3 +310,18 @@ def test_predictions_need_rows_to_answer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="ask nothing"):
         (tmp_path / "texts.jsonl").write_text('{"text": "Once upon a time."}\n' * 4)
         llmtune.plan(do_predict(tmp_path, eval_dataset=str(tmp_path / "texts.jsonl")))
+
+
+def test_beams_are_asked_for_in_evaluations_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtune_generation.transformers_engine import TransformersEngine
+
+    beams, generate = [], TransformersEngine.generate
+
+    def noted(self: Any, model: Any, tokenizer: Any, prompts: Any, config: Any, **more: Any) -> Any:
+        beams.append(config.num_beams)
+        return generate(self, model, tokenizer, prompts, config, **more)
+
+    monkeypatch.setattr(TransformersEngine, "generate", noted)
+    keys = {"name": "generate", "eval_num_beams": 3}
+    llmtune.train(tiny_recipe(tmp_path, max_steps=1, val_size=1, eval_config=keys, max_new_tokens=2, do_predict=True))
+    assert beams == [3, 1]

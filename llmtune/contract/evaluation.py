@@ -1,8 +1,16 @@
-"""The contract of evaluation: what a model said to a row, to be compared with the answer that the row has."""
+"""The contract of evaluation: what is measured besides the loss, and the answers that are measured. Tensors in
+annotations only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from llmtune.contract.stages import Batch, StageContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +27,40 @@ class Prediction:
     """The row's own answer; None where it has none."""
     cut: bool
     """Whether the answer was ended by the limit of its length."""
+
+
+class Evaluator(Protocol):
+    """What is measured besides the loss. It also `MeasuresBatches` or `MeasuresAnswers`, or does both."""
+
+    metrics: Sequence[str]
+    """Every name that it reports: an evaluation has `eval_NAME`, predictions have `predict_NAME`."""
+
+
+@runtime_checkable
+class MeasuresBatches(Protocol):
+    """On an evaluator that looks at what the model makes of the tokens that are evaluated on."""
+
+    def measure_batch(
+        self, model: nn.Module, batch: Batch, context: StageContext
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """(sum, count) of each metric over the batch, scalars. Sums and counts of all batches and ranks are added up,
+        and their quotient is reported; it does not depend on how rows are laid into batches.
+
+        Called without gradients, inside the root module's forward, by all ranks for as many batches each; a batch may
+        have no targets.
+        """
+        ...
+
+
+@runtime_checkable
+class MeasuresAnswers(Protocol):
+    """On an evaluator that compares what the model answers."""
+
+    generation: Mapping[str, Any]
+    """Keys of generation that evaluations in training take instead of the recipe's, such as `num_beams`."""
+    needs_labels: bool
+    """Whether answers are compared with those of the rows: rows that have none are then left out."""
+
+    def measure_answers(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
+        """Each metric over the answers to all rows, in their order. Called on the first rank."""
+        ...

@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from llmtune.contract.errors import listed
+from llmtune.contract.evaluation import Evaluator, MeasuresAnswers, MeasuresBatches
 from llmtune.contract.examples import KINDS, DataFormat
 from llmtune.contract.generation import Engine
 from llmtune.contract.optimizers import OptimizerFactory
@@ -73,6 +74,8 @@ class ExtensionPoint:
             return f"has the kind {built.kind!r}, allowed is one of {listed(kinds)}"
         if self.name == "peft_config" and built.kind == "adapter" and (missing := lacking(Adapter, built)):
             return f"is an adapter and lacks {listed(missing)}; write it, or set kind to weights"
+        if self.name == "eval_config" and not isinstance(built, MeasuresBatches | MeasuresAnswers):
+            return "measures nothing; write `measure_batch`, or `measure_answers` with `generation` and `needs_labels`"
         return None
 
 
@@ -167,6 +170,13 @@ POINTS: Mapping[str, ExtensionPoint] = {
             name="logger_config",
             question="Where metrics go besides `metrics.jsonl`.",
             protocol=Logger,
+            several=True,
+            changes_training=False,
+        ),
+        ExtensionPoint(
+            name="eval_config",
+            question="What is measured besides the loss.",
+            protocol=Evaluator,
             several=True,
             changes_training=False,
         ),

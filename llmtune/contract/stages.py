@@ -160,6 +160,10 @@ class StageContext(Protocol):
         of the stage's own."""
         ...
 
+    def likeliest(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The token that the model finds likeliest at each of the batch's N targets: (N,). No gradients."""
+        ...
+
     def with_model(self, name: str, compute: Callable[[nn.Module, StageContext], Tensor]) -> Tensor:
         """What `compute` makes of one of the stage's further models and its context, without gradients.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from llmtune.recipe.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe.parts import BuiltPlugin
+    from llmtune.recipe.parts import Parts
     from llmtune.recipe.recipe import Recipe
 
 
@@ -35,16 +35,17 @@ def conversation_for(
     no chat template."""
     require_head(model)
     variables = recipe.data.template_variables
-    completes, engine = not has_template(tokenizer, variables), engine_part(recipe).built
+    completes = not has_template(tokenizer, variables)
+    engine = parts_of(recipe, ("engine_config",)).one("engine_config").built
     return ChatSession(model, tokenizer, variables, config, completes=completes, generate=engine.generate)
 
 
-def engine_part(recipe: Recipe) -> BuiltPlugin:
-    """What the recipe generates with. Raises all problems of its `engine_config`."""
+def parts_of(recipe: Recipe, points: Sequence[str]) -> Parts:
+    """The recipe's plugins of some extension points. Raises all problems of theirs."""
     problems: list[LlmtuneError] = []
-    parts = find_parts(recipe, Registry(), problems, ("engine_config",))
+    parts = find_parts(recipe, Registry(), problems, points)
     raise_all(problems)
-    return parts.one("engine_config")
+    return parts
 
 
 NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"

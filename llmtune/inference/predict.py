@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, RecipeError, counted, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, RecipeError, counted, raise_all
 from llmtune.contract.generation import GenerateConfig
 from llmtune.contract.schema import decode
 from llmtune.data.config import DataConfig, sources
@@ -21,19 +22,22 @@ from llmtune.distributed.ranks import (
     tell_the_others,
 )
 from llmtune.folders import size_and_hash
-from llmtune.inference.chat import engine_part, generate_config
+from llmtune.inference.chat import generate_config, parts_of
 from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
 from llmtune.model.fingerprint import fingerprint
 from llmtune.model.generate import require_head
+from llmtune.model.source import resolve_model
 from llmtune.planning.data_plan import questions_of
+from llmtune.planning.objections import label_objections
 from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.parts import known_formats
 from llmtune.recipe.text import plain
 from llmtune.recipe.train_config import TrainConfig
 from llmtune.terminal import Shown, doing
 from llmtune.training.lock import FolderLock
-from llmtune.training.predict import digest_of, predict_to, predictor_of, read_predictions
-from llmtune.training.run_folder import PREDICTIONS, TRAINED
+from llmtune.training.measure import of_answers
+from llmtune.training.predict import digest_of, predict_to, predictor_of, read_predictions, write_results
+from llmtune.training.run_folder import PREDICT_RESULTS, PREDICTIONS, TRAINED
 
 if TYPE_CHECKING:
     from llmtune.planning.model_plan import ModelPlan
@@ -57,8 +61,15 @@ class Predictions(Shown):
         """One dict per row, in the order of the data: row, prompt, predict, label, cut."""
         return read_predictions(self.folder)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What `predict_results.json` says: what the recipe's evaluators have measured, by name."""
+        path = self.folder / PREDICT_RESULTS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def __str__(self) -> str:
-        return f"Wrote {counted(len(self.rows), 'prediction')} to {self.folder / PREDICTIONS}"
+        said = [f"Wrote {counted(len(self.rows), 'prediction')} to {self.folder / PREDICTIONS}"]
+        return "\n".join([*said, *(f"{name} {value:.4g}" for name, value in self.metrics.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +110,13 @@ def predict(path: str | Path, /, **given: Any) -> Predictions:
     ranks = ranks_from_environment()
     try:
         request = Request.of(path, given)
-        recipe, engine = request.recipe, engine_part(request.recipe)
+        recipe, parts = request.recipe, parts_of(request.recipe, ("engine_config", "eval_config"))
         plan = open_plan(path, device=request.device, ranks=ranks, **request.overrides)
         require_head(plan.module)
         doing.info("Reading the questions")
         questions = questions_of(recipe, known_formats(recipe), plan.tokenizer, plan.module.config, request.config)
+        if any(key.startswith("eval_config") for key in request.overrides):  # else it was meant for other rows
+            raise_all([PlanError(sentence) for sentence in label_objections(parts, questions)])
     except (LlmtuneError, OSError) as error:
         tell_the_others(error, TrainConfig.ddp_timeout)
         raise
@@ -114,10 +127,11 @@ def predict(path: str | Path, /, **given: Any) -> Predictions:
     try:
         first_does(lock.take)
         doing.info("Loading the weights")
-        predictor = predictor_of(recipe, plan, engine, fill(plan, path), request.config)
+        predictor = predictor_of(recipe, plan, parts.one("engine_config"), fill(plan, path), request.config)
         facts = first_does(lambda: _facts(path, plan, recipe))
         doing.info("Answering %s", counted(len(questions), "row"))
-        predict_to(request.folder, predictor, questions, facts, replaces=request.replaces)
+        found = predict_to(request.folder, predictor, questions, facts, replaces=request.replaces)
+        write_results(request.folder, of_answers(parts), found)
     finally:
         lock.release()
     return Predictions(request.folder)
@@ -152,7 +166,8 @@ def _as_name(text: str) -> str:
 
 def _facts(path: str | Path, plan: ModelPlan, recipe: Recipe) -> dict[str, Any]:
     """What tells the model from others."""
-    saved, told = saved_at(path) if plan.mode == "reopen" else None, fingerprint(plan.files.folder)
+    saved = saved_at(path) if plan.mode == "reopen" else None
+    told = fingerprint(resolve_model(plan.keys, weights=True).folder)
     if saved is not None:
         file = saved.run / TRAINED
         if saved.checkpoint is not None or not file.exists():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
+from llmtune.contract.evaluation import MeasuresAnswers
 from llmtune.contract.generation import GenerateConfig
 from llmtune.data.streaming.stream import unstreamable
 from llmtune.distributed.mesh import arrange
@@ -19,8 +20,10 @@ from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import (
     batch_objections,
+    label_objections,
     metric_objections,
     optimizer_objections,
+    plugin_objections,
     reward_objections,
     schedule_objections,
     streaming_objections,
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from llmtune.data import Prepared
+    from llmtune.data import Prepared, TokenSamples
     from llmtune.data.questions import Question
     from llmtune.distributed.ranks import Ranks
     from llmtune.planning.devices import Device
@@ -78,8 +81,8 @@ def make_plan(
         model = plan_model(recipe, parts, pretrained, precision, ranks, device, "train")
     if recipe.train.eval_strategy != "no" and (held := prepared.evaluation) is not None:
         sets = held.set_names if recipe.data.eval_on_each_dataset else ()
-        stage = parts.one("stage_config").built
-        problems += [PlanError(sentence) for sentence in metric_objections(recipe.train, stage, sets)]
+        stage, evaluators = parts.one("stage_config").built, parts.at("eval_config")
+        problems += [PlanError(sentence) for sentence in metric_objections(recipe.train, stage, sets, evaluators)]
     problems += [
         PlanError(s) for part in parts.at("lr_scheduler_config") for s in schedule_objections(recipe.train, part)
     ]
@@ -88,13 +91,9 @@ def make_plan(
     found += reward_objections(parts, (samples, prepared.evaluation))
     problems += [PlanError(sentence) for sentence in found]
     questions: list[Question] = []
-    if recipe.train.do_predict and model is not None:
+    if model is not None and prepared.evaluation is not None:
         with collect(problems):
-            require_head(model.module)
-            formats, config = formats_of(parts, registry), GenerateConfig(**vars(recipe.generation))
-            questions = questions_of(
-                recipe, formats, pretrained.tokenizer, pretrained.config, config, prepared.evaluation
-            )
+            questions = evaluated(recipe, parts, registry, model, prepared.evaluation)
     for part in parts.at("optim_config") if model is not None else ():
         problems += optimizer_objections(part, model)
     raise_all(problems)
@@ -106,6 +105,26 @@ def make_plan(
     notes = (*parts.notes, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
     return with_checkpointing(plan)
+
+
+def evaluated(
+    recipe: Recipe, parts: Parts, registry: Registry, model: ModelPlan, evaluation: TokenSamples
+) -> list[Question]:
+    """What the model is asked of the rows that are evaluated on; nothing where the recipe asks for no answers. Raises
+    what the evaluators have against the recipe."""
+    problems: list[LlmtuneError] = []
+    evaluators = parts.at("eval_config") if recipe.train.eval_strategy != "no" or recipe.train.do_predict else []
+    for part in evaluators:
+        problems += plugin_objections(part, model.context, model.module)
+    questions: list[Question] = []
+    if recipe.train.do_predict or any(isinstance(part.built, MeasuresAnswers) for part in evaluators):
+        with collect(problems):
+            require_head(model.module)
+            formats, config = formats_of(parts, registry), GenerateConfig(**vars(recipe.generation))
+            questions = questions_of(recipe, formats, model.tokenizer, model.module.config, config, evaluation)
+            problems += [PlanError(sentence) for sentence in label_objections(parts, questions)]
+    raise_all(problems)
+    return questions
 
 
 def beyond_positions(longest: int, config: Any) -> Iterator[str]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, PlanError, blaming, did_you_mean, listed
+from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, did_you_mean, listed
+from llmtune.contract.evaluation import MeasuresAnswers
 from llmtune.contract.optimizers import ChecksGroups
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
 from llmtune.contract.rewards import ReadsRows
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llmtune.contract.records import RunContext
     from llmtune.contract.stages import Stage
     from llmtune.data.config import DataConfig
+    from llmtune.data.questions import Question
     from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
     from llmtune.model.edits import Ledger
@@ -47,17 +49,35 @@ def optimizer_objections(part: BuiltPlugin, model: ModelPlan) -> list[LlmtuneErr
         return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check_groups(groups)]
 
 
-def metric_objections(train: TrainConfig, stage: Stage, sets: Sequence[str]) -> Iterator[str]:
-    """A metric to compare evaluations by that none will report. `sets` are the data sets that are evaluated apart.
+def metric_objections(
+    train: TrainConfig, stage: Stage, sets: Sequence[str], evaluators: Sequence[BuiltPlugin] = ()
+) -> Iterator[str]:
+    """A metric to compare evaluations by that none will report, or that two report. `sets` are the data sets that are
+    evaluated apart.
 
     Where the stage does not say what it reports, only a slip in the name of a loss is known to be one.
     """
     metric, compares = train.metric_for_best_model, train.load_best_model_at_end or train.early_stopping_patience
-    names = ("loss", *(stage.metrics if isinstance(stage, Measures) else ()))
+    names = ["loss", *(stage.metrics if isinstance(stage, Measures) else ())]
+    for part in evaluators:
+        if twice := [name for name in part.built.metrics if name in names]:
+            yield f"eval_config: {part.plugin.name} reports {twice[0]}, and so does another part of the recipe"
+        names += part.built.metrics
     known = [f"eval_{part}{name}" for part in ("", *(f"{one}_" for one in sets)) for name in names]
     near = did_you_mean(metric, known)
     if metric not in known and (near or (compares and isinstance(stage, Measures))):
         yield f'metric_for_best_model: found "{metric}", allowed is one of {listed(known)}.{near}'
+
+
+def label_objections(parts: Parts, questions: Sequence[Question]) -> Iterator[str]:
+    """Evaluators that compare answers, of rows that have none."""
+    for part in parts.at("eval_config"):
+        needs = isinstance(part.built, MeasuresAnswers) and part.built.needs_labels
+        if needs and all(question.label is None for question in questions):
+            yield (
+                f"eval_config: {part.plugin.name} compares answers with those of the rows, and none of the "
+                f"{counted(len(questions), 'row')} has one; give rows with answers, or remove it"
+            )
 
 
 def schedule_objections(train: TrainConfig, part: BuiltPlugin) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 from llmtune import __version__
 from llmtune.contract.errors import CheckpointError, PlanError, listed
 from llmtune.contract.events import Evaluated, Event, Saved, StepDone
+from llmtune.contract.generation import GenerateConfig
 from llmtune.contract.stages import Remembers
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.fsdp2 import reshard
@@ -24,7 +25,9 @@ from llmtune.planning.decisions import decided
 from llmtune.training import checkpoint
 from llmtune.training.loop import LossScale, StepStats, evaluate
 from llmtune.training.manifest import Manifest, verify
+from llmtune.training.measure import of_answers, of_batches
 from llmtune.training.measured import peak_memory_bytes
+from llmtune.training.predict import answered_and_measured, predictor_of
 from llmtune.training.run_folder import plain
 from llmtune.training.save import write_adapter
 from llmtune.training.step_folders import retain, step_folder
@@ -151,7 +154,12 @@ class TrainingCallbacks:
         sets = samples.by_set() if plan.recipe.data.eval_on_each_dataset else {"": None}
         parts = {name: partial(batches, chosen=chosen) for name, chosen in sets.items()}
         with self.stop.finishing(lambda: f"leaving the evaluation of step {step}, then saving"):
-            metrics = evaluate(self.objective, parts, plan.device, self.asked_to_stop)
+            metrics = evaluate(self.objective, parts, plan.device, self.asked_to_stop, of_batches(plan.parts))
+            if metrics is not None and (evaluators := of_answers(plan.parts)):
+                engine, config = plan.parts.one("engine_config"), GenerateConfig(**vars(plan.recipe.generation))
+                predictor = predictor_of(plan.recipe, plan.model, engine, self.objective, config)
+                more = answered_and_measured(evaluators, predictor, plan.data.questions, self.asked_to_stop)
+                metrics = None if more is None else metrics | more
         self.left_evaluation = metrics is None
         if metrics is None:
             return

@@ -16,6 +16,7 @@ from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.stages import COUNT, RollsOut, means
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
+from llmtune.training.measure import measured_batch
 from llmtune.training.objective import prepared
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from llmtune.contract.records import Distribute
     from llmtune.contract.stages import Batch
     from llmtune.data.batch_loader import BatchLoader
+    from llmtune.recipe.parts import BuiltPlugin
     from llmtune.training.objective import Objective
     from llmtune.training.schedule import WarmedSchedule
 
@@ -279,9 +281,11 @@ def evaluate(
     parts: Mapping[str, Callable[[], Iterable[Batch]]],
     device: torch.device,
     leave: Callable[[], bool] = lambda: False,
+    evaluators: Sequence[BuiltPlugin] = (),
 ) -> dict[str, float] | None:
-    """Mean loss (and the stage's metrics) per unit of weight over all ranks' batches: `eval_loss` of all parts, and
-    `eval_<name>_loss` of each where there are several. None if `leave`, asked before each batch, says to end early."""
+    """Mean loss (and the stage's metrics) per unit of weight over all ranks' batches, and what `evaluators` measure:
+    `eval_loss` of all parts, and `eval_<name>_loss` of each where there are several. None if `leave`, asked before each
+    batch, says to end early."""
     objective.eval()
     metrics: dict[str, float] = {}
     whole: dict[str, float] = {}
@@ -294,7 +298,7 @@ def evaluate(
                 return None
             result = objective(batch)
             weight += batch.weight
-            for name, value in result.sums().items():
+            for name, value in {**result.sums(), **measured_batch(objective, batch, evaluators)}.items():
                 sums[name] = sums.get(name, 0) + value.double()
         found = total(torch.stack([*sums.values(), weight])).tolist()
         numbers = dict(zip([*sums, ""], found, strict=True))

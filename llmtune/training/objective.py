@@ -199,6 +199,13 @@ class Context(StageContext):
             return -cross_entropy(values_NX, None, batch.targets, transform, "none")
         return self.ops["linear_token_logps"](values_NX, head, batch.targets, transform)
 
+    def likeliest(self, model: Any, batch: Batch) -> Tensor:
+        """The token that the model finds likeliest at each of the batch's N targets: (N,). Logits are there for some
+        positions at a time only."""
+        values_NX, head, transform = self._at_targets(model, batch)
+        found = [_logits(some_CX, head, transform).argmax(-1) for some_CX in values_NX.split(_positions(head))]
+        return torch.cat(found)
+
     def _at_targets(
         self, model: Any, batch: Batch
     ) -> tuple[Tensor, nn.Module | None, Callable[[Tensor], Tensor] | None]:
@@ -270,22 +277,30 @@ def cross_entropy(
     reduction: str = "sum",
 ) -> Tensor:
     """Cross-entropy in float32 of the logits that `head` and `transform` make of `values_NX`, or that these are."""
+    return F.cross_entropy(_logits(values_NX, head, transform).float(), targets_N, reduction=reduction)
+
+
+def _logits(values_NX: Tensor, head: nn.Module | None, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
     logits_NV = values_NX if head is None else head(values_NX)
-    if transform is not None:
-        logits_NV = transform(logits_NV)
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction=reduction)
+    return logits_NV if transform is None else transform(logits_NV)
 
 
 LOGITS_AT_ONCE = 2**24
 """Numbers of a chunk of logits, 64 MiB as float32: at a vocabulary of 49,152 these are 341 positions."""
 
 
+def _positions(head: nn.Module | None) -> int:
+    """Positions whose logits are there together."""
+    weights = head.parameters() if head is not None else ()
+    vocabulary = max((max(weight.shape) for weight in weights if weight.ndim == 2), default=2**17)
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
 def linear_token_logps(
     hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, transform: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """The plain operation: some positions at a time go through the head, and once more in the backward pass."""
-    vocabulary = max((max(weight.shape) for weight in head.parameters() if weight.ndim == 2), default=2**17)
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    size = _positions(head)
     return -torch.cat([
         checkpoint(cross_entropy, hidden_CD, head, targets_C, transform, "none", use_reentrant=False)
         for hidden_CD, targets_C in zip(hidden_ND.split(size), targets_N.split(size), strict=True)

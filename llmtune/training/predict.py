@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,7 @@ from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, from_all
 from llmtune.folders import write_durably
 from llmtune.model.generate import stop_tokens
+from llmtune.training.measure import measured_answers
 from llmtune.training.run_folder import PREDICT_RESULTS, PREDICT_SETTINGS, PREDICTIONS
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Predictor:
     seed: int
     template_variables: Mapping[str, Any] = field(default_factory=dict)
 
-    def answers(self, questions: Sequence[Question], first: int = 0) -> Iterator[list[Prediction]]:
+    def answers(self, questions: Sequence[Question], first: int = 0) -> Generator[list[Prediction]]:
         """Predictions of the questions from number `first` on, in their order, some at a time, the same on every rank.
 
         The answer to a question depends on its number and the seed, not on how many ranks there are or where the
@@ -54,14 +56,16 @@ class Predictor:
         size, shares = self.batch_size, self.ranks.batch_ranks
         stop = stop_tokens(cast("Any", self.objective.model), self.tokenizer, self.template_variables)
         self.objective.eval()
-        for begin in range(first, len(questions), size * shares):
-            start = begin + size * self.ranks.batch_rank
-            own = range(start, min(start + size, len(questions)))
-            with torch.no_grad(), noting(self.engine.full_label, "generate"):
-                said = self.objective(lambda own=own: self._generate(questions, own, stop))
-            # Ranks that share a batch have said the same.
-            yield [each for _, each in sorted({n: each for part in from_all(said) for n, each in part}.items())]
-        reshard(self.objective)
+        try:
+            for begin in range(first, len(questions), size * shares):
+                start = begin + size * self.ranks.batch_rank
+                own = range(start, min(start + size, len(questions)))
+                with torch.no_grad(), noting(self.engine.full_label, "generate"):
+                    said = self.objective(lambda own=own: self._generate(questions, own, stop))
+                # Ranks that share a batch have said the same.
+                yield [each for _, each in sorted({n: each for part in from_all(said) for n, each in part}.items())]
+        finally:
+            reshard(self.objective)
 
     def _generate(
         self, questions: Sequence[Question], numbers: Sequence[int], stop: Sequence[int]
@@ -204,6 +208,45 @@ class PredictionFile:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def answered_and_measured(
+    evaluators: Sequence[BuiltPlugin], predictor: Predictor, questions: Sequence[Question], leave: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Answer the questions as evaluators want them answered, and measure. None if `leave`, asked before each batch,
+    says to end early. Collective."""
+    found: dict[str, float] = {}
+    ways: list[Mapping[str, Any]] = []
+    for part in evaluators:
+        if part.built.generation not in ways:
+            ways.append(part.built.generation)
+    for way in ways:
+        asked, predictions = replace(predictor, config=replace(predictor.config, **way)), []
+        with closing(asked.answers(questions)) as batches:
+            for batch in batches:
+                predictions += batch
+                if leave():
+                    return None
+        own = [part for part in evaluators if part.built.generation == way]
+        found |= measured_answers(own, predictions, "eval_")
+    return found
+
+
+def write_results(folder: Path, evaluators: Sequence[BuiltPlugin], predictions: Sequence[Prediction]) -> str:
+    """Measure predictions into `predict_results.json` beside them; what was found, in lines. Collective.
+
+    Without evaluators nothing is written.
+    """
+    if not evaluators:
+        return ""
+    found = measured_answers(evaluators, predictions, "predict_")
+
+    def write() -> None:
+        counts = {"predict_rows": len(predictions), "predict_cut": sum(each.cut for each in predictions)}
+        write_durably(folder / PREDICT_RESULTS, json.dumps({**found, **counts}, indent=1))
+
+    first_does(write)
+    return "".join(f"\n{name} {value:.4f}" for name, value in found.items())
 
 
 def read_predictions(folder: str | Path) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import CheckpointError, PlanError, PluginError, counted, listed, raise_all
+from llmtune.contract.generation import GenerationKeys
+from llmtune.contract.schema import field_types
 from llmtune.recipe.free_keys import FREE, SPLIT
 from llmtune.training.manifest import Manifest, read_manifest, verify
 from llmtune.training.origins import differences, judges
@@ -165,6 +167,8 @@ def compare(plan: Plan, manifest: Manifest) -> None:
     free = FREE | SPLIT | ({"revision"} if manifest.revision else set())  # the commit itself has been compared
     if judges(plan) and manifest.numbers.get("best_value") is not None:
         free -= {"metric_for_best_model", "greater_is_better"}
+        if plan.parts.at("eval_config"):
+            free -= {"eval_config", *field_types(GenerationKeys)}
     if differing := sorted(key for key in (old.keys() | new.keys()) - free if old.get(key) != new.get(key)):
         shown = listed(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
         raise CheckpointError(

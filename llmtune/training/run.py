@@ -38,13 +38,14 @@ from llmtune.training.isolation import check_isolation, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
 from llmtune.training.log import Loggers, read_metrics
 from llmtune.training.loop import train
+from llmtune.training.measure import of_answers
 from llmtune.training.measured import peak_memory_bytes
 from llmtune.training.optim import make_optimizer
 from llmtune.training.origins import WEIGHTS, base_weights, origins
 from llmtune.training.out_of_memory import explain_out_of_memory
 from llmtune.training.outcome import Outcome
 from llmtune.training.plot import plot_metrics
-from llmtune.training.predict import predict_to, predictor_of
+from llmtune.training.predict import predict_to, predictor_of, write_results
 from llmtune.training.save import write_result
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def _run(
                 loggers.finish()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
-    if plan.data.questions:
+    if plan.recipe.train.do_predict:
         keeper.save(last)  # so that predictions that are killed go on from here
     stop.doing = "while the result was written; the last step is saved"
     with nullcontext() if keeper.saved_step == last else stop.finishing(lambda: "finishing the run"):
@@ -256,7 +257,7 @@ def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Call
     if plan.ranks.first and recipe.plot_loss:
         plot_metrics(read_metrics(plan.output_dir), plan.output_dir / "loss.png")
     wait_for_all()
-    if plan.data.questions:
+    if recipe.do_predict:
         show(predict(plan, objective, result))
     answers = [(question, old, new) for question, old, new in zip(recipe.sample_prompts, before, after, strict=True)]
     return Outcome(plan, "done", objective, answers, result)
@@ -269,7 +270,8 @@ def predict(plan: Plan, objective: Objective, result: Mapping[str, Any]) -> str:
     predictor = predictor_of(plan.recipe, plan.model, engine, objective, config)
     facts = {"model": from_first(result.get("trained_sha256", ""))}
     found = predict_to(plan.output_dir, predictor, plan.data.questions, facts, replaces=True)
-    return f"Wrote {counted(len(found), 'prediction')} to {plan.output_dir / run_folder.PREDICTIONS}"
+    said = f"Wrote {counted(len(found), 'prediction')} to {plan.output_dir / run_folder.PREDICTIONS}"
+    return said + write_results(plan.output_dir, of_answers(plan.parts), found)
 
 
 def _shared(work: Any, plan: Plan) -> Any:

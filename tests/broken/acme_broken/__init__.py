@@ -64,6 +64,10 @@ POINTS = {
     "reward_config": (
         "counts_to_infinity", "grades_on_a_curve", "grows_tired", "rolls_dice", "favours_large_crowds",
     ),
+    "eval_config": (
+        "names_nothing", "takes_the_mean_of_rows", "looks_at_padding", "switches_to_training", "sees_its_rank",
+        "remembers_answers", "divides_by_words", "measures_nothing",
+    ),
     "data_config": ("knows_no_kind", "lies_about_its_kind", "fails_on_gaps", "changes_rows", "counts_rows"),
 }  # fmt: skip
 CONFIGS = {"undocumented": Undocumented, "out_of_bounds": OutOfBounds, "mutable": Mutable}
@@ -73,14 +77,13 @@ def _builder(name: str) -> Callable[[Any], Any]:
     def build(config: Any) -> Any:
         import torch
 
-        from acme_broken import edits, engines, formats, others, rewards
+        from acme_broken import edits, engines, evaluators, formats, others, rewards
 
         if name == "draws_numbers":
             torch.rand(1)
         made = "".join(word.title() for word in name.split("_"))
-        return getattr(
-            next(module for module in (edits, engines, formats, others, rewards) if hasattr(module, made)), made
-        )()
+        modules = (edits, engines, evaluators, formats, others, rewards)
+        return getattr(next(module for module in modules if hasattr(module, made)), made)()
 
     return build
 
@@ -153,3 +156,8 @@ def engine_config() -> list[Plugin]:
 @hookimpl
 def reward_config() -> list[Plugin]:
     return _plugins("reward_config")
+
+
+@hookimpl
+def eval_config() -> list[Plugin]:
+    return _plugins("eval_config")
