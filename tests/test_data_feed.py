@@ -37,7 +37,7 @@ def text(count: int = 41, seed: int = 0, **more: Any) -> TokenSamples:
 
 
 def feed_of(samples: TokenSamples, ranks: int = 1, **keys: Any) -> BatchLoader:
-    shape: dict[str, Any] = {"per_device": 2, "micro_steps": 3, "flat": False}
+    shape: dict[str, Any] = {"per_device": 2, "micro_steps": 3, "flat": False, "reads": 1}
     shape |= {key: keys.pop(key) for key in shape if key in keys}
     config = DataConfig(**{"cutoff_len": 32, "group_by_length": False, **keys})
     return BatchLoader.make(samples, config, ranks=Ranks(size=ranks), seed=5, pad_id=0, **shape)
@@ -101,6 +101,28 @@ def test_a_step_has_the_same_tokens_on_any_number_of_ranks(kind: str) -> None:
     for step in (7, 0, 3):
         alone = sorted(token for batch in on_all_ranks(one, step) for token in tokens_of(batch))
         assert alone == sorted(token for batch in on_all_ranks(two, step) for token in tokens_of(batch))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_part_of_a_step_has_the_same_tokens_however_it_is_split(kind: str) -> None:
+    """Updates of a stage that rolls out learn from one part each."""
+    shapes = [(1, 2, 6), (3, 2, 2), (2, 6, 1), (4, 1, 3)]  # ranks, units of a micro-batch, micro-batches of a part
+    found = []
+    for ranks, per_device, micros in shapes:
+        feed = feed_of(text(97), ranks, per_device=per_device, micro_steps=3 * micros, reads=3, **KINDS[kind])
+        every = [replace(feed, ranks=replace(feed.ranks, rank=rank)).step(1, CPU) for rank in range(ranks)]
+        found.append([
+            sorted(t for own in every for batch in own[micros * part : micros * (part + 1)] for t in tokens_of(batch))
+            for part in range(3)
+        ])  # fmt: skip
+    assert all(found[0]) and found[0][0] != found[0][1]
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_every_part_of_a_step_keeps_units_where_data_are_few() -> None:
+    feed = feed_of(text(7), per_device=4, micro_steps=9, reads=3).with_rows(36, 9)
+    assert feed.micro_steps == 6
+    assert all(batch.sequences for batch in feed.step(0, CPU))
 
 
 def test_a_kernel_that_needs_no_padding_changes_no_step() -> None:

@@ -125,6 +125,28 @@ def test_reporting_what_is_not_there_is_an_error() -> None:
         Ledger(skeleton()).apply("liar", Edit(lambda model: ModelEdit(fresh={"ghost": nn.init.ones_})), SITUATION)
 
 
+def with_head(model: Any, **more: Any) -> ModelEdit:
+    model.extra = nn.Linear(8, 1, device="meta")
+    return ModelEdit(aside=frozenset({"extra.weight", "extra.bias"}), **more)
+
+
+def test_what_is_set_aside_trains_whatever_else_does_and_is_no_original() -> None:
+    ledger = Ledger(skeleton())
+    ledger.apply("freeze", Edit(lambda model: ModelEdit(trainable=lambda name: name == "model.norm.weight")), SITUATION)
+    fresh = {"extra.weight": torch.zero_, "extra.bias": torch.zero_}
+    ledger.apply("ppo", Edit(lambda model: with_head(model, fresh=fresh)), SITUATION)
+    assert set(set_trainable(ledger.model, ledger, torch.float32)) == {"model.norm.weight", *fresh}
+    assert not set(fresh) & (set(ledger.direct) | set(ledger.direct.values()))
+
+
+def test_setting_aside_what_has_no_values_is_an_error() -> None:
+    with pytest.raises(EditError, match="added extra.weight.*said neither how to load"):
+        Ledger(skeleton()).apply("ppo", Edit(with_head), SITUATION)
+    with pytest.raises(EditError, match="sets model.norm.weight aside and did not say how to initialise"):
+        aside = ModelEdit(aside=frozenset({"model.norm.weight"}))
+        Ledger(skeleton()).apply("ppo", Edit(lambda model: aside), SITUATION)
+
+
 def test_two_plugins_cannot_both_decide_what_trains() -> None:
     ledger = Ledger(skeleton())
     ledger.apply("one", Edit(lambda model: ModelEdit(trainable=lambda name: True)), SITUATION)

@@ -46,6 +46,10 @@ STRUCTURE_POINTS = tuple(name for name, point in POINTS.items() if point.shapes_
 """The extension points that make the model, without those that only training needs."""
 
 
+EDITORS = ("quant_config", "peft_config", "stage_config", "kernel_config")
+"""The extension points whose plugins may edit the structure, in their order; a stage does where the model trains."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """What a model's small files say."""

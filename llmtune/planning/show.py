@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.contract.errors import counted
-from llmtune.contract.extension_points import POINTS
+from llmtune.contract.records import Edit
 from llmtune.contract.stages import precomputing
+from llmtune.planning.edit import EDITORS
 from llmtune.planning.further_models import model_names
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def _arrangement(ranks: Ranks) -> str:
 def edit_lines(parts: Parts, plan: ModelPlan) -> list[str]:
     """Each plugin of the recipe, in the order in which they act, and what it did to the model."""
     reports = {id(part): [] for part in parts.all}
-    edits = [part for part in parts.all if POINTS[part.point].edits]
-    for part, (_, change) in zip(edits, plan.ledger.changes, strict=False):
+    edits = [part for point in EDITORS for part in parts.at(point) if isinstance(part.built, Edit)]
+    for part, (_, change) in zip(edits, plan.ledger.changes, strict=True):
         reports[id(part)] = _grouped(change.report)
     lines = []
     for part in parts.all:
