@@ -23,7 +23,7 @@ _WHERE = {
         ),
         "llmtune.contract.optimizers": (
             "OptimizerFactory", "OptimizerContext", "ParameterGroup", "ParameterRole", "ChangesWhatTrains",
-            "ChecksGroups", "Repacks", "SpreadsState",
+            "ChecksGroups", "Repacks", "SpreadsState", "StepsEach", "UpdatesInBackward",
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",

@@ -72,6 +72,27 @@ class ChecksGroups(Protocol):
 
 
 @runtime_checkable
+class UpdatesInBackward(Protocol):
+    """Optional on an `OptimizerFactory` whose optimiser can update each parameter as soon as its gradient is there.
+
+    No more than a few gradients are then there at a time. The core refuses what needs them all: several micro-batches a
+    step, a limit on their common norm, and loss scaling.
+    """
+
+    layerwise: bool
+    """Whether the recipe wants it. Then the optimiser is a `StepsEach`, and its `step` is never called."""
+
+
+@runtime_checkable
+class StepsEach(Protocol):
+    """An optimiser for `UpdatesInBackward`."""
+
+    def step_parameter(self, parameter: nn.Parameter) -> None:
+        """Update one parameter, which has its gradient, and its state; called during the backward pass, on every rank."""
+        ...
+
+
+@runtime_checkable
 class SpreadsState(Protocol):
     """Optional on an optimiser whose state has tensors of other shapes than the parameter's, such as low-rank factors.
 

@@ -9,7 +9,7 @@ that was left out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -147,6 +147,7 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
     optimizer = stepped_optimizer(plan)
     unused: Any = optimizer  # the parts of the loop that are called here take no step
     training = make_training(plan, objective, unused)
+    layerwise, training = training.layerwise, replace(training, layerwise=None)
     micros = list(prepared(objective, [fake_batch(shape) for _ in range(min(2, shape.micro_steps))]))
     large_norm = 2.0 * (training.max_grad_norm or 1.0)
     # Beforehand once: DTensor works out how each operation spreads, on tensors that are not the step's.
@@ -157,9 +158,11 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
     observer = Observer(plan, objective, optimizer, tracker)
     with torch.random.fork_rng(devices=[]), tracker:
         observer.begin()
-        forward_backward(training, micros, torch.ones(()), 0)
+        with layerwise.updating(len(micros)) if layerwise else nullcontext():
+            forward_backward(training, micros, torch.ones(()), 0)
         observer.update()
-        clip(training, global_norm(parameters), large_norm)
+        if layerwise is None:
+            clip(training, global_norm(parameters), large_norm)
         if optimizer is not None:
             optimizer.step()
         tracker.mark("end")

@@ -95,7 +95,7 @@ def make_plan(
         with collect(problems):
             questions = evaluated(recipe, parts, registry, model, prepared.evaluation)
     for part in parts.at("optim_config") if model is not None else ():
-        problems += optimizer_objections(part, model)
+        problems += optimizer_objections(part, recipe.train, model)
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmtune.contract.optimizers import ChangesWhatTrains
+from llmtune.contract.optimizers import ChangesWhatTrains, UpdatesInBackward
 from llmtune.contract.records import HoldsGathered
 from llmtune.contract.stages import precomputing
 from llmtune.contract.structure import transformer_layers
@@ -108,6 +108,10 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
     state = optimizer_bytes(plan, rank)
     held = [hold(name + ".", layer, rank, state) for name, layer in layers]
     whole = hold("", model.module, rank, state)
+    factory = plan.parts.one("optim_config").built
+    if isinstance(factory, UpdatesInBackward) and factory.layerwise:  # one gradient at a time, about
+        sizes = [math.prod(rank.local(p)) * p.element_size() for p in model.module.parameters() if p.requires_grad]
+        whole = replace(whole, gradients=max(sizes))
     root = whole - reduce(Held.__add__, held, Held())
     acts = activations(model, batch, [layer for _, layer in layers], rank, level)
     grads, always = Memory(gradients=whole.gradients), whole.static + further_weights(plan)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, did_you_mean, listed
 from llmtune.contract.evaluation import MeasuresAnswers
-from llmtune.contract.optimizers import ChecksGroups
+from llmtune.contract.optimizers import ChecksGroups, UpdatesInBackward
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
 from llmtune.contract.rewards import ReadsRows
 from llmtune.contract.stages import Measures, RollsOut, precomputing
@@ -40,13 +40,32 @@ def plugin_objections(part: BuiltPlugin, context: RunContext, module: Any) -> li
         return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(context, module)]
 
 
-def optimizer_objections(part: BuiltPlugin, model: ModelPlan) -> list[LlmtuneError]:
-    """What an optimiser has to say against the parameters that train."""
-    if not isinstance(part.built, ChecksGroups):
-        return []
-    groups = model_groups(model.module, model.ledger, 1.0)
-    with blaming(part.full_label, "check_groups"):
-        return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check_groups(groups)]
+def optimizer_objections(part: BuiltPlugin, train: TrainConfig, model: ModelPlan) -> list[LlmtuneError]:
+    """What speaks against an optimiser and the parameters that train, or against its updates in the backward pass."""
+    sentences: list[str] = []
+    if isinstance(part.built, UpdatesInBackward) and part.built.layerwise:
+        sentences += layerwise_objections(train)
+    if isinstance(part.built, ChecksGroups):
+        with blaming(part.full_label, "check_groups"):
+            sentences += part.built.check_groups(model_groups(model.module, model.ledger, 1.0))
+    return [PlanError(f"{part.point}: {sentence}") for sentence in sentences]
+
+
+def layerwise_objections(train: TrainConfig) -> Iterator[str]:
+    """What needs all gradients of a step at once, where each is freed as soon as it was used."""
+    begin = "layerwise: found true, which frees each gradient during the backward pass"
+    if train.gradient_accumulation_steps > 1:
+        yield (
+            f"{begin}, beside gradient_accumulation_steps {train.gradient_accumulation_steps}, which sums gradients of "
+            "several; set gradient_accumulation_steps: 1 and a larger per_device_train_batch_size"
+        )
+    if train.max_grad_norm:
+        yield (
+            f"{begin}, beside max_grad_norm {train.max_grad_norm:g}, which needs the norm of all gradients before the "
+            "first update; set max_grad_norm: 0"
+        )
+    if train.fp16:
+        yield f"{begin}, beside fp16, whose loss scaling looks at all gradients before an update; use bf16"
 
 
 def metric_objections(

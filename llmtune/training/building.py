@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.contract.errors import blaming
+from llmtune.contract.optimizers import StepsEach, UpdatesInBackward
 from llmtune.contract.records import SwitchesOff
 from llmtune.contract.stages import RollsOut, further_models, precomputing
 from llmtune.contract.structure import transformer_layers
@@ -24,6 +25,7 @@ from llmtune.model.source import resolve_model
 from llmtune.model.tying import require_tied
 from llmtune.model.weight_files import StoredTensor, read_index
 from llmtune.planning.further_models import askers
+from llmtune.training.layerwise import LayerwiseUpdates
 from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
 from llmtune.training.precomputed import kept_numbers, precomputed, with_numbers
@@ -122,7 +124,11 @@ def make_objective(plan: ModelPlan) -> Objective:
 
 def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optimizer, first_step: int = 0) -> Training:
     """All that the plan's steps need, beginning after `first_step`."""
-    train = plan.recipe.train
+    train, factory = plan.recipe.train, plan.parts.one("optim_config").built
+    layerwise = None
+    if isinstance(factory, UpdatesInBackward) and factory.layerwise and isinstance(optimizer, StepsEach):
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        layerwise = LayerwiseUpdates(optimizer, trained)
     return Training(
         objective=objective, optimizer=optimizer, optimizer_label=plan.parts.one("optim_config").full_label,
         batches=plan.data.batches,
@@ -130,6 +136,7 @@ def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optim
         distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=plan.steps,
         warmup_steps=plan.warmup_steps, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
         scaler=LossScale() if plan.model.precision.scaled else None, first_step=first_step,
+        layerwise=layerwise,
     )  # fmt: skip
 
 

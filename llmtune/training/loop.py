@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from llmtune.contract.stages import Batch
     from llmtune.data.batch_loader import BatchLoader
     from llmtune.recipe.parts import BuiltPlugin
+    from llmtune.training.layerwise import LayerwiseUpdates
     from llmtune.training.objective import Objective
     from llmtune.training.schedule import WarmedSchedule
 
@@ -73,6 +75,8 @@ class Training:
     max_grad_norm: float
     seed: int
     scaler: LossScale | None = None
+    layerwise: LayerwiseUpdates | None = None
+    """Where the optimiser updates during the backward pass."""
     first_step: int = 0
     at: int = 0
     """The step that is being done, from 1."""
@@ -123,8 +127,9 @@ def update(run: Training, micros: Sequence[Batch], step: int, number: int, token
     None where gradients overflowed in float16, so that it has to be repeated with the smaller scale now set."""
     weight = total(torch.tensor(sum(micro.weight for micro in micros), dtype=torch.float64, device=run.device))
     weight /= run.ranks.dims.tensor  # a tensor group computes one result; it counts once
-    sums = forward_backward(run, micros, weight, step, number)
-    norm = global_norm(run.parameters)
+    with nullcontext() if run.layerwise is None else run.layerwise.updating(len(micros)):
+        sums = forward_backward(run, micros, weight, step, number)
+    norm = global_norm(run.parameters) if run.layerwise is None else run.layerwise.norm()
     sums[TOKENS] = torch.tensor(tokens, device=run.device, dtype=torch.float64)
     loss, grad_norm, metrics = read_back(run, sums, norm)
     tokens = metrics.pop(TOKENS)
@@ -133,9 +138,10 @@ def update(run: Training, micros: Sequence[Batch], step: int, number: int, token
         return None
     require_finite(run, loss, grad_norm, step, micros)
     clip(run, norm, grad_norm)
-    with noting(run.optimizer_label, "step"):
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    if run.layerwise is None:
+        with noting(run.optimizer_label, "step"):
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
     return StepStats(loss, grad_norm, 0.0, round(tokens), 0.0, metrics)
 
 
@@ -183,6 +189,8 @@ def forward_backward(
         seeded_step(run.seed, step, number + update * len(micros), run.ranks.stream)
         result = run.objective(micro)
         loss = result.total / divisor
+        if run.layerwise is not None:
+            run.layerwise.require_finite(loss, step)
         (loss * factor).backward()
         found = result.sums()
         for name, value in found.items():
@@ -228,9 +236,11 @@ def require_finite(run: Training, loss: float, grad_norm: float, step: int, micr
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     rows = listed([run.batches.origin(sample) for micro in micros for sample in micro.sample_ids], 16)
+    good = "stopped before the update, so the weights and the last checkpoint are good"
+    if run.layerwise is not None:
+        good = "layers were updated during the backward pass, so the weights are spoilt; the last checkpoint is good"
     raise DivergedError(
-        f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; stopped before the update, "
-        f"so the weights and the last checkpoint are good. Rows on this rank: {rows}. "
+        f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; {good}. Rows on this rank: {rows}. "
         "Lower learning_rate, or look at these rows"
     )
 

@@ -36,6 +36,13 @@ class AdamWConfig:
     """One kernel for the whole update. null: wherever it exists (CPU, CUDA, MPS, XPU). false: torch's plain
     operations, which on CPU are some 5 times slower but give the same bits for every number of ranks; the fused CPU
     kernel rounds the last few elements of a shard differently (1 unit in the last place)."""
+    layerwise: bool = False
+    """Update each parameter during the backward pass and free its gradient at once, by plain operations. Needs
+    `max_grad_norm: 0` and `gradient_accumulation_steps: 1`."""
+
+    def __post_init__(self) -> None:
+        if self.layerwise and self.fused:
+            raise ValueError("fused: found true beside layerwise, which updates one parameter at a time; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)

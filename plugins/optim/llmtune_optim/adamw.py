@@ -21,11 +21,17 @@ class AdamWFactory:
 
     def __init__(self, config: AdamWConfig) -> None:
         self.config = config
+        self.layerwise = config.layerwise
 
-    def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> torch.optim.AdamW:
+    def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> torch.optim.Optimizer:
         """The recipe's weight decay for groups that decay. Raises PlanError if `fused: true` is impossible."""
         config = self.config
         require_parameters(groups)
+        if config.layerwise:
+            from .whole import WholeMatrixOptimizer, whole_groups
+
+            settings = {"betas": config.betas, "eps": config.eps}
+            return WholeMatrixOptimizer(*whole_groups(groups, lambda *_: False, {}, settings, config.weight_decay))
         fused = choose_fused(config.fused, [pair for group in groups for pair in group.parameters])
         optimizer = torch.optim.AdamW(
             torch_groups(groups, config.weight_decay), betas=config.betas, eps=config.eps, fused=fused

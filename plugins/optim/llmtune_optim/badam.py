@@ -91,9 +91,6 @@ class LayerBAdam(BlockOptimizer):
             print(f"badam: from step {step + 1} on {name} trains{inside}", file=sys.stderr)
         self.shown = count
 
-    def update(self, name: str, step: int, whole: Whole, group: Mapping[str, Any]) -> None:
-        """Never called: no parameter is in a group of `whole` ones."""
-
     def block(self, count: int) -> int:
         """The layer that trains after so many switches."""
         number, start, mode = len(self.blocks), self.config.start_block, self.config.switch_mode

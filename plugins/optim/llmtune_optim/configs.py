@@ -49,6 +49,9 @@ class LowRankConfig:
     """Added to the denominator."""
     weight_decay: Decay = 0.0
     """Share of a matrix that decays per step, times the learning rate. Norms, biases and other vectors never decay."""
+    layerwise: bool = False
+    """Update each parameter during the backward pass and free its gradient at once. Needs `max_grad_norm: 0` and
+    `gradient_accumulation_steps: 1`."""
 
 
 @dataclass(frozen=True, kw_only=True)

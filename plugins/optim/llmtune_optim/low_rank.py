@@ -24,6 +24,7 @@ class LowRankFactory:
 
     def __init__(self, config: LowRankConfig) -> None:
         self.config = config
+        self.layerwise = config.layerwise
 
     def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> GaLore | Apollo:
         """Projects the targets among layers' matrices. Raises PlanError where none of them trains."""

@@ -7,7 +7,6 @@ update, each once, and state that the work needs whole.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -98,7 +97,7 @@ def first_row(stack: DTensor) -> int:
     return start
 
 
-class WholeMatrixOptimizer(torch.optim.Optimizer, ABC):
+class WholeMatrixOptimizer(torch.optim.Optimizer):
     """Some matrices by a method that sees them whole, all other parameters by AdamW.
 
     Groups have `whole`, which says by which, and for AdamW `betas` and `eps`. State of a matrix is a step counter and
@@ -109,6 +108,7 @@ class WholeMatrixOptimizer(torch.optim.Optimizer, ABC):
         super().__init__([dict(group) for group in groups], {})
         self.names = names
         """Of parameters, by `id`."""
+        self.groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
 
     def state_shapes(self, shape: torch.Size, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Whole shapes of the state that goes where the matrix is whole, by name."""
@@ -119,12 +119,12 @@ class WholeMatrixOptimizer(torch.optim.Optimizer, ABC):
         assert parameter.grad is not None
         return parameter.grad.clone()
 
-    @abstractmethod
     def update(self, name: str, step: int, whole: Whole, group: Mapping[str, Any]) -> None:
         """Turn `whole["update"]` from a gradient into what the learning rate is multiplied by; bring state up to date.
 
         `step` counts from 1. No number may depend on anything else: each matrix is updated on one rank only.
         """
+        raise NotImplementedError("this optimiser has no groups of whole matrices")
 
     def empty_state(self, parameter: nn.Parameter, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See `llmtune.SpreadsState`."""
@@ -141,6 +141,11 @@ class WholeMatrixOptimizer(torch.optim.Optimizer, ABC):
             found = [parameter for parameter in group["params"] if parameter.grad is not None]
             self.update_parameters(found, group)
         return loss
+
+    @torch.no_grad()
+    def step_parameter(self, parameter: nn.Parameter) -> None:
+        """See `llmtune.StepsEach`."""
+        self.update_parameters([parameter], self.groups[id(parameter)])
 
     def update_parameters(self, found: Sequence[nn.Parameter], group: Mapping[str, Any]) -> None:
         """One update of these members of a group."""

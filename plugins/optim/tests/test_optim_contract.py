@@ -22,7 +22,7 @@ OTHERS = [
     }.items()
     for law in laws("optim_config", name, keys)
 ]  # fmt: skip
-OTHERS += laws("optim_config", "badam", {"mode": "ratio", "switch_interval": 3, "update_ratio": 0.5})
+OTHERS += laws("optim_config", "badam", {"mode": "ratio", "switch_interval": 3, "update_ratio": 0.9})
 # Its products are of bfloat16, which turns the last digit of a gradient into the third of an update.
 OTHERS += laws("optim_config", "muon", {"weight_decay": 0.1}, tolerance=3e-3)
 
