@@ -107,3 +107,30 @@ def test_it_is_continued_on_another_number_of_ranks_and_rows(tmp_path: Path) -> 
                 assert same[name] == pytest.approx(row[name], rel=1e-3, abs=1e-6), name
         for name, tensor in whole.tensors.items():
             torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("spread", [{"tp_size": 2}, {"offload_params": True}], ids=["tensor", "offload"])
+def test_it_is_spread_like_the_rest(spread: dict[str, Any], tmp_path: Path) -> None:
+    whole = running.train(keys(tmp_path))
+    micros = 2 if "tp_size" in spread else 1
+    given = keys(
+        tmp_path, dist_config={"name": "fsdp2", **spread}, gradient_accumulation_steps=micros,
+        output_dir=str(tmp_path / "two"),
+    )  # fmt: skip
+    two = in_ranks(2, tmp_path / "ranks", running.train, given)[0]
+    for row, same in zip(whole.metrics, two.metrics, strict=True):
+        for name in ("loss", "grad_norm", "value_loss", "reward", "tokens"):
+            assert same[name] == pytest.approx(row[name], rel=1e-3, abs=1e-6), name
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_rows_of_a_stream_are_answered(tmp_path: Path) -> None:
+    rows = running.train(keys(tmp_path, streaming=True, per_device_train_batch_size=2)).metrics
+    assert len(rows) == 2 and all(row["completions/length"] > 0 and row["grad_norm"] > 0 for row in rows)
+
+
+def test_rows_are_not_split_over_ranks(tmp_path: Path) -> None:
+    given = keys(tmp_path, dist_config={"name": "fsdp2", "cp_size": 2}, kernel_config="auto")
+    with pytest.raises(llmtune.PlanError, match="cp_size is 2, but the loss of prompts needs whole answers"):
+        llmtune.plan(given, nproc=2)
