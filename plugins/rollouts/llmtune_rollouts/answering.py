@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from llmtune import Batch, Completion, GenerateConfig, StageContext
+from llmtune import Batch, Completion, GenerateConfig, PlanError, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,15 @@ def per_answer(values_N: Tensor, batch: Batch) -> Tensor:
 
 
 def weighted(rewards_SR: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """(S,) the sum of an answer's rewards, each times its weight; NaN where no reward says anything of the answer."""
+    """(S,) the sum of an answer's rewards, each times its weight; NaN where no reward says anything of the answer.
+
+    Raises PlanError for another number of weights than of rewards.
+    """
+    if weights is not None and len(weights) != rewards_SR.shape[1]:
+        raise PlanError(
+            f"stage_config: reward_weights: found {len(weights)} numbers, allowed is one for each of the "
+            f"{rewards_SR.shape[1]} rewards in reward_config, in their order, or null for 1 each"
+        )
     weights_R = rewards_SR.new_tensor(weights or [1.0] * rewards_SR.shape[1])
     return torch.where(rewards_SR.isnan().all(1), torch.nan, (rewards_SR * weights_R).nansum(1))
 

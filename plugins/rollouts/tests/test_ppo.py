@@ -320,6 +320,17 @@ def test_without_a_cost_of_distance_there_is_no_reference(tmp_path: Path) -> Non
     assert "kl" not in row and row["kl_coef"] == 0
 
 
+def test_rewards_count_by_their_weights(tmp_path: Path) -> None:
+    both = [REWARD, {**REWARD, "function": "ppo_worth:spaces"}]
+    plan, objective = running.start(keys(tmp_path, {"reward_weights": [2.0, -0.5]}, reward_config=both))
+    extra = prepared(plan, objective)[0].extra
+    expected = 2 * extra["rewards/function"] - 0.5 * extra["rewards/function#2"]
+    torch.testing.assert_close(extra["reward"], expected)
+    plan, objective = running.start(keys(tmp_path, {"reward_weights": [1.0]}, reward_config=both))
+    with pytest.raises(LlmtuneError, match="reward_weights: found 1 numbers, allowed is one for each of the 2 rewards"):
+        prepared(plan, objective)
+
+
 def test_a_fixed_cost_stays(tmp_path: Path) -> None:
     rows = running.train(keys(tmp_path, {"ppo_target": None, "horizon": 1}, max_steps=3)).metrics
     assert [row["kl_coef"] for row in rows] == pytest.approx([0.2] * 3)
