@@ -88,7 +88,7 @@ class StepsEach(Protocol):
     """An optimiser for `UpdatesInBackward`."""
 
     def step_parameter(self, parameter: nn.Parameter) -> None:
-        """Update one parameter, which has its gradient, and its state; called during the backward pass, on every rank."""
+        """Update one parameter, which has its gradient, and its state. Called in the backward pass, on every rank."""
         ...
 
 

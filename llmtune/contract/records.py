@@ -87,6 +87,8 @@ class RunContext:
     """Type in which parameters travel between ranks. Packed storage of this type is never cast."""
     capabilities: frozenset[str] = frozenset()
     """Capability words that all plugins of the recipe give together."""
+    learning_rate: float = 0.0
+    """The recipe's; 0 where nothing trains."""
     autocast: bool = False
     """Whether the forward pass runs under `torch.autocast(compute_dtype)`."""
     model_name: str | None = None

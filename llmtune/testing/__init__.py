@@ -18,7 +18,7 @@ _WHERE = {
     name: module
     for module, names in {
         "llmtune.testing.contract": ("Law", "LawError", "check_plugin", "laws"),
-        "llmtune.testing.optimizers": ("create_for",),
+        "llmtune.testing.optimizers": ("create_for", "learning_rates"),
         "llmtune.testing.ranks": ("in_ranks",),
         "llmtune.testing.running": ("read_keys", "tiny_recipe"),
         "llmtune.testing.tiny": (

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmtune.contract.optimizers import OptimizerFactory, ParameterRole
+    from llmtune.planning.plan import Plan
 
 
 def create_for(
@@ -26,3 +27,12 @@ def create_for(
     by_shape: dict[str, ParameterRole] = {name: "matrix" if one.dim() > 1 else "norm" for name, one in named}
     groups = group_parameters(named, {**by_shape, **(roles or {})}, lr_factors or {}, lr)
     return create_optimizer(factory, groups, OptimizerContext(learning_rate=lr, **facts))
+
+
+def learning_rates(plan: Plan) -> dict[str, float]:
+    """The rate at which the plan's optimiser begins with each parameter that trains, by name."""
+    from llmtune.training.optim import make_optimizer
+
+    names = {id(parameter): name for name, parameter in plan.model.module.named_parameters()}
+    groups = make_optimizer(plan).param_groups
+    return {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}

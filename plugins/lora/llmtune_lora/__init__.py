@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmtune import Ge, Lt, Plugin, hookimpl
+from llmtune import Ge, Gt, Lt, Plugin, hookimpl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,11 @@ class LoraRecipe:
     """Train the magnitude of each output apart from its direction (arXiv 2402.09353)."""
     modules_to_save: str | tuple[str, ...] | None = None
     """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
+    loraplus_lr_ratio: Annotated[float, Gt(0)] | None = None
+    """LoRA+: the learning rate of the factors at the outputs (B), and of vectors, as a multiple of `learning_rate`,
+    such as 16 (arXiv 2402.12354). null: one rate for all."""
+    loraplus_lr_embedding: Annotated[float, Gt(0)] = 1e-6
+    """LoRA+: the learning rate of adapters of embeddings. Counts only with `loraplus_lr_ratio`."""
     adapter_name_or_path: str | tuple[str, ...] | None = None
     """Folder or hub id (`owner/name`, `owner/name@revision`) of an adapter to continue (training), or of one or several
     to use in order (inference)."""

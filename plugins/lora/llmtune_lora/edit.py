@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -79,7 +80,8 @@ class Lora:
     def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Insert the adapters. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
         given = split_names(self.config.adapter_name_or_path)
-        return self._existing(model, given, context) if given else self._new(model)
+        change = self._existing(model, given, context) if given else self._new(model)
+        return replace(change, roles=_roles(model), lr_factor=loraplus(self.config, context.learning_rate))
 
     def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
         """Write the adapter as PEFT does."""
@@ -164,7 +166,6 @@ class Lora:
             trainable=_is_adapter,
             report=report,
             tp_follow=_follow(model),
-            roles=_roles(model),
         )
 
     def _existing(self, model: nn.Module, places: tuple[str, ...], context: RunContext) -> ModelEdit:
@@ -200,7 +201,6 @@ class Lora:
             trainable=_is_adapter,
             report=report,
             tp_follow=_follow(model),
-            roles=_roles(model),
         )
 
     def _check_several(self, configs: list[LoraConfig], context: RunContext) -> None:
@@ -240,6 +240,22 @@ def _follow(model: nn.Module) -> dict[str, Literal["inputs", "outputs"]]:
         for part, side in sides.items()
         for adapter in getattr(module, part)
     }
+
+
+def loraplus(config: LoraRecipe, learning_rate: float) -> Callable[[str], float] | None:
+    """LoRA+'s multiple of the learning rate for each tensor (Hayou et al. 2024), as PEFT groups them."""
+    ratio = config.loraplus_lr_ratio
+    if ratio is None or not learning_rate:
+        return None
+
+    def factor(name: str) -> float:
+        part = tensor.part if (tensor := files.taken_apart(name)) else ""
+        if part.startswith("lora_embedding"):
+            return config.loraplus_lr_embedding / learning_rate
+        faster = part in ("lora_B", "lora_magnitude_vector") or name.endswith("bias")
+        return ratio if faster else 1.0
+
+    return factor
 
 
 def _roles(model: nn.Module) -> dict[str, ParameterRole]:
