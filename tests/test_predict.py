@@ -17,6 +17,7 @@ import torch
 import llmtune
 from llmtune import DataError, LlmtuneError, PlanError, RecipeError
 from llmtune.cli import main
+from llmtune.distributed.launch import LaunchError
 from llmtune.inference.reopen import open_model
 from llmtune.testing.running import tiny_recipe
 from llmtune.testing.tiny import tiny_chats, tiny_labelled, tiny_model_folder, tiny_preferences
@@ -101,6 +102,25 @@ def test_two_ranks_write_what_one_does(keys: dict[str, Any], run: Path, chats: P
     assert other.rows == lines(tmp_path / "o1")
 
 
+@pytest.mark.parametrize("way", [{"tp_size": 2}, {"dp_replicate_size": 2}], ids=str)
+def test_ranks_that_share_a_batch_or_hold_copies_write_the_same(
+    way: dict[str, int], run: Path, chats: Path, tmp_path: Path
+) -> None:
+    whole = llmtune.predict(run, chats, output_dir=str(tmp_path / "one"), **GREEDY).rows
+    keys = {**GREEDY, "dist_config": {"name": "fsdp2", **way}}
+    in_ranks(2, tmp_path / "two", predict_in_rank, str(run), str(chats), str(tmp_path / "o"), keys)
+    assert lines(tmp_path / "o") == whole
+
+
+def test_ranks_are_started_where_they_are_asked_for(model: Path, chats: Path, tmp_path: Path) -> None:
+    entry = {"path": str(chats), "name": "small talk"}
+    keys = {**GREEDY, "max_samples": 4, "device": "cpu"}
+    found = llmtune.predict(model, entry, nproc=2, output_dir=str(tmp_path / "two"), **keys)
+    assert found.rows == llmtune.predict(model, entry, output_dir=str(tmp_path / "one"), **keys).rows
+    with pytest.raises(LaunchError, match="a rank failed with exit code"):
+        llmtune.predict(model, tmp_path / "missing.jsonl", nproc=2, device="cpu")
+
+
 def test_a_quantised_run_is_asked_on_one_rank_and_on_two(tmp_path: Path) -> None:
     keys = tiny_recipe(tmp_path, sizes={"hidden_size": 64, "intermediate_size": 128}, peft_config=LORA, max_steps=1,
                        quant_config={"name": "bnb", "compute_dtype": "float32"})  # fmt: skip
@@ -148,11 +168,11 @@ def test_rows_that_are_written_are_not_answered_again(model: Path, chats: Path, 
         return generate(self, questions, numbers, stop)
 
     text = (tmp_path / NAME).read_bytes().splitlines(keepends=True)
-    (tmp_path / NAME).write_bytes(b"".join(text[:7]))
+    (tmp_path / NAME).write_bytes(b"".join(text[:7]))  # two batches, and one of the third's lines
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Predictor, "_generate", noted)
         llmtune.predict(model, chats, output_dir=str(tmp_path), **GREEDY)
-    assert answered == [7, 8, 9]
+    assert answered == [6, 7, 8, 9]
     assert (tmp_path / NAME).read_bytes() == b"".join(text)
 
 
@@ -325,3 +345,33 @@ def test_beams_are_asked_for_in_evaluations_alone(tmp_path: Path, monkeypatch: p
     keys = {"name": "generate", "eval_num_beams": 3}
     llmtune.train(tiny_recipe(tmp_path, max_steps=1, val_size=1, eval_config=keys, max_new_tokens=2, do_predict=True))
     assert beams == [3, 1]
+
+
+def test_an_evaluation_that_is_left_while_it_answers_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmtune.training.predict import Predictor
+
+    keys = tiny_recipe(
+        tmp_path, sizes={"initializer_range": 0.5}, max_steps=3, val_size=4, eval_strategy="steps", eval_steps=2,
+        eval_config="generate", **{**GREEDY, "per_device_eval_batch_size": 1},
+    )  # fmt: skip
+    whole = llmtune.train({**keys, "output_dir": str(tmp_path / "whole")}).metrics
+    evaluations = [row for row in whole if "eval_loss" in row]
+    generate, asked = Predictor._generate, []
+
+    def stop(self: Predictor, *arguments: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(Predictor, "_generate", stop)
+    assert llmtune.train(keys).status == "interrupted"
+    assert len(asked) == 2
+    run = llmtune.train(keys)
+    assert run.status == "done"
+    found = [row for row in run.metrics if "eval_loss" in row]
+    assert [(row["step"], row["eval_rouge-l"]) for row in found] == [
+        (row["step"], row["eval_rouge-l"]) for row in evaluations
+    ]

@@ -51,19 +51,20 @@ class Predictor:
         """Predictions of the questions from number `first` on, in their order, some at a time, the same on every rank.
 
         The answer to a question depends on its number and the seed, not on how many ranks there are or where the
-        answers began. Collective.
+        answers began: the batches are the same, too, so that not even rounding differs. Collective.
         """
         size, shares = self.batch_size, self.ranks.batch_ranks
         stop = stop_tokens(cast("Any", self.objective.model), self.tokenizer, self.template_variables)
         self.objective.eval()
         try:
-            for begin in range(first, len(questions), size * shares):
+            for begin in range(first - first % (size * shares), len(questions), size * shares):
                 start = begin + size * self.ranks.batch_rank
                 own = range(start, min(start + size, len(questions)))
                 with torch.no_grad(), noting(self.engine.full_label, "generate"):
                     said = self.objective(lambda own=own: self._generate(questions, own, stop))
                 # Ranks that share a batch have said the same.
-                yield [each for _, each in sorted({n: each for part in from_all(said) for n, each in part}.items())]
+                found = {number: each for part in from_all(said) for number, each in part}
+                yield [found[number] for number in sorted(found) if number >= first]
         finally:
             reshard(self.objective)
 
