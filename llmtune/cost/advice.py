@@ -196,8 +196,10 @@ def _more_ranks(cost: Figures, registry: Registry) -> Iterator[KeyChange]:
 
 def _other_training(plan: Plan, registry: Registry) -> Iterator[KeyChange]:
     """Changes after which something else is trained, or more coarsely."""
+    optimizer = plan.parts.one("optim_config").plugin
     for name in _offered("optim_config", registry):
-        if name != plan.parts.one("optim_config").plugin.name:
+        # Another one that needs another learning rate is no help by itself; which take the same they say in a word.
+        if name != optimizer.name and optimizer.gives & registry.find("optim_config", name).plugin.gives:
             yield KeyChange(keys={"optim_config": name}, same=False)
     adapters = [{"peft_config": name} for name in _offered("peft_config", registry)]
     adapters = [{}] if plan.parts.at("peft_config") else adapters

@@ -20,6 +20,9 @@ from .configs import (
     SgdConfig,
 )
 
+ADAMW_RATES = frozenset({"adamw_learning_rates"})
+"""The word of optimisers that do well at the learning rates that AdamW does well at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
@@ -130,27 +133,32 @@ def build_sgd(config: SgdConfig) -> Any:
 @hookimpl
 def optim_config() -> list[Plugin]:
     """All optimisers."""
+    at_adamws_rates = (
+        ("adamw", AdamWConfig, build_adamw, "AdamW, fused where it exists"),
+        ("muon", MuonConfig, build_muon, "Orthogonal updates for matrices, AdamW for all else: half the state"),
+        ("adam_mini", AdamMiniConfig, build_adam_mini, "AdamW with one second moment a row: half the state"),
+    )
+    others = (
+        ("galore", GaLoreConfig, build_low_rank, "Adam in a subspace of each matrix's gradient: little state"),
+        ("apollo", ApolloConfig, build_low_rank, "SGD scaled by what Adam does in a subspace: little state"),
+        ("adafactor", AdafactorConfig, build_adafactor, "Second moments of rows and columns: hardly any state"),
+        ("badam", BAdamConfig, build_badam, "Adam on one block of the model at a time: the state of one block"),
+        ("lion", LionConfig, build_lion, "The sign of a momentum: half the state"),
+        ("sgd", SgdConfig, build_sgd, "Gradient descent, with momentum if wanted"),
+    )
     eight_bit = Plugin(
         name="adamw_8bit",
         config=AdamW8bitConfig,
         build=build_adamw_8bit,
         summary="AdamW with 8-bit states (bitsandbytes): 2 bytes per trained parameter instead of 8",
+        gives=ADAMW_RATES,
         requires=("bitsandbytes>=0.48",),
     )
     return [
         eight_bit,
         *(
-            Plugin(name=name, config=config, build=build, summary=summary)
-            for name, config, build, summary in (
-                ("adamw", AdamWConfig, build_adamw, "AdamW, fused where it exists"),
-                ("muon", MuonConfig, build_muon, "Orthogonal updates for matrices, AdamW for all else: half the state"),
-                ("galore", GaLoreConfig, build_low_rank, "Adam in a subspace of each matrix's gradient: little state"),
-                ("apollo", ApolloConfig, build_low_rank, "SGD scaled by what Adam does in a subspace: little state"),
-                ("adam_mini", AdamMiniConfig, build_adam_mini, "AdamW with one second moment a row: half the state"),
-                ("adafactor", AdafactorConfig, build_adafactor, "Second moments of rows and columns: hardly any state"),
-                ("badam", BAdamConfig, build_badam, "Adam on one block of the model at a time: the state of one block"),
-                ("lion", LionConfig, build_lion, "The sign of a momentum: half the state"),
-                ("sgd", SgdConfig, build_sgd, "Gradient descent, with momentum if wanted"),
-            )
+            Plugin(name=name, config=config, build=build, summary=summary, gives=ADAMW_RATES)
+            for name, config, build, summary in at_adamws_rates
         ),
+        *(Plugin(name=name, config=config, build=build, summary=summary) for name, config, build, summary in others),
     ]
