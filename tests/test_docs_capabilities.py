@@ -76,7 +76,7 @@ ROWS: dict[str, list[tuple[int, dict[str, Any]]]] = {
 TRIED = (
     "`llmtune chat` on a base in 8 bits",
     "continue on another number of ranks",
-    "`llmtune chat`, `llmtune export`",
+    "`llmtune chat`, `llmtune predict`, `llmtune export`",
 )
 """Rows that no plan tells: the test at the end of this file trains with each method."""
 BASES = {"16 or 32 bits": {}, "4 bits": {"quant_config": BNB}}
