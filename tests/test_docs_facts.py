@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def defaults(package: Path, key: str) -> list[Any]:
     """What the plugins of a package have for a key that is left out."""
     modules = {path.name for path in package.glob("llmtune_*")}
     own = [plugin.config for plugin in PLUGINS if plugin.config.__module__.partition(".")[0] in modules]
-    return [item.default for config in own for item in fields(config) if item.name == key]
+    found = [item for config in own for item in fields(config) if item.name == key]
+    return [None if item.default is MISSING and item.default_factory is MISSING else item.default for item in found]
 
 
 def test_the_readme_explains_the_lines_of_a_recipe() -> None:
