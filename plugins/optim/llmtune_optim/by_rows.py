@@ -175,7 +175,7 @@ def root_mean_square(part: Tensor, of: Tensor) -> Tensor:
     """Of a tensor that is spread like `of`, and of which this rank holds `part`."""
     total = part.square().sum()
     if isinstance(of, DTensor):
-        spread = [Partial() if placement.is_shard() else Replicate() for placement in of.placements]
+        spread = [Replicate() if placement.is_replicate() else Partial() for placement in of.placements]
         total = DTensor.from_local(total, of.device_mesh, spread, run_check=False).full_tensor()
     return (total / of.numel()).sqrt()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from llmtune import ParameterGroup
 
@@ -32,17 +33,17 @@ def spread_zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) ->
     """Zeros whose first dimension is spread over the ranks that the parameter is spread over."""
     if not isinstance(parameter, DTensor):
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
-    placements = [Shard(0) if placement.is_shard() else Replicate() for placement in parameter.placements]
+    placements = [Replicate() if placement.is_replicate() else Shard(0) for placement in parameter.placements]
     made = zeros(shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
     return made.to(local(parameter).device)  # offloaded shards are elsewhere than the mesh's device
 
 
 def ranks_of(parameter: Tensor) -> int:
-    """How many ranks hold different parts of a parameter."""
+    """How many ranks share the work on parameters like this one."""
     if not isinstance(parameter, DTensor):
         return 1
-    sharded = [dim for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
-    return max(1, torch.Size(parameter.device_mesh.size(dim) for dim in sharded).numel())
+    sharded = [dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    return parameter.device_mesh.size(sharded[0]) if len(sharded) == 1 else 1
 
 
 def on_whole(rows: Sequence[Mapping[str, Tensor]], work: Callable[[int, Whole], None]) -> None:
@@ -56,6 +57,10 @@ def on_whole(rows: Sequence[Mapping[str, Tensor]], work: Callable[[int, Whole], 
         for number, row in enumerate(rows):
             work(number, dict(row))
         return
+    if sum(not placement.is_replicate() for placement in first.placements) != 1:
+        for number, row in enumerate(rows):
+            repeat_on_whole(row, lambda tensors, number=number: work(number, tensors))
+        return
     gathered = {key: gather([row[key] for row in rows]) for key in rows[0]}
     mine = {key: tensor.to_local() for key, tensor in gathered.items()}
     start = first_row(gathered["update"])
@@ -67,9 +72,20 @@ def on_whole(rows: Sequence[Mapping[str, Tensor]], work: Callable[[int, Whole], 
             local(row[key]).copy_(value)
 
 
+def repeat_on_whole(row: Mapping[str, Any], work: Callable[[Whole], None]) -> None:
+    """The same for tensors that are cut in two ways, by tensor parallelism and by sharding: every rank does it all."""
+    tensors = {key: tensor.full_tensor().clone() for key, tensor in row.items()}
+    work(tensors)
+    for key, tensor in row.items():
+        # Private to torch, and the one function that knows nested shards.
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        box = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        local(tensor).copy_(tensors[key][box])
+
+
 def stacked(tensor: Any) -> list[Any]:
     """Placements of several such tensors on top of each other."""
-    return [Shard(placement.dim + 1) if placement.is_shard() else Replicate() for placement in tensor.placements]
+    return [Replicate() if placement.is_replicate() else Shard(placement.dim + 1) for placement in tensor.placements]
 
 
 def gather(tensors: Sequence[Any]) -> DTensor:
@@ -80,7 +96,7 @@ def gather(tensors: Sequence[Any]) -> DTensor:
         torch.stack([tensor.to_local() for tensor in tensors]), one.device_mesh, stacked(one), run_check=False,
         shape=shape, stride=torch.empty(shape, device="meta").stride(),
     )  # fmt: skip
-    apart = [Shard(0) if placement.is_shard() else Replicate() for placement in one.placements]
+    apart = [Replicate() if placement.is_replicate() else Shard(0) for placement in one.placements]
     return stack.redistribute(placements=apart)
 
 
@@ -90,7 +106,7 @@ def first_row(stack: DTensor) -> int:
     coordinate = stack.device_mesh.get_coordinate()
     assert coordinate is not None
     for dim, placement in enumerate(stack.placements):
-        if placement.is_shard():
+        if not placement.is_replicate():
             each = -(-rows // stack.device_mesh.size(dim))
             begin = min(rows, each * coordinate[dim])
             start, rows = start + begin, min(rows, begin + each) - begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from llmtune_optim import optim_config
 from torch import nn
 
-from llmtune.testing import create_for, in_ranks, read_keys
+from llmtune.testing import create_for, in_ranks, read_keys, running, tiny_recipe
 
 PLUGINS = {plugin.name: plugin for plugin in optim_config()}
 CASES: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -102,3 +103,30 @@ def test_state_is_split_over_the_ranks(case, found) -> None:
         parts = [rank[case][2][key] for rank in found]
         assert sum(parts) == whole or key.endswith("column_sq"), key
         assert max(parts) <= whole
+
+
+TENSOR_PARALLEL = [
+    {"name": "galore", "rank": 4, "update_interval": 2}, {"name": "adafactor", "scale_parameter": True},
+    {"name": "badam", "mode": "ratio", "update_ratio": 0.5, "switch_interval": 2}, {"name": "adam_mini"},
+]  # fmt: skip
+
+
+def losses(recipes: list[dict[str, Any]]) -> list[list[float]]:
+    return [[row["loss"] for row in running.train(keys).metrics] for keys in recipes]
+
+
+def test_parameters_that_are_cut_in_two_ways_move_as_on_one_rank(tmp_path: Path) -> None:
+    """Tensor parallelism and shards at once: the order of pieces is not that of the ranks."""
+
+    def recipes(tag: str, **changes: Any) -> list[dict[str, Any]]:
+        places = [str(tmp_path / f"{tag}{number}") for number in range(len(TENSOR_PARALLEL))]
+        return [
+            tiny_recipe(tmp_path, learning_rate=0.005, optim_config=optimizer, output_dir=place, **changes)
+            for optimizer, place in zip(TENSOR_PARALLEL, places, strict=True)
+        ]
+
+    expected = losses(recipes("one"))
+    both = recipes("four", dist_config={"name": "fsdp2", "tp_size": 2}, per_device_train_batch_size=2)
+    found = in_ranks(4, tmp_path / "scratch", losses, both)[0]
+    for one, four in zip(expected, found, strict=True):
+        assert four == pytest.approx(one, rel=1e-5)
