@@ -63,7 +63,8 @@ def defaults(package: Path, key: str) -> list[Any]:
     modules = {path.name for path in package.glob("llmtune_*")}
     own = [plugin.config for plugin in PLUGINS if plugin.config.__module__.partition(".")[0] in modules]
     found = [item for config in own for item in fields(config) if item.name == key]
-    return [None if item.default is MISSING and item.default_factory is MISSING else item.default for item in found]
+    made = [item.default if item.default_factory is MISSING else item.default_factory() for item in found]
+    return [None if value is MISSING else value for value in made]
 
 
 def test_the_readme_explains_the_lines_of_a_recipe() -> None:
