@@ -89,6 +89,8 @@ class RunContext:
     """Capability words that all plugins of the recipe give together."""
     learning_rate: float = 0.0
     """The recipe's; 0 where nothing trains."""
+    rewards: tuple[str, ...] = ()
+    """The names of the recipe's rewards (`reward_config`), in its order."""
     autocast: bool = False
     """Whether the forward pass runs under `torch.autocast(compute_dtype)`."""
     model_name: str | None = None

@@ -97,7 +97,9 @@ def plan_model(
     context = RunContext(
         mode="infer" if mode in ("infer", "reopen") else "train", device="cuda" if device.type == "cuda" else "cpu",
         ranks=ranks.size, dims=ranks.dims, compute_dtype=precision.compute,
-        trainable_dtype=precision.trainable, gather_dtype=precision.compute, capabilities=parts.capabilities,
+        trainable_dtype=precision.trainable,
+        rewards=tuple(part.plugin.name for part in parts.at("reward_config")),
+        gather_dtype=precision.compute, capabilities=parts.capabilities,
         learning_rate=recipe.train.learning_rate if mode == "train" else 0.0,
         autocast=precision.autocast, model_name=recipe.model.model, revision=pretrained.files.revision,
         cache_dir=recipe.model.cache_dir, token=recipe.model.token,

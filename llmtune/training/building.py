@@ -82,7 +82,8 @@ def make_rollouts(plan: Plan, further: Sequence[Mapping[str, FrozenModel]]) -> R
     batches = plan.data.batches
     return Rollouts(
         tokenizer=plan.model.tokenizer, engine=plan.parts.one("engine_config"), rewards=plan.parts.at("reward_config"),
-        further=further, flat=batches.flat, pad_id=batches.pad_id, device=plan.device, seed=plan.recipe.train.seed,
+        further=further, flat=batches.flat, pad_id=batches.pad_id, device=plan.device, ranks=plan.ranks,
+        seed=plan.recipe.train.seed,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from llmtune.contract.errors import PluginError, blaming
 from llmtune.data.batches import collate, to_device
 from llmtune.data.sequence import TokenSequence
-from llmtune.distributed.ranks import fail_together
+from llmtune.distributed.ranks import fail_together, from_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from llmtune.contract.generation import Answer, Completion, GenerateConfig
     from llmtune.contract.stages import Batch, StageContext
+    from llmtune.distributed.ranks import Ranks
     from llmtune.recipe.parts import BuiltPlugin
 
 
@@ -37,6 +38,7 @@ class Rollouts:
     flat: bool
     pad_id: int
     device: torch.device
+    ranks: Ranks
     seed: int
 
     @property
@@ -71,6 +73,8 @@ class Rollouts:
             except Exception as met:
                 error = met
             fail_together(error)
+        if (group := self.ranks.dims.tensor) > 1:  # computes one result, whatever a reward says the second time
+            found = from_all(found)[self.ranks.rank // group * group]
         return torch.from_numpy(found).to(self.device)
 
     def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from llmtune import Batch, Completion, GenerateConfig, PlanError, StageContext
+from llmtune import Batch, Completion, GenerateConfig, RunContext, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,16 +90,20 @@ def per_answer(values_N: Tensor, batch: Batch) -> Tensor:
     return values_N.new_zeros(batch.sequences).index_add(0, batch.target_sequence, values_N)
 
 
-def weighted(rewards_SR: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """(S,) the sum of an answer's rewards, each times its weight; NaN where no reward says anything of the answer.
-
-    Raises PlanError for another number of weights than of rewards.
-    """
-    if weights is not None and len(weights) != rewards_SR.shape[1]:
-        raise PlanError(
-            f"stage_config: reward_weights: found {len(weights)} numbers, allowed is one for each of the "
-            f"{rewards_SR.shape[1]} rewards in reward_config, in their order, or null for 1 each"
+def objections(keys: AnswerKeys, context: RunContext, model: Any) -> Iterator[str]:
+    """What keeps a model from answering, and its answers from being judged."""
+    if model.get_output_embeddings() is None:
+        yield f"the model is to answer, and {type(model).__name__} has no head over a vocabulary"
+    weights, rewards = keys.reward_weights, len(context.rewards)
+    if weights is not None and len(weights) != rewards:
+        yield (
+            f"reward_weights: found {len(weights)} numbers, allowed is one for each of the {rewards} rewards in "
+            "reward_config, in their order, or null for 1 each"
         )
+
+
+def weighted(rewards_SR: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """(S,) the sum of an answer's rewards, each times its weight; NaN where no reward says anything of the answer."""
     weights_R = rewards_SR.new_tensor(weights or [1.0] * rewards_SR.shape[1])
     return torch.where(rewards_SR.isnan().all(1), torch.nan, (rewards_SR * weights_R).nansum(1))
 

@@ -18,6 +18,7 @@ from .answering import (
     dealt,
     generate_config,
     lengths,
+    objections,
     per_answer,
     reference_keys,
     weighted,
@@ -52,8 +53,7 @@ class Groups:
 
     def check(self, context: RunContext, model: Any) -> Iterator[str]:
         """Rewards are what answers are told apart by."""
-        if model.get_output_embeddings() is None:
-            yield f"grpo lets the model answer, and {type(model).__name__} has no head over a vocabulary"
+        yield from objections(self.config, context, model)
 
     def prepare(self, model: Any, batches: Sequence[Batch], context: StageContext) -> list[Batch]:
         """Answers to the prompts of a step, with their advantages: `num_generations` times as many batches."""

@@ -21,6 +21,7 @@ from .answering import (
     dealt,
     generate_config,
     lengths,
+    objections,
     per_answer,
     reference_keys,
     weighted,
@@ -68,8 +69,7 @@ class Policy:
 
     def check(self, context: RunContext, model: Any) -> Iterator[str]:
         """Answers need a head over the vocabulary, and whole rows."""
-        if model.get_output_embeddings() is None:
-            yield f"ppo lets the model answer, and {type(model).__name__} has no head over a vocabulary"
+        yield from objections(self.config, context, model)
 
     def apply(self, model: Any, context: RunContext) -> ModelEdit:
         """Add the value head, which starts from 0: it expects nothing and moves nothing until it has learnt."""

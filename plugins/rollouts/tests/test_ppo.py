@@ -326,9 +326,8 @@ def test_rewards_count_by_their_weights(tmp_path: Path) -> None:
     extra = prepared(plan, objective)[0].extra
     expected = 2 * extra["rewards/function"] - 0.5 * extra["rewards/function#2"]
     torch.testing.assert_close(extra["reward"], expected)
-    plan, objective = running.start(keys(tmp_path, {"reward_weights": [1.0]}, reward_config=both))
     with pytest.raises(LlmtuneError, match="reward_weights: found 1 numbers, allowed is one for each of the 2 rewards"):
-        prepared(plan, objective)
+        running.plan(keys(tmp_path, {"reward_weights": [1.0]}, reward_config=both))
 
 
 def test_a_fixed_cost_stays(tmp_path: Path) -> None:
