@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from llmtune import Answer, ContextFull, DivergedError, GenerateConfig, generate
 from llmtune.distributed.fsdp2 import reshard
-from llmtune.testing.running import build
+from llmtune.testing.running import build, start, tiny_recipe
 from tests.spawn import in_ranks
 from tests.test_parity import METHODS, recipe
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -244,3 +245,22 @@ def test_modes_come_back(tokenizer: Any, tmp_path: Path) -> None:
     model.lm_head.eval()
     answers(model, tokenizer, GREEDY, [0])
     assert model.training and model.model.training and not model.lm_head.training
+
+
+def unequal(keys: dict[str, Any]) -> list[list[tuple[int, ...]]]:
+    """Answers on this rank of two where one has several to a prompt, and the other none or a prompt of one token."""
+    plan, objective = start(keys)
+    said = []
+    for other in ([], [[9]]):
+        prompts = other if plan.ranks.rank else [PROMPTS[2]] * 3
+        given = partial(generate, plan.model.module, plan.model.tokenizer, prompts, WAYS["sampled"])
+        found = objective(partial(given, seeds=list(range(len(prompts)))))
+        reshard(objective)
+        said.append([answer.ids for answer in found])
+    return said
+
+
+def test_ranks_read_prompts_together_whatever_each_has(tmp_path: Path) -> None:
+    first, second = in_ranks(2, tmp_path / "ranks", unequal, tiny_recipe(tmp_path))
+    assert first[0] == first[1] and len(set(first[0])) > 1
+    assert second[0] == [] and len(second[1]) == 1

@@ -45,6 +45,8 @@ class OptimizerContext:
     """Numbers of a head."""
     layers: Sequence[str] = ()
     """Names of the transformer layers, in order."""
+    new: frozenset[str] = frozenset()
+    """Names of parameters that started from no file and train: value heads, heads of rewards, adapters."""
     seed: int = 0
     """The recipe's, for methods that draw random numbers; from it and a parameter's name, never from torch's state."""
 

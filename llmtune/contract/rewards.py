@@ -31,3 +31,8 @@ class ReadsRows(Protocol):
         """What the columns of a row lack, as a sentence that goes on after its place (`has no column 'answer'; ...`);
         None where they have all. Asked of rows before training."""
         ...
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names of a recipe's rewards, in its order; one that comes again gets its place as a number."""
+    return [name if list(names).index(name) == at else f"{name}#{at + 1}" for at, name in enumerate(names)]

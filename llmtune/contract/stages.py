@@ -227,7 +227,8 @@ class Prepares(Protocol):
     """Optional on a stage that has to see a whole step, on all ranks, before it can say the loss of one row."""
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch], context: StageContext) -> Sequence[Batch]:
-        """The micro-batches that this rank learns from, made of those of its step: usually the same with `extra`.
+        """The micro-batches that this rank learns from, made of those of its step: usually the same with `extra`, or
+        others, whose `weight` is their share of the denominator.
 
         Called once before each step's losses, with the model in training mode, and before those of an evaluation with
         all its batches; without gradients, inside the root module's forward, by all ranks for as many batches each.
@@ -246,6 +247,8 @@ class RollsOut(Protocol):
 
     answer_tokens: int
     """Most tokens that an answer adds to its prompt; memory is planned by it."""
+    splits: int
+    """Micro-batches of answers that an update learns from for each micro-batch of prompts."""
     reads: int
     """Times as many micro-batches of prompts a step reads as `gradient_accumulation_steps` says. The micro-batches of
     all ranks for one time have the same prompts, drawn by the seed, however the step is split."""

@@ -28,7 +28,7 @@ from llmtune.model.prefill import prefilled, repeated
 from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Watch = Callable[[Sequence[int | None]], bool]
@@ -88,7 +88,10 @@ def _batch(
 ) -> list[Answer]:  # fmt: skip
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id or 0
     asked = rows or [PromptRow([pad], 1, 0)]
-    width = max(len(row.ids) for row in asked)
+    again = config.num_beams == 1 and repeated([row.ids for row in asked])
+    if spread:  # ranks that a model is spread over read prompts together
+        again = any(from_all(again))
+    width = max(1 + again, *(len(row.ids) for row in asked))  # what is read before leaves one token to go on from
     pads = [width - len(row.ids) for row in asked]
     real_BT = torch.tensor([[0] * more + [1] * len(row.ids) for more, row in zip(pads, asked, strict=True)])
     ids_BT = torch.tensor([[pad] * more + row.ids for more, row in zip(pads, asked, strict=True)])
@@ -102,10 +105,9 @@ def _batch(
         settings |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     if config.num_beams > 1:
         settings["length_penalty"] = config.length_penalty
-    ids_BT, real_BT, prompts = ids_BT.to(device), real_BT.to(device), [row.ids for row in asked]
-    again = config.num_beams == 1 and repeated(prompts)
-    if any(from_all(again)) if spread else again:  # ranks that a model is spread over read prompts together
-        settings["past_key_values"] = prefilled(model, prompts, ids_BT, real_BT)
+    ids_BT, real_BT = ids_BT.to(device), real_BT.to(device)
+    if again:
+        settings["past_key_values"] = prefilled(model, [row.ids for row in asked], ids_BT, real_BT)
     with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
         said_BT = model.generate(
             input_ids=ids_BT, attention_mask=real_BT, synced_gpus=spread, **settings,
@@ -270,7 +272,7 @@ def stop_tokens(
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside; every module's own mode is back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

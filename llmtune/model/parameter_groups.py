@@ -61,13 +61,15 @@ def group_parameters(
     ]  # fmt: skip
 
 
-def optimizer_context(model: Any, learning_rate: float, seed: int) -> OptimizerContext:
-    """The facts of `model` that optimisers may want to know."""
+def optimizer_context(
+    model: Any, learning_rate: float, seed: int, new: frozenset[str] = frozenset()
+) -> OptimizerContext:
+    """The facts of `model` that optimisers may want to know; `new` are the names of what started from no file."""
     sizes = sizes_of(model.config)
     size = sizes.queries // sizes.heads
     return OptimizerContext(
         learning_rate=learning_rate, hidden_size=sizes.width, heads=sizes.heads, key_value_heads=sizes.keys // size,
-        head_size=size, layers=[name for name, _ in transformer_layers(model)], seed=seed,
+        head_size=size, layers=[name for name, _ in transformer_layers(model)], seed=seed, new=new,
     )  # fmt: skip
 
 

@@ -22,10 +22,10 @@ def prefilled(model: Any, prompts: Sequence[Sequence[int]], ids_BT: Tensor, real
     """The cache of all but the last token of each padded row, for `model.generate` to go on from; None for a model that
     keeps more of a prompt than keys and values. Eight answers to each prompt cost an eighth of reading the prompts.
 
-    `ids_BT` are the prompts padded on the left, `real_BT` 1 where a token is none of padding.
+    `ids_BT` (B, 2 or more) are the prompts padded on the left, `real_BT` 1 where a token is none of padding.
     """
     config = model.config.get_text_config()
-    if model._is_stateful or ids_BT.shape[1] < 2 or "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+    if model._is_stateful or "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         return None
     spots: dict[tuple[int, ...], int] = {}
     number_B = [spots.setdefault(tuple(prompt), len(spots)) for prompt in prompts]

@@ -12,6 +12,7 @@ from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import SwitchesOff
 from llmtune.contract.stages import ModelSpec, further_models
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
+from llmtune.planning.objections import packing_obstacle
 from llmtune.recipe.blocks import read_blocks
 from llmtune.recipe.parts import BuiltPlugin, Parts, collect, find_parts
 
@@ -33,6 +34,7 @@ def plan_further(recipe: Recipe, registry: Registry, parts: Parts, trained: Mode
             with collect(wrong):
                 own = with_keys(recipe, spec.keys, adapted=bool(trained.ledger.files) and not spec.keys)
                 plans[prefix + name] = _plan(own, spec, part, registry, trained)
+                require_apart(plans[prefix + name], flat=trained.end_to_end or recipe.data.isolates)
             problems += [type(error)(f"the model {name} of {part.label}: {error}") for error in wrong]
     raise_all(problems)
     return plans
@@ -75,6 +77,13 @@ def with_keys(recipe: Recipe, keys: Mapping[str, Any], adapted: bool) -> Recipe:
         model=replace(recipe.model, **{key: value for key, value in keys.items() if key in known}),
         blocks={**kept, **blocks},
     )
+
+
+def require_apart(plan: ModelPlan, flat: bool) -> None:
+    """PlanError for a model that would read rows which are laid end to end as one, where the trained one does not."""
+    if flat and (reason := packing_obstacle(plan.module, plan.attention)):
+        fix = "set packing: false, and leave packed_attention out of kernel_config"
+        raise PlanError(f"packing: {type(plan.module).__name__} {reason}; {fix}")
 
 
 def _plan(recipe: Recipe, spec: ModelSpec, asker: BuiltPlugin, registry: Registry, trained: ModelPlan) -> ModelPlan:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.evaluation import MeasuresAnswers
 from llmtune.contract.generation import GenerateConfig
+from llmtune.contract.stages import RollsOut
 from llmtune.data.streaming.stream import unstreamable
 from llmtune.distributed.mesh import arrange
 from llmtune.model.generate import require_head
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from llmtune.contract.stages import Stage
     from llmtune.data import Prepared, TokenSamples
     from llmtune.data.questions import Question
     from llmtune.distributed.ranks import Ranks
@@ -70,6 +72,7 @@ def make_plan(
     prepared: Prepared | None = None
     if obstacles or not (parts.at("data_config") and parts.at("stage_config")):
         raise_all(problems)  # one of the problems is why
+    recipe, narrowed = answerable(recipe, parts.one("stage_config").built, pretrained.config)
     doing.info("Reading and tokenising the data")
     with collect(problems):
         prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer, writes=writes)
@@ -82,7 +85,8 @@ def make_plan(
     if recipe.train.eval_strategy != "no" and (held := prepared.evaluation) is not None:
         sets = held.set_names if recipe.data.eval_on_each_dataset else ()
         stage, evaluators = parts.one("stage_config").built, parts.at("eval_config")
-        problems += [PlanError(sentence) for sentence in metric_objections(recipe.train, stage, sets, evaluators)]
+        found = metric_objections(recipe.train, stage, sets, evaluators, parts.at("reward_config"))
+        problems += [PlanError(sentence) for sentence in found]
     problems += [
         PlanError(s) for part in parts.at("lr_scheduler_config") for s in schedule_objections(recipe.train, part)
     ]
@@ -95,14 +99,14 @@ def make_plan(
         with collect(problems):
             questions = evaluated(recipe, parts, registry, model, prepared.evaluation)
     for part in parts.at("optim_config") if model is not None else ():
-        problems += optimizer_objections(part, recipe.train, model)
+        problems += optimizer_objections(part, recipe.train, model, parts.one("stage_config"))
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)
     flat = model.end_to_end or recipe.data.isolates
     data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, parts.one("stage_config").built)
     data = replace(data, questions=questions)
-    notes = (*parts.notes, *beyond_positions(prepared.train.longest, pretrained.config))
+    notes = (*parts.notes, *narrowed, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
     return with_checkpointing(plan)
 
@@ -125,6 +129,19 @@ def evaluated(
             problems += [PlanError(sentence) for sentence in label_objections(parts, questions)]
     raise_all(problems)
     return questions
+
+
+def answerable(recipe: Recipe, stage: Stage, config: Any) -> tuple[Recipe, list[str]]:
+    """The recipe with a `cutoff_len` that leaves room for an answer to every prompt, where the stage lets the model
+    answer; and a note where it had another."""
+    positions, cutoff = sizes_of(config).positions, recipe.data.cutoff_len
+    if not isinstance(stage, RollsOut) or not positions or cutoff < positions:
+        return recipe, []
+    note = (
+        f"cutoff_len: {cutoff:,} -> {positions - 1:,}, as the model was made for {positions:,} positions and a longer "
+        "prompt would have no answer; one that leaves less than the stage's most tokens has a shorter one"
+    )
+    return replace(recipe, data=replace(recipe.data, cutoff_len=positions - 1)), [note]
 
 
 def beyond_positions(longest: int, config: Any) -> Iterator[str]:

@@ -62,7 +62,7 @@ def largest(plan: Plan) -> MicroBatch:
         length=-(-int(longest.sum() + answer * size if flat else longest[-1] + answer) // share),
         targets=-(-int(np.sort(targets)[-size:].sum() + answer * size) // share),
         sequences=int(np.sort(np.diff(units.bounds))[-size:].sum()) * samples.width,
-        micro_steps=train.gradient_accumulation_steps,
+        micro_steps=train.gradient_accumulation_steps * (stage.splits if isinstance(stage, RollsOut) else 1),
         masked=not flat and size * width > 1 and bool(rows.min() < rows.max() or width > 1),
         flat=flat,
         mean_tokens=(total / len(units) + answer) * size,

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, did_you_mean, listed
-from llmtune.contract.evaluation import MeasuresAnswers
+from llmtune.contract.evaluation import MeasuresAnswers, MeasuresBatches
 from llmtune.contract.optimizers import ChecksGroups, UpdatesInBackward
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
-from llmtune.contract.rewards import ReadsRows
+from llmtune.contract.rewards import ReadsRows, numbered
 from llmtune.contract.stages import Measures, RollsOut, precomputing
 from llmtune.model.parameter_groups import model_groups
 
@@ -40,24 +40,31 @@ def plugin_objections(part: BuiltPlugin, context: RunContext, module: Any) -> li
         return [PlanError(f"{part.point}: {sentence}") for sentence in part.built.check(context, module)]
 
 
-def optimizer_objections(part: BuiltPlugin, train: TrainConfig, model: ModelPlan) -> list[LlmtuneError]:
+def optimizer_objections(
+    part: BuiltPlugin, train: TrainConfig, model: ModelPlan, stage: BuiltPlugin
+) -> list[LlmtuneError]:
     """What speaks against an optimiser and the parameters that train, or against its updates in the backward pass."""
     sentences: list[str] = []
     if isinstance(part.built, UpdatesInBackward) and part.built.layerwise:
-        sentences += layerwise_objections(train)
+        sentences += layerwise_objections(train, stage)
     if isinstance(part.built, ChecksGroups):
         with blaming(part.full_label, "check_groups"):
             sentences += part.built.check_groups(model_groups(model.module, model.ledger, 1.0))
     return [PlanError(f"{part.point}: {sentence}") for sentence in sentences]
 
 
-def layerwise_objections(train: TrainConfig) -> Iterator[str]:
+def layerwise_objections(train: TrainConfig, stage: BuiltPlugin) -> Iterator[str]:
     """What needs all gradients of a step at once, where each is freed as soon as it was used."""
     begin = "layerwise: found true, which frees each gradient during the backward pass"
     if train.gradient_accumulation_steps > 1:
         yield (
             f"{begin}, beside gradient_accumulation_steps {train.gradient_accumulation_steps}, which sums gradients of "
             "several; set gradient_accumulation_steps: 1 and a larger per_device_train_batch_size"
+        )
+    if isinstance(stage.built, RollsOut) and stage.built.splits > 1:
+        yield (
+            f"{begin}, beside {stage.label}, which sums the gradients of {stage.built.splits} micro-batches of "
+            "answers; set layerwise: false"
         )
     if train.max_grad_norm:
         yield (
@@ -69,7 +76,11 @@ def layerwise_objections(train: TrainConfig) -> Iterator[str]:
 
 
 def metric_objections(
-    train: TrainConfig, stage: Stage, sets: Sequence[str], evaluators: Sequence[BuiltPlugin] = ()
+    train: TrainConfig,
+    stage: Stage,
+    sets: Sequence[str],
+    evaluators: Sequence[BuiltPlugin] = (),
+    rewards: Sequence[BuiltPlugin] = (),
 ) -> Iterator[str]:
     """A metric to compare evaluations by that none will report, or that two report. `sets` are the data sets that are
     evaluated apart.
@@ -78,6 +89,7 @@ def metric_objections(
     """
     metric, compares = train.metric_for_best_model, train.load_best_model_at_end or train.early_stopping_patience
     names = ["loss", *(stage.metrics if isinstance(stage, Measures) else ())]
+    names += [f"rewards/{name}" for name in numbered([part.plugin.name for part in rewards])]
     for part in evaluators:
         if twice := [name for name in part.built.metrics if name in names]:
             yield f"eval_config: {part.plugin.name} reports {twice[0]}, and so does another part of the recipe"
@@ -139,6 +151,12 @@ def reward_objections(parts: Parts, samples: Sequence[TokenSamples | None]) -> I
         named = listed([part.plugin.name for part in rewards])
         yield f"reward_config: found {named}, but {stage.label} lets the model answer nothing; remove it"
         return
+    for part in parts.at("eval_config") if isinstance(stage.built, RollsOut) else ():
+        if isinstance(part.built, MeasuresBatches):
+            yield (
+                f"eval_config: {part.plugin.name} compares the model with the tokens of rows, and {stage.label} "
+                "has none but those that the model has just said; remove it"
+            )
     for part in (part for part in rewards if isinstance(part.built, ReadsRows)):
         for held in (held for held in samples if held is not None):
             for index in range(0, len(held), max(1, len(held) // ROWS_LOOKED_AT)):

@@ -12,7 +12,7 @@ import torch
 from llmtune.contract.errors import blaming
 from llmtune.contract.optimizers import StepsEach, UpdatesInBackward
 from llmtune.contract.records import SwitchesOff
-from llmtune.contract.stages import RollsOut, further_models, precomputing
+from llmtune.contract.stages import further_models, precomputing
 from llmtune.contract.structure import transformer_layers
 from llmtune.distributed.activation_checkpointing import checkpoint_activations
 from llmtune.distributed.context_parallel import attend_over_ranks
@@ -25,6 +25,7 @@ from llmtune.model.source import resolve_model
 from llmtune.model.tying import require_tied
 from llmtune.model.weight_files import StoredTensor, read_index
 from llmtune.planning.further_models import askers
+from llmtune.training.isolation import check_isolation
 from llmtune.training.layerwise import LayerwiseUpdates
 from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
@@ -61,9 +62,11 @@ def build_run(plan: Plan) -> tuple[Plan, Objective]:
 def make_context(plan: Plan, ops: Mapping[str, Callable[..., Any]]) -> Context:
     """What the plan's stage may call besides the trained model and its `ops`. Collective: builds its further models."""
     own = {name: build_objective(further).eval() for name, further in plan.further.items()}
+    for each in own.values() if plan.data.batches.flat else ():
+        check_isolation(each, plan.device, plan.recipe.data.isolates)
+        reshard(each)
     stage, *rewards = asked(plan, {name: OwnModel(each) for name, each in own.items()})
-    rollouts = make_rollouts(plan, rewards) if isinstance(plan.parts.one("stage_config").built, RollsOut) else None
-    return Context(ops, further=stage, tensor_ranks=plan.ranks.dims.tensor, rollouts=rollouts)
+    return Context(ops, further=stage, tensor_ranks=plan.ranks.dims.tensor, rollouts=make_rollouts(plan, rewards))
 
 
 def asked(plan: Plan, own: Mapping[str, FrozenModel]) -> list[dict[str, FrozenModel]]:

@@ -16,7 +16,7 @@ from llmtune import __version__
 from llmtune.contract.errors import CheckpointError, PlanError, listed
 from llmtune.contract.events import Evaluated, Event, Saved, StepDone
 from llmtune.contract.generation import GenerateConfig
-from llmtune.contract.stages import Remembers
+from llmtune.contract.stages import Measures, Remembers
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, total
@@ -166,13 +166,14 @@ class TrainingCallbacks:
         if self.loggers is not None:
             self.loggers.log(step, {"epoch": feed.epoch(step), **metrics})
         self.tell(Evaluated(step=step, metrics=metrics))
-        if train.metric_for_best_model not in metrics:
+        value = metrics.get(train.metric_for_best_model)
+        if value is None and not isinstance(self.objective.stage, Measures):  # else the plan has looked at the name
             raise PlanError(
                 f'metric_for_best_model: found "{train.metric_for_best_model}", allowed is one of {listed(metrics)}'
             )
-        self.judge(step, metrics[train.metric_for_best_model])
-        if self.schedule is not None:
-            self.schedule.evaluated(metrics[train.metric_for_best_model], train.greater_is_better)
+        self.judge(step, math.nan if value is None else value)
+        if self.schedule is not None and value is not None:
+            self.schedule.evaluated(value, train.greater_is_better)
         patience = train.early_stopping_patience
         self.stopped_early = patience is not None and self.bad_evaluations >= patience
 
@@ -239,11 +240,11 @@ class TrainingCallbacks:
             self.bad_evaluations = numbers["bad_evaluations"]
             self.stopped_early = numbers["stopped_early"]
             self.window = [StepStats(**stats) for stats in numbers["window"]]
+            if isinstance(stage := self.objective.stage, Remembers):
+                stage.restore(numbers["stage"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: its manifest lacks {error}, without which a run cannot go on") from error
         self.left_evaluation = numbers.get("left_evaluation", False)
-        if isinstance(stage := self.objective.stage, Remembers):
-            stage.restore(numbers.get("stage", {}))
         self.saved_step = manifest.step
         if self.scaler and numbers.get("loss_scale"):
             self.scaler.restore(numbers["loss_scale"])

@@ -302,7 +302,7 @@ def evaluate(
     for part, batches in parts.items():
         sums: dict[str, Tensor] = {}
         weight = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in prepared(objective, batches()):
+        for batch in portions(objective, batches()):
             if leave():
                 objective.train()
                 return None
@@ -317,6 +317,14 @@ def evaluate(
             metrics |= _means(numbers, f"eval_{part}_")
     objective.train()
     return _means(whole, "eval_") | metrics
+
+
+def portions(objective: Objective, batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Batches to evaluate on, as the stage prepares them: one after the other where it lets the model answer, so that
+    a request to stop need not wait for all answers; else all together."""
+    if not isinstance(objective.stage, RollsOut):
+        return prepared(objective, batches)
+    return (made for batch in batches for made in prepared(objective, [batch]))
 
 
 def _means(sums: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ from llmtune.contract.errors import noting
 from llmtune.contract.stages import Prepares, StageContext
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import total
+from llmtune.model.generate import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -323,7 +324,7 @@ class BeforeTraining:
     peft: SwitchesOff
 
     def __call__(self, compute: Callable[[nn.Module, StageContext], Tensor], context: Context) -> Tensor:
-        with self.peft.disabled(self.model):
+        with evaluating(self.model), self.peft.disabled(self.model):
             return compute(self.model, context)
 
 

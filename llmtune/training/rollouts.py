@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from llmtune.contract.errors import PluginError, blaming
+from llmtune.contract.rewards import numbered
 from llmtune.data.batches import collate, to_device
 from llmtune.data.sequence import TokenSequence
 from llmtune.distributed.ranks import fail_together, from_all
@@ -44,8 +45,7 @@ class Rollouts:
     @property
     def names(self) -> Sequence[str]:
         """The names of the rewards, in the recipe's order; one that comes again gets a number."""
-        plain = [part.plugin.name for part in self.rewards]
-        return [name if plain.index(name) == at else f"{name}#{at + 1}" for at, name in enumerate(plain)]
+        return numbered([part.plugin.name for part in self.rewards])
 
     def generate(
         self, model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]

@@ -40,7 +40,7 @@ class BAdamFactory:
                 f"model has {len(blocks)} blocks that train"
             )
         make = RatioBAdam if ratio else LayerBAdam
-        return make(made, names, config, blocks, context.seed)
+        return make(made, names, config, blocks, context)
 
 
 def blocks_of(names: Iterable[str], layers: Sequence[str]) -> list[tuple[str, frozenset[str]]]:
@@ -55,10 +55,12 @@ class BlockOptimizer(WholeMatrixOptimizer):
 
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], names: Mapping[int, str], config: BAdamConfig,
-        blocks: Sequence[tuple[str, frozenset[str]]], seed: int,
+        blocks: Sequence[tuple[str, frozenset[str]]], context: OptimizerContext,
     ) -> None:  # fmt: skip
         super().__init__(groups, names)
-        self.config, self.blocks, self.seed = config, blocks, seed
+        self.config, self.blocks, self.seed = config, blocks, context.seed
+        self.new = context.new
+        """Parameters that started from no file, such as a value head: they train in every block."""
         self.trained = {names[id(one)]: one for group in self.param_groups for one in group["params"]}
 
     def begin(self, step: int) -> int:
@@ -71,8 +73,8 @@ class BlockOptimizer(WholeMatrixOptimizer):
     def train_only(self, active: frozenset[str]) -> None:
         """Switch off all other parameters for a step."""
         for name, parameter in self.trained.items():
-            parameter.requires_grad_(name in active)
-            if name not in active:
+            parameter.requires_grad_(name in active or name in self.new)
+            if not parameter.requires_grad:
                 parameter.grad = None
 
 

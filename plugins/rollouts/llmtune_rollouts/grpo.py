@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from . import GrpoConfig
 
+METRICS = ("reward", "reward_std", "completions/length", "completions/cut", "clipped")
+"""All that is reported but what each reward says, and the distance from the reference where there is one."""
 SMALL = 1e-4
 """Added to a deviation that is divided by, as TRL does."""
 
@@ -38,7 +40,6 @@ class Groups:
     above the mean of the answers to the same prompt, and all of its tokens alike."""
 
     learns = ("prompt",)
-    counts = "samples"
     without_dropout = True
     reads = 1
 
@@ -46,7 +47,8 @@ class Groups:
         self.config = config
         self.generation = generate_config(config)
         self.answer_tokens = config.max_new_tokens
-        self.updates = config.num_iterations
+        self.updates, self.splits = config.num_iterations, config.num_generations
+        self.metrics = (*METRICS, "kl") if config.beta else METRICS
         self.models: Mapping[str, ModelSpec] = (
             {"reference": ModelSpec(keys=reference_keys(config))} if config.beta else {}
         )

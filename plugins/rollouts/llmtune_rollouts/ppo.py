@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 HEAD = "value_head"
 """The module that says how much reward is still to come."""
+METRICS = (
+    "policy_loss", "value_loss", "clipped", "value_clipped", "values", "returns", "reward", "explained_variance",
+    "completions/length", "completions/cut", "kl", "kl_coef",
+)  # fmt: skip
+"""All that is reported but what each reward says."""
 EPSILON = torch.finfo(torch.float32).eps
 """Added to a deviation of scores that is divided by, as TRL does."""
 
@@ -43,8 +48,8 @@ class Policy:
     1909.08593): a token is as good as the reward that follows it is above what the value head expected."""
 
     learns = ("prompt",)
-    counts = "samples"
     without_dropout = True
+    splits = 1
 
     def __init__(self, config: PpoConfig) -> None:
         self.config = config
@@ -52,6 +57,7 @@ class Policy:
         self.answer_tokens = config.max_new_tokens
         self.reads = config.ppo_buffer_size
         self.updates = config.ppo_buffer_size * config.ppo_epochs
+        self.metrics = METRICS if config.init_kl_coef else tuple(name for name in METRICS if name != "kl")
         self.models: Mapping[str, ModelSpec] = (
             {"reference": ModelSpec(keys=reference_keys(config))} if config.init_kl_coef else {}
         )

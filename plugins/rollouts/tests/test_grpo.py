@@ -211,6 +211,24 @@ def test_one_rank_equals_two(tmp_path: Path) -> None:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
 
 
+def test_a_rank_without_prompts_takes_part(tmp_path: Path) -> None:
+    """Five prompts for two ranks: in the last step one has none."""
+    given = keys(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=None, num_train_epochs=1,
+        val_size=0, max_samples=5,
+    )  # fmt: skip
+    in_ranks(2, tmp_path / "ranks", running.train, given)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().split()) > 0
+
+
+def test_a_prompt_that_fills_the_context_is_left_out(tmp_path: Path) -> None:
+    given = {**keys(tmp_path), "cutoff_len": 4096}
+    plan = running.plan(given)
+    limit = plan.model.module.config.max_position_embeddings
+    assert plan.recipe.data.cutoff_len == limit - 1
+    assert f"cutoff_len: 4,096 -> {limit - 1:,}" in str(plan)
+
+
 def test_the_reward_rises(tmp_path: Path) -> None:
     """The share of even tokens, from what chance gives."""
     given = keys(tmp_path, {"num_generations": 8}, max_steps=30, learning_rate=0.02, lr_scheduler_config="constant")
@@ -235,6 +253,20 @@ def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path) -> None:
     [
         ({"reward_config": None}, "reward_config: not given, and stage_config grpo learns from what answers are worth"),
         ({"stage_config": "sft", "reward_config": "reference"}, "stage_config sft"),
+        (
+            {
+                "metric_for_best_model": "eval_rewrad", "val_size": 4, "load_best_model_at_end": True,
+                "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
+            },
+            "eval_reward",
+        ),
+        (
+            {
+                "optim_config": {"name": "adamw", "layerwise": True}, "gradient_accumulation_steps": 1,
+                "max_grad_norm": 0,
+            },
+            "sums the gradients of 4 micro-batches of answers",
+        ),
         ({"packing": True}, "prompts, which are answered one by one; set packing: false"),
     ],
 )  # fmt: skip

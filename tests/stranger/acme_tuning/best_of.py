@@ -18,7 +18,7 @@ class BestOf:
     """The stage. N targets · A answers, `of` of them to each prompt · R rewards."""
 
     learns = ("prompt",)
-    reads = updates = 1
+    reads = updates = splits = 1
 
     def __init__(self, config: BestOfConfig) -> None:
         self.of, self.answer_tokens = config.of, config.answer_tokens
