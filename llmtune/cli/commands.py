@@ -268,12 +268,17 @@ def _predict(options: Any) -> int:
 
 
 def _export(options: Any) -> None:
+    import json
+
     load_libraries()
     from llmtune.inference.export import export
     from llmtune.recipe.recipe import parse_overrides
 
     target = export(options.run, **parse_overrides(options.overrides))
-    say(f"Wrote {target}. Try: llmtune chat {shlex.quote(str(target))}")
+    about, place = target / "config.json", shlex.quote(str(target))
+    kinds = json.loads(about.read_text(encoding="utf-8")).get("architectures") if about.exists() else None
+    judges = any("ForSequenceClassification" in kind for kind in kinds or ())
+    say(f"Wrote {target}. Try: " + (f"llmtune reward {place} dataset=ROWS" if judges else f"llmtune chat {place}"))
 
 
 def _reward(options: Any) -> None:

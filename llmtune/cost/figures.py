@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.errors import PlanError
 from llmtune.cost.flops import Flops, count
 from llmtune.cost.trace import trace
 from llmtune.planning.devices import Device
@@ -40,7 +41,8 @@ class Figures:
             return trace(self.plan, self.shape)
         except Exception as error:
             # Any operation of any plugin may have no fake version; the formulas still stand.
-            self.untraced = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            said = " ".join(str(error).split())[:200]
+            self.untraced = said if isinstance(error, PlanError) else f"{type(error).__name__}: {said}"
             return None
 
     @property

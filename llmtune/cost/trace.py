@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from llmtune.contract.errors import PlanError
 from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.stages import Batch, RollsOut
 from llmtune.contract.structure import transformer_layers
@@ -71,7 +72,7 @@ class Timeline:
 def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
     if isinstance(plan.parts.one("stage_config").built, RollsOut):
-        raise NotImplementedError("fake tensors have no answers")
+        raise PlanError("fake tensors have no answers to learn from")
     module, runs = cut(deepcopy(plan.model.module))
     context = replace(plan.model.context, device="cpu")
     model = replace(plan.model, module=module, device=torch.device("cpu"), context=context, compiled=False)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.contract.errors import DataError, LlmtuneError
-from llmtune.contract.examples import BadRow, Example
+from llmtune.contract.examples import KINDS, BadRow, Example
 from llmtune.data.config import Source
 from llmtune.data.formats import LOOKED_AT, Chosen, Formats, read_row
 from llmtune.data.formats.builtin import builtin_formats
@@ -221,7 +221,7 @@ def check(
         raise DataError(f"{found.spelling}: 0 records; the file is empty")
     chosen = None
     if readable := [row.data for row in first if row.problem is None]:
-        chosen = (formats or builtin_formats()).of(found, readable)
+        chosen = (formats or builtin_formats()).of(found, readable, KINDS)
         result.format, result.kind = chosen.name, chosen.format.kind
         result.why = chosen.why + separated(found)
         result.rendered = tokeniser is not None

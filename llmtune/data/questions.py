@@ -72,7 +72,7 @@ class QuestionReader:
             for row in rows:
                 report.add_bad(Bad(f"{dataset.spelling}:{row.number}", "unreadable", row.problem or "", None))
             check_bad_rows(self.make.config, report)
-        chosen = self.make.formats.of(dataset, readable)
+        chosen = self.make.formats.of(dataset, readable, KINDS)
         if chosen.format.kind not in KINDS:
             raise DataError(
                 f"{dataset.spelling}: holds {NOUNS[chosen.format.kind]}, which ask nothing; answers are predicted to "

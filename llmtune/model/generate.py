@@ -24,7 +24,7 @@ from transformers import (
 from llmtune.contract.errors import DataError, DivergedError, PlanError
 from llmtune.contract.generation import Answer, GenerateConfig
 from llmtune.distributed.ranks import fail_together, from_all
-from llmtune.model.prefill import prefilled, repeated
+from llmtune.model.prefill import CACHE, prefilled, repeated
 from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _batch(
         settings["length_penalty"] = config.length_penalty
     ids_BT, real_BT = ids_BT.to(device), real_BT.to(device)
     if again:
-        settings["past_key_values"] = prefilled(model, [row.ids for row in asked], ids_BT, real_BT)
+        settings[CACHE] = prefilled(model, [row.ids for row in asked], ids_BT, real_BT)
     with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
         said_BT = model.generate(
             input_ids=ids_BT, attention_mask=real_BT, synced_gpus=spread, **settings,

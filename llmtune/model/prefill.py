@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 def repeated(prompts: Sequence[Sequence[int]]) -> bool:
     """Whether some prompts are the same."""
     return len({tuple(prompt) for prompt in prompts}) < len(prompts)
+
+
+CACHE = "cache" if ALL_CACHE_NAMES[0] == "cache" else "past_key_values"
+"""What `generate` calls the keys and values that it goes on from."""
 
 
 @torch.no_grad()
@@ -31,10 +36,11 @@ def prefilled(model: Any, prompts: Sequence[Sequence[int]], ids_BT: Tensor, real
     number_B = [spots.setdefault(tuple(prompt), len(spots)) for prompt in prompts]
     firsts = torch.tensor([number_B.index(number) for number in range(len(spots))], device=ids_BT.device)
     real_UT = real_BT.index_select(0, firsts)
-    cache = model.base_model(
+    read = model.base_model(
         input_ids=ids_BT.index_select(0, firsts)[:, :-1], attention_mask=real_UT[:, :-1],
         position_ids=(real_UT.cumsum(1) - 1).clamp(min=0)[:, :-1], use_cache=True,
-    ).past_key_values  # fmt: skip
+    )  # fmt: skip
+    cache = read.get("cache", read.get("past_key_values"))
     if not isinstance(cache, DynamicCache) or any(
         type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
     ):

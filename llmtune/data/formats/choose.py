@@ -196,8 +196,8 @@ def detect(
         return max(counts, key=lambda recognised: counts[recognised])
     if formats:
         raise DataError(f"{name}: rows fit several formats ({listed(sorted(formats))}); {named}")
-    if answers_prompts(learns) and (asked := [each for each, form in known.items() if _asks(form, rows)]):
-        return asked[0], "prompts, as the stage learns from nothing else"
+    if "prompt" in learns and (asked := [each for each, form in known.items() if _asks(form, rows)]):
+        return asked[0], "prompts, with other columns"
     columns = dict.fromkeys(str(column) for row in rows if isinstance(row, Mapping) for column in row)
     wanted = "; ".join(f"{each}: {_needs(form)}" for each, form in known.items())
     raise DataError(

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import Parameter
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from llmtune import Completion, PlanError, PluginError, StageContext
@@ -54,10 +55,10 @@ class FunctionReward:
         try:
             scores = self.function(**lists, **self.arguments)
         except Exception as error:
-            said = " ".join(str(error).split())
+            said, place = " ".join(str(error).split()), extract_tb(error.__traceback__)[-1]
             raise PluginError(
-                f"reward_config function: {self.name} failed: {type(error).__name__}: {said}; nothing was learnt from "
-                "this step"
+                f"reward_config function: {self.name} failed at {place.filename}:{place.lineno}: "
+                f"{type(error).__name__}: {said}; nothing was learnt from this step"
             ) from error
         return numbers(scores, self.name, len(completions))
 

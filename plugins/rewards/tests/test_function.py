@@ -92,7 +92,7 @@ def test_a_column_that_a_row_of_a_stream_lacks_is_told(functions: str, completio
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fails", "acme_rewards:fails failed: RuntimeError: no such answer, sorry; nothing was learnt from this step"),
+        ("fails", "acme_rewards.py:29: RuntimeError: no such answer, sorry; nothing was learnt from this step"),
         ("lost", "acme_rewards:lost returned [1.0] for 8 answers, allowed is a list of as many numbers"),
         ("text", "acme_rewards:text returned ['good', 'good'"),
     ],
