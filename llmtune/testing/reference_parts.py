@@ -59,7 +59,7 @@ class ReferenceAnswers:
     learns = ("prompt",)
     counts = "samples"
     answer_tokens = 6
-    reads = 1
+    reads = splits = 1
     updates = 1
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch], context: StageContext) -> list[Batch]:
