@@ -30,7 +30,7 @@ def start(keys: dict[str, Any]) -> tuple[Plan, Training]:
 
     plan = plan_here(keys)
     objective = build_objective(plan.model)
-    optimizer = make_optimizer(plan.parts.one("optim_config").built, plan.model.module, 1e-3)
+    optimizer = make_optimizer(plan)
     return plan, make_training(plan, objective, optimizer)
 
 

@@ -100,7 +100,9 @@ def plan_of(recipe: dict[str, Any], revision: str | None = None, plugins: dict[s
     return SimpleNamespace(
         recipe=SimpleNamespace(resolved={**recipe, **BATCH}, environment={}, train=train),
         ranks=SimpleNamespace(batch_ranks=1),
-        data=SimpleNamespace(digest="", prepared=SimpleNamespace(evaluation=None)), model=model, output_dir="runs/a",
+        data=SimpleNamespace(
+            digest="", prepared=SimpleNamespace(evaluation=None), batches=SimpleNamespace(reads=1)
+        ), model=model, output_dir="runs/a",
         parts=SimpleNamespace(fingerprint=lambda: plugins or {}),
     )  # fmt: skip
 

@@ -357,8 +357,10 @@ def test_plugins_and_schema_know_it(place: Place) -> None:
     listing = place.start("-m", "llmtune", "plugins", "--json")
     schema = place.start("-m", "llmtune", "schema")
     rows = [row for row in json.loads(finish(listing))["plugins"] if row["package"] == "acme-tuning"]
-    offered = {"peft_config": "ia3", "quant_config": "int8_rows", "stage_config": "smoothed", "data_config": "forum"}
-    assert {(row["point"], row["name"]) for row in rows} == set(offered.items())
+    assert {(row["point"], row["name"]) for row in rows} == {
+        ("peft_config", "ia3"), ("quant_config", "int8_rows"), ("stage_config", "smoothed"), ("data_config", "forum"),
+        ("stage_config", "best_of"), ("reward_config", "small"), ("engine_config", "parrot"),
+    }  # fmt: skip
     assert {(row["version"], row["state"]) for row in rows} == {("1.4.2", "ok")}
     blocks = [
         form["properties"]

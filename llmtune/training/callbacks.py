@@ -167,7 +167,7 @@ class TrainingCallbacks:
             self.loggers.log(step, {"epoch": feed.epoch(step), **metrics})
         self.tell(Evaluated(step=step, metrics=metrics))
         value = metrics.get(train.metric_for_best_model)
-        if value is None and not isinstance(self.objective.stage, Measures):  # else the plan has looked at the name
+        if value is None and not self._reports(train.metric_for_best_model):  # else no row had it this time
             raise PlanError(
                 f'metric_for_best_model: found "{train.metric_for_best_model}", allowed is one of {listed(metrics)}'
             )
@@ -176,6 +176,11 @@ class TrainingCallbacks:
             self.schedule.evaluated(value, train.greater_is_better)
         patience = train.early_stopping_patience
         self.stopped_early = patience is not None and self.bad_evaluations >= patience
+
+    def _reports(self, metric: str) -> bool:
+        """Whether the stage says that an evaluation can have this metric."""
+        stage, name = self.objective.stage, metric.removeprefix("eval_")
+        return isinstance(stage, Measures) and (name in stage.metrics or name.startswith("rewards/"))
 
     def judge(self, step: int, value: float) -> None:
         """Remember the best value; count evaluations that gain less than the threshold. NaN is never better."""

@@ -59,8 +59,8 @@ class BlockOptimizer(WholeMatrixOptimizer):
     ) -> None:  # fmt: skip
         super().__init__(groups, names)
         self.config, self.blocks, self.seed = config, blocks, context.seed
-        self.new = context.new
-        """Parameters that started from no file, such as a value head: they train in every block."""
+        self.new = context.new.difference(*(members for _, members in blocks))
+        """Parameters outside of all blocks that started from no file, such as a value head: they always train."""
         self.trained = {names[id(one)]: one for group in self.param_groups for one in group["params"]}
 
     def begin(self, step: int) -> int:

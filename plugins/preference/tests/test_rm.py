@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_transformers_and_peft_give_the_same_rewards(method: str, tmp_path: Path
 def test_a_run_gives_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = keys(tmp_path, max_steps=12, learning_rate=0.01)
     run = llmtune.train(given)
-    assert f"llmtune reward {run.output_dir} dataset=" in capsys.readouterr().out
+    assert re.search(r"llmtune reward \S*run dataset=", capsys.readouterr().out)
     good = run.reward("It is 8.", "How much is 4 and 4?")
     assert good > run.reward("No. No.", "How much is 4 and 4?")
     messages = [{"role": "user", "content": "How much is 4 and 4?"}, {"role": "assistant", "content": "It is 8."}]
