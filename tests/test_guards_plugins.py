@@ -29,17 +29,25 @@ def problems(point: str, block: dict[str, Any]) -> list[str]:
     return [str(error) for error in decode_block(found.blocks, found.places, point, 0, plugin.config)[1]]
 
 
+REQUIRED: dict[str, dict[str, Any]] = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1}, "warmup_stable_decay": {"num_decay_steps": 3},
+    "endpoint": {"url": "http://localhost:1"}, "function": {"function": "math:floor"}, "model": {"reward_model": "m"},
+}  # fmt: skip
+"""What plugins cannot do without."""
+
+
 @pytest.mark.parametrize(("point", "name"), NAMED)
 def test_every_plugins_block_is_strict(point: str, name: str) -> None:
     """An unknown key, and for every known one a value of no allowed type, are named; nothing is ignored."""
-    assert problems(point, {"name": name}) == []
-    (said,) = problems(point, {"name": name, "nonexistent": 1})
+    block = {"name": name, **REQUIRED.get(name, {})}
+    assert problems(point, block) == []
+    (said,) = problems(point, {**block, "nonexistent": 1})
     assert f"{point}.nonexistent: no such key" in said
     config = Registry().find(point, name).plugin.config
     for field in dataclasses.fields(config):
         if "Any" in str(field.type) or not field.init:
             continue
-        said = "; ".join(problems(point, {"name": name, field.name: {"not": {"a": "value"}}}))
+        said = "; ".join(problems(point, {**block, field.name: {"not": {"a": "value"}}}))
         assert f"{point}.{field.name}" in said, field.name
 
 
@@ -66,7 +74,7 @@ def test_what_a_plugin_offers_is_a_plain_value(point: str, name: str) -> None:
     offer = Registry().find(point, name)
     assert not hasattr(offer.plugin, "nonexistent")
     assert copy.copy(offer.plugin) == offer.plugin == copy.deepcopy(offer.plugin)
-    config = offer.plugin.config()
+    config = offer.plugin.config(**REQUIRED.get(name, {}))
     assert copy.copy(config) == config == pickle.loads(pickle.dumps(config))
 
 
