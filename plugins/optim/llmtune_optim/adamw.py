@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,14 @@ class AdamWFactory:
         if fused:
             optimizer.register_step_pre_hook(place_step_counters)
         return optimizer
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of an optimiser's `step` computes, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def torch_groups(groups: Sequence[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:

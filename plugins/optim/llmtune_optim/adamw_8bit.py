@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llmtune import OptimizerContext, ParameterGroup, PlanError
 
 from . import AdamW8bitConfig
-from .adamw import require_parameters, torch_groups
+from .adamw import loss_of, require_parameters, torch_groups
+from .whole import local
 
 
 @contextmanager
@@ -88,7 +88,7 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         )
         self._inner = [
             bitsandbytes.optim.AdamW8bit(
-                [nn.Parameter(local_part(parameter.detach())) for parameter in group["params"]],
+                [nn.Parameter(local(parameter.detach())) for parameter in group["params"]],
                 min_8bit_size=0 if group["bits"] == 8 else sys.maxsize,
                 is_paged=paged,
             )
@@ -98,10 +98,7 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group, inner in zip(self.param_groups, self._inner, strict=True):
             self._step_group(group, inner)
         return loss
@@ -110,20 +107,20 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         inner.param_groups[0].update({key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
         moved = []
         for parameter, part in zip(group["params"], inner.param_groups[0]["params"], strict=True):
-            local = local_part(parameter.detach())
-            if parameter.grad is None or not local.numel():
+            here = local(parameter.detach())
+            if parameter.grad is None or not here.numel():
                 continue
             # Taken anew at each step, because sharding may swap a parameter's storage (`to_empty`, offloading).
-            part.data = local.contiguous()
-            part.grad = local_part(parameter.grad).contiguous()
+            part.data = here.contiguous()
+            part.grad = local(parameter.grad).contiguous()
             if self.state[parameter]:
                 take_over(inner, part, self.state[parameter])
-            moved.append((parameter, part, local))
+            moved.append((parameter, part, here))
         inner.step()
-        for parameter, part, local in moved:
+        for parameter, part, here in moved:
             part.grad = None
-            if part.data_ptr() != local.data_ptr():
-                local.copy_(part)
+            if part.data_ptr() != here.data_ptr():
+                here.copy_(part)
             self.state[parameter] = {key: value for key, value in inner.state[part].items() if "qmap" not in key}
 
     def unpack(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,11 +171,6 @@ def to_codes(value: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten()[: value.numel()].view(value.shape), absmax
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its storage; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def take_over(inner: Any, part: nn.Parameter, state: Mapping[str, Any]) -> None:
     """Give bitsandbytes the `state` of `part`, copied into buffers of its own unless it already holds them."""
     held = inner.state[part]
@@ -189,9 +181,9 @@ def take_over(inner: Any, part: nn.Parameter, state: Mapping[str, Any]) -> None:
             continue
         elif key.startswith("state"):
             held[key] = inner.get_state_buffer(part, dtype=value.dtype)
-            held[key].copy_(local_part(value).reshape(part.shape))
+            held[key].copy_(local(value).reshape(part.shape))
         else:
-            held[key] = local_part(value).reshape(-1).to(part.device, copy=True)
+            held[key] = local(value).reshape(-1).to(part.device, copy=True)
     if state["state1"].dtype == torch.uint8 and "qmap1" not in held:
         for key, table in zip(("qmap1", "qmap2"), TABLES, strict=True):
             inner.name2qmap[table] = inner.name2qmap[table].to(part.device)

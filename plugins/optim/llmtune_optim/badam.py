@@ -7,7 +7,6 @@ package.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from llmtune import OptimizerContext, ParameterGroup, PlanError
 
 from .configs import BAdamConfig
 from .low_rank import adam_direction, bias_correction
-from .whole import Whole, WholeMatrixOptimizer, whole_groups
+from .whole import Whole, WholeMatrixOptimizer, seed_of, whole_groups
 
 
 class BAdamFactory:
@@ -147,11 +146,6 @@ class RatioBAdam(BlockOptimizer):
             order = torch.randperm(numbers, generator=generator)
             kept = self.drawn[name] = (self.count, order[places.cpu()].to(flat.device))
         return kept[1]
-
-
-def seed_of(*parts: object) -> int:
-    """A seed that depends on these alone."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "little")
 
 
 def first_rank() -> bool:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from llmtune import OptimizerContext, ParameterGroup
 
-from .adamw import require_parameters, torch_groups
+from .adamw import loss_of, require_parameters, torch_groups
 from .configs import AdafactorConfig, AdamMiniConfig
 from .whole import adamw_step, local
 
@@ -79,10 +79,7 @@ class ByRows(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in (one for one in group["params"] if one.grad is not None):
                 self.update(parameter, self.state[parameter], group)

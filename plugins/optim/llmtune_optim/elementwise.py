@@ -9,7 +9,7 @@ import torch
 
 from llmtune import OptimizerContext, ParameterGroup
 
-from .adamw import require_parameters, torch_groups
+from .adamw import loss_of, require_parameters, torch_groups
 from .configs import LionConfig, SgdConfig
 from .whole import local
 
@@ -48,10 +48,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in (one for one in group["params"] if one.grad is not None):

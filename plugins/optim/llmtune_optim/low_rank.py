@@ -5,7 +5,6 @@ GaLore: Zhao et al. 2024, https://arxiv.org/abs/2403.03507. APOLLO: Zhu et al. 2
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from llmtune import OptimizerContext, ParameterGroup, PlanError, split_names
 
 from .configs import ApolloConfig, LowRankConfig
-from .whole import Whole, WholeMatrixOptimizer, whole_groups
+from .whole import Whole, WholeMatrixOptimizer, seed_of, whole_groups
 
 
 class LowRankFactory:
@@ -126,7 +125,7 @@ class Apollo(LowRank):
             return super().choose(name, count, whole, group)
         for key in ("left", "right"):
             if key in whole:
-                generator = torch.Generator().manual_seed(projection_seed(self.seed, name, count))
+                generator = torch.Generator().manual_seed(seed_of(self.seed, name, count))
                 drawn = torch.randn(whole[key].shape, generator=generator)
                 rank = drawn.shape[-1 if key == "left" else -2]
                 whole[key].copy_(drawn / math.sqrt(rank))
@@ -168,8 +167,3 @@ def bias_correction(step: int, group: Mapping[str, Any]) -> float:
     """What makes up for means that began at zero."""
     beta1, beta2 = group["betas"]
     return math.sqrt(1 - beta2**step) / (1 - beta1**step)
-
-
-def projection_seed(seed: int, name: str, count: int) -> int:
-    """Of the random directions of a parameter when they are chosen for the time `count`."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{count}".encode()).digest()[:4], "little")

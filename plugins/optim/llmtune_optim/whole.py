@@ -7,6 +7,7 @@ update, each once, and state that the work needs whole.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from llmtune import ParameterGroup
 
-from .adamw import require_parameters
+from .adamw import loss_of, require_parameters
 
 Whole = dict[str, Tensor]
 """The tensors that belong to one matrix, whole: its `update`, at first the gradient, and its state."""
@@ -27,6 +28,11 @@ Whole = dict[str, Tensor]
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its storage; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that depends on these alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "little")
 
 
 def spread_zeros(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -149,10 +155,7 @@ class WholeMatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             found = [parameter for parameter in group["params"] if parameter.grad is not None]
             self.update_parameters(found, group)

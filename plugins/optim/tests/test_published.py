@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from llmtune_optim import optim_config
-from llmtune_optim.low_rank import projection_seed
+from llmtune_optim.whole import seed_of
 from torch import nn
 
 from llmtune import PlanError
@@ -90,7 +90,7 @@ def test_apollo_is_the_authors(keys, monkeypatch) -> None:
     """Their random directions are drawn from our seeds."""
     published = pytest.importorskip("apollo_torch")
     keys = {"rank": 4, "update_interval": 3, **keys}
-    chain = {projection_seed(0, name, i): projection_seed(0, name, i + 1) for name in SHAPES for i in range(9)}
+    chain = {seed_of(0, name, i): seed_of(0, name, i + 1) for name in SHAPES for i in range(9)}
     monkeypatch.setattr("apollo_torch.random_projector.next_seed", chain.__getitem__)
 
     def make(named: Named) -> Any:
@@ -101,7 +101,7 @@ def test_apollo_is_the_authors(keys, monkeypatch) -> None:
         }  # fmt: skip
         optimizer = published.APOLLOAdamW([group], lr=RATE, eps=1e-8, scale_front=keys.get("scale_front", False))
         for name, parameter in named:
-            optimizer.state[parameter]["seed"] = projection_seed(0, name, 0)
+            optimizer.state[parameter]["seed"] = seed_of(0, name, 0)
         return optimizer
 
     compare(*pair("apollo", make, **keys))
