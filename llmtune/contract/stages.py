@@ -107,6 +107,11 @@ class Batch:
             lengths = self.attention_mask.sum(1).tolist()
         return [row[:length] for row, length in zip(self.input_ids.tolist(), lengths, strict=True)][: self.sequences]
 
+    def per_sequence(self, values_N: Tensor) -> Tensor:
+        """(sequences,) sums over the targets of each sequence, in either layout."""
+        assert self.target_sequence is not None
+        return values_N.new_zeros(self.sequences).index_add(0, self.target_sequence, values_N)
+
     @property
     def wanted(self) -> Tensor | None:
         """The former name of `desirable`, which stages made for version 1 of the contract read."""

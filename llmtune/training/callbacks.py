@@ -23,7 +23,7 @@ from llmtune.distributed.ranks import first_does, total
 from llmtune.distributed.stopping import StopRequest
 from llmtune.planning.decisions import decided
 from llmtune.training import checkpoint
-from llmtune.training.loop import LossScale, StepStats, evaluate
+from llmtune.training.loop import LossScale, StepStats, evaluate, mean_metrics
 from llmtune.training.manifest import Manifest, verify
 from llmtune.training.measure import of_answers, of_batches
 from llmtune.training.measured import peak_memory_bytes
@@ -110,10 +110,6 @@ class TrainingCallbacks:
     def log(self, step: int) -> None:
         """One line of metrics: means over the steps since the last one."""
         window, self.window = self.window, []
-        found: dict[str, list[float]] = {}  # a step may have no rows that a metric is about
-        for name, value in (pair for stats in window for pair in stats.metrics.items()):
-            found.setdefault(name, []).append(value)
-        mean = {name: sum(values) / len(values) for name, values in found.items()}
         speed = sum(s.tokens for s in window) / max(sum(s.seconds for s in window), 1e-9)
         mfu = self.mfu(speed)
         metrics = {
@@ -125,7 +121,7 @@ class TrainingCallbacks:
             "tokens_per_second": speed,
             **({} if mfu is None else {"mfu": mfu}),
             "peak_memory_bytes": peak_memory_bytes(self.plan.device),
-            **mean,
+            **mean_metrics(window),
         }
         if self.loggers is not None:
             self.loggers.log(step, metrics)

@@ -167,12 +167,17 @@ def tokens_of(run: Training, micros: Sequence[Batch], step: int) -> float:
 
 def summary(done: Sequence[StepStats], rate: float, seconds: float) -> StepStats:
     """The step that some updates make together: means of their losses and metrics, the gradient norm of the last."""
-    metrics: dict[str, list[float]] = {}
-    for name, value in (pair for stats in done for pair in stats.metrics.items()):
-        metrics.setdefault(name, []).append(value)
-    means = {name: sum(values) / len(values) for name, values in metrics.items()}
     loss = sum(stats.loss for stats in done) / len(done)
-    return StepStats(loss, done[-1].grad_norm, rate, sum(stats.tokens for stats in done), seconds, means)
+    tokens = sum(stats.tokens for stats in done)
+    return StepStats(loss, done[-1].grad_norm, rate, tokens, seconds, mean_metrics(done))
+
+
+def mean_metrics(done: Sequence[StepStats]) -> dict[str, float]:
+    """The mean of each metric over those that have it: a step may have no rows that it is about."""
+    found: dict[str, list[float]] = {}
+    for name, value in (pair for stats in done for pair in stats.metrics.items()):
+        found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def forward_backward(

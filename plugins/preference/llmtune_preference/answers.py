@@ -26,12 +26,6 @@ def reference_keys(config: ReferenceKeys) -> dict[str, Any]:
     return keys
 
 
-def per_sequence(values_N: Tensor, batch: Batch) -> Tensor:
-    """(S,) sums over the targets of each sequence."""
-    assert batch.target_sequence is not None
-    return values_N.new_zeros(batch.sequences).index_add(0, batch.target_sequence, values_N)
-
-
 def token_shares(batch: Batch) -> Tensor:
     """(N,) the weight of each target in its answer."""
     share_N = torch.ones(len(batch.targets), device=batch.targets.device)
@@ -58,7 +52,7 @@ REFERENCE = "reference_logps"
 def reference_logps(batch: Batch, context: StageContext, share_N: Tensor) -> Tensor:
     """(S,) float32, an answer's summed log-probability under the reference, times the tokens' shares."""
     said_N = context.with_model("reference", lambda it, its: its.token_logps(it, batch))
-    return per_sequence(said_N * share_N, batch)
+    return batch.per_sequence(said_N * share_N)
 
 
 def answers_of(model: Any, batch: Batch, context: StageContext, share_N: Tensor, reference: bool = True) -> Answers:
@@ -67,8 +61,8 @@ def answers_of(model: Any, batch: Batch, context: StageContext, share_N: Tensor,
     said_S = torch.zeros(())
     if reference:
         said_S = batch.extra[REFERENCE] if REFERENCE in batch.extra else reference_logps(batch, context, share_N)
-    logps_S = per_sequence(context.token_logps(model, batch) * share_N, batch)
-    return Answers(logps_S, per_sequence(share_N, batch).clamp(min=1e-6), logps_S - said_S)
+    logps_S = batch.per_sequence(context.token_logps(model, batch) * share_N)
+    return Answers(logps_S, batch.per_sequence(share_N).clamp(min=1e-6), logps_S - said_S)
 
 
 PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")

@@ -15,7 +15,6 @@ from .answers import (
     REFERENCE,
     answers_of,
     pair_metrics,
-    per_sequence,
     reference_keys,
     reference_logps,
     token_shares,
@@ -69,7 +68,7 @@ def shared_length(batch: Batch, beyond: float) -> Tensor:
     """(N,) 1 for targets within the length that both answers of a pair have, `beyond` for those after it."""
     assert batch.target_sequence is not None
     sequence_N = batch.target_sequence
-    length_S = per_sequence(torch.ones(len(sequence_N), device=sequence_N.device), batch)
+    length_S = batch.per_sequence(torch.ones(len(sequence_N), device=sequence_N.device))
     place_N = torch.arange(len(sequence_N), device=sequence_N.device) - (length_S.cumsum(0) - length_S)[sequence_N]
     shared_S = torch.minimum(length_S[0::2], length_S[1::2]).repeat_interleave(2)
     return torch.where(place_N < shared_S[sequence_N], 1.0, beyond)

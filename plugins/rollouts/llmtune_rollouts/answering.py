@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,13 +81,7 @@ def batch_of(said: Sequence[Said], context: StageContext, masked: bool = False) 
 
 def lengths(batch: Batch) -> Tensor:
     """(S,) trained tokens of each answer."""
-    return per_answer(torch.ones(len(batch.targets), device=batch.targets.device), batch)
-
-
-def per_answer(values_N: Tensor, batch: Batch) -> Tensor:
-    """(S,) sums over the targets of each answer."""
-    assert batch.target_sequence is not None
-    return values_N.new_zeros(batch.sequences).index_add(0, batch.target_sequence, values_N)
+    return batch.per_sequence(torch.ones(len(batch.targets), device=batch.targets.device))
 
 
 def objections(keys: AnswerKeys, context: RunContext, model: Any) -> Iterator[str]:
@@ -106,6 +100,24 @@ def weighted(rewards_SR: Tensor, weights: Sequence[float] | None) -> Tensor:
     """(S,) the sum of an answer's rewards, each times its weight; NaN where no reward says anything of the answer."""
     weights_R = rewards_SR.new_tensor(weights or [1.0] * rewards_SR.shape[1])
     return torch.where(rewards_SR.isnan().all(1), torch.nan, (rewards_SR * weights_R).nansum(1))
+
+
+def judged(
+    said: Sequence[Completion], scores_SR: Tensor, rewards_S: Tensor, context: StageContext
+) -> dict[str, Tensor]:
+    """(S,) each: what is reported of answers, for `Batch.extra`."""
+    return {
+        "reward": rewards_S, "cut": rewards_S.new_tensor([float(each.cut) for each in said]),
+        "length": rewards_S.new_tensor([float(len(each.ids)) for each in said]),
+        **{f"rewards/{name}": scores_SR[:, at] for at, name in enumerate(context.rewards)},
+    }  # fmt: skip
+
+
+def reported(extra: Mapping[str, Tensor], *more: str) -> dict[str, Tensor]:
+    """What of a batch's `extra` is reported, under the names of metrics: rewards, `judged`, and names with the
+    beginnings `more`."""
+    named = {"length": "completions/length", "cut": "completions/cut"}
+    return {named.get(name, name): extra[name] for name in extra if name in named or name.startswith(("reward", *more))}
 
 
 def counted(values: Tensor) -> tuple[Tensor, Tensor]:

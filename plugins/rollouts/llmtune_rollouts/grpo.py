@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 
 from llmtune import Batch, ModelSpec, RunContext, StageContext, StageLoss
 
+from .advantages import moments
 from .answering import (
     Said,
     answered,
@@ -17,10 +19,11 @@ from .answering import (
     counted,
     dealt,
     generate_config,
+    judged,
     lengths,
     objections,
-    per_answer,
     reference_keys,
+    reported,
     weighted,
 )
 
@@ -61,14 +64,13 @@ class Groups:
         """Answers to the prompts of a step, with their advantages: `num_generations` times as many batches."""
         config, groups = self.config, self.config.num_generations
         said = [one for batch in batches for one in answered(model, batch, context, self.generation, groups)]
-        scores_SR = context.score([one.completion for one in said])
+        completions = [one.completion for one in said]
+        scores_SR = context.score(completions)
         rewards_S = weighted(scores_SR, config.reward_weights)
         advantages_S, deviation_S = self.advantages(rewards_S, context)
         extra = {
-            "advantages": advantages_S, "reward": rewards_S, "reward_std": deviation_S,
-            "cut": torch.tensor([float(one.completion.cut) for one in said], device=rewards_S.device),
-            "length": torch.tensor([float(len(one.completion.ids)) for one in said], device=rewards_S.device),
-            **{f"rewards/{name}": scores_SR[:, at] for at, name in enumerate(context.rewards)},
+            "advantages": advantages_S, "reward_std": deviation_S,
+            **judged(completions, scores_SR, rewards_S, context),
         }  # fmt: skip
         made = []
         for chosen in dealt(said, len(batches) * groups):
@@ -90,10 +92,8 @@ class Groups:
         if self.config.scale_rewards == "group":
             advantages_S = advantages_S / (deviation_S + SMALL)
         elif self.config.scale_rewards == "batch":
-            real = rewards_S[~rewards_S.isnan()].double()
-            count, total = context.total(torch.stack([real.new_tensor(float(len(real))), real.sum()]))
-            squares = context.total((real - total / count.clamp(min=1)).square().sum())
-            advantages_S = advantages_S / ((squares / (count - 1).clamp(min=1)).sqrt().float() + SMALL)
+            found = moments([rewards_S[~rewards_S.isnan()]], context)
+            advantages_S = advantages_S / (math.sqrt(found.sample_variance) + SMALL)
         return advantages_S.nan_to_num(0.0), deviation_S
 
     def _known(self, model: Any, batch: Batch, context: StageContext) -> Batch:
@@ -118,14 +118,13 @@ class Groups:
         said_by = batch.target_sequence
         log_ratio_N = logps_N - old_N
         if config.importance_sampling_level == "sequence":
-            log_ratio_N = (per_answer(log_ratio_N, batch) / count_S.clamp(min=1)).index_select(0, said_by)
+            log_ratio_N = (batch.per_sequence(log_ratio_N) / count_S.clamp(min=1)).index_select(0, said_by)
         ratio_N, advantage_N = log_ratio_N.exp(), advantages_S.index_select(0, said_by)
         high = config.epsilon if config.epsilon_high is None else config.epsilon_high
         within_N = ratio_N.clamp(1 - config.epsilon, 1 + high)
-        gain_N = torch.min(ratio_N * advantage_N, within_N * advantage_N)
-        if config.delta is not None:
-            gain_N = torch.min(ratio_N.clamp(max=config.delta) * advantage_N, within_N * advantage_N)
-        loss_N, metrics = -gain_N, self._metrics(batch)
+        free_N = ratio_N if config.delta is None else ratio_N.clamp(max=config.delta)
+        loss_N = -torch.min(free_N * advantage_N, within_N * advantage_N)
+        metrics = {name: counted(values) for name, values in reported(batch.extra).items()}
         clipped_N = ((ratio_N < 1 - config.epsilon) & (advantage_N < 0)) | ((ratio_N > 1 + high) & (advantage_N > 0))
         metrics["clipped"] = counted(clipped_N.float())
         if config.beta:
@@ -138,11 +137,6 @@ class Groups:
         elif config.loss_type == "dr_grpo":
             loss_N = loss_N / config.max_new_tokens
         return StageLoss(total=loss_N.sum(), metrics=metrics)
-
-    def _metrics(self, batch: Batch) -> dict[str, Any]:
-        named = {"length": "completions/length", "cut": "completions/cut"}
-        kept = {name: values for name, values in batch.extra.items() if name.startswith("reward") or name in named}
-        return {named.get(name, name): counted(values) for name, values in kept.items()}
 
 
 def deviation(grouped_PG: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from .answering import (
     counted,
     dealt,
     generate_config,
+    judged,
     lengths,
     objections,
-    per_answer,
     reference_keys,
+    reported,
     weighted,
 )
 
@@ -128,18 +129,14 @@ class Policy:
         said = [one.completion for rows in laid for one in rows]
         scores_SR = context.score(said)
         rewards_S = weighted(scores_SR, self.config.reward_weights)
-        cut_S = rewards_S.new_tensor([float(each.cut) for each in said])
-        score_S = rewards_S - self.config.missing_eos_penalty * cut_S
+        known = judged(said, scores_SR, rewards_S, context)
+        score_S = rewards_S - self.config.missing_eos_penalty * known["cut"]
         if self.config.ppo_score_norm:
             found = moments([score_S[~score_S.isnan()]], context)
             scale = self.scale.joined(found)
             score_S = ((score_S.double() - scale.mean) / (scale.deviation + EPSILON)).float()
             self.scale = scale if adapts else self.scale
-        extra = {
-            "score": score_S, "reward": rewards_S, "cut": cut_S,
-            "length": rewards_S.new_tensor([float(len(each.ids)) for each in said]),
-            **{f"rewards/{name}": scores_SR[:, at] for at, name in enumerate(context.rewards)},
-        }  # fmt: skip
+        extra = {"score": score_S, **known}
         parts = {name: values.split([len(rows) for rows in laid]) for name, values in extra.items()}
         return [{name: values[at] for name, values in parts.items()} for at in range(len(laid))]
 
@@ -157,7 +154,7 @@ class Policy:
         if self.config.init_kl_coef:
             ref_N = context.with_model("reference", lambda it, its: its.token_logps(it, batch, heat))
             rewards_N = -self.kl_coef.value * (logps_N - ref_N)
-            kl_S = per_answer(logps_N - ref_N, batch)
+            kl_S = batch.per_sequence(logps_N - ref_N)
             extra["kl"] = torch.where(score_S.isnan(), torch.nan, kl_S)
         last_S = lengths(batch).long().cumsum(0) - 1
         rewards_N = rewards_N.index_add(0, last_S[~score_S.isnan()], score_S[~score_S.isnan()])
@@ -195,8 +192,6 @@ class Policy:
             "policy_loss": policy_N, "value_loss": value_N, "clipped": (held_N > free_N).float(),
             "value_clipped": (held_error_N > error_N).float(), "values": values_N, "returns": extra["returns"],
         }  # fmt: skip
-        named = {"length": "completions/length", "cut": "completions/cut"}
-        kept = ("reward", "kl", "explained_variance", *named)
-        answers = {named.get(name, name): extra[name] for name in extra if name.startswith(kept)}
-        metrics = {name: counted(numbers.detach()) for name, numbers in (tokens | answers).items()}
+        told = tokens | reported(extra, "kl", "explained_variance")
+        metrics = {name: counted(numbers.detach()) for name, numbers in told.items()}
         return StageLoss(total=(policy_N + config.vf_coef * value_N).sum(), metrics=metrics)
