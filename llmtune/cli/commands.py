@@ -127,7 +127,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="the cost, for machines")
     chat = command("chat", _chat, "Talk to a run, a checkpoint, a model, or a base with adapters")
     chat.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder, a hub id, or a recipe"
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
     )
     add_overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
@@ -136,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
         "What is written already is kept when the same command is run again.",
     )  # fmt: skip
     predict.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="a run's folder, a checkpoint, a model folder, a hub id, or a recipe"
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
     )
     add_overrides(predict, "dataset=FILE, output_dir=FOLDER, generation parameters (max_new_tokens=64) or recipe keys")
     predict.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")

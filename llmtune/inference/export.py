@@ -39,8 +39,8 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     """Write a model with what was trained merged in as a plain transformers folder; returns it.
 
     `path` is a run, one of its checkpoints, or a base (a model, a recipe) with a `peft_config` that names adapters.
-    The merge happens on the CPU, onto the unquantised base, in float32; the result is stored as `infer_dtype`. Raises
-    PlanError if the merged model does not answer like base plus adapter, or answers exactly like the base.
+    The merge happens on `export_device`, onto the unquantised base, in float32; the result is stored as `infer_dtype`.
+    Raises PlanError if the merged model does not answer like base plus adapter, or answers exactly like the base.
     """
     recipe = recipe_of(path, **overrides)
     target = _target(recipe.export.export_dir)
@@ -52,8 +52,9 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
 
     overrides = {**overrides, "quant_config": None, "kernel_config": None}
     alone = recipe_of(path, **{key: value for key, value in overrides.items() if not key.startswith("peft_config")})
-    base = base_logits(replace(alone, blocks={**alone.blocks, "peft_config": []}))
-    plan = open_plan(path, dtype=torch.float32, device="cpu", **overrides)
+    device = recipe.export.export_device
+    base = base_logits(replace(alone, blocks={**alone.blocks, "peft_config": []}), device)
+    plan = open_plan(path, dtype=torch.float32, device=device, **overrides)
     if recipe.blocks.get("quant_config"):
         print("The adapter was trained on a quantised base; it is merged onto the unquantised one.", file=sys.stderr)
     dtype = export_dtype(recipe.export.infer_dtype, alone)
@@ -98,12 +99,12 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     """Float32 logits (1, T, V) of the model in eval mode."""
     model.eval()
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.float()
 
 
-def base_logits(recipe: Recipe) -> Tensor:
+def base_logits(recipe: Recipe, device: str) -> Tensor:
     """What the base model says, before any training. It is gone on return, so that one model at a time is held."""
-    plan = make_model_plan(recipe, Registry(), Ranks(), pick_device("cpu"), "infer", torch.float32)
+    plan = make_model_plan(recipe, Registry(), Ranks(), pick_device(device), "infer", torch.float32)
     build_objective(plan)
     said = logits(plan.module, probe_ids(plan.tokenizer))
     del plan

@@ -168,6 +168,9 @@ def _facts(path: str | Path, plan: ModelPlan, recipe: Recipe) -> dict[str, Any]:
     """What tells the model from others."""
     saved = saved_at(path) if plan.mode == "reopen" else None
     told = fingerprint(resolve_model(plan.keys, weights=True).folder)
+    if saved is None:
+        adapters = sorted({file for file, _ in plan.ledger.files.values()})
+        told = " ".join([told, *(size_and_hash(file)[1] for file in adapters)])
     if saved is not None:
         file = saved.run / TRAINED
         if saved.checkpoint is not None or not file.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
-    """The resolved recipe of a run (or of a checkpoint's run), a recipe file, or a minimal recipe for a plain model.
+    """The resolved recipe of a run (or of a checkpoint's run), a recipe file, or a minimal recipe for a plain model or
+    for an adapter's folder and the base that it names.
 
     A run keeps what it was trained with: the commit of its base on the hub, and its chat template, whatever has become
     of the file or the base that it came from. `overrides` go before both.
@@ -72,7 +74,7 @@ def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
     saved = saved_at(path)
     if saved is None:
         file = Path(path).suffix.lower() in (".yaml", ".yml", ".json") and Path(path).is_file()
-        return load_recipe(path if file else {"model": str(path)}, overrides)
+        return load_recipe(path if file else base_and_adapter(Path(path), overrides), overrides, for_use=True)
     recipe, record = load_recipe(saved.run / "resolved.yaml", overrides), run_folder.read_record(saved.run)
     if record.get("model_origin") == "hub" and not {"model", "revision"} & overrides.keys():
         recipe = replace(recipe, model=replace(recipe.model, revision=record["model_revision"]))
@@ -80,6 +82,22 @@ def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
     if template is not None and "template" not in overrides:
         recipe = replace(recipe, data=replace(recipe.data, template=str(template)))
     return recipe
+
+
+def base_and_adapter(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a model: its folder or hub id, or what PEFT's file in an adapter's folder says.
+
+    Raises PlanError where that names no base.
+    """
+    file = path / "adapter_config.json"
+    if not file.exists():
+        return {"model": str(path)}
+    told = json.loads(file.read_text(encoding="utf-8"))
+    base = overrides.get("model", told.get("base_model_name_or_path"))
+    if not base:
+        raise PlanError(f"{file}: names no base model; name it: llmtune chat {path} model=FOLDER_OR_HUB_ID")
+    revision = None if "model" in overrides or Path(base).exists() else told.get("revision")
+    return {"model": base, "revision": revision, "adapter_name_or_path": str(path)}
 
 
 def _templates(run: Path) -> list[Path]:

@@ -19,6 +19,9 @@ class ExportConfig:
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Type of exported weights, and of a model opened for chatting. `auto` is the type that the base's files have; in
     chat, bfloat16 instead of float32 on a GPU that has it."""
+    export_device: Literal["cpu", "auto"] = "cpu"
+    """Where the adapter is merged: `cpu` leaves GPUs free and takes models that no GPU holds, `auto` is the GPU where
+    there is one."""
     export_legacy_format: bool = False
     """Export as PyTorch pickles instead of safetensors, for readers that know nothing else."""
     export_hub_model_id: str | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,6 +22,12 @@ class ForeignKey:
     """What to write instead; its first word is a key or a key inside a block. Empty where there is no counterpart."""
     reason: str = ""
     """Why there is no such key, and what there is."""
+    use: str = ""
+    """The key of llmtune, perhaps inside a block, that is set instead where a model is only used. Empty: none."""
+    also: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Keys that `use` needs beside it, with their values."""
+    anyway: Sequence[Any] = field(default=(), hash=False)
+    """Values that ask for what happens without being asked for, where a model is only used."""
 
     @property
     def answer(self) -> str:
@@ -35,7 +42,8 @@ def foreign_keys() -> Mapping[str, ForeignKey]:
     found: dict[str, ForeignKey] = {}
     for subject, answers in yaml.safe_load(text).items():
         for keys, answer in answers.items():
-            made = ForeignKey(subject, **answer) if isinstance(answer, dict) else ForeignKey(subject, reason=answer)
+            said: dict[str, Any] = answer if isinstance(answer, dict) else {"reason": answer}
+            made = ForeignKey(subject, **said)
             found |= dict.fromkeys(keys.split(", "), made)
     return found
 

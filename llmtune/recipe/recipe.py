@@ -31,6 +31,7 @@ from llmtune.recipe.places import Places
 from llmtune.recipe.secrets import blank, blank_text, escaped
 from llmtune.recipe.text import RecipeText, leaves, show, split
 from llmtune.recipe.train_config import TrainConfig
+from llmtune.recipe.use_keys import own_keys
 
 PATHS = (
     "output_dir",
@@ -82,10 +83,14 @@ class Recipe:
 
 
 def load_recipe(
-    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    *,
+    for_use: bool = False,
 ) -> Recipe:
     """Read a recipe from a YAML or JSON file or a mapping. Overrides are `key=value` texts or a mapping of dotted keys.
 
+    A recipe `for_use` says which model is used, and how; it may do so in the words of other trainers.
     Raises RecipeError, or ErrorList with all mistakes.
     """
     origin, found = _read(source)
@@ -96,6 +101,8 @@ def load_recipe(
     places = Places(origin, found.places, {split(key): where for key in changes})
     _check_mapping(found, origin)
     tree = {key: as_block(key, copy.deepcopy(value)) for key, value in found.tree.items()}
+    if for_use:
+        tree, changes, places = own_keys(tree, changes, places)
     tree = _override(tree, changes, where, places)
     resolved = _resolve(tree, places)
     for key in PATHS:

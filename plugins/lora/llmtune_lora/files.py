@@ -22,6 +22,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = "peft_config.adapter_name_or_path"
 
+_CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga")
+"""Ways of PEFT to start an adapter that take something from the base's weights, besides PiSSA."""
+
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save"
 _NAME = re.compile(rf"(?P<module>.+)\.(?P<part>{_PARTS})\.(?P<adapter>[^.]+)(?:\.(?P<rest>.+))?")
 
@@ -78,6 +81,12 @@ def read_config(folder: Path) -> LoraConfig:
         raise PlanError(
             f"{KEY}: {folder} trains biases of the base model (bias: {config.bias}), "
             "which cannot be continued here; merge it into the base with PEFT first"
+        )
+    if config.init_lora_weights in _CHANGED_BASE or str(config.init_lora_weights).startswith("pissa"):
+        raise PlanError(
+            f"{KEY}: {folder} starts from a base that PEFT changed (init_lora_weights: {config.init_lora_weights}) and "
+            "answers wrongly on the original one; convert it with PEFT: "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...)"
         )
     # The values come from the file: whatever the first initialisation was, it must not run again.
     config.init_lora_weights = True
