@@ -35,6 +35,8 @@ _WHERE = {
         ),
         "llmtune.contract.evaluation": ("Evaluator", "MeasuresAnswers", "MeasuresBatches", "Prediction"),
         "llmtune.contract.rewards": ("ReadsRows", "Reward"),
+        "llmtune.contract.launching": ("Launcher", "LaunchRequest", "Machines"),
+        "llmtune.distributed.launch": ("rank_environment", "LaunchError"),
         "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),
         "llmtune.model.generate": ("generate", "ContextFull"),
         "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),

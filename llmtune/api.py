@@ -13,6 +13,7 @@ from llmtune.terminal import in_notebook, preformatted, quiet_imports, show_doin
 from llmtune.training import run_folder
 
 if TYPE_CHECKING:
+    from llmtune.contract.launching import Launcher, LaunchRequest
     from llmtune.cost.priced import PricedPlan
     from llmtune.inference.predict import Predictions
     from llmtune.recipe.recipe import Recipe
@@ -146,12 +147,14 @@ def train(
     a run, finished or not, and deletes what that one wrote. Raises subclasses of `LlmtuneError`.
     """
     from llmtune.distributed.launch import under_launcher
+    from llmtune.recipe.parts import launcher_of
 
     loaded, registry = _recipe_and_registry(recipe, overrides)
     loaded = replace(loaded, fresh=fresh)
-    ranks = nproc or default_ranks(loaded.train.device)
-    if ranks > 1 and not under_launcher():
-        return _train_in_processes(loaded, ranks)
+    if not under_launcher():
+        launcher = launcher_of(loaded, registry)
+        if launcher.starts(launch_request(loaded, ranks=nproc)):
+            return _train_in_processes(loaded, launcher, nproc)
     from llmtune.cost import estimate
     from llmtune.training.report import print_outcome
     from llmtune.training.run import train_here
@@ -162,25 +165,35 @@ def train(
     return Run(outcome.plan.output_dir, answers=outcome.answers, trust_remote_code=trust)
 
 
-def default_ranks(device: str) -> int:
-    """One rank per visible GPU, one on a CPU."""
-    if device == "cpu":
-        return 1
-    import torch
+def launch_request(recipe: Recipe, words: Sequence[str] = (), **options: Any) -> LaunchRequest:
+    """What a launcher is asked for a run of `recipe`, whose ranks run `llmtune train <words>`."""
+    import sys
 
-    return max(1, torch.cuda.device_count())
+    from llmtune.contract.launching import LaunchRequest
+
+    return LaunchRequest(
+        command=(sys.executable, "-m", "llmtune", "train", *words), name=recipe.name, device=recipe.train.device,
+        output_dir=Path(recipe.train.output_dir or ""), **options,
+    )  # fmt: skip
 
 
-def _train_in_processes(recipe: Any, ranks: int) -> Run:
+def _train_in_processes(recipe: Recipe, launcher: Launcher, nproc: int | None) -> Run:
     import tempfile
 
-    from llmtune.distributed.launch import LaunchError, launch, write_temporary_recipe
+    from llmtune.distributed.launch import LaunchError, write_temporary_recipe
     from llmtune.distributed.stopping import EXIT_INTERRUPTED
 
-    folder = Path(recipe.train.output_dir)
+    if not launcher.waits:
+        name = recipe.blocks["launch_config"][0][0]
+        raise PlanError(
+            f"launch_config: {name} hands a run over to run later, and a recipe in Python may be gone by then; "
+            "write it to a file and run `llmtune train FILE`"
+        )
+    folder = Path(recipe.train.output_dir or "")
     with tempfile.TemporaryDirectory() as scratch:
         path = write_temporary_recipe({**recipe.tree, "output_dir": str(folder)}, Path(scratch))
-        code = launch(["train", str(path), *(["--fresh"] if recipe.fresh else [])], ranks)
+        words = [str(path), *(["--fresh"] if recipe.fresh else [])]
+        code = launcher.launch(launch_request(recipe, words, ranks=nproc))
     if code not in (0, EXIT_INTERRUPTED):
         raise LaunchError(f"a rank of the run failed with exit code {code}; its message is above")
     return Run(folder, trust_remote_code=recipe.model.trust_remote_code)
@@ -212,14 +225,17 @@ def plan_for(
 ) -> PricedPlan:
     """The plan of a recipe for this machine, or for `ranks` of a described device, with its cost."""
     from llmtune.cost.priced import PricedPlan
+    from llmtune.distributed.launch import default_ranks
     from llmtune.distributed.ranks import Ranks
     from llmtune.planning.decisions import as_decided
     from llmtune.planning.devices import chosen_device
     from llmtune.planning.make import make_plan
+    from llmtune.recipe.parts import launcher_of
     from llmtune.training.resume import decided_before, previewed
 
     device, target = chosen_device(recipe.train.device, described, ranks is not None)
-    size = ranks or nproc or (1 if described else default_ranks(recipe.train.device))
+    size = ranks or launcher_of(recipe, registry).ranks(launch_request(recipe, ranks=nproc))
+    size = size or (1 if described else default_ranks(recipe.train.device))
     if target is None:
         recipe = as_decided(recipe, decided_before(recipe))
     made = make_plan(recipe, registry, Ranks(size=size), device, target=target)
@@ -256,7 +272,7 @@ def predict(model: str | Path, dataset: Any = None, *, nproc: int | None = None,
     """
     import json
 
-    from llmtune.distributed.launch import LaunchError, launch, under_launcher
+    from llmtune.distributed.launch import LaunchError, default_ranks, launch, under_launcher
     from llmtune.inference.predict import Predictions, Request
     from llmtune.inference.predict import predict as predict_here
     from llmtune.recipe.text import plain

@@ -16,6 +16,7 @@ import torch
 
 import llmtune
 from llmtune.contract.errors import LlmtuneError, PlanError
+from llmtune.contract.launching import LaunchRequest
 from llmtune.distributed.ranks import fail_together, pick_device
 from llmtune.training.lock import FolderLock, require_shared
 from tests.runs import recipe
@@ -144,7 +145,7 @@ def test_no_other_place_numbers_devices() -> None:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    return {"nnodes": "1", "endpoint": None, "run_id": None, "restarts": 0, **changes}
+    return {"nnodes": "1", "endpoint": None, "run_id": None, **changes}
 
 
 @pytest.mark.parametrize(
@@ -158,9 +159,10 @@ def settings(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_machines_are_named_rightly(changes: dict[str, Any], sentence: str) -> None:
-    from llmtune.distributed.launch import Machines
+    from llmtune.distributed.launch import Torchrun, parse_machines
 
     with pytest.raises(LlmtuneError, match=sentence):
-        Machines.parse(**settings(**changes))
-    made = Machines.parse(**settings(nnodes="2:4", endpoint="10.0.0.1:29400", restarts=3))
-    assert (made.least, made.most, made.restarts, made.run_id) == (2, 4, 3, "llmtune")
+        machines = parse_machines(**settings(**changes))
+        Torchrun().starts(LaunchRequest(command=("x",), name="x", output_dir=Path("x"), machines=machines))
+    made = parse_machines(**settings(nnodes="2:4", endpoint="10.0.0.1:29400"))
+    assert (made.least, made.most, made.run_id) == (2, 4, "llmtune")

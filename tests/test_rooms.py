@@ -35,7 +35,6 @@ ROOMS = {
 DEFERRED = {
     "start-up": "`import llmtune`, `--help`, `plugins`, `schema`, `llmtune.testing` and entry modules load no torch.",
     "tokenizer": "Looking at data takes a tokenizer; torch and the rest of training stay out of it.",
-    "first line": "Whoever starts several ranks sees a line before torch is loaded.",
     "may be absent": "The package is an extra, belongs to another system, or has the module in newer versions only.",
 }
 """Why an import may stand inside a function: the only reasons there are."""
@@ -205,8 +204,6 @@ def reason(module: str, imported: str) -> str | None:
         return "start-up"
     if module.startswith("llmtune.testing") and not module.startswith("llmtune.testing.points"):
         return "start-up"
-    if module == "llmtune.distributed.launch":
-        return "first line"
     if room(module) == "data" or module in TOKENIZER_FILES:
         return "tokenizer"
     return None

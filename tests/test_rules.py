@@ -20,6 +20,7 @@ CONTRACT = {
     "llmtune.contract.examples",
     "llmtune.contract.evaluation",
     "llmtune.contract.generation",
+    "llmtune.contract.launching",
     "llmtune.contract.rewards",
     "llmtune.contract.events",
     "llmtune.contract.hookspecs",

@@ -125,14 +125,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, chats: str) -> Place:
 def trained(place: Place) -> Place:
     """The three parts together by the command line, on one rank and on two; the mixed recipes on two."""
     recipe = place.write("together.yaml", place.keys("together", **TOGETHER))
-    two = [f"output_dir={place.folder / 'together-2'}", "gradient_accumulation_steps=1", "--nproc", "2"]
-    mixed = place.write("two.json", [place.keys(name, 2, **changes) for name, changes in MIXED.items()])
+    changes = f"output_dir={place.folder / 'together-2'} gradient_accumulation_steps=1 launch_config=posse --nproc 2"
+    mixed = place.write("two.json", [place.keys(name, 2, **keys) for name, keys in MIXED.items()])
     script = place.folder / "train.py"
     script.write_text(TRAIN)
     train = ["-m", "llmtune", "train", recipe]
     started = [
         place.start(*train, ACME_EVENTS="events-1"),
-        place.start(*train, *two, ACME_EVENTS="events-2"),
+        place.start(*train, *changes.split(), ACME_EVENTS="events-2"),
         place.start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), mixed),
     ]
     try:
@@ -149,7 +149,7 @@ def used(trained: Place) -> dict[str, Any]:
     """One process that trains the mixed recipes on one rank, then reopens, chats with and exports the first run."""
     folder = trained.folder
     job = {
-        "recipes": [trained.keys(name, **changes) for name, changes in MIXED.items()], "ids": PROBE,
+        "recipes": [trained.keys(name, **keys) for name, keys in MIXED.items()], "ids": PROBE,
         "question": QUESTION, "run": str(folder / "together-1"), "logits": str(folder / "logits.pt"),
         "export": str(folder / "merged"),
     }  # fmt: skip
@@ -256,9 +256,8 @@ def test_it_imports_only_public_names() -> None:
 
 def test_its_own_tests_find_it_keeps_the_contract(place: Place) -> None:
     """The laws of `llmtune.testing`, as its author runs them."""
-    tests = str(STRANGER / "tests")
-    out = finish(place.start("-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-c", os.devnull))
-    assert re.search(r"\b6\d passed", out) and "failed" not in out and "skipped" not in out
+    out = finish(place.start("-m", "pytest", str(STRANGER / "tests"), "-q", "-p", "no:cacheprovider", "-c", os.devnull))
+    assert re.search(r"\b7\d passed", out) and "failed" not in out and "skipped" not in out
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -351,6 +350,7 @@ def test_the_run_says_which_package_it_used(trained: Place) -> None:
     ours = {label: package for label, package in record["plugins"].items() if "acme" in package}
     labels = ("quant_config int8_rows", "peft_config ia3", "stage_config smoothed")
     assert ours == dict.fromkeys(labels, "acme-tuning 1.4.2")
+    assert '"launch_config posse": "acme-tuning 1.4.2"' in (trained.folder / "together-2" / "run.json").read_text()
 
 
 def test_plugins_and_schema_know_it(place: Place) -> None:
@@ -359,7 +359,7 @@ def test_plugins_and_schema_know_it(place: Place) -> None:
     rows = [row for row in json.loads(finish(listing))["plugins"] if row["package"] == "acme-tuning"]
     assert {(row["point"], row["name"]) for row in rows} == {
         ("peft_config", "ia3"), ("quant_config", "int8_rows"), ("stage_config", "smoothed"), ("data_config", "forum"),
-        ("stage_config", "best_of"), ("reward_config", "small"), ("engine_config", "parrot"),
+        ("stage_config", "best_of"), ("reward_config", "small"), ("engine_config", "parrot"), ("launch_config", "posse")
     }  # fmt: skip
     assert {(row["version"], row["state"]) for row in rows} == {("1.4.2", "ok")}
     blocks = [

@@ -111,8 +111,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is one of them")
     train.add_argument("--rdzv-id", metavar="NAME", help="tells runs apart that meet at the same HOST:PORT")
     train.add_argument(
-        "--max-restarts", type=count, default=0, metavar="N", help="start failed ranks again, so often at most"
+        "--max-restarts", type=count, metavar="N", help="start failed ranks again, so often at most (default: 0)"
     )
+    train.add_argument("--dry-run", action="store_true", help="print what the recipe's launcher would run, and end")
     plan = command(
         "plan",
         _plan,
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
 def _train(options: Any) -> int:
     from llmtune.distributed.stopping import StopRequest, die_with_parent
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if os.environ.keys() & {"TORCHELASTIC_RUN_ID", "LLMTUNE_LAUNCHER"}:
         die_with_parent(signal.SIGTERM)  # ranks whose launcher was killed save and end
     with StopRequest():  # already while libraries are imported
         return _train_or_launch(options)
@@ -171,12 +172,14 @@ def _train(options: Any) -> int:
 def _train_or_launch(options: Any) -> int:
     from dataclasses import replace
 
-    from llmtune.api import default_ranks
-    from llmtune.distributed.launch import Machines, launch, under_launcher
+    from llmtune.api import launch_request
+    from llmtune.distributed.launch import parse_machines, under_launcher
     from llmtune.distributed.ranks import leave, tell_the_others
     from llmtune.distributed.stopping import EXIT_INTERRUPTED
+    from llmtune.recipe.parts import launcher_of
     from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
+    from llmtune.recipe.secrets import hidden
     from llmtune.recipe.train_config import TrainConfig
 
     try:
@@ -185,11 +188,22 @@ def _train_or_launch(options: Any) -> int:
         tell_the_others(error, TrainConfig.ddp_timeout)
         raise
     if not under_launcher():
-        machines = Machines.parse(options.nnodes, options.rdzv_endpoint, options.rdzv_id, options.max_restarts)
-        ranks = options.nproc or default_ranks(recipe.train.device)
-        if ranks > 1 or machines != Machines():
-            fresh = ["--fresh"] if options.fresh else []
-            return launch(["train", options.recipe, *options.overrides, *fresh], ranks, machines)
+        launcher = launcher_of(recipe, Registry())
+        request = launch_request(
+            recipe, [options.recipe, *options.overrides, *(["--fresh"] if options.fresh else [])], ranks=options.nproc,
+            machines=parse_machines(options.nnodes, options.rdzv_endpoint, options.rdzv_id),
+            restarts=options.max_restarts,
+        )  # fmt: skip
+        shown = tuple(map(hidden, request.command))
+        if options.dry_run:
+            say(launcher.describe(replace(request, command=shown)))
+            return 0
+        if not launcher.waits and shown != request.command:
+            raise RecipeError(
+                "command line: a secret would be written into the job's script; name it in the recipe as ${oc.env:NAME}"
+            )
+        if launcher.starts(request):
+            return launcher.launch(request)
     load_libraries()
     from llmtune.cost import estimate
     from llmtune.training.report import print_outcome
@@ -250,8 +264,7 @@ def _chat(options: Any) -> None:
 
 
 def _predict(options: Any) -> int:
-    from llmtune.api import default_ranks
-    from llmtune.distributed.launch import launch, under_launcher
+    from llmtune.distributed.launch import default_ranks, launch, under_launcher
     from llmtune.distributed.ranks import leave
     from llmtune.distributed.stopping import die_with_parent
     from llmtune.recipe.recipe import parse_overrides

@@ -12,6 +12,7 @@ from llmtune.contract.errors import listed
 from llmtune.contract.evaluation import Evaluator, MeasuresAnswers, MeasuresBatches
 from llmtune.contract.examples import KINDS, DataFormat
 from llmtune.contract.generation import Engine
+from llmtune.contract.launching import Launcher
 from llmtune.contract.optimizers import OptimizerFactory
 from llmtune.contract.records import (
     Adapter,
@@ -152,6 +153,13 @@ POINTS: Mapping[str, ExtensionPoint] = {
             protocol=Distribute,
             required=True,
             shapes_model=True,
+            changes_training=False,
+        ),
+        ExtensionPoint(
+            name="launch_config",
+            question="Who starts the processes.",
+            protocol=Launcher,
+            required=True,
             changes_training=False,
         ),
         ExtensionPoint(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import socket
 import struct
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import LlmtuneError, RecipeError
+from llmtune.contract.launching import LaunchRequest, Machines
 from llmtune.distributed.stopping import EXIT_INTERRUPTED
 
 
@@ -24,39 +26,80 @@ def under_launcher() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machines:
-    """Where the ranks of a run are started, as `torchrun` says it."""
+LAUNCHER = "LLMTUNE_LAUNCHER"
+"""The variable by which ranks know the launcher that starts them, and starts them again."""
 
-    least: int = 1
-    most: int = 1
-    endpoint: str | None = None
-    """`HOST:PORT` where the machines meet; the one that has HOST keeps the meeting place."""
-    run_id: str = "llmtune"
-    """Tells runs that meet at the same endpoint apart."""
-    restarts: int = 0
-    """How often a machine starts its ranks again after one of them has failed."""
+_ALONE = Machines()
+"""This machine."""
 
-    @classmethod
-    def parse(cls, nnodes: str, endpoint: str | None, run_id: str | None, restarts: int) -> Machines:
-        """From the command line. Raises RecipeError for what cannot be."""
-        least, _, most = nnodes.partition(":")
-        if not (least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)):
-            raise RecipeError(f'--nnodes: found "{nnodes}", allowed is a number of machines, or LEAST:MOST as in 2:4')
-        host, _, port = (endpoint or "").rpartition(":")
-        if int(most or least) > 1 and not (host and port.isdigit()):
+
+def default_ranks(device: str) -> int:
+    """One rank per visible GPU, one on a CPU."""
+    if device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+class Torchrun:
+    """The `Launcher` that needs nothing but torch: its elastic agent, on this machine and on others where the same
+    command is run."""
+
+    waits = True
+
+    def ranks(self, request: LaunchRequest) -> int | None:
+        return request.ranks and request.ranks * request.machines.most
+
+    def starts(self, request: LaunchRequest) -> bool:
+        if request.machines.most > 1 and not request.machines.endpoint:
             raise RecipeError(
-                f'--rdzv-endpoint: found "{endpoint or ""}", several machines need HOST:PORT, the same on all of them '
-                "and HOST being one of them, such as 10.0.0.1:29400"
+                "--rdzv-endpoint: not given, several machines need HOST:PORT, the same on all of them and HOST being "
+                "one of them, such as 10.0.0.1:29400"
             )
-        if run_id and not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
-            raise RecipeError(f'--rdzv-id: found "{run_id}", allowed are letters, digits, dots, "-" and "_"')
-        made = cls(least=int(least), most=int(most or least), endpoint=endpoint, restarts=restarts)
-        return replace(made, run_id=run_id) if run_id else made
+        return request.machines != _ALONE or bool(request.restarts) or self._here(request) > 1
+
+    def describe(self, request: LaunchRequest) -> str:
+        python, *rest = request.command
+        if not self.starts(request):
+            return shlex.join(request.command)
+        machines = request.machines
+        nodes = str(machines.most) if machines.least == machines.most else f"{machines.least}:{machines.most}"
+        words = ["--nnodes", nodes, "--nproc-per-node", str(self._here(request))]
+        words += ["--max-restarts", str(request.restarts)] if request.restarts else []
+        if machines.endpoint:
+            words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", machines.endpoint, "--rdzv-id", machines.run_id]
+        return shlex.join([python, "-m", "torch.distributed.run", *words, *rest])
+
+    def launch(self, request: LaunchRequest) -> int:
+        self.starts(request)
+        return start(request.command, self._here(request), request.machines, request.restarts or 0)
+
+    def _here(self, request: LaunchRequest) -> int:
+        return request.ranks or default_ranks(request.device)
 
 
-def launch(arguments: Sequence[str], ranks: int, machines: Machines = Machines()) -> int:
+def parse_machines(nnodes: str, endpoint: str | None, run_id: str | None) -> Machines:
+    """The machines of a run from the command line. Raises RecipeError for what cannot be."""
+    least, _, most = nnodes.partition(":")
+    if not (least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)):
+        raise RecipeError(f'--nnodes: found "{nnodes}", allowed is a number of machines, or LEAST:MOST as in 2:4')
+    host, _, port = (endpoint or "").rpartition(":")
+    if endpoint and not (host and port.isdigit()):
+        raise RecipeError(f'--rdzv-endpoint: found "{endpoint}", allowed is HOST:PORT, such as 10.0.0.1:29400')
+    if run_id and not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise RecipeError(f'--rdzv-id: found "{run_id}", allowed are letters, digits, dots, "-" and "_"')
+    made = Machines(least=int(least), most=int(most or least), endpoint=endpoint)
+    return replace(made, run_id=run_id) if run_id else made
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
     """Run `python -m llmtune <arguments>` in `ranks` processes here and wait. Returns the first to fail's exit code."""
+    return start([sys.executable, "-m", "llmtune", *arguments], ranks)
+
+
+def start(command: Sequence[str], ranks: int, machines: Machines = _ALONE, restarts: int = 0) -> int:
+    """Run `command` in `ranks` processes of this machine and wait. Returns the first to fail's exit code."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -66,9 +109,8 @@ def launch(arguments: Sequence[str], ranks: int, machines: Machines = Machines()
     with tempfile.TemporaryDirectory(prefix="llmtune-") as logs:
         threads = max(1, (os.cpu_count() or 1) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        command = [sys.executable, "-m", "llmtune", *arguments]
         try:
-            elastic_launch(_launch_config(ranks, machines, logs), command[0])(*command[1:])
+            elastic_launch(_launch_config(ranks, machines, restarts, logs), command[0])(*command[1:])
         except ChildFailedError as failure:
             return _first_failure(failure)
         except SignalException as stop:
@@ -93,7 +135,7 @@ def quiet_launcher() -> None:
         logger.propagate = False
 
 
-def _launch_config(ranks: int, machines: Machines, logs: str) -> Any:
+def _launch_config(ranks: int, machines: Machines, restarts: int, logs: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -106,14 +148,34 @@ def _launch_config(ranks: int, machines: Machines, logs: str) -> Any:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         more = {"rdzv_endpoint": machines.endpoint, "run_id": machines.run_id, "local_addr": here}
         more["rdzv_configs"] = {"is_host": here == socket.gethostbyname(host) or here.startswith("127.")}
-    if machines.most > 1 or machines.restarts:
+    if machines.most > 1 or restarts:
         # A store of its own for every start: ranks that were started again would meet the addresses of dead ones.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     return LaunchConfig(
         min_nodes=machines.least, max_nodes=machines.most, nproc_per_node=ranks, rdzv_backend="c10d",
-        max_restarts=machines.restarts, monitor_interval=0.2,
+        max_restarts=restarts, monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.NONE, tee=Std.NONE), **more,
     )  # fmt: skip
+
+
+def rank_environment(
+    rank: int, ranks: int, local_rank: int, local_ranks: int, address: str, port: int, launcher: str
+) -> dict[str, str]:
+    """The variables that make a process one of `ranks`, for launchers; called on the machine where it will run.
+
+    Ranks meet at `address:port`, an address of rank 0's machine and a port that is free there. `launcher` is a name
+    that this launch shares with no other; ranks that are started again have it, too, so that they continue.
+    """
+    known = {
+        "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_ranks,
+        "MASTER_ADDR": address, "MASTER_PORT": port, LAUNCHER: launcher,
+    }  # fmt: skip
+    found = {name: str(value) for name, value in known.items()}
+    if (interface := interface_of(own_address(address))) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        found["GLOO_SOCKET_IFNAME"] = interface  # names of machines often lead to 127.0.1.1 or nowhere
+    if "OMP_NUM_THREADS" not in os.environ:
+        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local_ranks))
+    return found
 
 
 def own_address(host: str) -> str:

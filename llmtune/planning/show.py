@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.contract.errors import counted
+from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import Edit
 from llmtune.contract.stages import precomputing
 from llmtune.planning.edit import EDITORS
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from llmtune.planning.data_plan import DataPlan
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.parts import Parts
+
+_OF_SEVERAL = ("dist_config", "launch_config")
+"""Extension points whose defaults have nothing to do where there is one rank."""
 
 
 def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
@@ -61,7 +65,7 @@ def edit_lines(parts: Parts, plan: ModelPlan) -> list[str]:
         reports[id(part)] = _grouped(change.report)
     lines = []
     for part in parts.all:
-        if part.point == "dist_config" and plan.ranks.size == 1:
+        if plan.ranks.size == 1 and part.point in _OF_SEVERAL and part.plugin.name == POINTS[part.point].default:
             continue
         summary, *more = reports[id(part)] or [part.plugin.summary]
         name = f"{part.plugin.name} ({part.package})"

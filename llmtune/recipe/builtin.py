@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from llmtune.contract.hookspecs import hookimpl
 from llmtune.contract.records import Plugin
 from llmtune.data.formats.builtin import FORMATS
 from llmtune.distributed.config import Fsdp2Config
+from llmtune.distributed.launch import Torchrun
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchrunConfig:
+    """The launcher has no keys: how many ranks and machines there are is said with the command."""
+
+
+def _torchrun(config: TorchrunConfig) -> Torchrun:
+    return Torchrun()
 
 
 def _fsdp2(config: Any) -> Any:
@@ -25,6 +36,19 @@ def dist_config() -> list[Plugin]:
             config=Fsdp2Config,
             build=_fsdp2,
             summary="PyTorch FSDP2: parameters, gradients and optimiser state sharded by layer",
+        )
+    ]
+
+
+@hookimpl
+def launch_config() -> list[Plugin]:
+    """The launcher that torch brings along."""
+    return [
+        Plugin(
+            name="torchrun",
+            config=TorchrunConfig,
+            build=_torchrun,
+            summary="torch's elastic launcher, on this machine and wherever the same command is run",
         )
     ]
 

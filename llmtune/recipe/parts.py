@@ -15,6 +15,7 @@ from llmtune.recipe.blocks import decode_block, find_named
 from llmtune.recipe.registry import Registry
 
 if TYPE_CHECKING:
+    from llmtune.contract.launching import Launcher
     from llmtune.contract.records import Plugin
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Offer
@@ -147,6 +148,14 @@ def known_formats(recipe: Recipe | None = None) -> Formats:
     parts = find_parts(recipe, registry, problems, ("data_config",))
     raise_all(problems)
     return formats_of(parts, registry)
+
+
+def launcher_of(recipe: Recipe, registry: Registry) -> Launcher:
+    """What starts the processes of a run of `recipe`. Raises the errors of its block."""
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, registry, problems, ("launch_config",))
+    raise_all(problems)
+    return parts.one("launch_config").built
 
 
 def clashes(parts: Sequence[BuiltPlugin]) -> list[PlanError]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llmtune.contract.errors import PlanError, listed
+from llmtune.distributed.launch import LAUNCHER
 from llmtune.distributed.ranks import from_all, from_first, wait_for_all
 
 LOCK = ".lock"
@@ -102,7 +103,10 @@ def _appears(path: Path) -> bool:
 
 
 def launcher() -> str | None:
-    """The elastic launcher that starts, and starts again, this rank: `host:process:its start`. None without one."""
+    """The launcher that starts, and starts again, this rank: its own name, or of torch's elastic launcher
+    `host:process:its start`. None without one."""
+    if LAUNCHER in os.environ:
+        return os.environ[LAUNCHER]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     process, started = os.getppid(), ""

@@ -1,5 +1,6 @@
 """What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed` and `best_of`,
-`data_config: forum`, `reward_config: small`, `engine_config: parrot`."""
+`data_config: forum`, `reward_config: small`, `engine_config: parrot`,
+`launch_config: posse`."""
 
 from __future__ import annotations
 
@@ -97,6 +98,12 @@ def _parrot(config: NoKeys) -> Any:
     return Parrot()
 
 
+def _posse(config: NoKeys) -> Any:
+    from acme_tuning.posse import Posse
+
+    return Posse()
+
+
 def _small(config: NoKeys) -> Any:
     from acme_tuning.best_of import Small
 
@@ -132,6 +139,11 @@ def stage_config() -> list[Plugin]:
 @hookimpl
 def engine_config() -> list[Plugin]:
     return [Plugin(name="parrot", config=NoKeys, build=_parrot, summary="Answers that follow from the prompt")]
+
+
+@hookimpl
+def launch_config() -> list[Plugin]:
+    return [Plugin(name="posse", config=NoKeys, build=_posse, summary="Plain processes of this machine")]
 
 
 @hookimpl

@@ -15,9 +15,10 @@ ON_BYTES = laws(
 ROWS = laws("quant_config", "int8_rows", error=0.01)
 SMOOTHED = laws("stage_config", "smoothed", {"beta": 0.2})
 THREAD = {"post": "Why?", "replies": [{"text": "No.", "votes": 0}, {"text": "So.", "votes": 3}]}
+POSSE = laws("launch_config", "posse")
 FORUM = laws("data_config", "forum", {"least_votes": 2}, rows=[THREAD])
 
 
-@pytest.mark.parametrize("law", [*GAINS, *ON_BYTES, *ROWS, *SMOOTHED, *FORUM], ids=str)
+@pytest.mark.parametrize("law", [*GAINS, *ON_BYTES, *ROWS, *SMOOTHED, *POSSE, *FORUM], ids=str)
 def test_contract(law: Law, tmp_path: Path) -> None:
     law(tmp_path)
