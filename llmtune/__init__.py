@@ -43,7 +43,7 @@ _WHERE = {
         "llmtune.model.hub": ("fetch_files",),
         "llmtune.contract.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",
-            "EditError", "DivergedError", "OutOfMemoryError",
+            "EditError", "DivergedError", "OutOfMemoryError", "RewardError",
         ),
         "llmtune.contract.former_names": ("Situation", "Change", "Layout", "Labelled", "Part"),
         "llmtune.contract.schema": ("Ge", "Gt", "Le", "Lt", "split_names"),

@@ -18,6 +18,7 @@ from llmtune.cost.flops import count
 from llmtune.planning.devices import GIB, describe
 from llmtune.planning.memory import CATEGORIES, Memory
 from llmtune.recipe.registry import Registry
+from llmtune.testing import tiny_recipe
 from tests.tiny import tiny_config, tiny_model_folder, tiny_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 32}
@@ -320,3 +321,17 @@ def test_memory_adds_by_category() -> None:
     found = Memory(weights=3, host=5) + Memory(weights=1, logits=2).times(2)
     assert (found.weights, found.logits, found.total) == (5, 4, 9)
     assert found.most(Memory(gradients=7)).total == 16 and (found - found).total == 0
+
+
+def test_the_cache_of_answers_is_counted(tmp_path: Path) -> None:
+    """As large as transformers makes it for prompts and answers of the greatest length."""
+    stage = {"name": "grpo", "max_new_tokens": 40, "num_generations": 3}
+    reward = {"name": "rule", "match": "length"}
+    keys = tiny_recipe(tmp_path, kind="prompt", stage_config=stage, reward_config=reward)
+    plan = llmtune.plan(keys)
+    model = plan.model.module.to_empty(device="cpu")
+    longest = plan.data.prepared.train.longest + 40
+    with torch.no_grad():
+        cache = model(torch.zeros(3 * 4, longest, dtype=torch.int64), use_cache=True)["past_key_values"]
+    assert plan.cost.memory.most.cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert plan.cost.memory.most.logits >= 3 * 4 * model.config.vocab_size * 20

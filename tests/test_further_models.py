@@ -91,7 +91,7 @@ def test_what_is_wrong_with_a_reference_is_said_before_weights_are_read(tmp_path
     def planned(name: Path) -> Any:
         return llmtune.plan(keys(tmp_path, stage={"ref_model": str(name)}))
 
-    with pytest.raises(LlmtuneError, match="the model reference of stage_config dpo: model: there is no folder"):
+    with pytest.raises(LlmtuneError, match="stage_config dpo: ref_model: there is no folder"):
         planned(tmp_path / "none")
     other = tiny_model_folder(tmp_path, "qwen2")
     assert planned(other).further["reference"].module.config.model_type == "qwen2"

@@ -145,7 +145,7 @@ def test_what_is_no_reward_model_is_told_before_weights_are_read(tmp_path: Path)
     trained(speaker, "lora")
     base = speaker / "tiny-llama"
     said = refused(base)
-    assert said.startswith("the model reward of reward_config model: model: ")
+    assert said.startswith("reward_config model: reward_model: ")
     assert "has no trained head of a sequence classifier (LlamaForCausalLM), and no adapter brings one" in said
     sft = llmtune.train(
         running.tiny_recipe(tmp_path, peft_config="lora", max_steps=1, output_dir=str(tmp_path / "sft"))

@@ -38,9 +38,9 @@ def test_nothing_to_say_is_no_number() -> None:
         (None, "score gave None, allowed is"),
         ([1.0, "good"], "score gave [1.0, 'good'], allowed is"),
         ([1.0], "score gave 1 numbers for 2 answers, allowed is"),
-        ([1.0, math.nan], "score gave nan for the answer 'b', allowed is"),
-        ([math.inf, 1.0], "score gave inf for the answer 'a', allowed is"),
-        ([1e39, 1.0], "score gave 1e+39 for the answer 'a', allowed is"),
+        ([1.0, math.nan], "score gave nan for the answer 'b' to the prompt that ends in '?', allowed is"),
+        ([math.inf, 1.0], "score gave inf for the answer 'a' to the prompt that ends in '?', allowed is"),
+        ([1e39, 1.0], "score gave 1e+39 for the answer 'a' to the prompt that ends in '?', allowed is"),
     ],
 )
 def test_what_is_no_number_is_told(scores: Any, words: str) -> None:

@@ -42,6 +42,11 @@ class PluginError(LlmtuneError):
     exit_code = 2
 
 
+class RewardError(PluginError):
+    """A reward has no finite number for an answer, or raised. All ranks raise it together, before the update, so that
+    the steps before can be saved."""
+
+
 class OutOfMemoryError(LlmtuneError):
     """The memory of a device, or of the machine, ran out."""
 

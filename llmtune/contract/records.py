@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
     from llmtune.contract.optimizers import ParameterRole
 
-API_VERSION = 1
-"""Version of this contract. A plugin made for another major version is not used."""
+API_VERSION = 2
+"""Version of this contract. A plugin that says it was made for another one is not used.
+
+2: stages that prepare a step, ask further models and let the model answer; `OptimizerFactory.create` gets groups of
+parameters and a context (1: the model's parameters)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -331,6 +331,8 @@ class ModelSpec:
     """Keys of a recipe, such as `model`, `quant_config`, `peft_config`; all others are the run's."""
     amend: Callable[[PretrainedConfig, PreTrainedTokenizerBase], Amendment] | None = None
     """Changes the model's config in place, as `Amends.amend` does; None: nothing but the plugins of `keys` do."""
+    key: str = "model"
+    """What the plugin's own block calls the model, for errors."""
 
 
 @runtime_checkable

@@ -104,8 +104,8 @@ class PartReport:
         return self.supervised_tokens / max(1, self.tokens)
 
     def __str__(self) -> str:
-        trained = f"{self.supervised_tokens:,} trained on ({self.share:.0%})"
-        return f"{self.samples:,} samples, {self.tokens:,} tokens, {trained}, longest {self.longest:,}"
+        trained = f"{self.supervised_tokens:,} trained on ({self.share:.0%}), " if self.supervised_tokens else ""
+        return f"{self.samples:,} samples, {self.tokens:,} tokens, {trained}longest {self.longest:,}"
 
 
 @dataclass(kw_only=True)

@@ -116,7 +116,7 @@ def predict(path: str | Path, /, **given: Any) -> Predictions:
         doing.info("Reading the questions")
         questions = questions_of(recipe, known_formats(recipe), plan.tokenizer, plan.module.config, request.config)
         if any(key.startswith("eval_config") for key in request.overrides):  # else it was meant for other rows
-            raise_all([PlanError(sentence) for sentence in label_objections(parts, questions)])
+            raise_all([PlanError(sentence) for sentence in label_objections(parts, questions, True)])
     except (LlmtuneError, OSError) as error:
         tell_the_others(error, TrainConfig.ddp_timeout)
         raise

@@ -107,7 +107,7 @@ def _batch(
         settings["length_penalty"] = config.length_penalty
     ids_BT, real_BT = ids_BT.to(device), real_BT.to(device)
     if again:
-        settings[CACHE] = prefilled(model, [row.ids for row in asked], ids_BT, real_BT)
+        settings[CACHE] = prefilled(model, [row.ids for row in asked], ids_BT, real_BT, settings["max_new_tokens"])
     with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
         said_BT = model.generate(
             input_ids=ids_BT, attention_mask=real_BT, synced_gpus=spread, **settings,
@@ -184,7 +184,7 @@ class DrawsByRow(LogitsProcessor):
         self.generators = [random.Random(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        sums_BV = scores.double().softmax(-1).cumsum(-1)
+        sums_BV = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
         numbers = [[generator.random()] for generator in self.generators]
         numbers_B1 = torch.tensor(numbers, dtype=torch.float64).to(scores.device) * sums_BV[:, -1:]
         token_B1 = torch.searchsorted(sums_BV, numbers_B1, right=True).clamp(max=scores.shape[-1] - 1)

@@ -34,7 +34,7 @@ from llmtune.model.vocabulary import Vocabulary, extend
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import packing_obstacle, plugin_objections, vocabulary_objection
 from llmtune.planning.spreading import objections_to_spreading
-from llmtune.recipe.parts import Parts, collect
+from llmtune.recipe.parts import Parts, collect, reward_names
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def plan_model(
         mode="infer" if mode in ("infer", "reopen") else "train", device="cuda" if device.type == "cuda" else "cpu",
         ranks=ranks.size, dims=ranks.dims, compute_dtype=precision.compute,
         trainable_dtype=precision.trainable,
-        rewards=tuple(part.plugin.name for part in parts.at("reward_config")),
+        rewards=tuple(reward_names(parts.at("reward_config"))),
         gather_dtype=precision.compute, capabilities=parts.capabilities,
         learning_rate=recipe.train.learning_rate if mode == "train" else 0.0,
         autocast=precision.autocast, model_name=recipe.model.model, revision=pretrained.files.revision,

@@ -35,9 +35,15 @@ def plan_further(recipe: Recipe, registry: Registry, parts: Parts, trained: Mode
                 own = with_keys(recipe, spec.keys, adapted=bool(trained.ledger.files) and not spec.keys)
                 plans[prefix + name] = _plan(own, spec, part, registry, trained)
                 require_apart(plans[prefix + name], flat=trained.end_to_end or recipe.data.isolates)
-            problems += [type(error)(f"the model {name} of {part.label}: {error}") for error in wrong]
+            problems += [type(error)(_of_model(name, spec, part, f"{error}")) for error in wrong]
     raise_all(problems)
     return plans
+
+
+def _of_model(name: str, spec: ModelSpec, part: BuiltPlugin, said: str) -> str:
+    """An error under the key that the user wrote, where it is about which model this is."""
+    about = said.removeprefix("model: ")
+    return f"{part.label}: {spec.key}: {about}" if about != said else f"the model {name} of {part.label}: {said}"
 
 
 def askers(parts: Parts) -> Iterator[tuple[str, BuiltPlugin]]:

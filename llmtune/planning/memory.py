@@ -41,7 +41,9 @@ class Memory(Sums):
     activations: int = 0
     """What the layers keep for the backward pass, and what forward and backward need for a moment."""
     logits: int = 0
-    """All that lies between the last layer and the loss."""
+    """All that lies between the last layer and the loss, or the token that is drawn."""
+    cache: int = 0
+    """Keys and values of answers that the model gives."""
 
     host: int = 0
     """What offloading keeps in host memory; no part of the total."""
@@ -64,4 +66,4 @@ class Estimate:
     most: Memory
     """The most each category ever needs."""
     moment: str
-    """When the peak is: forward, loss, backward, update."""
+    """When the peak is: answers, forward, loss, backward, update."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from llmtune.contract.optimizers import ChangesWhatTrains, UpdatesInBackward
 from llmtune.contract.records import HoldsGathered
-from llmtune.contract.stages import precomputing
+from llmtune.contract.stages import RollsOut, precomputing
 from llmtune.contract.structure import transformer_layers
 from llmtune.model.parameter_groups import (
     create_optimizer,
@@ -124,10 +124,26 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
     )  # fmt: skip
     moments = {name: base + more for name, more in (step.spread() if rank.spread else step.alone())}
     moments["update"] = always + grads
+    stage = plan.parts.one("stage_config").built
+    if isinstance(stage, RollsOut):
+        gathered = Memory(gathered=root.gathered + max((held.gathered for held in held), default=0) * rank.spread)
+        moments["answers"] = always + gathered + answering(plan, batch, stage)
     if rank.dist.in_host_memory:
         moments = {name: to_host(memory) for name, memory in moments.items()}
     moment, at_peak = max(moments.items(), key=lambda item: item[1].total)
     return Estimate(at_peak=at_peak, most=reduce(Memory.most, moments.values()), moment=moment)
+
+
+def answering(plan: Plan, batch: MicroBatch, stage: RollsOut) -> Memory:
+    """What answers to a micro-batch of prompts need at the last of their tokens: the keys and values so far, and of
+    each row logits as the model gives them, in float32, their softmax and its sums in float64."""
+    sizes, width = sizes_of(plan.model.module.config), plan.model.precision.compute.itemsize
+    rows = stage.splits * min(plan.recipe.train.per_device_train_batch_size, len(plan.data.batches.units))
+    length = -(-batch.tokens * stage.splits // rows)
+    layers = len(transformer_layers(plan.model.module))
+    windows = [*sizes.windows, *[None] * (layers - len(sizes.windows))]
+    kept = sum(min(length, window or length) for window in windows[:layers])
+    return Memory(cache=2 * rows * kept * sizes.keys * width, logits=rows * sizes.vocabulary * (width + 4 + 4 + 8))
 
 
 def further_weights(plan: Plan) -> Memory:

@@ -11,9 +11,10 @@ from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, d
 from llmtune.contract.evaluation import MeasuresAnswers, MeasuresBatches
 from llmtune.contract.optimizers import ChecksGroups, UpdatesInBackward
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
-from llmtune.contract.rewards import ReadsRows, numbered
+from llmtune.contract.rewards import ReadsRows
 from llmtune.contract.stages import Measures, RollsOut, precomputing
 from llmtune.model.parameter_groups import model_groups
+from llmtune.recipe.parts import reward_names
 
 if TYPE_CHECKING:
     from llmtune.contract.records import RunContext
@@ -89,7 +90,7 @@ def metric_objections(
     """
     metric, compares = train.metric_for_best_model, train.load_best_model_at_end or train.early_stopping_patience
     names = ["loss", *(stage.metrics if isinstance(stage, Measures) else ())]
-    names += [f"rewards/{name}" for name in numbered([part.plugin.name for part in rewards])]
+    names += [f"rewards/{name}" for name in reward_names(rewards)]
     for part in evaluators:
         if twice := [name for name in part.built.metrics if name in names]:
             yield f"eval_config: {part.plugin.name} reports {twice[0]}, and so does another part of the recipe"
@@ -100,9 +101,15 @@ def metric_objections(
         yield f'metric_for_best_model: found "{metric}", allowed is one of {listed(known)}.{near}'
 
 
-def label_objections(parts: Parts, questions: Sequence[Question]) -> Iterator[str]:
-    """Evaluators that compare answers, of rows that have none."""
+def label_objections(parts: Parts, questions: Sequence[Question], only_answers: bool = False) -> Iterator[str]:
+    """Evaluators that compare answers, of rows that have none; and those that look at rows, where there are
+    `only_answers`."""
     for part in parts.at("eval_config"):
+        if only_answers and not isinstance(part.built, MeasuresAnswers):
+            yield (
+                f"eval_config: {part.plugin.name} measures evaluations during training, and nothing of answers; "
+                "remove it"
+            )
         needs = isinstance(part.built, MeasuresAnswers) and part.built.needs_labels
         if needs and all(question.label is None for question in questions):
             yield (
@@ -146,7 +153,10 @@ def reward_objections(parts: Parts, samples: Sequence[TokenSamples | None]) -> I
     reads of them."""
     stage, rewards = parts.one("stage_config"), parts.at("reward_config")
     if isinstance(stage.built, RollsOut) and not rewards:
-        yield f"reward_config: not given, and {stage.label} learns from what answers are worth; name at least one"
+        yield (
+            f"reward_config: not given, and {stage.label} learns from what answers are worth; name at least one "
+            "(`llmtune plugins` lists them)"
+        )
     elif rewards and not isinstance(stage.built, RollsOut):
         named = listed([part.plugin.name for part in rewards])
         yield f"reward_config: found {named}, but {stage.label} lets the model answer nothing; remove it"

@@ -94,7 +94,7 @@ class Plan(Shown):
         epoch = epoch_text(self.data, self.recipe.data.packing)
         numbers = [
             ("Parameters", f"{trainable:,} trainable of {everything:,} ({trainable / everything:.2%})"),
-            *data_lines(self.data, self.ranks),
+            *data_lines(self.data, self.ranks, self.parts.one("stage_config").built),
             ("Steps", f"{self.steps} ({epoch}{self.warmup_steps} of them warm-up)"),
             ("Output", f"{self.output_dir}"),
         ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llmtune.contract.errors import counted
+from llmtune.contract.errors import counted, listed
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import Edit
-from llmtune.contract.stages import precomputing
+from llmtune.contract.stages import RollsOut, precomputing
 from llmtune.planning.edit import EDITORS
 from llmtune.planning.further_models import model_names
 
 if TYPE_CHECKING:
+    from llmtune.contract.stages import Stage
     from llmtune.distributed.ranks import Ranks
     from llmtune.planning.data_plan import DataPlan
     from llmtune.planning.model_plan import ModelPlan
@@ -45,9 +46,14 @@ def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
     when = "; asked once, before training" if precomputing(parts.one("stage_config").built) else ""
     for name in model_names(parts):
         plan = further.get(name)
-        text = f"{plan.keys.model}, {plan.parameters()[1]:,} parameters" if plan else "the base, with its adapters off"
+        text = f"{_named(plan)}, {plan.parameters()[1]:,} parameters" if plan else "the base, with its adapters off"
         rows.append((name.rpartition(" ")[2].capitalize(), text + when))
     return [f"{name:<12}{text}" for name, text in rows]
+
+
+def _named(plan: ModelPlan) -> str:
+    folders = sorted({str(path.parent) for path, _ in plan.ledger.files.values()})
+    return f"{plan.keys.model} with {listed(folders)}" if folders else plan.keys.model
 
 
 def _arrangement(ranks: Ranks) -> str:
@@ -83,8 +89,9 @@ def _grouped(report: Sequence[str]) -> list[str]:
     return [f"{', '.join(found)}: {reason}" if any(found) else reason for reason, found in names.items()]
 
 
-def data_lines(plan: DataPlan, ranks: Ranks) -> list[tuple[str, str]]:
-    """(title, text) of the data: what they are, how samples share rows, and what a step takes of them."""
+def data_lines(plan: DataPlan, ranks: Ranks, stage: Stage) -> list[tuple[str, str]]:
+    """(title, text) of the data: what they are, how samples share rows, what a step takes of them, and what answers it
+    gives to them."""
     batches, order, units = plan.batches, plan.batches.order, plan.batches.units
     rows_each = -(-order.batch // (batches.micro_steps * ranks.batch_ranks))
     split = f"{rows_each} x {batches.micro_steps} micro-batches x {counted(ranks.batch_ranks, 'rank')}"
@@ -96,7 +103,13 @@ def data_lines(plan: DataPlan, ranks: Ranks) -> list[tuple[str, str]]:
         ("Data", str(plan.prepared.report).replace("\n", f"\n{'':<12}")),
         *([("Packing", packing)] if packing else []),
         ("Batch", f"{order.batch} {what} a step = {split}, about {tokens * some // len(units):,} tokens"),
+        *([("Answers", _answers(stage, order.batch))] if isinstance(stage, RollsOut) else []),
     ]
+
+
+def _answers(stage: RollsOut, prompts: int) -> str:
+    updates = f", {counted(stage.updates, 'update')} of the weights from them" if stage.updates > 1 else ""
+    return f"{prompts * stage.splits} a step, each of up to {counted(stage.answer_tokens, 'token')}{updates}"
 
 
 def epoch_text(plan: DataPlan, packing: bool) -> str:

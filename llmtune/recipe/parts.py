@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS, ExtensionPoint
+from llmtune.contract.rewards import numbered
 from llmtune.data.formats.builtin import FORMATS
 from llmtune.data.formats.choose import Formats, detectable, facts_of
 from llmtune.recipe.blocks import decode_block, find_named
@@ -37,6 +38,12 @@ class BuiltPlugin:
     @property
     def label(self) -> str:
         return f"{self.point} {self.plugin.name}"
+
+
+def reward_names(rewards: Sequence[BuiltPlugin]) -> list[str]:
+    """What the rewards of a recipe are called in metrics, in its order: by the key `label` of their blocks, else by
+    their plugin."""
+    return numbered([getattr(part.config, "label", None) or part.plugin.name for part in rewards])
 
 
 class Parts:

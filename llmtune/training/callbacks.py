@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune import __version__
-from llmtune.contract.errors import CheckpointError, PlanError, listed
+from llmtune.contract.errors import CheckpointError, PlanError, RewardError, listed
 from llmtune.contract.events import Evaluated, Event, Saved, StepDone
 from llmtune.contract.generation import GenerateConfig
-from llmtune.contract.stages import Measures, Remembers
+from llmtune.contract.stages import Measures, Remembers, RollsOut
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, total
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from llmtune.training.log import Loggers
     from llmtune.training.objective import Objective
     from llmtune.training.schedule import WarmedSchedule
+
+
+IDLE_STEPS = 10
+"""So many steps without a gradient are told."""
 
 
 @dataclass
@@ -65,13 +69,19 @@ class TrainingCallbacks:
     interrupted: bool = False
     stopped_early: bool = False
     left_evaluation: bool = False
-    """Whether the evaluation of the last step was left for a request to stop; a continued run begins with it."""
+    """Whether the evaluation of the last step was left, on request or by an error; a continued run begins with it."""
+    idle: int = 0
+    """Steps in a row, up to the last one, whose gradient was 0."""
+    cursor: Mapping[str, Any] | None = None
+    """Where a stream was after the last step; reading for the next one moves it on."""
 
     def after_step(self, step: int, stats: StepStats) -> bool:
         train = self.plan.recipe.train
         last = step >= self.plan.steps
         self.tokens += stats.tokens
+        self.cursor = self.plan.data.batches.cursor()
         self.window.append(stats)
+        self.notice_idle(step, stats.grad_norm, last)
         if self.loggers is not None:
             self.loggers.at(step)
         if step % train.logging_steps == 0 or step == 1 or last:
@@ -79,6 +89,15 @@ class TrainingCallbacks:
         if self.evaluates_at(step, last):
             self.evaluate(step)
         return self.end_step(step, last)
+
+    def notice_idle(self, step: int, grad_norm: float, last: bool) -> None:
+        """Say once that the steps of a while, or all of a short run, have learnt nothing."""
+        self.idle = self.idle + 1 if grad_norm == 0 else 0
+        if self.plan.ranks.first and (self.idle == IDLE_STEPS or (last and self.idle == step < IDLE_STEPS)):
+            answers = isinstance(self.objective.stage, RollsOut)
+            why = "all answers to a prompt were worth the same" if answers else "no row moved the loss"
+            steps = f"steps {step - self.idle + 1} to {step}"
+            print(f"llmtune: the gradient was 0 in {steps}, so that nothing was learnt: {why}", file=sys.stderr)
 
     def end_step(self, step: int, last: bool) -> bool:
         """Save where it is time to. True if the run ends here."""
@@ -149,6 +168,7 @@ class TrainingCallbacks:
         )  # fmt: skip
         sets = samples.by_set() if plan.recipe.data.eval_on_each_dataset else {"": None}
         parts = {name: partial(batches, chosen=chosen) for name, chosen in sets.items()}
+        self.left_evaluation = True
         with self.stop.finishing(lambda: f"leaving the evaluation of step {step}, then saving"):
             metrics = evaluate(self.objective, parts, plan.device, self.asked_to_stop, of_batches(plan.parts))
             if metrics is not None and (evaluators := of_answers(plan.parts)):
@@ -216,6 +236,12 @@ class TrainingCallbacks:
             retain(root, plan.recipe.train.save_total_limit, keep)
         self.tell(Saved(step=step, folder=folder))
 
+    def save_despite(self, error: RewardError, step: int) -> None:
+        """Save what was learnt up to `step`, though the next one, or its evaluation, met `error`. Collective."""
+        if step:
+            self.save(step)
+            error.args = (f"{error}; step {step} is saved, and the same command goes on after it",)
+
     def state(self) -> dict[str, Any]:
         """What a continued run must know besides tensors."""
         return {
@@ -228,7 +254,7 @@ class TrainingCallbacks:
             "window": [asdict(stats) for stats in self.window],
             "loss_scale": self.scaler.state() if self.scaler else None,
             "schedule": self.schedule.state() if self.schedule else None,
-            "stream": self.plan.data.batches.cursor(),
+            "stream": self.cursor,
             **({"stage": dict(stage.state())} if isinstance(stage := self.objective.stage, Remembers) else {}),
         }
 
@@ -245,6 +271,7 @@ class TrainingCallbacks:
                 stage.restore(numbers["stage"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: its manifest lacks {error}, without which a run cannot go on") from error
+        self.cursor = numbers.get("stream")
         self.left_evaluation = numbers.get("left_evaluation", False)
         self.saved_step = manifest.step
         if self.scaler and numbers.get("loss_scale"):

@@ -80,10 +80,13 @@ class Training:
     first_step: int = 0
     at: int = 0
     """The step that is being done, from 1."""
+    done: int = 0
+    """The last step whose updates are in the weights."""
 
     def __post_init__(self) -> None:
         self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         """All that ever train; an optimiser may change which do at a time."""
+        self.done = self.first_step
 
 
 def train(run: Training, watcher: Watcher) -> int:
@@ -97,9 +100,9 @@ def train(run: Training, watcher: Watcher) -> int:
     step = run.first_step
     while step < run.total_steps:
         started, run.at = time.perf_counter(), step + 1
+        micros = list(prepared(run.objective, run.batches.step(step, run.device), step))
         begin_step(run, step)
         rate = set_learning_rate(run, step)
-        micros = list(prepared(run.objective, run.batches.step(step, run.device), step))
         tokens, done = tokens_of(run, micros, step), list[StepStats]()
         while len(done) < updates_of(run.objective):
             part = chosen(run.objective, len(done), micros)
@@ -108,7 +111,7 @@ def train(run: Training, watcher: Watcher) -> int:
                 done.append(stats)
         for parameter in run.parameters:  # all train for whoever saves or looks between the steps
             parameter.requires_grad_(True)
-        step += 1
+        step = run.done = step + 1
         if watcher.after_step(step, summary(done, rate, time.perf_counter() - started)):
             break
         run.objective.train()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmtune.contract.errors import PluginError, blaming
-from llmtune.contract.rewards import numbered
+from llmtune.contract.errors import PluginError, RewardError, blaming
 from llmtune.data.batches import collate, to_device
 from llmtune.data.sequence import TokenSequence
 from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.recipe.parts import BuiltPlugin, reward_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llmtune.contract.generation import Answer, Completion, GenerateConfig
     from llmtune.contract.stages import Batch, StageContext
     from llmtune.distributed.ranks import Ranks
-    from llmtune.recipe.parts import BuiltPlugin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +43,8 @@ class Rollouts:
 
     @property
     def names(self) -> Sequence[str]:
-        """The names of the rewards, in the recipe's order; one that comes again gets a number."""
-        return numbered([part.plugin.name for part in self.rewards])
+        """What metrics call the rewards, in the recipe's order."""
+        return reward_names(self.rewards)
 
     def generate(
         self, model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]
@@ -61,7 +60,7 @@ class Rollouts:
     def score(self, completions: Sequence[Completion], contexts: Sequence[StageContext]) -> Tensor:
         """(completions, rewards) float32, NaN where a reward says nothing. Each has a context of its own. Collective.
 
-        Raises PluginError, on all ranks, where one of them has no finite number for every answer.
+        Raises RewardError, on all ranks, where one of them has no finite number for every answer.
         """
         found = np.full((len(completions), len(self.rewards)), np.nan, dtype=np.float32)
         for at, (part, context) in enumerate(zip(self.rewards, contexts, strict=True)):
@@ -70,6 +69,8 @@ class Rollouts:
                 with blaming(part.full_label, "score"):
                     scores = part.built.score(completions, context)
                 found[:, at] = checked(part, completions, scores)
+            except PluginError as met:
+                error = RewardError(str(met))
             except Exception as met:
                 error = met
             fail_together(error)
@@ -103,6 +104,7 @@ def checked(part: BuiltPlugin, completions: Sequence[Completion], scores: Sequen
     for score, value, completion in zip(scores, values, completions, strict=True):
         if score is not None and not abs(value) <= LARGEST:
             raise PluginError(
-                f"{part.full_label}: score gave {score} for the answer {completion.answer[:200]!r}, {allowed}"
+                f"{part.full_label}: score gave {score} for the answer {completion.answer[:200]!r} to the prompt that "
+                f"ends in {completion.prompt[-100:]!r}, {allowed}"
             )
     return values

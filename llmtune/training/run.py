@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, raise_all
+from llmtune.contract.errors import LlmtuneError, PlanError, RewardError, blaming, counted, raise_all
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
     check_agreement,
@@ -206,6 +206,9 @@ def _run(
                     show(f"{lost}; from here on the best of the evaluations to come counts")
             with explain_out_of_memory(plan.device, lambda: f"step {training.at}", cost.remedies):
                 last = first_step if keeper.catch_up(first_step) else train(training, keeper)
+    except RewardError as error:
+        keeper.save_despite(error, training.done)
+        raise
     finally:
         if loggers is not None:
             with stop.finishing(lambda: "closing the loggers"):

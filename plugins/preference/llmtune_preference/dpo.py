@@ -38,7 +38,8 @@ class Pairs:
     def __init__(self, config: DpoConfig) -> None:
         self.config = config
         free = config.pref_loss in REFERENCE_FREE
-        self.models: Mapping[str, ModelSpec] = {} if free else {"reference": ModelSpec(keys=reference_keys(config))}
+        reference = ModelSpec(keys=reference_keys(config), key="ref_model")
+        self.models: Mapping[str, ModelSpec] = {} if free else {"reference": reference}
         self.precomputed = {"ld_alpha": config.ld_alpha} if config.precompute_reference else None
 
     def precompute(self, batch: Batch, context: StageContext) -> dict[str, Tensor]:

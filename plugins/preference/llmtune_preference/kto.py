@@ -31,7 +31,7 @@ class Unpaired:
 
     def __init__(self, config: KtoConfig) -> None:
         self.config = config
-        self.models: Mapping[str, ModelSpec] = {"reference": ModelSpec(keys=reference_keys(config))}
+        self.models: Mapping[str, ModelSpec] = {"reference": ModelSpec(keys=reference_keys(config), key="ref_model")}
 
     def prepare(self, model: Any, batches: Sequence[Batch], context: StageContext) -> list[Batch]:
         """Put the step's `kl` into each batch."""

@@ -10,7 +10,15 @@ from llmtune import Ge, Gt, Plugin, hookimpl
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionConfig:
+class RewardKeys:
+    """What every reward can be told."""
+
+    label: str | None = None
+    """What metrics call the reward, `rewards/LABEL`; null is the name of its plugin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionConfig(RewardKeys):
     """Keys of `reward_config: {name: function}`."""
 
     function: str
@@ -21,7 +29,7 @@ class FunctionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleConfig:
+class RuleConfig(RewardKeys):
     """Keys of `reward_config: {name: rule}`."""
 
     match: Literal["exact", "number", "choice", "regex", "length"] = "exact"
@@ -67,7 +75,7 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelConfig:
+class RewardModelConfig(RewardKeys):
     """Keys of `reward_config: {name: model}`."""
 
     reward_model: str
@@ -85,7 +93,7 @@ class RewardModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointConfig:
+class EndpointConfig(RewardKeys):
     """Keys of `reward_config: {name: endpoint}`."""
 
     url: str

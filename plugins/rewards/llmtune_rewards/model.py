@@ -30,7 +30,7 @@ class ModelReward:
     @cached_property
     def models(self) -> Mapping[str, ModelSpec]:
         """The reward model. Raises PlanError where the config names none that can be used."""
-        return {"reward": ModelSpec(keys=keys_of(self.config), amend=self._amend)}
+        return {"reward": ModelSpec(keys=keys_of(self.config), amend=self._amend, key="reward_model")}
 
     def _amend(self, config: Any, tokenizer: Any) -> Amendment:
         """A head with one output; of a base without a head, as stage `rm` makes it."""

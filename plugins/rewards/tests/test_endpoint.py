@@ -100,7 +100,7 @@ def recipe(folder: Path, **keys: Any) -> dict[str, Any]:
     stage = {"name": "grpo", "max_new_tokens": 4, "num_generations": 2}
     return tiny_recipe(
         folder, kind="prompt", stage_config=stage, reward_config={"name": "endpoint", "backoff": 0.01, **keys},
-        max_steps=2, per_device_train_batch_size=2, save_steps=1,
+        max_steps=2, per_device_train_batch_size=2,
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def ended(keys: dict[str, Any]) -> str:
 
 def test_a_nan_on_one_rank_ends_all_before_the_update(functions: str, tmp_path: Path) -> None:
     """The prompt with four is on one of the ranks only."""
-    keys = recipe(tmp_path, f"{functions}:nan_for_four", disable_shuffling=True, save_steps=1)
+    keys = recipe(tmp_path, f"{functions}:nan_for_four", disable_shuffling=True)
     first, second = in_ranks(2, tmp_path / "ranks", ended, keys)
     for said in (first, second):
         assert '"function" of llmtune-rewards' in said and "score gave nan for the answer" in said
@@ -132,13 +132,16 @@ def test_a_nan_on_one_rank_ends_all_before_the_update(functions: str, tmp_path: 
 
 
 def test_two_rewards_count_as_much_as_their_weights(functions: str, tmp_path: Path) -> None:
-    both = [{"name": "function", "function": f"{functions}:words"}, {"name": "rule", "match": "number"}]
+    both = [
+        {"name": "function", "function": f"{functions}:words"},
+        {"name": "rule", "match": "number", "label": "right"},
+    ]
     keys = recipe(
         tmp_path, "", reward_config=both,
         stage_config={"name": "grpo", "max_new_tokens": 6, "num_generations": 4, "reward_weights": [0.5, 3.0]},
     )  # fmt: skip
     for row in llmtune.train(keys).metrics:
-        total = 0.5 * row["rewards/function"] + 3.0 * row["rewards/rule"]
+        total = 0.5 * row["rewards/function"] + 3.0 * row["rewards/right"]
         assert row["reward"] == pytest.approx(total, abs=1e-6)
 
 

@@ -116,7 +116,7 @@ def judged(
 def reported(extra: Mapping[str, Tensor], *more: str) -> dict[str, Tensor]:
     """What of a batch's `extra` is reported, under the names of metrics: rewards, `judged`, and names with the
     beginnings `more`."""
-    named = {"length": "completions/length", "cut": "completions/cut"}
+    named = {"length": "completions/length", "cut": "completions/cut", "frac_reward_zero_std": "frac_reward_zero_std"}
     return {named.get(name, name): extra[name] for name in extra if name in named or name.startswith(("reward", *more))}
 
 

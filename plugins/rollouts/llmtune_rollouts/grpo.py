@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from . import GrpoConfig
 
-METRICS = ("reward", "reward_std", "completions/length", "completions/cut", "clipped")
+METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/length", "completions/cut", "clipped")
 """All that is reported but what each reward says, and the distance from the reference where there is one."""
 SMALL = 1e-4
 """Added to a deviation that is divided by, as TRL does."""
@@ -53,7 +53,7 @@ class Groups:
         self.updates, self.splits = config.num_iterations, config.num_generations
         self.metrics = (*METRICS, "kl") if config.beta else METRICS
         self.models: Mapping[str, ModelSpec] = (
-            {"reference": ModelSpec(keys=reference_keys(config))} if config.beta else {}
+            {"reference": ModelSpec(keys=reference_keys(config), key="ref_model")} if config.beta else {}
         )
 
     def check(self, context: RunContext, model: Any) -> Iterator[str]:
@@ -69,7 +69,7 @@ class Groups:
         rewards_S = weighted(scores_SR, config.reward_weights)
         advantages_S, deviation_S = self.advantages(rewards_S, context)
         extra = {
-            "advantages": advantages_S, "reward_std": deviation_S,
+            "advantages": advantages_S, "reward_std": deviation_S, "frac_reward_zero_std": (deviation_S == 0).float(),
             **judged(completions, scores_SR, rewards_S, context),
         }  # fmt: skip
         made = []

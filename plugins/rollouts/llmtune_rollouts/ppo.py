@@ -60,7 +60,7 @@ class Policy:
         self.updates = config.ppo_buffer_size * config.ppo_epochs
         self.metrics = METRICS if config.init_kl_coef else tuple(name for name in METRICS if name != "kl")
         self.models: Mapping[str, ModelSpec] = (
-            {"reference": ModelSpec(keys=reference_keys(config))} if config.init_kl_coef else {}
+            {"reference": ModelSpec(keys=reference_keys(config), key="ref_model")} if config.init_kl_coef else {}
         )
         self.kl_coef = KlCoefficient(config.init_kl_coef, config.ppo_target, config.horizon)
         self.scale = RunningScale()

@@ -236,6 +236,14 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     assert sum(rewards[:3]) / 3 < 0.65 and sum(rewards[-3:]) / 3 > 0.85
 
 
+def test_answers_of_the_same_worth_are_told_to_teach_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    alike = {"name": "rule", "match": "length"}
+    rows = running.train(keys(tmp_path, reward_config=alike, max_steps=3)).metrics
+    assert all(row["frac_reward_zero_std"] == 1 and row["grad_norm"] == 0 for row in rows)
+    told = "the gradient was 0 in steps 1 to 3, so that nothing was learnt: all answers to a prompt were worth the same"
+    assert capfd.readouterr().err.count(told) == 1
+
+
 def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path) -> None:
     given = running.tiny_recipe(
         tmp_path, kind="conversation", reward_config="reference",

@@ -34,9 +34,9 @@ def broken(completions):
 
 calls = []
 
-def fails_in_time(completions):
+def fails_in_time(completions, call=3):
     calls.append(1)
-    if len(calls) == 3:
+    if len(calls) == call:
         raise ConnectionError("the endpoint is down")
     return vowels(completions)
 """
@@ -343,17 +343,28 @@ def test_a_reward_that_is_no_number_ends_the_run_in_a_sentence(tmp_path: Path) -
         running.train(given)
 
 
-def test_an_endpoint_that_goes_down_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    given = keys(tmp_path, BUFFERED, save_steps=1)
+@pytest.mark.parametrize(
+    ("call", "more"),
+    [
+        (3, {}),
+        (3, {"streaming": True}),
+        (4, {"val_size": 4, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}),
+    ],
+    ids=["in step 3", "in step 3 of a stream", "in the evaluation of step 2"],
+)
+def test_a_reward_that_fails_loses_nothing_that_was_learnt(call: int, more: dict[str, Any], tmp_path: Path) -> None:
+    given = keys(tmp_path, CHANGING, max_steps=3, per_device_train_batch_size=2, **more)
     whole = running.train(given)
     shutil.rmtree(tmp_path / "run")
-    down = {**given, "reward_config": {**REWARD, "function": "ppo_worth:fails_in_time"}}
-    with pytest.raises(LlmtuneError, match="reward_config function: .*the endpoint is down"):
+    reward = {**REWARD, "function": "ppo_worth:fails_in_time", "arguments": {"call": call}}
+    down = {**given, "reward_config": reward}
+    with pytest.raises(llmtune.RewardError, match=r"the endpoint is down.*; step 2 is saved"):
         running.train(down)
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "step-00000002"
     again = running.train(down)  # the endpoint is up again
     for name, tensor in whole.tensors.items():
         assert torch.equal(again.tensors[name], tensor), name
+    seen, seen_again = ([row["eval_loss"] for row in run.metrics if "eval_loss" in row] for run in (whole, again))
+    assert seen_again == seen[len(seen) - len(seen_again) :] and len(seen_again) == (2 if seen else 0)
 
 
 def test_data_that_cannot_fill_the_parts_of_a_step(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Do the recipes of preferences and rewards learn? Each with several seeds, measured on rows that it did not see.
+
+    python benchmarks/learning.py [dpo kto rm grpo ppo] [--seeds 1 2 3] [--threads 2] [--write RESULT.md]
+
+dpo and kto: pairs of `llmtune:preferences_held_out`. *Preferred* is the share whose plain answer has the larger mean
+log-probability of a token, before (the base) and after; *gained* the share whose plain answer gained more of the summed
+log-probability than the other one. Both come from transformers and PEFT on what the run has saved. rm: the share of
+these pairs whose plain answer has the larger reward; chance is a half. grpo and ppo: the mean reward of answers that
+are drawn, of the first step before its update and of the held-out questions at the end; 1.5 is all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+HELD_OUT = ROOT / "llmtune" / "data" / "sets" / "preferences_held_out.jsonl"
+RECIPES = ("dpo", "kto", "rm", "grpo", "ppo")
+
+
+def answer_logps(model: Any, tokenizer: Any, prompt: str, answer: str) -> list[float]:
+    """The log-probability of each token of an answer, by the model's own template."""
+    import torch
+
+    asked = [{"role": "user", "content": prompt}]
+    ids = [
+        tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=more)
+        for turns, more in ((asked, True), ([*asked, {"role": "assistant", "content": answer}], False))
+    ]
+    with torch.no_grad():
+        logps = model(torch.tensor([ids[1]])).logits[0, :-1].float().log_softmax(-1)
+    targets = torch.tensor(ids[1][1:])
+    return logps.gather(1, targets[:, None])[len(ids[0]) - 1 :, 0].tolist()
+
+
+def preferences(run: Path) -> dict[str, float]:
+    """What the base and the trained model make of pairs that were held out."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run / "model"
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    import llmtune
+
+    files = llmtune.plan({"model": base, "dataset": "llmtune:quickstart", "output_dir": "unused"}).model.files.folder
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files, dtype=torch.float32), folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before, after, gained = 0, 0, 0
+    rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()]
+    for row in rows:
+        said = [answer_logps(model, tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        with model.disable_adapter():
+            first = [answer_logps(model, tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        before += statistics.mean(first[0]) > statistics.mean(first[1])
+        after += statistics.mean(said[0]) > statistics.mean(said[1])
+        gained += sum(said[0]) - sum(first[0]) > sum(said[1]) - sum(first[1])
+    return {name: count / len(rows) for name, count in (("before", before), ("after", after), ("gained", gained))}
+
+
+def learn(recipe: str, seed: int, threads: int) -> dict[str, float]:
+    """Run a recipe as a user does; what it has learnt, and the minutes it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, started = Path(folder) / "run", time.perf_counter()
+        command = [
+            sys.executable, "-m", "llmtune", "train", str(ROOT / "recipes" / f"{recipe}.yaml"), f"seed={seed}",
+            f"output_dir={run}",
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{recipe} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        minutes = (time.perf_counter() - started) / 60
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        ends = [row for row in rows if "eval_loss" in row]
+        if recipe in ("dpo", "kto"):
+            found = preferences(run)
+        elif recipe == "rm":
+            found = {"before": 0.5, "after": ends[-1]["eval_rewards/accuracies"]}
+        else:
+            found = {"before": rows[0]["reward"], "after": ends[-1]["eval_reward"]}
+        return {**found, "minutes": minutes}
+
+
+def line(recipe: str, found: list[dict[str, float]]) -> str:
+    def each(name: str) -> str:
+        return ", ".join(f"{run[name]:.2f}" for run in found) if name in found[0] else ""
+
+    minutes = statistics.median(run["minutes"] for run in found)
+    return f"| `recipes/{recipe}.yaml` | {each('before')} | {each('after')} | {each('gained')} | {minutes:.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", default=RECIPES, choices=[*RECIPES, []])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    import torch
+
+    lines = ["| recipe | before | after | gained | minutes |", "|---|---|---|---|---|"]
+    for recipe in options.recipes or RECIPES:
+        found = []
+        for seed in options.seeds:
+            found.append(learn(recipe, seed, options.threads))
+            print(f"{recipe}, seed {seed}: {found[-1]}", flush=True)
+        lines.append(line(recipe, found))
+    text = (
+        f"# Do the recipes learn?\n\ntorch {torch.__version__}, Python {platform.python_version()}, "
+        f"{options.threads} threads; seeds {', '.join(map(str, options.seeds))}.\n\n" + "\n".join(lines) + "\n\n"
+        "What the columns mean stands at the top of `benchmarks/learning.py`. Rerun: `python benchmarks/learning.py`\n"
+    )
+    print(text)
+    if options.write:
+        options.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
