@@ -65,6 +65,7 @@ def test_every_recipe_can_be_read_and_is_mentioned(path: Path) -> None:
 def test_the_migration_page_names_every_renamed_key() -> None:
     page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
     assert migration_table() in page, "run: python -m llmtune.recipe.foreign_keys docs/migration.md"
+    page += (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     assert [key for key in foreign_keys() if f"`{key}`" not in page] == []
 
 

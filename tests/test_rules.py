@@ -18,6 +18,7 @@ CONTRACT = {
     "llmtune.contract.records",
     "llmtune.contract.stages",
     "llmtune.contract.examples",
+    "llmtune.contract.environment",
     "llmtune.contract.evaluation",
     "llmtune.contract.generation",
     "llmtune.contract.launching",

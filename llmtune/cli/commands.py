@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="start over, deleting the run in output_dir, finished or not"
     )
     train.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
-    train.add_argument("--nnodes", default="1", metavar="N", help="machines of the run, or LEAST:MOST of them")
+    train.add_argument("--nnodes", metavar="N", help="machines of the run, or LEAST:MOST of them (default: 1)")
     train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is one of them")
     train.add_argument("--rdzv-id", metavar="NAME", help="tells runs apart that meet at the same HOST:PORT")
     train.add_argument(
@@ -173,6 +173,8 @@ def _train_or_launch(options: Any) -> int:
     from dataclasses import replace
 
     from llmtune.api import launch_request
+    from llmtune.cli.environment import taken_from_environment
+    from llmtune.contract.environment import remarks
     from llmtune.distributed.launch import parse_machines, under_launcher
     from llmtune.distributed.ranks import leave, tell_the_others
     from llmtune.distributed.stopping import EXIT_INTERRUPTED
@@ -188,10 +190,12 @@ def _train_or_launch(options: Any) -> int:
         tell_the_others(error, TrainConfig.ddp_timeout)
         raise
     if not under_launcher():
+        for line in [*taken_from_environment(options), *remarks()]:
+            say(f"llmtune: {line}", sys.stderr)
         launcher = launcher_of(recipe, Registry())
         request = launch_request(
             recipe, [options.recipe, *options.overrides, *(["--fresh"] if options.fresh else [])], ranks=options.nproc,
-            machines=parse_machines(options.nnodes, options.rdzv_endpoint, options.rdzv_id),
+            machines=parse_machines(options.nnodes or "1", options.rdzv_endpoint, options.rdzv_id),
             restarts=options.max_restarts,
         )  # fmt: skip
         shown = tuple(map(hidden, request.command))

@@ -8,6 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from llmtune.contract.environment import named_plugins
 from llmtune.contract.errors import listed
 from llmtune.contract.evaluation import Evaluator, MeasuresAnswers, MeasuresBatches
 from llmtune.contract.examples import KINDS, DataFormat
@@ -202,9 +203,14 @@ EXTENSION_POINTS = tuple(POINTS)
 """The names of the extension points."""
 
 
-@cache
 def default_plugins() -> Mapping[str, str]:
-    """The plugins of the extension points that a recipe leaves out, as `defaults.yaml` names them."""
+    """The plugins of the extension points that a recipe leaves out: as the environment names them, else as
+    `defaults.yaml` does."""
+    return {**_shipped_defaults(), **{point: plugin for point, (plugin, _) in named_plugins().items()}}
+
+
+@cache
+def _shipped_defaults() -> Mapping[str, str]:
     import yaml  # most of what imports this module needs no defaults
 
     return yaml.safe_load(resources.files("llmtune.contract").joinpath("defaults.yaml").read_text(encoding="utf-8"))

@@ -12,6 +12,11 @@ from typing import Any
 
 import yaml
 
+from llmtune.contract.environment import variables
+
+ENVIRONMENT = "Environment variables"
+"""The subject of those, which have a page of their own."""
+
 
 @dataclass(frozen=True)
 class ForeignKey:
@@ -45,13 +50,14 @@ def foreign_keys() -> Mapping[str, ForeignKey]:
             said: dict[str, Any] = answer if isinstance(answer, dict) else {"reason": answer}
             made = ForeignKey(subject, **said)
             found |= dict.fromkeys(keys.split(", "), made)
-    return found
+    return found | {name: ForeignKey(ENVIRONMENT, reason=each.answer) for name, each in variables().items()}
 
 
 def migration_table() -> str:
     """The Markdown table of docs/migration.md: keys with one answer share a row."""
     parts = []
-    for subject in dict.fromkeys(key.subject for key in foreign_keys().values()):
+    subjects = dict.fromkeys(key.subject for key in foreign_keys().values())
+    for subject in (subject for subject in subjects if subject != ENVIRONMENT):
         rows: dict[ForeignKey, list[str]] = {}
         for name, key in foreign_keys().items():
             if key.subject == subject:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmtune.contract.environment import named_plugins
 from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS, ExtensionPoint
 from llmtune.contract.rewards import numbered
@@ -112,8 +113,13 @@ def _default_part(point: ExtensionPoint, registry: Registry) -> list[BuiltPlugin
     """The plugin of a point that the recipe leaves out, if the point has one then."""
     if point.default is None:
         return []
-    offer = registry.find(point.name, point.default)
-    return [_build(offer, offer.plugin.config())]
+    try:
+        offer = registry.find(point.name, point.default)
+        return [_build(offer, offer.plugin.config())]
+    except PluginError as error:
+        if point.name not in named_plugins():
+            raise
+        raise PluginError(f"{error}; {named_plugins()[point.name][1]} is set and names it") from error
 
 
 def _build(offer: Offer, config: Any) -> BuiltPlugin:
