@@ -6,6 +6,7 @@ Rows are padded, the model makes all its logits, the loss is one mean over the w
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 
-def train_by_hand(keys: dict[str, Any], model: Any, plan: Any) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step of the recipe `keys`; `model` is trained in place.
+def train_by_hand(
+    keys: dict[str, Any], model: Any, plan: Any, loss_of: Callable[..., torch.Tensor] | None = None
+) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step of the recipe `keys`; `model` is trained in place, by `mean_loss` if no other
+    loss of (model, rows, padding) is given.
 
     Only the order of rows is asked of `plan`: which of them make up a step.
     """
@@ -35,7 +39,7 @@ def train_by_hand(keys: dict[str, Any], model: Any, plan: Any) -> list[tuple[flo
     found = []
     for step in range(keys["max_steps"]):
         units = plan.data.batches.order.step_units(step)
-        loss = mean_loss(
+        loss = (loss_of or mean_loss)(
             model, [rows[row] for unit in units for row in plan.data.batches.units[unit]], tokenizer.pad_token_id
         )
         loss.backward()
@@ -62,12 +66,20 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], l
 
 
 def mean_loss(model: Any, batch: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
+    return mean_and_output(model, batch, pad)[0]
+
+
+def mean_and_output(
+    model: Any, batch: list[tuple[list[int], list[int]]], pad: int, **keys: Any
+) -> tuple[torch.Tensor, Any]:
+    """The mean loss over a batch of (tokens, labels), and what the model gave for it."""
     longest = max(len(ids) for ids, _ in batch)
     ids = torch.tensor([i + [pad] * (longest - len(i)) for i, _ in batch])
     labels = torch.tensor([y + [-100] * (longest - len(y)) for _, y in batch])
     mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in batch])
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    given = model(input_ids=ids, attention_mask=mask, **keys)
+    logits, wanted = given.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100), given
 
 
 def quantisation(quant: dict[str, Any]) -> Any:

@@ -21,8 +21,8 @@ DOCUMENTED = [
 ]
 LOOKALIKES = {
     "train_mm_proj_only": "train_on_prompt", "pref_loss": "plot_loss", "ppo_buffer_size": "buffer_size",
-    "ref_model": "model", "badam_update_ratio": "warmup_ratio", "media_dir": "dataset_dir", "shift_attn": "flash_attn",
-    "use_unsloth_gc": "use_reentrant_gc", "train_from_scratch": "train_on_prompt", "vllm_config": "optim_config",
+    "ref_model": "model", "badam_update_ratio": "warmup_ratio", "media_dir": "dataset_dir",
+    "use_unsloth_gc": "use_reentrant_gc", "vllm_config": "optim_config",
     "task_dir": "dataset_dir", "save_dir": "cache_dir",
     "ray_num_workers": "preprocessing_num_workers",
     "resources_per_worker": "preprocessing_num_workers", "placement_strategy": "mix_strategy",

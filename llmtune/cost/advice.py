@@ -122,7 +122,10 @@ def replan(plan: Plan, change: KeyChange, registry: Registry) -> Plan:
         model = replace(made, mode="train", compiled=model.compiled, checkpointing=model.checkpointing)
     context = replace(model.context, ranks=ranks.size, dims=ranks.dims)
     level = change.keys.get("activation_checkpointing", model.checkpointing)
-    model = replace(model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, context=context, checkpointing=level)
+    model = replace(
+        model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, context=context, checkpointing=level,
+        offloads=recipe.train.offload_activations,
+    )  # fmt: skip
     return replace(plan, recipe=recipe, parts=parts, model=model)
 
 
@@ -164,6 +167,9 @@ def candidates(cost: Figures, registry: Registry) -> Iterator[KeyChange]:
         yield KeyChange(keys={"kernel_config": name})
     for level in LEVELS[LEVELS.index(plan.model.checkpointing) + 1 :]:
         yield KeyChange(keys={"activation_checkpointing": level, "disable_gradient_checkpointing": False})
+    if not plan.model.offloads and cost.device.kind == "cuda":
+        keys = {"activation_checkpointing": "full", "disable_gradient_checkpointing": False}
+        yield KeyChange(keys={**keys, "offload_activations": True})
     rows, micros = train.per_device_train_batch_size, train.gradient_accumulation_steps
     for smaller in sorted({max(1, rows // 2), 1} - {rows}, reverse=True):
         if rows % smaller == 0:

@@ -25,6 +25,7 @@ from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.stages import Batch, RollsOut
 from llmtune.contract.structure import transformer_layers
 from llmtune.cost.tracker import Segment, Tracker, by_category
+from llmtune.distributed.activation_checkpointing import HOST_COPIES
 from llmtune.distributed.placement import materialise
 from llmtune.planning.further_models import model_names
 from llmtune.planning.memory import Estimate, Memory
@@ -85,7 +86,7 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
         stand_in = dict.fromkeys(names, lambda compute, context: compute(module, context))
         objective.context = Context(objective.context.ops, head_explains_logits=True, further=stand_in)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            timeline = step(traced, objective, shape, runs)
+            timeline = step(traced, objective, shape, runs, host=plan.model.context.device == "cuda")
     # A fused loss takes larger chunks on a GPU than on the CPU, where the trace takes place.
     chunks = logits_bytes(plan.model, shape) - logits_bytes(model, shape)
     everywhere = Memory() if timeline.has_state else Memory(optimizer=estimate_memory(plan, shape).most.optimizer)
@@ -137,8 +138,9 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return type(layer), parameters
 
 
-def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRun]) -> Timeline:
-    """Take one optimiser step. The optimiser's state is there beforehand, as it is from the second step on."""
+def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRun], host: bool = False) -> Timeline:
+    """Take one optimiser step. The optimiser's state is there beforehand, as it is from the second step on.
+    `host`: what is offloaded during the step leaves the device."""
     module: Any = plan.model.module
     materialise(module, plan.device)
     objective.train()
@@ -148,7 +150,7 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
     optimizer = stepped_optimizer(plan)
     unused: Any = optimizer  # the parts of the loop that are called here take no step
     training = make_training(plan, objective, unused)
-    layerwise, training = training.layerwise, replace(training, layerwise=None)
+    layerwise, training = training.layerwise, replace(training, layerwise=None, balance=None)
     micros = list(prepared(objective, [fake_batch(shape) for _ in range(min(2, shape.micro_steps))]))
     large_norm = 2.0 * (training.max_grad_norm or 1.0)
     # Beforehand once: DTensor works out how each operation spreads, on tensors that are not the step's.
@@ -156,7 +158,7 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
     for parameter in parameters:
         parameter.grad = None
     tracker = Tracker()
-    observer = Observer(plan, objective, optimizer, tracker)
+    observer = Observer(plan, objective, optimizer, tracker, host)
     with torch.random.fork_rng(devices=[]), tracker:
         observer.begin()
         with layerwise.updating(len(micros)) if layerwise else nullcontext():
@@ -219,9 +221,9 @@ class Observer:
     """Cuts a tracked step at its layers, and tells the tracker what things are for."""
 
     def __init__(
-        self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker
+        self, plan: Plan, objective: nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker, host: bool
     ) -> None:
-        self.tracker = tracker
+        self.tracker, self.host = tracker, host
         self.parameters = [parameter for parameter in plan.model.module.parameters() if parameter.requires_grad]
         self.forward = False
         offloaded = plan.parts.one("dist_config").built.in_host_memory
@@ -267,6 +269,8 @@ class Observer:
     def _leave(self, index: int, output: Any) -> None:
         if not self.forward:
             return
+        if self.host:
+            self.tracker.assign(list(HOST_COPIES.values()), "host")
         tensor = output[0] if isinstance(output, tuple) else output
         if tensor.requires_grad:
             tensor.register_hook(lambda _, index=index: self._backward(index))

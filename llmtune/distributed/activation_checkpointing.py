@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Level = Literal["none", "selective", "full"]
@@ -23,6 +26,42 @@ def checkpoint_activations(model: Any, kind: Level) -> None:
     # transformers renamed it in the course of version 5.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
+
+
+HOST_COPIES: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""Inputs of layers that wait in host memory, for whoever counts bytes."""
+
+
+def offload_inputs(model: nn.Module) -> None:
+    """Let the inputs that checkpointed layers keep for their backward pass wait in host memory.
+
+    Only inputs: what a layer saves while it is computed again is used at once. Copies go through pinned memory on the
+    stream that computes, so that nothing has to wait for them but what uses them. The gradients are the same bit for
+    bit.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(_offloaded, layer._gradient_checkpointing_func)
+
+
+def _offloaded(checkpoint: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
+    # What is saved inside the layer goes to the checkpoint's own hooks, so that only its inputs come to these.
+    with torch.autograd.graph.saved_tensors_hooks(_to_host, _back):
+        return checkpoint(*inputs, **more)
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor.device, tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    copy.copy_(tensor, non_blocking=True)
+    HOST_COPIES[id(copy)] = copy
+    return tensor.device, copy
+
+
+def _back(kept: tuple[torch.device, Tensor]) -> Tensor:
+    device, tensor = kept
+    return tensor.to(device, non_blocking=True)
 
 
 def _keep_dear_results() -> Any:

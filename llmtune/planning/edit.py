@@ -20,7 +20,8 @@ from llmtune.model.edits import Ledger, set_trainable
 from llmtune.model.loading import only_first_reads
 from llmtune.model.new_rows import enter, grow
 from llmtune.model.precision import Precision, stored_dtype
-from llmtune.model.skeleton import build_skeleton
+from llmtune.model.shifted_attention import shift_attention
+from llmtune.model.skeleton import build_skeleton, upcast_norms
 from llmtune.model.source import (
     ModelFiles,
     attention_name,
@@ -33,6 +34,7 @@ from llmtune.model.tying import untie
 from llmtune.model.vocabulary import Vocabulary, extend
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import packing_obstacle, plugin_objections, vocabulary_objection
+from llmtune.planning.options import option_notes, option_objections
 from llmtune.planning.spreading import objections_to_spreading
 from llmtune.recipe.parts import Parts, collect, reward_names
 
@@ -107,6 +109,8 @@ def plan_model(
     recipe = replace(recipe, model=pretrained.keys)
     ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
     module: Any = ledger.model
+    if mode in ("train", "build") and recipe.model.upcast_layernorm:
+        upcast_norms(module)
     problems: list[LlmtuneError] = []
     for part in parts.at("stage_config") if mode == "train" else []:
         if not isinstance(part.built, Edit):
@@ -132,15 +136,12 @@ def plan_model(
     ):
         switch_off(module)
     attention, end_to_end, notes = choose_attention(recipe.model, ledger)
-    if (
-        mode == "train"
-        and recipe.model.rope_scaling
-        and any(p.built.kind == "adapter" for p in parts.at("peft_config"))
-    ):
-        notes = (*notes, _ROPE_NOTE)
-    if mode == "train" and recipe.train.sample_prompts and module.get_output_embeddings() is None:
-        what = f"{type(module).__name__} has no head over a vocabulary and answers nothing"
-        problems.append(PlanError(f"sample_prompts: {what}; remove them"))
+    if mode == "train":
+        if recipe.model.shift_attn:
+            attention, end_to_end = shift_attention(module, recipe.data.cutoff_len), False
+        found = option_objections(recipe, parts, module, precision, ranks.dims)
+        problems += [PlanError(sentence) for sentence in found]
+        notes = (*notes, *option_notes(recipe, parts, module, ranks.dims))
     if mode == "train" and recipe.data.isolates and (reason := packing_obstacle(module, attention)):
         fix = "set packing: false, or neat_packing: false"
         problems.append(PlanError(f"packing: {type(module).__name__} {reason}; {fix}"))
@@ -157,14 +158,9 @@ def plan_model(
         keys=recipe.model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, device=device, mode=mode,
         files=pretrained.files, precision=precision, context=context, tokenizer=pretrained.tokenizer, module=module,
         ledger=ledger, vocabulary=vocabulary, trainable=tuple(trainable), attention=attention, end_to_end=end_to_end,
-        compiled=mode == "train" and train.torch_compile, seed=train.seed, notes=notes,
+        compiled=mode == "train" and train.torch_compile,
+        offloads=mode == "train" and train.offload_activations, seed=train.seed, notes=notes,
     )  # fmt: skip
-
-
-_ROPE_NOTE = (
-    "rope_scaling is no part of an adapter: read by PEFT, model/ answers otherwise unless its base's config.json gets "
-    "the same rope_parameters; llmtune chat and llmtune export apply them"
-)
 
 
 def make_skeleton(keys: ModelConfig, pretrained: Pretrained, precision: Precision) -> tuple[Ledger, Vocabulary | None]:

@@ -72,6 +72,8 @@ class Activations:
     """What the backward pass of one layer needs besides: all that the layer saved, and gradients of its MLP."""
     late: int
     """The same when the MLP is done."""
+    host: int = 0
+    """What waits in host memory."""
 
 
 class Rank:
@@ -115,7 +117,7 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
     root = whole - reduce(Held.__add__, held, Held())
     acts = activations(model, batch, [layer for _, layer in layers], rank, level)
     grads, always = Memory(gradients=whole.gradients), whole.static + further_weights(plan)
-    base = always
+    base = always + Memory(host=acts.host)
     if batch.micro_steps > 1:  # those of the micro-batches before are there from the start
         base += Memory(gradients=4 * whole.trained) if rank.keeps_gradients else grads
     step = Step(
@@ -284,14 +286,17 @@ def activations(
     embedding = plan.module.get_input_embeddings()
     reached = embedding is not None and any(p.requires_grad for p in embedding.parameters())
     mlp = 3 * batch.tokens * sizes.inner * rank.compute_bytes // rank.tensor
-    kept, most = [], 0
+    kept, most, host = [], 0, 0
     for layer in layers:
         reached = reached or any(p.requires_grad for p in layer.parameters())
         saved = batch.tokens * saved_per_token(layer, sizes, rank, plan.context.device) // rank.tensor if reached else 0
         hidden = batch.tokens * sizes.width * rank.compute_bytes if again and reached else 0
+        if plan.offloads and plan.context.device == "cuda":
+            host += hidden
+            hidden = 0
         kept.append(int(saved * (1 - again)) + hidden)
         most = max(most, int(saved * again))
-    return Activations(kept=kept, early=most + mlp if reached else 0, late=max(0, most - mlp))
+    return Activations(kept=kept, early=most + mlp if reached else 0, late=max(0, most - mlp), host=host)
 
 
 def saved_per_token(layer: nn.Module, sizes: ModelSizes, rank: Rank, device: str) -> int:

@@ -64,6 +64,8 @@ class ModelPlan:
     """What each layer computes again in its backward pass."""
     checkpointing_why: str = ""
     """The reason, where llmtune has chosen."""
+    offloads: bool = False
+    """Whether what layers keep for their backward pass lies in host memory."""
     compiled: bool = False
     """Whether each layer is compiled."""
     seed: int = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import __version__
-from llmtune.planning.show import data_lines, edit_lines, epoch_text, further_lines, model_lines
+from llmtune.planning.show import data_lines, edit_lines, epoch_text, further_lines, model_lines, parameter_lines
 from llmtune.terminal import Shown
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Plan(Shown):
         lines = [*model_lines(self.model, flat=self.data.batches.flat), *further_lines(self.parts, self.further)]
         lines += ["", "Steps, in order"]
         lines += [*edit_lines(self.parts, self.model), "", *(f"{name:<12}{text}" for name, text in numbers)]
+        lines += parameter_lines(self.model)
         if notes := [*self.model.notes, *self.data.notes, *self.notes]:
             lines += ["", *(f"Note: {note}" for note in notes)]
         return "\n".join(lines)

@@ -35,9 +35,21 @@ def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
         ("Device", f"{plan.device.type}, {place}, {plan.precision.name}"),
         *([("", plan.precision.why)] if plan.precision.why else []),
         ("Attention", f"{plan.attention}, {'documents end to end' if flat else 'padded rows'}"),
-        ("Memory", "; ".join(filter(None, [f"activation checkpointing {plan.checkpointing}", plan.checkpointing_why]))),
+        ("Memory", "; ".join(filter(None, [_checkpointing(plan), plan.checkpointing_why]))),
     ]
     return [f"{name:<12}{text}" for name, text in rows]
+
+
+def parameter_lines(plan: ModelPlan) -> list[str]:
+    """Every parameter, where the recipe asks for them: its name, type, shape, and whether it trains."""
+    if not plan.keys.print_param_status:
+        return []
+    width = max(len(name) for name, _ in plan.module.named_parameters())
+    return ["", "Parameters"] + [
+        f"  {name:<{width}}  {str(p.dtype).removeprefix('torch.'):<9} {'trains' if p.requires_grad else 'frozen'}  "
+        f"{' x '.join(map(str, p.shape))}"
+        for name, p in plan.module.named_parameters()
+    ]
 
 
 def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
@@ -54,6 +66,10 @@ def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
 def _named(plan: ModelPlan) -> str:
     folders = sorted({str(path.parent) for path, _ in plan.ledger.files.values()})
     return f"{plan.keys.model} with {listed(folders)}" if folders else plan.keys.model
+
+
+def _checkpointing(plan: ModelPlan) -> str:
+    return f"activation checkpointing {plan.checkpointing}" + (", kept in host memory" if plan.offloads else "")
 
 
 def _arrangement(ranks: Ranks) -> str:

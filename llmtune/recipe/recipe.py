@@ -133,6 +133,7 @@ def load_recipe(
     if problems:
         raise_all([*problems, *wrong_blocks(blocks, places)])
     model, data, train, generation, export = configs
+    model = _from_other_keys(model, data, train)
     name = _name(source, model)
     train = dataclasses.replace(train, output_dir=train.output_dir or f"runs/{name}")
     if "eval_strategy" not in tree and (data.val_size or data.eval_dataset is not None):
@@ -276,6 +277,15 @@ def _nothing_to_evaluate(data: DataConfig, train: TrainConfig, places: Places) -
     idle = {"eval_strategy": train.eval_strategy != "no", "do_predict": train.do_predict}
     said = "there is nothing to evaluate on; set val_size or eval_dataset"
     return [places.error(key, said) for key, wanted in idle.items() if wanted]
+
+
+def _from_other_keys(model: ModelConfig, data: DataConfig, train: TrainConfig) -> ModelConfig:
+    """The keys of the model with what they take from other keys of a recipe: so they mean the same wherever it goes."""
+    if isinstance(model.rope_scaling, str) and (data.dataset is not None or data.tokenized_path is not None):
+        model = dataclasses.replace(model, rope_scaling={"rope_type": model.rope_scaling, "length": data.cutoff_len})
+    if model.train_from_scratch is True:
+        model = dataclasses.replace(model, train_from_scratch=train.seed)
+    return model
 
 
 def _name(source: Any, model: ModelConfig) -> str:

@@ -33,6 +33,9 @@ class TrainConfig:
     """Optimiser steps of the run; where given, `num_train_epochs` does not count."""
     max_grad_norm: Annotated[float, Ge(0)] | None = 1.0
     """Gradients are scaled down to this global norm; 0 or null leaves them as they are."""
+    moe_aux_loss_coef: Annotated[float, Ge(0)] | None = None
+    """Mixtures of experts: adds the balance of the routers to the loss, times this (such as 0.001), over all tokens of
+    a step, as transformers computes it. With accumulation each micro-batch is run forward once more. null, 0: not."""
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Optimiser steps over which the learning rate rises from 0."""
     warmup_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -57,6 +60,9 @@ class TrainConfig:
     full, far more memory). `auto` or null is the least of it with which a step fits into the device's memory."""
     disable_gradient_checkpointing: bool = False
     """true is another way to write `activation_checkpointing: none`."""
+    offload_activations: bool = False
+    """Keep the inputs of layers in host memory from forward to backward, instead of in the GPU's. Needs, and sets,
+    `activation_checkpointing: full`."""
     torch_compile: bool = False
     """Compile each transformer layer with `torch.compile`. The first steps take minutes, later ones less."""
     use_reentrant_gc: bool = False
@@ -120,7 +126,8 @@ class TrainConfig:
     @property
     def checkpointing(self) -> Literal["auto", "full", "selective", "none"]:
         """`activation_checkpointing`, whichever way it is written."""
-        return "none" if self.disable_gradient_checkpointing else self.activation_checkpointing or "auto"
+        given = "none" if self.disable_gradient_checkpointing else self.activation_checkpointing or "auto"
+        return "full" if self.offload_activations and given == "auto" else given
 
     def _contradictions(self) -> Iterator[str]:
         if self.warmup_steps and self.warmup_ratio:
@@ -131,6 +138,11 @@ class TrainConfig:
         if self.disable_gradient_checkpointing and self.activation_checkpointing in ("full", "selective"):
             found = f"{self.activation_checkpointing} beside disable_gradient_checkpointing true"
             yield f"activation_checkpointing: found {found}; remove one of the two"
+        if self.offload_activations and self.checkpointing != "full":
+            yield (
+                f"offload_activations: found true beside activation checkpointing {self.checkpointing}; what goes to "
+                "host memory are the inputs that activation_checkpointing: full keeps"
+            )
         if self.torch_compile and self.activation_checkpointing == "selective":
             yield "torch_compile: found true beside activation_checkpointing selective; set that to full or none"
         if self.use_reentrant_gc:

@@ -14,7 +14,7 @@ from llmtune.contract.optimizers import StepsEach, UpdatesInBackward
 from llmtune.contract.records import SwitchesOff
 from llmtune.contract.stages import further_models, precomputing
 from llmtune.contract.structure import transformer_layers
-from llmtune.distributed.activation_checkpointing import checkpoint_activations
+from llmtune.distributed.activation_checkpointing import checkpoint_activations, offload_inputs
 from llmtune.distributed.context_parallel import attend_over_ranks
 from llmtune.distributed.fsdp2 import compile_layers, reshard
 from llmtune.distributed.mesh import parameter_mesh
@@ -31,6 +31,7 @@ from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
 from llmtune.training.precomputed import kept_numbers, precomputed, with_numbers
 from llmtune.training.rollouts import Rollouts
+from llmtune.training.router_balance import RouterBalance
 from llmtune.training.schedule import WarmedSchedule
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def make_objective(plan: ModelPlan) -> Objective:
 def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optimizer, first_step: int = 0) -> Training:
     """All that the plan's steps need, beginning after `first_step`."""
     train, factory = plan.recipe.train, plan.parts.one("optim_config").built
-    layerwise = None
+    layerwise = balance = None
+    if coefficient := train.moe_aux_loss_coef:
+        balance = RouterBalance(plan.model.module, coefficient, plan.ranks.dims.tensor)
     if isinstance(factory, UpdatesInBackward) and factory.layerwise and isinstance(optimizer, StepsEach):
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         layerwise = LayerwiseUpdates(optimizer, trained)
@@ -140,7 +143,7 @@ def make_training(plan: Plan, objective: Objective, optimizer: torch.optim.Optim
         distribute=plan.parts.one("dist_config").built, ranks=plan.ranks, device=plan.device, total_steps=plan.steps,
         warmup_steps=plan.warmup_steps, max_grad_norm=train.max_grad_norm or 0.0, seed=train.seed,
         scaler=LossScale() if plan.model.precision.scaled else None, first_step=first_step,
-        layerwise=layerwise,
+        layerwise=layerwise, balance=balance,
     )  # fmt: skip
 
 
@@ -167,6 +170,8 @@ def spread(plan: ModelPlan, objective: Objective) -> None:
         attend_over_ranks(plan.module, plan.ranks.dims, plan.device)
     if plan.checkpointing != "none":
         checkpoint_activations(plan.module, plan.checkpointing)
+    if plan.offloads:
+        offload_inputs(plan.module)
     if plan.compiled:
         compile_layers(layers)
     part = plan.parts.one("dist_config")

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llmtune.contract.records import Distribute
-    from llmtune.contract.stages import Batch
+    from llmtune.contract.stages import Batch, StageLoss
     from llmtune.data.batch_loader import BatchLoader
     from llmtune.recipe.parts import BuiltPlugin
     from llmtune.training.layerwise import LayerwiseUpdates
     from llmtune.training.objective import Objective
+    from llmtune.training.router_balance import RouterBalance
     from llmtune.training.schedule import WarmedSchedule
 
 TOKENS = ""
 """Name of the count of tokens among a step's sums, which no metric of a stage can have."""
+ROUTERS = "router_aux_loss"
+"""The metric that says how unequally busy experts are: the number that is chosen for a token, where equally."""
 
 
 class Watcher(Protocol):
@@ -75,6 +78,8 @@ class Training:
     max_grad_norm: float
     seed: int
     scaler: LossScale | None = None
+    balance: RouterBalance | None = None
+    """Where the balance of a model's routers is part of the loss."""
     layerwise: LayerwiseUpdates | None = None
     """Where the optimiser updates during the backward pass."""
     first_step: int = 0
@@ -191,12 +196,22 @@ def forward_backward(
     # FSDP2 averages gradients over the ranks of its mesh; times their number, the mean is the sum we want.
     factor = run.ranks.size // run.ranks.dims.tensor * (run.scaler.scale if run.scaler else 1.0)
     divisor = torch.where(weight > 0, weight, 1.0).float()
-    for number, micro in enumerate(micros):
-        run.distribute.before_backward(run.objective, number == len(micros) - 1)
+
+    def forward(number: int) -> StageLoss:
         # Dropout is a function of (seed, step, micro-batch, rank): nothing to save, nothing that evaluation disturbs.
         seeded_step(run.seed, step, number + update * len(micros), run.ranks.stream)
-        result = run.objective(micro)
+        return run.objective(micros[number])
+
+    if run.balance is not None:
+        run.balance.begin_step(forward, micros)
+    for number, micro in enumerate(micros):
+        run.distribute.before_backward(run.objective, number == len(micros) - 1)
+        with nullcontext([]) if run.balance is None else run.balance.share(micro) as balance:
+            result = forward(number)
         loss = result.total / divisor
+        if run.balance is not None:
+            loss = loss + run.balance.coefficient * balance[0]
+            sums[ROUTERS] = sums.get(ROUTERS, 0) + balance[0].detach()
         if run.layerwise is not None:
             run.layerwise.require_finite(loss, step)
         (loss * factor).backward()
