@@ -19,11 +19,15 @@ from llmtune.contract.hookspecs import HOOKS
 from llmtune.contract.schema import field_types
 from llmtune.planning import edit
 from llmtune.recipe.foreign_keys import foreign_keys, migration_table
+from llmtune.recipe.parameters import parameters_page
 from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry
 from llmtune.testing import laws
 from llmtune.testing.contract import Subject
 from tests.runs import FLOAT32, stored_types
+from tests.test_reference import first_party
+
+__all__ = ["first_party"]
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +64,12 @@ def test_the_guide_names_every_field_of_the_records(record: str) -> None:
 def test_every_recipe_can_be_read_and_is_mentioned(path: Path) -> None:
     assert load_recipe(path).model.model
     assert any(f"recipes/{path.name}" in page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def test_the_page_of_parameters_is_current(first_party: Registry) -> None:
+    page = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    assert page == parameters_page(first_party), "run: python -m llmtune.recipe.parameters docs/parameters.md"
+    assert "| `lora_rank` | int = `8` | `peft_config.r`: Inner width" in page
 
 
 def test_the_migration_page_names_every_renamed_key() -> None:

@@ -62,13 +62,13 @@ def migration_table() -> str:
         for name, key in foreign_keys().items():
             if key.subject == subject:
                 rows.setdefault(key, []).append(f"`{name}`")
-        lines = [f"| {', '.join(names)} | {_cell(key)} |" for key, names in rows.items()]
+        lines = [f"| {', '.join(names)} | {told(key)} |" for key, names in rows.items()]
         parts.append("\n".join([f"### {subject}", "| there | here |", "|---|---|", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(key: ForeignKey) -> str:
-    """What stands here, its first word set as code where it is a key."""
+def told(key: ForeignKey) -> str:
+    """What stands here, as Markdown: its first word set as code where it is a key."""
     word, space, rest = (key.here or key.reason).replace("|", "\\|").partition(" ")
     bare = word.rstrip(",:")
     is_key = key.here and (not rest or "_" in bare)
