@@ -162,6 +162,8 @@ def test_positions_are_stretched_to_the_cutoff(name: str, tiny_llama: str, chats
     plan = llmtune.plan({**keys, "model": tiny_llama})
     assert plan.model.module.config.rope_parameters["rope_type"] == "default"
     assert "rope_scaling: nothing is stretched, as cutoff_len 120 is within the positions" in str(plan)
+    whole = llmtune.train({**keys, "peft_config": None, "output_dir": str(tmp_path / "whole")})  # its files say it
+    assert torch.equal(whole.model()[0].model.rotary_emb.inv_freq, theirs.inv_freq)
     scaled = open_model(folder, rope_scaling=name)[0].config.rope_parameters
     assert scaled["factor"] == 2.0  # no data whose length would say more
 
@@ -205,6 +207,10 @@ def test_training_from_scratch_starts_as_transformers_does(tiny_llama: str, chat
     run = llmtune.train(keys)
     for name, tensor in run.model()[0].state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], atol=1e-6, rtol=0)
+    learnt = llmtune.train({**keys, "learning_rate": 1e-2, "output_dir": str(tmp_path / "learnt")}).model()[0]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "learnt" / "model").state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in learnt.state_dict().items())
+    assert not torch.allclose(saved["lm_head.weight"], expected.lm_head.weight, atol=1e-4)
     assert len(list((tmp_path / "cache" / "scratch").glob("llama-5-*"))) == 1
     adapted = {**keys, "peft_config": LORA, "output_dir": str(tmp_path / "lora"), "learning_rate": 1e-2}
     adapter = llmtune.train(adapted)

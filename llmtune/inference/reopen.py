@@ -141,12 +141,14 @@ def _usual_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def whole_model(recipe: Recipe, folder: Path, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe of the saved model itself: nothing is adapted any more, and quantised only if the caller asks."""
+    """The recipe of the saved model itself: nothing is adapted any more, and quantised only if the caller asks. Its
+    files have its weights, and say how its positions are stretched."""
     dropped = (
         {"peft_config"} if any(key.startswith("quant_config") for key in overrides) else {"peft_config", "quant_config"}
     )
     blocks = {point: blocks for point, blocks in recipe.blocks.items() if point not in dropped}
-    return replace(recipe, model=replace(recipe.model, model=str(folder), revision=None), blocks=blocks)
+    model = replace(recipe.model, model=str(folder), revision=None, rope_scaling=None, train_from_scratch=False)
+    return replace(recipe, model=model, blocks=blocks)
 
 
 def with_saved_adapter(recipe: Recipe, registry: Registry, saved: SavedRun, overrides: Mapping[str, Any]) -> Recipe:

@@ -78,11 +78,10 @@ def with_keys(recipe: Recipe, keys: Mapping[str, Any], adapted: bool) -> Recipe:
         for point, block in recipe.blocks.items()
         if point not in keys and (adapted or point != "peft_config")
     }
-    return replace(
-        recipe,
-        model=replace(recipe.model, **{key: value for key, value in keys.items() if key in known}),
-        blocks={**kept, **blocks},
-    )
+    # Another model has weights of its own, whatever the trained one starts from.
+    own: dict[str, Any] = {"train_from_scratch": False} if "model" in keys else {}
+    model = replace(recipe.model, **own, **{key: value for key, value in keys.items() if key in known})
+    return replace(recipe, model=model, blocks={**kept, **blocks})
 
 
 def require_apart(plan: ModelPlan, flat: bool) -> None:
