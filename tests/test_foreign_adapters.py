@@ -97,12 +97,15 @@ def test_a_foreign_adapter_is_used_as_peft_uses_it(
         assert capsys.readouterr().out == expected + "\n"
 
     chats = tiny_chats(tmp_path, rows=3)
+    asks: dict[str, Any] = {
+        "stage": "sft", "do_predict": "true", "eval_dataset": chats, "cutoff_len": 256, "max_samples": 50,
+        "overwrite_cache": "true", "preprocessing_num_workers": 1, "per_device_eval_batch_size": 2,
+        "predict_with_generate": "true", "ddp_timeout": 180000000,
+    }  # fmt: skip
     keys = {"do_sample": False, "max_new_tokens": 5, "output_dir": str(tmp_path / "answers"), "nproc": 1}
-    answers = llmtune.predict(file, chats, **keys).rows
-    assert len(answers) == 3
-    file = written(tmp_path, base, adapters[1])
-    with pytest.raises(LlmtuneError, match="overwrite_output_dir"):
-        llmtune.predict(file, chats, **keys)  # answers of another adapter are not gone on with
+    assert len(llmtune.predict(written(tmp_path, base, adapters[0], **asks), **keys).rows) == 3
+    with pytest.raises(LlmtuneError, match="overwrite_output_dir"):  # answers of another adapter are not gone on with
+        llmtune.predict(written(tmp_path, base, adapters[1], **asks), **keys)
 
 
 def test_foreign_adapters_are_exported_from_a_file_of_llama_factory(

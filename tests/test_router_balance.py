@@ -59,7 +59,10 @@ def theirs(model: Any, rows: Any, pad: int) -> torch.Tensor:
 def two_ranks(models: dict[str, str], chats: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    spreads = {"mixtral": {}, "qwen3_moe": {"dist_config": {"name": "fsdp2", "tp_size": 2, "ep_size": 2}}}
+    spreads: dict[str, dict[str, Any]] = {
+        "mixtral": FULL,
+        "qwen3_moe": {"dist_config": {"name": "fsdp2", "tp_size": 2, "ep_size": 2}},
+    }
     sizes = {"mixtral": split, "qwen3_moe": {**split, "per_device_train_batch_size": 4}}
     each = [keys_for(models[name], chats, root / name, **sizes[name], **more) for name, more in spreads.items()]
     in_ranks(2, root / "scratch", train_both, each)
