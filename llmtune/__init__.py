@@ -39,7 +39,7 @@ _WHERE = {
         "llmtune.distributed.launch": ("rank_environment", "LaunchError"),
         "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),
         "llmtune.model.generate": ("generate", "ContextFull"),
-        "llmtune.contract.structure": ("transformer_layers", "linear_layers", "output_heads"),
+        "llmtune.contract.structure": ("transformer_layers", "text_layers", "linear_layers", "output_heads"),
         "llmtune.model.hub": ("fetch_files",),
         "llmtune.contract.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",

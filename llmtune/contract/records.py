@@ -182,6 +182,9 @@ class Amendment:
 
     model_class: Literal["llm", "cls"] | None = None
     """`cls`: a head of the config's `num_labels` in place of the one over the vocabulary. None leaves it."""
+    layers: Sequence[int] | None = None
+    """For each layer of the amended text decoder, the layer of the files whose weights it starts from; None: its own.
+    The names of the amended model are then those that edits see and that are saved."""
 
 
 @runtime_checkable

@@ -35,6 +35,16 @@ def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
 
 
+def text_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of the text decoder, without those of vision or audio towers."""
+    layers = transformer_layers(model)
+    stacks = {name.rpartition(".")[0] for name, _ in layers}
+    if len(stacks) <= 1 or not hasattr(model, "get_decoder"):
+        return layers
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    return [(name, layer) for name, layer in layers if id(layer) in decoder]
+
+
 def _plain_class_name(module: nn.Module) -> str:
     # FSDP2 swaps a module's class for a subclass called FSDP<name>.
     return type(module).__name__.removeprefix("FSDP")

@@ -79,6 +79,8 @@ class Ledger:
     changes: list[tuple[str, ModelEdit]] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the original tensors as the checkpoint holds them, by original name."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Original name to the name under which the files' own model has what it starts from, where layers were added."""
 
     def __post_init__(self) -> None:
         tensors = named_tensors(self.model)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,18 @@ def match_keys(model: Any, keys: list[str], names: set[str]) -> tuple[list[Origi
     return list(originals.values()), unexpected
 
 
+def for_each_copy(originals: list[Original], sources: Mapping[str, str], names: set[str]) -> list[Original]:
+    """`originals` under the `names` of a model with added layers: once for each layer that starts from them."""
+    starting: dict[str, list[str]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        starting.setdefault(sources.get(name, name), []).append(name)
+    return [
+        replace(original, names=list(copy), converter=deepcopy(original.converter))
+        for original in originals
+        for copy in zip(*(starting[name] for name in original.names), strict=True)
+    ]
+
+
 @dataclass
 class WeightLoader:
     """State of one load; `run` does it."""
@@ -142,7 +154,10 @@ class WeightLoader:
 
     def _matched(self) -> list[Original]:
         names = set(self.ledger.direct) | set(self.ledger.rules)
-        originals, unexpected = match_keys(self.model, self.reader.keys(), names)
+        sources = self.ledger.sources
+        originals, unexpected = match_keys(self.model, self.reader.keys(), {sources.get(name, name) for name in names})
+        if sources:
+            originals = for_each_copy(originals, sources, names)
         covered = {name for original in originals for name in original.names}
         aliases = self._tied(covered)
         missing = sorted(names - covered - aliases)

@@ -16,6 +16,7 @@ from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template
 from llmtune.model.config import ModelConfig
 from llmtune.model.dropout import switch_off
+from llmtune.model.added_layers import layer_sources
 from llmtune.model.edits import Ledger, set_trainable
 from llmtune.model.loading import only_first_reads
 from llmtune.model.new_rows import enter, grow
@@ -59,6 +60,8 @@ class Pretrained:
     files: ModelFiles
     keys: ModelConfig
     """The recipe's keys of the model, as its plugins amend them."""
+    layers: Sequence[int] | None = None
+    """What `Amendment.layers` says, where a plugin has added layers."""
     config: Any
     tokenizer: Any
     vocabulary: Vocabulary | None
@@ -74,21 +77,28 @@ def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bo
     files = resolve_model(recipe.model, weights=False, described=described, check=reads)
     config = load_model_config(files, recipe.model)
     tokenizer = read_tokenizer(files, recipe.model)
-    keys = amended(recipe.model, parts, config, tokenizer)
+    keys, layers = amended(recipe.model, parts, config, tokenizer)
     vocabulary = extend(recipe.model, tokenizer, config)
     if templated and recipe.data.template is not None:
         choose_template(recipe.data.template, tokenizer, recipe.base_dir)
-    return Pretrained(files=files, keys=keys, config=config, tokenizer=tokenizer, vocabulary=vocabulary)
+    return Pretrained(
+        files=files, keys=keys, layers=layers, config=config, tokenizer=tokenizer, vocabulary=vocabulary
+    )
 
 
-def amended(keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any) -> ModelConfig:
-    """The keys of the model after peft and stage plugins have amended its `config`, which changes in place."""
+def amended(
+    keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any
+) -> tuple[ModelConfig, Sequence[int] | None]:
+    """The keys of the model after peft and stage plugins have amended its `config`, which changes in place, and the
+    layers that theirs start from."""
+    layers: Sequence[int] | None = None
     for part in [*parts.at("peft_config"), *parts.at("stage_config")]:
         if isinstance(part.built, Amends):
             with blaming(part.full_label, "amend"):
                 amendment = part.built.amend(config, tokenizer)
             keys = replace(keys, model_class=amendment.model_class or keys.model_class)
-    return keys
+            layers = amendment.layers if layers is None else layers
+    return keys, layers
 
 
 def plan_model(
@@ -172,7 +182,7 @@ def make_skeleton(keys: ModelConfig, pretrained: Pretrained, precision: Precisio
         try:
             module = build_skeleton(auto_class(keys, config), config, precision.compute, attention, **kwargs)
             untie(module, pretrained.files.folder)
-            return Ledger(module)
+            return Ledger(module, sources=layer_sources(module, pretrained.layers))
         except (ValueError, ImportError) as error:
             raise PlanError(
                 f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"

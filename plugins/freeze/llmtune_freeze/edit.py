@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from llmtune import ModelEdit, PlanError, RunContext, split_names, transformer_layers
+from llmtune import ModelEdit, PlanError, RunContext, split_names, text_layers
 
 if TYPE_CHECKING:
     from . import FreezeConfig
@@ -70,16 +70,6 @@ class Freeze:
         if extra := sorted(name for name in trained if not name.startswith(tuple(f"{layer}." for layer in chosen))):
             lines.append(f"outside the layers train {', '.join(extra)}")
         return lines + ties
-
-
-def text_layers(model: Any) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks of the text decoder, without those of vision or audio towers."""
-    layers = transformer_layers(model)
-    stacks = {name.rpartition(".")[0] for name, _ in layers}
-    if len(stacks) <= 1 or not hasattr(model, "get_decoder"):
-        return layers
-    decoder = {id(module) for module in model.get_decoder().modules()}
-    return [(name, layer) for name, layer in layers if id(layer) in decoder]
 
 
 def match(wanted: tuple[str, ...], own: Mapping[str, str], key: str, place: str) -> set[str]:
