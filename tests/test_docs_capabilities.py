@@ -26,14 +26,17 @@ PAGE = (Path(__file__).parents[1] / "docs" / "capabilities.md").read_text(encodi
 LORA: dict[str, Any] = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 WHOLE = {"modules_to_save": "embed_tokens,lm_head"}
 FREEZE = {"name": "freeze", "freeze_trainable_layers": 1}
+PRO = {"name": "llama_pro", "num_expanded_layers": 1}
 METHODS: dict[str, list[dict[str, Any] | None]] = {
     "full": [None],
     "LoRA, rsLoRA": [LORA, {**LORA, "use_rslora": True}],
     "DoRA": [{**LORA, "use_dora": True}],
     "`modules_to_save`": [{**LORA, **WHOLE}],
     "freeze": [FREEZE],
+    "`llama_pro`": [PRO],
 }
 BNB = {"name": "bnb"}
+REFUSALS = "8, which is for inference|quantised|quant_config bnb|leaves embed_tokens|how it is split|projects the"
 
 
 def fsdp2(**keys: Any) -> dict[str, Any]:
@@ -150,12 +153,7 @@ def test_a_method_goes_with_what_the_page_says(
     for peft in METHODS[column]:
         for ranks, changes in ROWS[row]:
             if cell in ("yes", "refused"):
-                refusal = (
-                    None
-                    if cell == "yes"
-                    else "8, which is for inference|quantised|quant_config bnb|how it is split|projects the"
-                )
-                require(keys_for(models, chats, tmp_path, peft, changes), ranks, refusal)
+                require(keys_for(models, chats, tmp_path, peft, changes), ranks, None if cell == "yes" else REFUSALS)
                 continue
             possible, impossible, refusal = CONDITIONS[cell]
             assert peft is not None
@@ -230,7 +228,7 @@ def test_preferences_go_with_what_the_page_says(
 
         for ranks, changes in PAIRS:
             require(keys(changes), ranks, None)
-        if column not in ("full", "freeze"):
+        if column not in ("full", "freeze", "`llama_pro`"):
             require(keys(BASES["4 bits"]), 1, None)
         require(keys({"packing": True, "neat_packing": False}), 1, "neat_packing: found false")
         require(keys(CP), 2, "cp_size is 2, but the loss of preferences needs whole answers")

@@ -14,9 +14,9 @@ from llmtune.contract.records import Amends, Edit, RunContext
 from llmtune.contract.stages import WithoutDropout
 from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template
+from llmtune.model.added_layers import layer_sources
 from llmtune.model.config import ModelConfig
 from llmtune.model.dropout import switch_off
-from llmtune.model.added_layers import layer_sources
 from llmtune.model.edits import Ledger, set_trainable
 from llmtune.model.loading import only_first_reads
 from llmtune.model.new_rows import enter, grow
@@ -81,14 +81,10 @@ def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bo
     vocabulary = extend(recipe.model, tokenizer, config)
     if templated and recipe.data.template is not None:
         choose_template(recipe.data.template, tokenizer, recipe.base_dir)
-    return Pretrained(
-        files=files, keys=keys, layers=layers, config=config, tokenizer=tokenizer, vocabulary=vocabulary
-    )
+    return Pretrained(files=files, keys=keys, layers=layers, config=config, tokenizer=tokenizer, vocabulary=vocabulary)
 
 
-def amended(
-    keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any
-) -> tuple[ModelConfig, Sequence[int] | None]:
+def amended(keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any) -> tuple[ModelConfig, Sequence[int] | None]:
     """The keys of the model after peft and stage plugins have amended its `config`, which changes in place, and the
     layers that theirs start from."""
     layers: Sequence[int] | None = None
