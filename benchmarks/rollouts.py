@@ -3,16 +3,16 @@
     python benchmarks/rollouts.py [--model DIR_OR_ID] [--repeats 3] [--write RESULT.md]
 
 Both sides train LoRA (r 8, all linear layers) in float32 with the same settings: 8 prompts a step (sums such as
-"What is 3 + 4?"), 8 answers to each, drawn at temperature 1 from the whole vocabulary, at most 32 tokens, a Python
-function as reward, AdamW. Each run is its own process; sides take turns. Reported: medians over repeats of the tokens
-that a second of answering gives and of the seconds of a step, both without the first step. Needs `pip install trl`.
+"What is 3 + 4?", alone and after some 200 tokens of instructions), 8 answers to each, drawn at temperature 1 from the
+whole vocabulary, at most 32 tokens, a Python function as reward, AdamW. Each run is its own process; sides take turns.
+Reported: medians over repeats of the tokens that a second of answering gives and of the seconds of a step, both without
+the first step. Needs `pip install trl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,9 +24,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from train import cpu_name
+
 PROMPTS, ANSWERS, TOKENS, STEPS = 8, 8, 32, 4
 SIDES = ("TRL", "llmtune")
-ROWS = [f"What is {number} + {number * 7 % 11}?" for number in range(PROMPTS * STEPS)]
+INSTRUCTIONS = "Read the sum with care, add up its two numbers step by step, and write the result at the end. " * 9
+LENGTHS = {"short": "", "long": INSTRUCTIONS}
+
+
+def questions(length: str) -> list[str]:
+    """The prompts, the same for all sides."""
+    return [f"{LENGTHS[length]}What is {number} + {number * 7 % 11}?" for number in range(PROMPTS * STEPS)]
 
 
 class Watch:
@@ -53,12 +61,12 @@ def length_reward(completions: list[Any], **_: Any) -> list[float]:
     return [-len(text) / 100 for text in texts]
 
 
-def run_llmtune(model: str, folder: str) -> dict[str, Any]:
+def run_llmtune(model: str, folder: str, length: str) -> dict[str, Any]:
     import llmtune
     from llmtune.training.rollouts import Rollouts
 
     data = Path(folder) / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in ROWS))
+    data.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in questions(length)))
     watch = Watch()
     Rollouts.generate = watch.around(  # type: ignore[method-assign]
         Rollouts.generate, lambda found: sum(len(answer.ids) for answer in found)
@@ -76,7 +84,7 @@ def run_llmtune(model: str, folder: str) -> dict[str, Any]:
     return figures(watch, [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairwise(steps)])
 
 
-def run_trl(model: str, folder: str) -> dict[str, Any]:
+def run_trl(model: str, folder: str, length: str) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -89,7 +97,7 @@ def run_trl(model: str, folder: str) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
-    rows = [{"prompt": [{"role": "user", "content": row}]} for row in ROWS]
+    rows = [{"prompt": [{"role": "user", "content": row}]} for row in questions(length)]
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(model), reward_funcs=length_reward,
@@ -118,8 +126,8 @@ def figures(watch: Watch, steps: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(options: argparse.Namespace, side: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--model", options.model, "--side", side]
+def measure(options: argparse.Namespace, side: str, length: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--model", options.model, "--side", side, "--length", length]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if not lines:
@@ -128,25 +136,26 @@ def measure(options: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def table(options: argparse.Namespace) -> str:
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for turn in range(options.repeats):
-        for side in SIDES:
-            found[side].append(measure(options, side))
-            print(f"turn {turn + 1}: {side} {found[side][-1]}", flush=True)
-
-    def median(side: str, name: str) -> float:
-        return statistics.median(run[name] for run in found[side])
-
     lines = [
-        "| side | answer tokens/s | against TRL | seconds a step | against TRL | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| prompts | side | answer tokens/s | against TRL | seconds a step | against TRL | peak memory |",
+        "|" + "---|" * 7,
     ]
-    for side in SIDES:
-        speed, step = median(side, "answering"), median(side, "step")
-        lines.append(
-            f"| {side} | {speed:.0f} | {speed / median('TRL', 'answering'):.2f} x | {step:.1f} | "
-            f"{median('TRL', 'step') / step:.2f} x | {median(side, 'peak_bytes') / 2**30:.2f} GiB |"
-        )
+    for length in LENGTHS:
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for turn in range(options.repeats):
+            for side in SIDES:
+                found[side].append(measure(options, side, length))
+                print(f"{length}, turn {turn + 1}: {side} {found[side][-1]}", flush=True)
+        median = {
+            side: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+            for side, runs in found.items()
+        }
+        for side, one in median.items():
+            lines.append(
+                f"| {length} | {side} | {one['answering']:.0f} | {one['answering'] / median['TRL']['answering']:.2f} x "
+                f"| {one['step']:.1f} | {median['TRL']['step'] / one['step']:.2f} x "
+                f"| {one['peak_bytes'] / 2**30:.2f} GiB |"
+            )
     return "\n".join(lines)
 
 
@@ -163,16 +172,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--side", choices=SIDES)
+    parser.add_argument("--length", choices=LENGTHS, default="short")
     options = parser.parse_args()
     if options.side:
         with tempfile.TemporaryDirectory() as folder:
             run = {"TRL": run_trl, "llmtune": run_llmtune}[options.side]
-            print("FIGURES " + json.dumps(run(options.model, folder)))
+            print("FIGURES " + json.dumps(run(options.model, folder, options.length)))
         return
     options.model = model_folder(options.model)
     import torch
 
-    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    cpu = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     text = (
         f"# GRPO: answering and learning\n\n{table(options)}\n\n{PROMPTS} prompts a step, {ANSWERS} answers to each of "
         f"at most {TOKENS} tokens, {STEPS - 1} steps; medians of {options.repeats}. {cpu}. "
