@@ -109,6 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
+    torch.set_num_threads(options.threads)
     lines = ["| recipe | before | after | gained | minutes |", "|---|---|---|---|---|"]
     for recipe in options.recipes or RECIPES:
         found = []
