@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from llmtune.model.parameter_groups import create_optimizer, model_groups, optimizer_context
+
 
 def train_by_hand(
     keys: dict[str, Any], model: Any, plan: Any, loss_of: Callable[..., torch.Tensor] | None = None
@@ -28,27 +30,41 @@ def train_by_hand(
     rows = [encode(tokenizer, json.loads(line)["messages"]) for line in Path(keys["dataset"]).read_text().splitlines()]
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in weights if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=keys["learning_rate"],
-    )
+    optimizer = optimizer_by_hand(keys, model, weights, plan)
     schedule = get_cosine_schedule_with_warmup(optimizer, keys["warmup_steps"], keys["max_steps"])
     found = []
     for step in range(keys["max_steps"]):
+        if hasattr(optimizer, "at_step"):
+            optimizer.at_step(step)
         units = plan.data.batches.order.step_units(step)
         loss = (loss_of or mean_loss)(
             model, [rows[row] for unit in units for row in plan.data.batches.units[unit]], tokenizer.pad_token_id
         )
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in weights if p.grad is not None], 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         found.append((loss.item(), norm.item()))
+        for weight in weights:
+            weight.requires_grad_(True)
     return found
+
+
+def optimizer_by_hand(keys: dict[str, Any], model: Any, weights: list[Any], plan: Any) -> Any:
+    """torch's AdamW; any other optimiser is llmtune's, which its own tests compare with its authors', on this model."""
+    if keys["optim_config"]["name"] == "adamw":
+        return torch.optim.AdamW(
+            [
+                {"params": [p for p in weights if p.dim() > 1], "weight_decay": 0.1},
+                {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            lr=keys["learning_rate"],
+        )
+    base, ledger = model.get_base_model() if hasattr(model, "get_base_model") else model, plan.model.ledger
+    groups = model_groups(base, ledger, keys["learning_rate"])
+    context = optimizer_context(base, keys["learning_rate"], plan.recipe.train.seed, frozenset(ledger.fresh))
+    return create_optimizer(plan.parts.one("optim_config").built, groups, context)
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from llmtune.contract.errors import DivergedError, listed, noting
 from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.stages import COUNT, RollsOut, means
+from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
 from llmtune.training.measure import measured_batch
@@ -126,6 +127,8 @@ def train(run: Training, watcher: Watcher) -> int:
 def begin_step(run: Training, step: int) -> None:
     """Let an optimiser that trains a part at a time choose it."""
     if isinstance(run.optimizer, ChangesWhatTrains):
+        # FSDP2 hands `requires_grad` on when it gathers, and an evaluation leaves the root gathered.
+        reshard(run.objective)
         with noting(run.optimizer_label, "at_step"):
             run.optimizer.at_step(step)
 

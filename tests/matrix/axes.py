@@ -18,6 +18,16 @@ AXES: dict[str, tuple[Any, ...]] = {
     "checkpointing": ("none", "full", "selective"),
 }
 
+OPTIMIZER_AXES: dict[str, tuple[Any, ...]] = {
+    "optimizer": ("muon", "galore", "apollo", "adam_mini", "badam", "adafactor", "lion", "sgd"),
+    "base": ("full precision", "nf4"),
+    "method": AXES["method"],
+    "ranks": AXES["ranks"],
+    "accumulation": AXES["accumulation"],
+    "packing": AXES["packing"],
+}
+"""The other optimisers than adamw, on what their steps could depend on."""
+
 USE_AXES: dict[str, tuple[Any, ...]] = {
     "use": ("inference",),
     "base": AXES["base"],
@@ -43,6 +53,7 @@ class Combo:
     accumulation: int = 1
     packing: bool = False
     checkpointing: str = "none"
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
@@ -51,7 +62,7 @@ class Combo:
             (
                 self.use, self.family, self.init, self.base, self.method, f"kernels:{self.kernels}",
                 f"ranks:{self.ranks}", f"accumulation:{self.accumulation}", "packed" if self.packing else "unpacked",
-                f"checkpointing:{self.checkpointing}",
+                f"checkpointing:{self.checkpointing}", *([] if self.optimizer == "adamw" else [self.optimizer]),
             )
         )  # fmt: skip
 
@@ -86,6 +97,14 @@ REFUSED = (
         when={"use": ("training",), "base": QUANTISED, "method": ("freeze",)},
         why="the layers that would train are stored quantised",
         says="freeze cannot be used with quant_config bnb",
+    ),
+    Refusal(
+        when={
+            "optimizer": ("galore", "apollo"),
+            "method": ("lora", "dora", "rslora", "modules_to_save", "continued", "experts"),
+        },
+        why="there is no matrix of a layer that trains, whose gradient it could project",
+        says="projects the gradients of layers' matrices, and peft_config lets none of them train",
     ),
 )
 """Written down by hand: the test compares what the program says with this, not with itself."""

@@ -30,7 +30,7 @@ class Reference:
 
 
 class References:
-    """One for each (family, base, method, packing): nothing else may change a number."""
+    """One for each (family, base, method, packing, optimizer): nothing else may change a number."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -39,7 +39,7 @@ class References:
 
     def of(self, combo: Combo) -> Reference:
         """The reference of `combo`, trained on first use."""
-        key = (combo.family, combo.base, combo.method, combo.packing)
+        key = (combo.family, combo.base, combo.method, combo.packing, combo.optimizer)
         if key not in self._known:
             self._known[key] = self._train(combo)
         return self._known[key]

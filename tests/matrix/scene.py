@@ -24,6 +24,17 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "experts": {**LORA, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "freeze": {"name": "freeze", "freeze_trainable_layers": 1},
 }
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"optim_config": {"name": "adamw", "weight_decay": 0.1}},
+    "muon": {"optim_config": {"name": "muon", "weight_decay": 0.1}},
+    "galore": {"optim_config": {"name": "galore", "rank": 4, "update_interval": 2, "weight_decay": 0.1}},
+    "apollo": {"optim_config": {"name": "apollo", "rank": 4, "update_interval": 2, "weight_decay": 0.1}},
+    "adam_mini": {"optim_config": {"name": "adam_mini", "weight_decay": 0.1}},
+    "badam": {"optim_config": {"name": "badam", "switch_interval": 2, "weight_decay": 0.1}},
+    "adafactor": {"optim_config": {"name": "adafactor", "weight_decay": 0.1}},
+    "lion": {"optim_config": {"name": "lion", "weight_decay": 0.1}},
+    "sgd": {"optim_config": {"name": "sgd", "momentum": 0.9, "weight_decay": 0.1}, "learning_rate": 0.1},
+}
 BASES: dict[str, dict[str, Any] | None] = {
     "full precision": None,
     "nf4": {"name": "bnb", "double_quantization": False},
@@ -100,10 +111,10 @@ class Scene:
             "per_device_train_batch_size": GLOBAL_BATCH // (combo.ranks * combo.accumulation),
             "gradient_accumulation_steps": combo.accumulation, "activation_checkpointing": combo.checkpointing,
             "max_steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 1, "lr_scheduler_config": "cosine",
-            "optim_config": {"name": "adamw", "weight_decay": 0.1}, "logging_steps": 1, "save_steps": None,
+            "logging_steps": 1, "save_steps": None,
             "eval_dataset": self.evaluation, "eval_strategy": "steps", "eval_steps": 2,
             "per_device_eval_batch_size": 2, "ddp_timeout": 60, "overwrite_output_dir": True,
-            **FAMILIES[combo.family].keys,
+            **FAMILIES[combo.family].keys, **OPTIMIZERS[combo.optimizer],
         }  # fmt: skip
         keys["kernel_config"] = None if combo.kernels == "none" else combo.kernels
         if quant := BASES[combo.base]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from tests.matrix.axes import AXES, QUANTISED, REFUSED, USE_AXES, Combo, grid, refusals
+from tests.matrix.axes import AXES, OPTIMIZER_AXES, QUANTISED, REFUSED, USE_AXES, Combo, grid, refusals
 from tests.matrix.families import FAMILIES, WAYS, Family
-from tests.matrix.runner import LEARNT, TOLERANCE, Result, expected_sentences
+from tests.matrix.runner import LEARNT, TOLERANCE, TOLERANCES, Result, expected_sentences
 from tests.matrix.scene import GLOBAL_BATCH, STEPS
 
 PAGE = "docs/matrix.md"
@@ -19,8 +19,12 @@ def page(results: Sequence[Result]) -> str:
     train = [r for r in results if r.combo.use == "training"]
     plain = [r for r in train if r.combo in _GRID]
     used = [r for r in results if r.combo.use == "inference"]
-    families = [r for r in train if r.combo not in _GRID]
-    parts = [_head(plain, used, families), _axes(plain), _methods(plain), _inference(used), _families(families)]
+    others = [r for r in train if r.combo.optimizer != "adamw"]
+    families = [r for r in train if r.combo not in _GRID and r.combo.optimizer == "adamw"]
+    parts = [
+        _head(plain, used, families), _axes(plain), _methods(plain), _optimizers(others), _inference(used),
+        _families(families),
+    ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -92,6 +96,24 @@ def _words(when: Mapping[str, tuple[Any, ...]]) -> str:
     return " with ".join(
         texts.get((axis, values), " or ".join(values)) for axis, values in when.items() if axis != "use"
     )
+
+
+def _optimizers(others: Sequence[Result]) -> str:
+    rows = []
+    for name in OPTIMIZER_AXES["optimizer"]:
+        row = [name]
+        for method in OPTIMIZER_AXES["method"]:
+            cell = [r for r in others if (r.combo.optimizer, r.combo.method) == (name, method)]
+            trained = [r for r in cell if not refusals(r.combo)]
+            row.append(_cell(trained or cell, not trained))
+        ran = [r for r in others if r.combo.optimizer == name and not refusals(r.combo)]
+        rows.append([*row, *(_largest(ran, what) for what in _WORDS)])
+    text = f"""Every pair of an optimiser with a base, method, number of ranks, accumulation and packing. The reference
+steps with the same optimiser on one process's model; what each optimiser does is compared with its authors' program
+elsewhere (`plugins/optim/tests`). The saved result's logits may differ by {TOLERANCES["muon"]:.0e} after `muon`, which
+makes rounding as large as everything else."""
+    head = ["", *OPTIMIZER_AXES["method"], *_WORDS.values()]
+    return f"## Optimisers\n\n{text}\n\n" + _table(head, rows)
 
 
 def _inference(used: Sequence[Result]) -> str:
