@@ -35,6 +35,7 @@ _WHERE = {
         ),
         "llmtune.contract.evaluation": ("Evaluator", "MeasuresAnswers", "MeasuresBatches", "Prediction"),
         "llmtune.contract.rewards": ("ReadsRows", "Reward"),
+        "llmtune.contract.hubs": ("Hub", "HubUnreachable", "NotOnHub", "Repository", "RepositoryFiles"),
         "llmtune.contract.launching": ("Launcher", "LaunchRequest", "Machines"),
         "llmtune.distributed.launch": ("rank_environment", "LaunchError"),
         "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),

@@ -25,6 +25,7 @@ CONTRACT = {
     "llmtune.contract.rewards",
     "llmtune.contract.events",
     "llmtune.contract.hookspecs",
+    "llmtune.contract.hubs",
     "llmtune.contract.optimizers",
     "llmtune.contract.load_rules",
     "llmtune.contract.extension_points",

@@ -17,13 +17,16 @@ import torch
 
 import llmtune
 from llmtune.contract.errors import LoadError
+from llmtune.contract.hubs import Repository
 from llmtune.model import gguf, hub
 from llmtune.model.config import ModelConfig
+from llmtune.model.huggingface import HuggingFace
 from llmtune.model.source import (
     load_tokenizer,
     resolve_model,
 )
 from llmtune.model.weight_files import read_index
+from llmtune.testing import check_plugin
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"
@@ -205,7 +208,7 @@ def hub_server(folder, tmp_path, monkeypatch):
     names = lambda: sorted(path.name for path in folder.iterdir())  # noqa: E731
     refusals = {
         "absent": (404, "RepoNotFound"), "secret": (401, "RepoNotFound"), "gated": (403, "GatedRepo"),
-        "busy": (429, ""), "down": (503, ""),
+        "busy": (429, ""), "down": (503, ""), "tiny-absent": (404, "RepoNotFound"),
     }  # fmt: skip
     asked: list[str] = []
     tokens: set[str | None] = set()
@@ -261,6 +264,11 @@ def hub_server(folder, tmp_path, monkeypatch):
     yield commit, asked, tokens
     server.shutdown()
     server.server_close()
+
+
+def test_the_hub_keeps_every_law(hub_server, folder, tmp_path):
+    files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    check_plugin("hub_config", "huggingface", tmp_path, repository="me/tiny", files=files)
 
 
 def test_hub_fetches_text_first_then_safetensors_never_pickles(hub_server, tmp_path):
@@ -359,7 +367,7 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         with pytest.raises(hub.HubUnreachable, match="could not be reached"):
-            hub.fetch("me/tiny", revision=None, cache_dir=tmp_path, token=None, weights=False, patience_s=0.2)
+            hub.fetch(Repository(name="me/tiny", cache_dir=tmp_path, patience_s=0.2), HuggingFace(), weights=False)
 
 
 def test_the_mirror_stands_in_and_says_so(wheel, tmp_path, monkeypatch):

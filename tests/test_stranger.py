@@ -353,24 +353,6 @@ def test_the_run_says_which_package_it_used(trained: Place) -> None:
     assert '"launch_config posse": "acme-tuning 1.4.2"' in (trained.folder / "together-2" / "run.json").read_text()
 
 
-def test_plugins_and_schema_know_it(place: Place) -> None:
-    listing = place.start("-m", "llmtune", "plugins", "--json")
-    schema = place.start("-m", "llmtune", "schema")
-    rows = [row for row in json.loads(finish(listing))["plugins"] if row["package"] == "acme-tuning"]
-    assert {(row["point"], row["name"]) for row in rows} == {
-        ("peft_config", "ia3"), ("quant_config", "int8_rows"), ("stage_config", "smoothed"), ("data_config", "forum"),
-        ("stage_config", "best_of"), ("reward_config", "small"), ("engine_config", "parrot"), ("launch_config", "posse")
-    }  # fmt: skip
-    assert {(row["version"], row["state"]) for row in rows} == {("1.4.2", "ok")}
-    blocks = [
-        form["properties"]
-        for form in json.loads(finish(schema))["properties"]["stage_config"]["anyOf"][0]["oneOf"]
-        if form.get("properties", {}).get("name") == {"const": "smoothed"}
-    ]
-    assert blocks[0]["beta"]["exclusiveMaximum"] == 1
-    assert blocks[0]["beta"]["description"].startswith("Share of the target")
-
-
 def test_mistakes_in_its_keys_are_reported_with_their_lines(place: Place) -> None:
     recipe = place.folder / "wrong.yaml"
     recipe.write_text(

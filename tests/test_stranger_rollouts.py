@@ -1,8 +1,9 @@
-"""The stranger's stage that lets a model answer, with a second model, a reward and an engine of its own."""
+"""The stranger's stage that lets a model answer, with a second model, a reward, an engine and a hub of its own."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -25,8 +26,10 @@ def best(place: Place) -> Place:
     elder = tiny_model_folder(place.folder / "elder", initializer_range=0.3, seed=7)
     keys = BEST | {
         "stage_config": {"name": "best_of", "elder": str(elder)}, "reward_config": "small", "engine_config": "parrot",
-        "dataset": str(place.folder / "prompts.jsonl"), "save_steps": 4,
+        "dataset": str(place.folder / "prompts.jsonl"), "save_steps": 4, "model": "me/tiny",
+        "hub_config": {"name": "shelf", "root": str(place.folder / "hub")}, "cache_dir": str(place.folder / "cache"),
     }  # fmt: skip
+    shutil.copytree(place.model, place.folder / "hub" / "me" / "tiny")
     recipe = place.write("best.yaml", place.keys("best", **keys))
     two = [f"output_dir={place.folder / 'best-2'}", "gradient_accumulation_steps=1", "--nproc", "2"]
     started = [place.start("-m", "llmtune", "train", recipe, *more) for more in ([], two)]
@@ -75,3 +78,22 @@ def test_its_stage_asks_its_engine_its_reward_and_a_second_model(best: Place, ra
 def logps(model: Any, ids: Tensor) -> Tensor:
     """The log-probability of each token but the first."""
     return model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
+
+def test_plugins_and_schema_know_it(place: Place) -> None:
+    listing = place.start("-m", "llmtune", "plugins", "--json")
+    schema = place.start("-m", "llmtune", "schema")
+    rows = [row for row in json.loads(finish(listing))["plugins"] if row["package"] == "acme-tuning"]
+    assert {(row["point"], row["name"]) for row in rows} == {
+        ("peft_config", "ia3"), ("quant_config", "int8_rows"), ("stage_config", "smoothed"), ("data_config", "forum"),
+        ("stage_config", "best_of"), ("reward_config", "small"), ("engine_config", "parrot"),
+        ("launch_config", "posse"), ("hub_config", "shelf"),
+    }  # fmt: skip
+    assert {(row["version"], row["state"]) for row in rows} == {("1.4.2", "ok")}
+    blocks = [
+        form["properties"]
+        for form in json.loads(finish(schema))["properties"]["stage_config"]["anyOf"][0]["oneOf"]
+        if form.get("properties", {}).get("name") == {"const": "smoothed"}
+    ]
+    assert blocks[0]["beta"]["exclusiveMaximum"] == 1
+    assert blocks[0]["beta"]["description"].startswith("Share of the target")

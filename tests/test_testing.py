@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,11 @@ BROKEN = {
     ("engine_config", "keeps_silent"): ("tells_each_token", "the watcher saw ()"),
     ("engine_config", "stays_in_eval"): ("leaves_the_model_as_it_was", "in another mode"),
     ("engine_config", "draws_by_rank"): ("answers_alike_on_ranks", "on 1 rank"),
+    ("hub_config", "cannot_travel"): ("travels_without_showing_its_token", "bolted to the wall"),
+    ("hub_config", "states_old_hashes"): ("lists_what_there_is", "another hash for a.txt"),
+    ("hub_config", "fetches_everything"): ("fetches_what_is_asked", "sub/b.txt came along"),
+    ("hub_config", "forgets_what_it_fetched"): ("keeps_what_it_fetched", "`cached` is None after all"),
+    ("hub_config", "is_never_sure"): ("says_what_is_not_there", "it raised HubUnreachable"),
     ("launch_config", "forgets_the_last"): ("starts_every_rank", "rank 1 of 2 never ran"),
     ("launch_config", "writes_to_describe"): ("describes_without_starting", "`describe` left job.sh"),
     ("launch_config", "swallows_failures"): ("tells_that_a_rank_failed", "`launch` returned 0"),
@@ -101,6 +107,10 @@ BROKEN = {
     ("data_config", "counts_rows"): ("depends_on_the_row_alone", "is not always the same"),
 }
 """What is wrong: the law that says so, and words of what it says."""
+
+
+SHELF: dict[str, Any] = {"repository": "me/tiny", "files": {"a.txt": b"a", "sub/b.txt": b"b"}}
+"""What a hub under test holds."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,9 +140,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_what_is_wrong_breaks_its_law(point: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     law, words = BROKEN[point, name]
     rows = [{"body": " text "}] if point == "data_config" else []
-    (checked,) = (one for one in laws(point, name, rows=rows) if one.__name__ == law)
+    (checked,) = (one for one in laws(point, name, rows=rows, **SHELF) if one.__name__ == law)
     place = tmp_path / law
     place.mkdir()
+    for file, content in SHELF["files"].items() if point == "hub_config" else ():
+        (place / "shelf" / "me" / "tiny" / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / "shelf" / "me" / "tiny" / file).write_bytes(content)
     monkeypatch.chdir(place)
     with pytest.raises(LawError) as error:
         checked(tmp_path)
@@ -145,7 +158,7 @@ def test_what_is_wrong_breaks_its_law(point: str, name: str, tmp_path: Path, mon
 def test_every_law_is_broken_by_something() -> None:
     """But those that need a reader or another mode, and a few that ask of a run what others ask of its pieces."""
     known = {
-        law.__name__ for point in EXTENSION_POINTS for law in laws(point, "x", reader=print)
+        law.__name__ for point in EXTENSION_POINTS for law in laws(point, "x", reader=print, repository="me/tiny")
     }  # fmt: skip
     again = {
         "others_read_what_it_saves", "saves_a_plain_model", "trains_as_on_the_restored_weights", "converts_as_declared",

@@ -13,6 +13,7 @@ from llmtune.contract.errors import listed
 from llmtune.contract.evaluation import Evaluator, MeasuresAnswers, MeasuresBatches
 from llmtune.contract.examples import KINDS, DataFormat
 from llmtune.contract.generation import Engine
+from llmtune.contract.hubs import Hub
 from llmtune.contract.launching import Launcher
 from llmtune.contract.optimizers import OptimizerFactory
 from llmtune.contract.records import (
@@ -101,6 +102,14 @@ def lacking(protocol: type, built: Any) -> list[str]:
 POINTS: Mapping[str, ExtensionPoint] = {
     point.name: point
     for point in (
+        ExtensionPoint(
+            name="hub_config",
+            question="Where models, adapters and data sets come from.",
+            protocol=Hub,
+            required=True,
+            shapes_model=True,
+            changes_training=False,
+        ),
         ExtensionPoint(
             name="init_config",
             question="How weights arrive on the ranks.",

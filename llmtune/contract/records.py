@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from llmtune.contract.hubs import Hub
     from llmtune.contract.optimizers import ParameterRole
 
 API_VERSION = 2
@@ -103,6 +104,8 @@ class RunContext:
     """The recipe's `cache_dir`, for plugins that fetch files of their own; None is the libraries' own place."""
     token: str | None = field(default=None, repr=False)
     """The recipe's `token` for private files on the hub."""
+    hub: Hub | None = None
+    """What the recipe's hub_config has built, for `fetch_files`; None is the default."""
 
     @property
     def words(self) -> frozenset[str]:

@@ -21,6 +21,7 @@ from llmtune.model.skeleton import cast
 from llmtune.model.source import load_model_config, resolve_model
 from llmtune.model.weight_files import read_index, stored_dtype
 from llmtune.planning.make import make_model_plan
+from llmtune.recipe.parts import hub_of
 from llmtune.recipe.registry import Registry
 from llmtune.training.building import build_objective
 from llmtune.training.save import untied
@@ -74,7 +75,7 @@ def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
     """`infer_dtype` of an export: `auto` is the type that the files of the recipe's model have."""
     if name != "auto":
         return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    files = resolve_model(recipe.model, weights=True)
+    files = resolve_model(recipe.model, hub_of(recipe), weights=True)
     declared = load_model_config(files, recipe.model).dtype
     return stored_dtype(read_index(files.folder), declared if isinstance(declared, torch.dtype) else None)
 

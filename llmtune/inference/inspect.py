@@ -82,11 +82,11 @@ def render_facts(recipe: Recipe) -> dict[str, Any]:
     from llmtune.data.template import choose_template
     from llmtune.model.source import load_tokenizer, resolve_model
     from llmtune.planning.data_plan import access_of
-    from llmtune.recipe.parts import known_formats
+    from llmtune.recipe.parts import hub_of, known_formats
 
     formats, access = known_formats(recipe), access_of(recipe)
     try:
-        tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
+        tokenizer = load_tokenizer(resolve_model(recipe.model, hub_of(recipe), weights=False), recipe.model)
         if recipe.data.template is not None:
             choose_template(recipe.data.template, tokenizer, recipe.base_dir)
     except LlmtuneError as error:
@@ -194,7 +194,7 @@ def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     """Samples and tokenizer as a run of `recipe` has them, without its model."""
     from llmtune.model.source import load_tokenizer, resolve_model
     from llmtune.planning.data_plan import prepare_for
-    from llmtune.recipe.parts import clashes, find_parts
+    from llmtune.recipe.parts import clashes, find_parts, hub_of
     from llmtune.recipe.registry import Registry
 
     problems: list[LlmtuneError] = []
@@ -202,7 +202,7 @@ def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     parts = find_parts(recipe, registry, problems, ("stage_config", "data_config"))
     unmet = {str(clash) for clash in clashes(parts.all)}  # what these two need of parts that data do not
     raise_all([problem for problem in problems if str(problem) not in unmet])
-    tokenizer = load_tokenizer(resolve_model(recipe.model, weights=False), recipe.model)
+    tokenizer = load_tokenizer(resolve_model(recipe.model, hub_of(recipe), weights=False), recipe.model)
     return prepare_for(recipe, parts, registry, tokenizer, KINDS), tokenizer  # what no stage here learns from, too
 
 

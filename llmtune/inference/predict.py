@@ -167,7 +167,7 @@ def _as_name(text: str) -> str:
 def _facts(path: str | Path, plan: ModelPlan, recipe: Recipe) -> dict[str, Any]:
     """What tells the model from others."""
     saved = saved_at(path) if plan.mode == "reopen" else None
-    told = fingerprint(resolve_model(plan.keys, weights=True).folder)
+    told = fingerprint(resolve_model(plan.keys, plan.hub, weights=True).folder)
     if saved is None:
         adapters = sorted({file for file, _ in plan.ledger.files.values()})
         told = " ".join([told, *(size_and_hash(file)[1] for file in adapters)])

@@ -19,7 +19,7 @@ from llmtune.model.fingerprint import fingerprint
 from llmtune.model.precision import torch_dtype
 from llmtune.model.source import load_model_config, resolve_model
 from llmtune.planning.make import make_model_plan
-from llmtune.recipe.parts import find_parts
+from llmtune.recipe.parts import find_parts, hub_of
 from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry
 from llmtune.training import checkpoint, run_folder, step_folders
@@ -136,7 +136,8 @@ def open_plan(
 
 def _usual_dtype(recipe: Recipe) -> torch.dtype:
     return torch_dtype(
-        recipe.export.infer_dtype, load_model_config(resolve_model(recipe.model, weights=False), recipe.model)
+        recipe.export.infer_dtype,
+        load_model_config(resolve_model(recipe.model, hub_of(recipe), weights=False), recipe.model),
     )
 
 
@@ -216,7 +217,7 @@ def check_base(plan: ModelPlan, saved: SavedRun) -> None:
     own = load_recipe(saved.run / "resolved.yaml", {"trust_remote_code": plan.keys.trust_remote_code}).model.model
     if not trained_on or plan.keys.model != own:
         return
-    folder = resolve_model(plan.keys, weights=True).folder
+    folder = resolve_model(plan.keys, plan.hub, weights=True).folder
     if fingerprint(folder) != trained_on:
         raise LoadError(
             f"model: the files in {folder} are not those that {saved.run} was trained on; put those back, or name "

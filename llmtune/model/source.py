@@ -1,6 +1,6 @@
-"""Where a model comes from: a local folder, a GGUF file, a Python package or the Hugging Face hub.
+"""Where a model comes from: a Python package, a GGUF file, a local folder or a hub, asked in this order.
 
-Each source is one function `(config, weights) -> ModelFiles | None`, None meaning "not mine"; `SOURCES` is their order.
+Each source but the last is one function `(config) -> ModelFiles | None`, None meaning "not mine".
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune.contract.errors import LoadError, PlanError
+from llmtune.contract.hubs import Hub, HubUnreachable, Repository
 from llmtune.folders import cache_root
-from llmtune.model import gguf, hub
+from llmtune.model import gguf
 from llmtune.model.config import ModelConfig
+from llmtune.model.hub import fetch
+from llmtune.model.huggingface import HuggingFace
 from llmtune.model.skeleton import config_value
 from llmtune.model.vocabulary import add_tokens
 from llmtune.model.weight_files import holds_no_weights, read_index
@@ -41,8 +43,10 @@ class ModelFiles:
     """One sentence to show the user, if there is something to know."""
 
 
-def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False, check: bool = True) -> ModelFiles:
-    """Find the model's files, fetching and converting what is not here yet.
+def resolve_model(
+    config: ModelConfig, hub: Hub | None = None, *, weights: bool, described: bool = False, check: bool = True
+) -> ModelFiles:
+    """Find the model's files, fetching and converting what is not here yet; `hub` is the recipe's.
 
     With `weights` false only small files are fetched from the hub; a GGUF is converted whole, once. Weight files that
     are here are checked by their headers, unless another rank does that (`check`). `described`: a folder may do without
@@ -50,7 +54,8 @@ def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False
     Raises LoadError: no such model, no network, no safetensors, damaged files.
     """
     scratch = config.train_from_scratch is not False
-    files = next(files for source in SOURCES if (files := source(config, weights and not scratch)) is not None)
+    files = from_package(config) or from_gguf(config) or from_folder(config)
+    files = files or from_hub(config, hub or HuggingFace(), weights and not scratch)
     _check_config_file(files.folder)
     if scratch:
         return from_scratch(files, config) if weights else replace(files, note="Its weights start from random numbers.")
@@ -61,7 +66,7 @@ def resolve_model(config: ModelConfig, *, weights: bool, described: bool = False
     return files
 
 
-def from_package(config: ModelConfig, weights: bool) -> ModelFiles | None:
+def from_package(config: ModelConfig) -> ModelFiles | None:
     """`package:NAME==VERSION`."""
     if not config.model.startswith("package:"):
         return None
@@ -71,7 +76,7 @@ def from_package(config: ModelConfig, weights: bool) -> ModelFiles | None:
     return ModelFiles(folder=folder, name=config.model, origin="package", note=note)
 
 
-def from_gguf(config: ModelConfig, weights: bool) -> ModelFiles | None:
+def from_gguf(config: ModelConfig) -> ModelFiles | None:
     """A `.gguf` file on this machine."""
     if not config.model.endswith(".gguf"):
         return None
@@ -81,7 +86,7 @@ def from_gguf(config: ModelConfig, weights: bool) -> ModelFiles | None:
     return ModelFiles(folder=gguf.gguf_folder(file, converted_cache(config)), name=config.model, origin="gguf")
 
 
-def from_folder(config: ModelConfig, weights: bool) -> ModelFiles | None:
+def from_folder(config: ModelConfig) -> ModelFiles | None:
     """A folder on this machine, or a text that can only be meant as one."""
     folder = Path(config.model).expanduser()
     if folder.is_dir():
@@ -100,20 +105,16 @@ def from_folder(config: ModelConfig, weights: bool) -> ModelFiles | None:
     return None
 
 
-def from_hub(config: ModelConfig, weights: bool) -> ModelFiles | None:
+def from_hub(config: ModelConfig, hub: Hub, weights: bool) -> ModelFiles:
     """A hub id; where the hub cannot be reached, the mirror of it that is a Python package."""
     mirror = gguf.MIRRORS.get(config.model) if config.revision in (None, "main") else None
+    repository = Repository(
+        name=config.model, revision=config.revision, cache_dir=config.cache_dir, token=config.token,
+        patience_s=4.0 if mirror else 10.0,
+    )  # fmt: skip
     try:
-        folder, commit, note = hub.fetch(
-            config.model,
-            revision=config.revision,
-            cache_dir=config.cache_dir,
-            token=config.token,
-            weights=weights,
-            code=config.trust_remote_code,
-            patience_s=4.0 if mirror else 10.0,
-        )
-    except hub.HubUnreachable as error:
+        folder, commit, note = fetch(repository, hub, weights=weights, code=config.trust_remote_code)
+    except HubUnreachable as error:
         if mirror is None:
             raise
         return _from_mirror(config, mirror, error)
@@ -123,7 +124,7 @@ def from_hub(config: ModelConfig, weights: bool) -> ModelFiles | None:
 def _from_mirror(config: ModelConfig, mirror: str, error: LoadError) -> ModelFiles:
     package = gguf.KNOWN_PACKAGES[mirror]
     try:
-        files = from_package(replace(config, model=f"package:{mirror}"), True)
+        files = from_package(replace(config, model=f"package:{mirror}"))
     except LoadError as second:
         raise LoadError(f"{error}. Its mirror failed, too: {second}") from second
     assert files is not None
@@ -132,10 +133,6 @@ def _from_mirror(config: ModelConfig, mirror: str, error: LoadError) -> ModelFil
         f"{package.version}, whose weights are {package.rounding}."
     )
     return replace(files, name=config.model, note=note)
-
-
-SOURCES: tuple[Callable[[ModelConfig, bool], ModelFiles | None], ...] = (from_package, from_gguf, from_folder, from_hub)
-"""Asked in this order. The last one answers for every text."""
 
 
 def from_scratch(files: ModelFiles, config: ModelConfig) -> ModelFiles:

@@ -17,7 +17,7 @@ from llmtune.data.questions import KINDS, QuestionReader
 from llmtune.data.reading import HubAccess
 from llmtune.data.stream_loader import StreamLoader
 from llmtune.model.generate import limit_of
-from llmtune.recipe.parts import Parts, formats_of
+from llmtune.recipe.parts import Parts, formats_of, hub_of
 
 if TYPE_CHECKING:
     from llmtune.contract.generation import GenerateConfig
@@ -89,7 +89,7 @@ def questions_of(
 def access_of(recipe: Recipe) -> HubAccess:
     """How the recipe's data sets are fetched from the hub."""
     cache = recipe.model.cache_dir
-    return HubAccess(cache_dir=None if cache is None else str(cache), token=recipe.model.token)
+    return HubAccess(cache_dir=None if cache is None else str(cache), token=recipe.model.token, hub=hub_of(recipe))
 
 
 def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool, stage: Stage) -> DataPlan:

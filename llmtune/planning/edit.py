@@ -74,7 +74,7 @@ def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bo
     template of the recipe, too; for training, preparing the data does that. Raises LoadError and PlanError.
     """
     reads = ranks.first or not any(only_first_reads(part.built) for part in parts.at("init_config"))
-    files = resolve_model(recipe.model, weights=False, described=described, check=reads)
+    files = resolve_model(recipe.model, parts.one("hub_config").built, weights=False, described=described, check=reads)
     config = load_model_config(files, recipe.model)
     tokenizer = read_tokenizer(files, recipe.model)
     keys, layers = amended(recipe.model, parts, config, tokenizer)
@@ -110,7 +110,7 @@ def plan_model(
         gather_dtype=precision.compute, capabilities=parts.capabilities,
         learning_rate=recipe.train.learning_rate if mode == "train" else 0.0,
         autocast=precision.autocast, model_name=recipe.model.model, revision=pretrained.files.revision,
-        cache_dir=recipe.model.cache_dir, token=recipe.model.token,
+        cache_dir=recipe.model.cache_dir, token=recipe.model.token, hub=parts.one("hub_config").built,
     )  # fmt: skip
     recipe = replace(recipe, model=pretrained.keys)
     ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)

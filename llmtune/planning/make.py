@@ -188,6 +188,8 @@ def foundations(
 ) -> tuple[Precision | None, Pretrained]:  # fmt: skip
     """The number types, `precision` where it is given, and what the model's files say. Raises all problems so far where
     the files cannot be read, as nothing more can be found then."""
+    if not parts.at("hub_config"):
+        raise_all(problems)  # one of them is why
     model_problems: list[LlmtuneError] = []
     pretrained: Pretrained | None = None
     with collect(model_problems):

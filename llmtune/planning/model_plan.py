@@ -12,6 +12,7 @@ from llmtune.distributed.activation_checkpointing import Level
 if TYPE_CHECKING:
     import torch
 
+    from llmtune.contract.hubs import Hub
     from llmtune.contract.records import RunContext
     from llmtune.distributed.ranks import Ranks
     from llmtune.model.config import ModelConfig
@@ -73,6 +74,11 @@ class ModelPlan:
     finished: bool = False
     """Whether it has been trained elsewhere, so that nothing of it may start from random numbers."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def hub(self) -> Hub:
+        """Where its files come from that are not on this machine."""
+        return self.parts.one("hub_config").built
 
     @property
     def is_adapter(self) -> bool:

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.parts import Parts
 
-_OF_SEVERAL = ("dist_config", "launch_config")
-"""Extension points whose defaults have nothing to do where there is one rank."""
-
 
 def model_lines(plan: ModelPlan, flat: bool) -> list[str]:
     """Which model this is, where it will be, and how it attends; `flat` says how rows are laid."""
@@ -85,9 +82,11 @@ def edit_lines(parts: Parts, plan: ModelPlan) -> list[str]:
     edits = [part for point in EDITORS for part in parts.at(point) if isinstance(part.built, Edit)]
     for part, (_, change) in zip(edits, plan.ledger.changes, strict=True):
         reports[id(part)] = _grouped(change.report)
+    idle = {"dist_config", "launch_config"} if plan.ranks.size == 1 else set()
+    idle |= {"hub_config"} if plan.files.origin != "hub" else set()
     lines = []
     for part in parts.all:
-        if plan.ranks.size == 1 and part.point in _OF_SEVERAL and part.plugin.name == POINTS[part.point].default:
+        if part.plugin.name == POINTS[part.point].default and part.point in idle:
             continue
         summary, *more = reports[id(part)] or [part.plugin.summary]
         name = f"{part.plugin.name} ({part.package})"

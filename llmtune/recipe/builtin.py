@@ -10,6 +10,7 @@ from llmtune.contract.records import Plugin
 from llmtune.data.formats.builtin import FORMATS
 from llmtune.distributed.config import Fsdp2Config
 from llmtune.distributed.launch import Torchrun
+from llmtune.model.huggingface import HuggingFace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,28 @@ def _fsdp2(config: Any) -> Any:
     from llmtune.distributed.fsdp2 import Fsdp2
 
     return Fsdp2(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceConfig:
+    """The hub has no keys: `token` and `cache_dir` are the recipe's own."""
+
+
+def _huggingface(config: HuggingFaceConfig) -> HuggingFace:
+    return HuggingFace()
+
+
+@hookimpl
+def hub_config() -> list[Plugin]:
+    """The hub whose library is always there."""
+    return [
+        Plugin(
+            name="huggingface",
+            config=HuggingFaceConfig,
+            build=_huggingface,
+            summary="The Hugging Face hub, or what HF_ENDPOINT names in its place",
+        )
+    ]
 
 
 @hookimpl

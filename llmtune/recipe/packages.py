@@ -43,7 +43,7 @@ class PackageSource:
 
 CORE = PackageSource(
     module="llmtune.recipe.builtin", distribution="llmtune", version=__version__,
-    names=("fsdp2", "torchrun", *(plugin.name for plugin in FORMATS)),
+    names=("fsdp2", "huggingface", "torchrun", *(plugin.name for plugin in FORMATS)),
 )  # fmt: skip
 """What ships with the core, without entry points."""
 

@@ -17,6 +17,7 @@ from llmtune.recipe.blocks import decode_block, find_named
 from llmtune.recipe.registry import Registry
 
 if TYPE_CHECKING:
+    from llmtune.contract.hubs import Hub
     from llmtune.contract.launching import Launcher
     from llmtune.contract.records import Plugin
     from llmtune.recipe.recipe import Recipe
@@ -169,6 +170,14 @@ def launcher_of(recipe: Recipe, registry: Registry) -> Launcher:
     parts = find_parts(recipe, registry, problems, ("launch_config",))
     raise_all(problems)
     return parts.one("launch_config").built
+
+
+def hub_of(recipe: Recipe) -> Hub:
+    """Where the models, adapters and data sets of `recipe` come from. Raises the errors of its block."""
+    problems: list[LlmtuneError] = []
+    parts = find_parts(recipe, Registry(), problems, ("hub_config",))
+    raise_all(problems)
+    return parts.one("hub_config").built
 
 
 def clashes(parts: Sequence[BuiltPlugin]) -> list[PlanError]:

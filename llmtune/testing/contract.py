@@ -59,6 +59,10 @@ class Subject:
     """How far losses, logits and gradients may be from the reference, as a share of their size."""
     rows: Sequence[Mapping[str, Any]] = ()
     """Rows that a `data_config` plugin reads, one of each shape it knows."""
+    repository: str = ""
+    """The name of a repository on the hub of a `hub_config` plugin that holds `files`; without it, no hub is asked."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What the repository holds, by path: two files or more."""
     reader: Callable[[Path, Path], Any] | None = None
     """`reader(saved, base)` opens what `save` wrote onto the base model's folder, as others would; returns a model.
     Of a logger, `reader(own folder, run's folder)` returns the steps at which it has a `loss`."""

@@ -157,7 +157,7 @@ class WeightFiles:
     @classmethod
     def find(cls, plan: ModelPlan) -> WeightFiles:
         """Look on this machine's disk, fetching what is not there yet."""
-        folder = resolve_model(plan.keys, weights=True).folder
+        folder = resolve_model(plan.keys, plan.hub, weights=True).folder
         index = read_index(folder)
         require_tied(plan.module, plan.ledger, folder, index)
         return cls(folder, index)

@@ -38,7 +38,7 @@ def base_weights(plan: Plan, before: Mapping[str, str]) -> Mapping[str, str]:
     """
     found = None
     if plan.ranks.first or not only_first_reads(plan.parts.one("init_config").built):
-        found = fingerprint(resolve_model(plan.recipe.model, weights=True).folder)
+        found = fingerprint(resolve_model(plan.recipe.model, plan.model.hub, weights=True).folder)
     everyone = from_all(found)
     for rank, other in enumerate(everyone):
         if other not in (None, everyone[0]):

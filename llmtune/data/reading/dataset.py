@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import DataError
+from llmtune.contract.hubs import Hub
 from llmtune.data.config import Source
 from llmtune.data.reading.locate import locate
 from llmtune.data.reading.registry import described
+from llmtune.model.huggingface import HuggingFace
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubAccess:
-    """How data sets of the hub are fetched; the keys `cache_dir` and `token` of a recipe."""
+    """How data sets of the hub are fetched; the keys `cache_dir`, `token` and `hub_config` of a recipe."""
 
     cache_dir: str | None = None
     token: str | None = field(default=None, repr=False)
+    hub: Hub = field(default_factory=HuggingFace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,8 @@ def find(
         DataError: nothing is there, or it cannot be used; with the nearest name.
     """
     spelling = source.path.strip()
-    entry = described(spelling, base_dir, dataset_dir)
+    access = access or HubAccess()
+    entry = described(spelling, base_dir, dataset_dir, access.hub.registry_key)
     if entry is None:
         where, base = spelling, base_dir
     else:
@@ -83,7 +87,7 @@ def find(
         name=source.name or (spelling if entry is not None else _short(spelling)),
         files=() if isinstance(place, str) else tuple(place),
         hub=place if isinstance(place, str) else None,
-        access=access or HubAccess(),
+        access=access,
         **{**known, **{key: value for key, value in own.items() if value}},
     )
 

@@ -1,4 +1,4 @@
-"""Data sets on the hub, through the `datasets` library."""
+"""Data sets on a hub, through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import DataError
+from llmtune.contract.errors import DataError, LoadError
+from llmtune.contract.hubs import Repository
+from llmtune.data.reading.files import kind_of
 from llmtune.data.reading.rows import Row
 from llmtune.data.reading.tables import without_nulls
+from llmtune.model.hub import Download
 
 if TYPE_CHECKING:
     from llmtune.data.reading.dataset import Dataset
@@ -26,7 +30,8 @@ def hub_rows(dataset: Dataset, before: int, *, streaming: bool = False) -> Itera
 def hub_content(dataset: Dataset) -> str:
     """What tells this data set's content from another's: the library's own fingerprint, else a hash of all rows."""
     table = load(dataset)
-    known = getattr(table, "_fingerprint", None)
+    # Of files that were fetched here it tells when that was, too.
+    known = getattr(table, "_fingerprint", None) if dataset.access.hub.read_by_datasets else None
     if known:
         return str(known)
     digest = hashlib.sha256()
@@ -44,17 +49,43 @@ def load(dataset: Dataset, streaming: bool = False) -> Any:
         import datasets
     except ImportError:
         raise DataError(f"{told}, which needs the datasets library; run `pip install datasets`") from None
+    access = dataset.access
+    more: dict[str, Any] = {"streaming": True} if streaming else {}
+    more |= {"data_dir": dataset.folder} if dataset.folder else {}
+    more |= {"cache_dir": access.cache_dir} if access.cache_dir else {}
     try:
-        more: dict[str, Any] = {"streaming": True} if streaming else {}
-        more |= {"data_dir": dataset.folder} if dataset.folder else {}
-        more |= {key: value for key, value in vars(dataset.access).items() if value is not None}
-        return _loaded(datasets, dataset.hub, dataset.subset, dataset.split, **more)
+        if access.hub.read_by_datasets:
+            more |= {"token": access.token} if access.token else {}
+            return _loaded(datasets, dataset.hub, dataset.subset, dataset.split, **more)
+        return _loaded(datasets, str(_fetched(dataset)), dataset.subset, dataset.split, **more)
+    except LoadError as error:
+        raise DataError(f"{told}: {error}") from error
     except Exception as error:  # whatever the hub, the network or the data set's own files raise
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{told}, which could not be loaded: {text}. Check the id, split and subset, the network and "
             "HF_HUB_OFFLINE, or name a local file"
         ) from error
+
+
+def _fetched(dataset: Dataset) -> Path:
+    """The folder with the data set's files, of a hub that the `datasets` library does not know. Raises LoadError."""
+    access = dataset.access
+    assert dataset.hub is not None
+    within = f"{dataset.folder.strip('/')}/" if dataset.folder else ""
+
+    def readable(names: list[str]) -> list[str]:
+        found = [name for name in names if name.startswith(within) and kind_of(Path(name)) is not None]
+        if not found:
+            raise LoadError(f"dataset: {dataset.hub} on {access.hub.title} holds no file of data; name another")
+        return [*found, *(name for name in names if name == "README.md")]  # which describes subsets and splits
+
+    def lacking(folder: Path) -> list[str]:
+        there = [path for path in folder.rglob("*") if kind_of(path) is not None]
+        return [] if there else ["files of data"]
+
+    repository = Repository(name=dataset.hub, kind="dataset", cache_dir=access.cache_dir, token=access.token)
+    return Download(repository, access.hub, "dataset").run(readable, lacking)[0]
 
 
 @lru_cache(maxsize=8)

@@ -47,9 +47,10 @@ class Entry:
     """Fields of `Dataset` that the registry knows."""
 
 
-def described(name: str, base_dir: Path, dataset_dir: Path | str | None) -> Entry | None:
+def described(name: str, base_dir: Path, dataset_dir: Path | str | None, hub_key: str = "hf_hub_url") -> Entry | None:
     """The entry of `name`, or None where no registry holds it.
 
+    `hub_key` is the key of an entry that names its place on the recipe's hub, which wins over those of other hubs.
     The registry is `dataset_info.json` in `dataset_dir`; without one, in `base_dir` or in its folder `data`.
 
     Raises:
@@ -63,7 +64,7 @@ def described(name: str, base_dir: Path, dataset_dir: Path | str | None) -> Entr
         return None
     entries = _read(file, asked=dataset_dir is not None)
     if name in entries:
-        return _entry(name, entries[name], file)
+        return _entry(name, entries[name], file, hub_key)
     plain = not any(sign in name for sign in "/.:*?") and not (base_dir / name).exists()
     if plain and (near := did_you_mean(name, entries)):  # else the hub would be asked for it
         raise DataError(f"{name}: {file} has no data set of this name.{near} Write hub:{name} for one on the hub")
@@ -83,7 +84,7 @@ def _read(file: Path, asked: bool) -> dict[str, Any]:
     return {}  # the datasets library calls a file of its own so
 
 
-def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
+def _entry(name: str, entry: Mapping[str, Any], file: Path, hub_key: str) -> Entry:
     where = f"{file}: {name}"
     if strange := [key for key in entry if key not in _TYPES]:
         near = did_you_mean(strange[0], _TYPES)
@@ -112,7 +113,7 @@ def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
     elif facts["exclusive"] and formatting == "alpaca" and "output" not in facts["columns"]:
         # A prompt without a response is what pretraining takes: plain text.
         facts |= {"format": "text", "columns": {"text": facts["columns"].get("instruction", "text")}}
-    path = _path(entry, where)
+    path = _path(entry, where, hub_key)
     if path.startswith("hub:"):
         facts["folder"] = entry.get("folder")
     elif entry.get("folder"):
@@ -120,16 +121,19 @@ def _entry(name: str, entry: Mapping[str, Any], file: Path) -> Entry:
     return Entry(path=path, base_dir=file.parent, facts=facts)
 
 
-def _path(entry: Mapping[str, Any], where: str) -> str:
-    if entry.get("hf_hub_url"):
-        return f"hub:{entry['hf_hub_url']}"
+def _path(entry: Mapping[str, Any], where: str, hub_key: str) -> str:
+    if entry.get(hub_key):
+        return f"hub:{entry[hub_key]}"
     if entry.get("script_url"):
         raise DataError(f"{where} is loaded by a script, which llmtune does not run; name a file or a hub data set")
     if entry.get("file_name"):
         return f"./{entry['file_name']}" if not Path(entry["file_name"]).is_absolute() else entry["file_name"]
     if elsewhere := [key for key in _PLACES if entry.get(key)]:
-        raise DataError(f"{where} is only at {elsewhere[0]}, which cannot be read; download it and give file_name")
-    raise DataError(f"{where} names no place; give file_name or hf_hub_url")
+        other = ", or name its hub in hub_config" if elsewhere[0].endswith("_hub_url") else ""
+        raise DataError(
+            f"{where} is only at {elsewhere[0]}, which cannot be read; download it and give file_name{other}"
+        )
+    raise DataError(f"{where} names no place; give file_name or {hub_key}")
 
 
 def _columns(columns: Any, formatting: str, where: str) -> dict[str, Any]:

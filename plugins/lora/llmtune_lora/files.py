@@ -69,7 +69,9 @@ def adapter_folder(place: str, context: RunContext) -> Path:
             return folder
     if Path(place).exists():
         raise PlanError(f"{KEY}: {place} holds no {CONFIG}; name a folder that PEFT or llmtune saved")
-    return fetch_files(place, (CONFIG, WEIGHTS), key=KEY, cache_dir=context.cache_dir, token=context.token)
+    return fetch_files(
+        place, (CONFIG, WEIGHTS), key=KEY, cache_dir=context.cache_dir, token=context.token, hub=context.hub
+    )
 
 
 def read_config(folder: Path) -> LoraConfig:

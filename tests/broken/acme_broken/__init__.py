@@ -61,6 +61,9 @@ POINTS = {
         "takes_chances", "sees_its_neighbours", "ignores_seeds", "never_ends", "keeps_silent", "stays_in_eval",
         "draws_by_rank",
     ),
+    "hub_config": (
+        "cannot_travel", "states_old_hashes", "fetches_everything", "forgets_what_it_fetched", "is_never_sure",
+    ),
     "launch_config": ("forgets_the_last", "writes_to_describe", "swallows_failures", "forgets_who_it_is"),
     "reward_config": (
         "counts_to_infinity", "grades_on_a_curve", "grows_tired", "rolls_dice", "favours_large_crowds",
@@ -78,12 +81,12 @@ def _builder(name: str) -> Callable[[Any], Any]:
     def build(config: Any) -> Any:
         import torch
 
-        from acme_broken import edits, engines, evaluators, formats, launchers, others, rewards
+        from acme_broken import edits, engines, evaluators, formats, hubs, launchers, others, rewards
 
         if name == "draws_numbers":
             torch.rand(1)
         made = "".join(word.title() for word in name.split("_"))
-        modules = (edits, engines, evaluators, formats, launchers, others, rewards)
+        modules = (edits, engines, evaluators, formats, hubs, launchers, others, rewards)
         return getattr(next(module for module in modules if hasattr(module, made)), made)()
 
     return build
@@ -152,6 +155,11 @@ def data_config() -> list[Plugin]:
 @hookimpl
 def engine_config() -> list[Plugin]:
     return _plugins("engine_config")
+
+
+@hookimpl
+def hub_config() -> list[Plugin]:
+    return _plugins("hub_config")
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed` and `best_of`,
 `data_config: forum`, `reward_config: small`, `engine_config: parrot`,
-`launch_config: posse`."""
+`launch_config: posse`, `hub_config: shelf`."""
 
 from __future__ import annotations
 
@@ -98,6 +98,20 @@ def _parrot(config: NoKeys) -> Any:
     return Parrot()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShelfConfig:
+    """Keys of `hub_config: {name: shelf}`."""
+
+    root: str
+    """Folder with a folder for each owner, which has one for each repository."""
+
+
+def _shelf(config: ShelfConfig) -> Any:
+    from acme_tuning.shelf import Shelf
+
+    return Shelf(config.root)
+
+
 def _posse(config: NoKeys) -> Any:
     from acme_tuning.posse import Posse
 
@@ -139,6 +153,11 @@ def stage_config() -> list[Plugin]:
 @hookimpl
 def engine_config() -> list[Plugin]:
     return [Plugin(name="parrot", config=NoKeys, build=_parrot, summary="Answers that follow from the prompt")]
+
+
+@hookimpl
+def hub_config() -> list[Plugin]:
+    return [Plugin(name="shelf", config=ShelfConfig, build=_shelf, summary="Repositories that are folders")]
 
 
 @hookimpl

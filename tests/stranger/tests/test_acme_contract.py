@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.testing import Law, laws
+from llmtune.testing import Law, check_plugin, laws
 
 GAINS = laws("peft_config", "ia3")
 ON_BYTES = laws(
@@ -17,6 +17,18 @@ SMOOTHED = laws("stage_config", "smoothed", {"beta": 0.2})
 THREAD = {"post": "Why?", "replies": [{"text": "No.", "votes": 0}, {"text": "So.", "votes": 3}]}
 POSSE = laws("launch_config", "posse")
 FORUM = laws("data_config", "forum", {"least_votes": 2}, rows=[THREAD])
+
+
+SHELVED = {"config.json": b"{}", "more/notes.txt": b"None."}
+
+
+def test_the_shelf(tmp_path: Path) -> None:
+    for name, content in SHELVED.items():
+        file = tmp_path / "shelf" / "me" / "tiny" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    root = {"root": str(tmp_path / "shelf")}
+    check_plugin("hub_config", "shelf", tmp_path, root, repository="me/tiny", files=SHELVED)
 
 
 @pytest.mark.parametrize("law", [*GAINS, *ON_BYTES, *ROWS, *SMOOTHED, *POSSE, *FORUM], ids=str)
