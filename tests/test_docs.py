@@ -181,7 +181,9 @@ def test_the_guides_test_file_passes_for_the_plugin_in_the_readme(readme_plugin:
 @pytest.mark.parametrize("point", EXTENSION_POINTS)
 def test_the_guide_lists_every_law_with_its_sentence(point: str) -> None:
     guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
-    asked = laws(point, "x", reader=print) + (laws(point, "x", mode="infer") if point == "quant_config" else [])
+    asked = laws(point, "x", reader=print, repository="me/x") + (
+        laws(point, "x", mode="infer") if point == "quant_config" else []
+    )
     assert [law.__name__ for law in asked if f" | `{law.__name__}` | {law.sentence} |" not in guide] == []
     fields = [field for field in Subject.__dataclass_fields__ if field not in ("point", "name", "parameters")]
     assert [name for name in fields if f"`{name}`" not in guide[guide.index("## Testing a plugin") :]] == []

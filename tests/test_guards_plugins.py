@@ -19,7 +19,8 @@ from llmtune.recipe.registry import Registry
 from tests.guards import one_step, start
 from tests.runs import recipe
 
-NAMED = sorted({(row.point, row.name) for row in Registry().listing() if row.state == "ok" and row.point != "observe"})
+USABLE = [row for row in Registry().listing() if row.state == "ok" and all(met for _, met in row.requires)]
+NAMED = sorted({(row.point, row.name) for row in USABLE if row.point != "observe"})
 
 
 def problems(point: str, block: dict[str, Any]) -> list[str]:

@@ -45,6 +45,7 @@ TOKENIZER_FILES = {
         "model.source",
         "model.gguf",
         "model.hub",
+        "model.huggingface",
         "model.skeleton",
         "model.weight_files",
     )
@@ -220,7 +221,7 @@ FOREIGN = {
     f"llmtune.{name}"
     for name in (
         "contract.structure", "cost.trace", "data.reading.hub", "data.render", "distributed.activation_checkpointing",
-        "distributed.context_parallel", "distributed.expert_parallel", "distributed.tensor_parallel", "model.hub",
+        "distributed.context_parallel", "distributed.expert_parallel", "distributed.tensor_parallel", "model.huggingface",
         "model.precision", "model.sizes", "model.skeleton", "model.tying", "planning.memory_formulas",
         "planning.objections", "planning.spreading", "training.isolation", "training.objective",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class Shelf:
         for name in names:
             target = self._kept(repository) / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(self.root) / repository.name / name, target)
+            part = target.with_name(f".{target.name}.{os.getpid()}")  # ranks fetch at once, and read what is there
+            shutil.copy(Path(self.root) / repository.name / name, part)
+            part.replace(target)
         return self._kept(repository)
 
     def cached(self, repository: Repository) -> Path | None:
