@@ -221,9 +221,10 @@ FOREIGN = {
     f"llmtune.{name}"
     for name in (
         "contract.structure", "cost.trace", "data.reading.hub", "data.render", "distributed.activation_checkpointing",
-        "distributed.context_parallel", "distributed.expert_parallel", "distributed.tensor_parallel", "model.huggingface",
-        "model.precision", "model.sizes", "model.skeleton", "model.tying", "planning.memory_formulas",
-        "planning.objections", "planning.spreading", "training.isolation", "training.objective",
+        "distributed.context_parallel", "distributed.expert_parallel", "distributed.tensor_parallel",
+        "model.huggingface", "model.precision", "model.sizes", "model.skeleton", "model.tying",
+        "planning.memory_formulas", "planning.objections", "planning.spreading",
+        "training.isolation", "training.objective",
     )
 }  # fmt: skip
 """Readers of objects of transformers, torch and the hub, whose attributes depend on the model and the version."""
