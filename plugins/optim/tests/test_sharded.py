@@ -108,6 +108,7 @@ def test_state_is_split_over_the_ranks(case, found) -> None:
 TENSOR_PARALLEL = [
     {"name": "galore", "rank": 4, "update_interval": 2}, {"name": "adafactor", "scale_parameter": True},
     {"name": "badam", "mode": "ratio", "update_ratio": 0.5, "switch_interval": 2}, {"name": "adam_mini"},
+    {"name": "muon"}, {"name": "apollo", "rank": 4, "update_interval": 2},
 ]  # fmt: skip
 
 
@@ -121,12 +122,43 @@ def test_parameters_that_are_cut_in_two_ways_move_as_on_one_rank(tmp_path: Path)
     def recipes(tag: str, **changes: Any) -> list[dict[str, Any]]:
         places = [str(tmp_path / f"{tag}{number}") for number in range(len(TENSOR_PARALLEL))]
         return [
-            tiny_recipe(tmp_path, learning_rate=0.005, optim_config=optimizer, output_dir=place, **changes)
+            tiny_recipe(tmp_path, learning_rate=0.005, max_steps=3, optim_config=optimizer, output_dir=place, **changes)
             for optimizer, place in zip(TENSOR_PARALLEL, places, strict=True)
         ]
 
     expected = losses(recipes("one"))
     both = recipes("four", dist_config={"name": "fsdp2", "tp_size": 2}, per_device_train_batch_size=2)
     found = in_ranks(4, tmp_path / "scratch", losses, both)[0]
-    for one, four in zip(expected, found, strict=True):
-        assert four == pytest.approx(one, rel=1e-5)
+    for keys, one, four in zip(TENSOR_PARALLEL, expected, found, strict=True):
+        # Muon multiplies in bfloat16, which makes more of the order in which gradients were added up.
+        assert four == pytest.approx(one, rel=1e-4 if keys["name"] == "muon" else 1e-5), keys["name"]
+
+
+MOVED: dict[str, dict[str, Any]] = {
+    "muon": {}, "apollo": {"rank": 4, "update_interval": 2}, "adam_mini": {}, "lion": {}, "sgd": {"momentum": 0.9},
+}  # fmt: skip
+
+
+def test_a_run_continues_on_two_ranks_and_on_one_again(tmp_path: Path) -> None:
+    """Momenta, factors and moments are cut for two, and put together again."""
+
+    def recipes(tag: str, rate: float = 0.002, **changes: Any) -> list[dict[str, Any]]:
+        return [
+            tiny_recipe(
+                tmp_path, learning_rate=rate, optim_config={"name": name, **MOVED[name]}, save_steps=1,
+                output_dir=str(tmp_path / f"{name}-{tag}"), **changes,
+            )
+            for name in MOVED
+        ]  # fmt: skip
+
+    def onto(keys: list[dict[str, Any]], tag: str, step: int) -> list[dict[str, Any]]:
+        places = [tmp_path / f"{name}-{tag}" / "checkpoints" / f"step-{step:08}" for name in MOVED]
+        return [{**one, "resume_from_checkpoint": str(place)} for one, place in zip(keys, places, strict=True)]
+
+    straight = losses(recipes("straight"))
+    two = in_ranks(2, tmp_path / "scratch", losses, onto(recipes("two"), "straight", 2))[0]
+    one = losses(onto(recipes("one"), "two", 3))
+    for name, expected, on_two, again in zip(MOVED, straight, two, one, strict=True):
+        assert expected[0] - expected[-1] > 1e-3, name  # it learns, so that its state counts
+        assert on_two[-2:] == pytest.approx(expected[2:], rel=1e-4), name
+        assert again[-1] == pytest.approx(expected[3], rel=1e-4), name
