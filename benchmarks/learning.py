@@ -2,11 +2,10 @@
 
     python benchmarks/learning.py [dpo kto rm grpo ppo] [--seeds 1 2 3] [--threads 2] [--write RESULT.md]
 
-dpo and kto: pairs of `llmtune:preferences_held_out`. *Preferred* is the share whose plain answer has the larger mean
-log-probability of a token, before (the base) and after; *gained* the share whose plain answer gained more of the summed
-log-probability than the other one. Both come from transformers and PEFT on what the run has saved. rm: the share of
-these pairs whose plain answer has the larger reward; chance is a half. grpo and ppo: the mean reward of answers that
-are drawn, of the first step before its update and of the held-out questions at the end; 1.5 is all.
+dpo and kto: the share of pairs of `llmtune:preferences_held_out` whose plain answer gained more log-probability than
+the other one, by transformers and PEFT from what the run has saved. rm: the share of these pairs whose plain answer has the
+larger reward. Chance is a half for the three. grpo and ppo: the mean reward of answers that are drawn, of the first
+step before its update and of the held-out questions at the end; 1.5 is all.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ HELD_OUT = ROOT / "llmtune" / "data" / "sets" / "preferences_held_out.jsonl"
 RECIPES = ("dpo", "kto", "rm", "grpo", "ppo")
 
 
-def answer_logps(model: Any, tokenizer: Any, prompt: str, answer: str) -> list[float]:
-    """The log-probability of each token of an answer, by the model's own template."""
+def answer_logp(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    """The log-probability of an answer, by the model's own template."""
     import torch
 
     asked = [{"role": "user", "content": prompt}]
@@ -40,11 +39,11 @@ def answer_logps(model: Any, tokenizer: Any, prompt: str, answer: str) -> list[f
     with torch.no_grad():
         logps = model(torch.tensor([ids[1]])).logits[0, :-1].float().log_softmax(-1)
     targets = torch.tensor(ids[1][1:])
-    return logps.gather(1, targets[:, None])[len(ids[0]) - 1 :, 0].tolist()
+    return logps.gather(1, targets[:, None])[len(ids[0]) - 1 :, 0].sum().item()
 
 
-def preferences(run: Path) -> dict[str, float]:
-    """What the base and the trained model make of pairs that were held out."""
+def gained_more(run: Path) -> float:
+    """The share of held-out pairs whose plain answer gained more than the other one."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,16 +55,13 @@ def preferences(run: Path) -> dict[str, float]:
     files = llmtune.plan({"model": base, "dataset": "llmtune:quickstart", "output_dir": "unused"}).model.files.folder
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files, dtype=torch.float32), folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    before, after, gained = 0, 0, 0
-    rows = [json.loads(line) for line in HELD_OUT.read_text().splitlines()]
+    gained, rows = 0, [json.loads(line) for line in HELD_OUT.read_text().splitlines()]
     for row in rows:
-        said = [answer_logps(model, tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        now = [answer_logp(model, tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
         with model.disable_adapter():
-            first = [answer_logps(model, tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
-        before += statistics.mean(first[0]) > statistics.mean(first[1])
-        after += statistics.mean(said[0]) > statistics.mean(said[1])
-        gained += sum(said[0]) - sum(first[0]) > sum(said[1]) - sum(first[1])
-    return {name: count / len(rows) for name, count in (("before", before), ("after", after), ("gained", gained))}
+            first = [answer_logp(model, tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        gained += now[0] - first[0] > now[1] - first[1]
+    return gained / len(rows)
 
 
 def learn(recipe: str, seed: int, threads: int) -> dict[str, float]:
@@ -84,7 +80,7 @@ def learn(recipe: str, seed: int, threads: int) -> dict[str, float]:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         ends = [row for row in rows if "eval_loss" in row]
         if recipe in ("dpo", "kto"):
-            found = preferences(run)
+            found = {"before": 0.5, "after": gained_more(run)}
         elif recipe == "rm":
             found = {"before": 0.5, "after": ends[-1]["eval_rewards/accuracies"]}
         else:
@@ -94,10 +90,10 @@ def learn(recipe: str, seed: int, threads: int) -> dict[str, float]:
 
 def line(recipe: str, found: list[dict[str, float]]) -> str:
     def each(name: str) -> str:
-        return ", ".join(f"{run[name]:.2f}" for run in found) if name in found[0] else ""
+        return ", ".join(f"{run[name]:.2f}" for run in found)
 
     minutes = statistics.median(run["minutes"] for run in found)
-    return f"| `recipes/{recipe}.yaml` | {each('before')} | {each('after')} | {each('gained')} | {minutes:.1f} |"
+    return f"| `recipes/{recipe}.yaml` | {each('before')} | {each('after')} | {minutes:.1f} |"
 
 
 def main() -> None:
@@ -110,7 +106,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    lines = ["| recipe | before | after | gained | minutes |", "|---|---|---|---|---|"]
+    lines = ["| recipe | before | after | minutes |", "|---|---|---|---|"]
     for recipe in options.recipes or RECIPES:
         found = []
         for seed in options.seeds:
