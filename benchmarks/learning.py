@@ -3,8 +3,8 @@
     python benchmarks/learning.py [dpo kto rm grpo ppo] [--seeds 1 2 3] [--threads 2] [--write RESULT.md]
 
 dpo and kto: the share of pairs of `llmtune:preferences_held_out` whose plain answer gained more log-probability than
-the other one, by transformers and PEFT from what the run has saved. rm: the share of these pairs whose plain answer has the
-larger reward. Chance is a half for the three. grpo and ppo: the mean reward of answers that are drawn, of the first
+the other one, by transformers and PEFT from what the run has saved. rm: the share of these pairs whose plain answer has
+the larger reward. Chance is a half for the three. grpo and ppo: the mean reward of answers that are drawn, of the first
 step before its update and of the held-out questions at the end; 1.5 is all.
 """
 

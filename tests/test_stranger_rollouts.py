@@ -87,7 +87,7 @@ def test_plugins_and_schema_know_it(place: Place) -> None:
     assert {(row["point"], row["name"]) for row in rows} == {
         ("peft_config", "ia3"), ("quant_config", "int8_rows"), ("stage_config", "smoothed"), ("data_config", "forum"),
         ("stage_config", "best_of"), ("reward_config", "small"), ("engine_config", "parrot"),
-        ("launch_config", "posse"), ("hub_config", "shelf"),
+        ("launch_config", "posse"), ("hub_config", "shelf"), ("optim_config", "polyak"),
     }  # fmt: skip
     assert {(row["version"], row["state"]) for row in rows} == {("1.4.2", "ok")}
     blocks = [

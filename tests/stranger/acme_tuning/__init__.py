@@ -1,6 +1,6 @@
 """What a recipe can name: `peft_config: ia3`, `quant_config: int8_rows`, `stage_config: smoothed` and `best_of`,
 `data_config: forum`, `reward_config: small`, `engine_config: parrot`,
-`launch_config: posse`, `hub_config: shelf`."""
+`launch_config: posse`, `hub_config: shelf`, `optim_config: polyak`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ class BestOfConfig:
     """Answers to each prompt, the best of which is learnt."""
     answer_tokens: Annotated[int, Ge(1)] = 6
     """Most tokens of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolyakConfig:
+    """Keys of `optim_config: {name: polyak}`."""
+
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Share of the velocity that is left after a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +126,12 @@ def _posse(config: NoKeys) -> Any:
     return Posse()
 
 
+def _polyak(config: PolyakConfig) -> Any:
+    from acme_tuning.polyak import Polyak
+
+    return Polyak(config)
+
+
 def _small(config: NoKeys) -> Any:
     from acme_tuning.best_of import Small
 
@@ -163,6 +177,11 @@ def hub_config() -> list[Plugin]:
 @hookimpl
 def launch_config() -> list[Plugin]:
     return [Plugin(name="posse", config=NoKeys, build=_posse, summary="Plain processes of this machine")]
+
+
+@hookimpl
+def optim_config() -> list[Plugin]:
+    return [Plugin(name="polyak", config=PolyakConfig, build=_polyak, summary="Gradient descent with a heavy ball")]
 
 
 @hookimpl

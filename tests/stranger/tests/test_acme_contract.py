@@ -15,6 +15,7 @@ ON_BYTES = laws(
 ROWS = laws("quant_config", "int8_rows", error=0.01)
 SMOOTHED = laws("stage_config", "smoothed", {"beta": 0.2})
 THREAD = {"post": "Why?", "replies": [{"text": "No.", "votes": 0}, {"text": "So.", "votes": 3}]}
+POLYAK = laws("optim_config", "polyak", {"momentum": 0.8})
 POSSE = laws("launch_config", "posse")
 FORUM = laws("data_config", "forum", {"least_votes": 2}, rows=[THREAD])
 
@@ -31,6 +32,6 @@ def test_the_shelf(tmp_path: Path) -> None:
     check_plugin("hub_config", "shelf", tmp_path, root, repository="me/tiny", files=SHELVED)
 
 
-@pytest.mark.parametrize("law", [*GAINS, *ON_BYTES, *ROWS, *SMOOTHED, *POSSE, *FORUM], ids=str)
+@pytest.mark.parametrize("law", [*GAINS, *ON_BYTES, *ROWS, *SMOOTHED, *POLYAK, *POSSE, *FORUM], ids=str)
 def test_contract(law: Law, tmp_path: Path) -> None:
     law(tmp_path)
