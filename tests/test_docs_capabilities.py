@@ -36,7 +36,7 @@ METHODS: dict[str, list[dict[str, Any] | None]] = {
     "`llama_pro`": [PRO],
 }
 BNB = {"name": "bnb"}
-REFUSALS = "8, which is for inference|quantised|quant_config bnb|leaves embed_tokens|how it is split|projects the"
+REFUSALS = "8, which is for inference|quantised|quant_config (bnb|hqq)|leaves embed_tokens|how it is split|projects the"
 
 
 def fsdp2(**keys: Any) -> dict[str, Any]:
@@ -51,7 +51,10 @@ ROWS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "a base in 4 bits (`nf4`, `fp4`)": [
         (1, {"quant_config": {**BNB, "quantization_type": kind}}) for kind in ("nf4", "fp4")
     ],
-    "training on a base in 8 bits": [(1, {"quant_config": {**BNB, "quantization_bit": 8}})],
+    "a base in 1 to 8 bits (`hqq`), in int8, int4, float8 (`torchao`)": [
+        (1, {"quant_config": {"name": "hqq", "quantization_bit": bits, "group_size": 16}}) for bits in (1, 8)
+    ],
+    "training on a base in 8 bits of bnb": [(1, {"quant_config": {**BNB, "quantization_bit": 8}})],
     "`init_on_meta`, `init_on_rank0`, `init_on_default`": [
         (1, {"init_config": f"init_on_{way}"}) for way in ("meta", "rank0", "default")
     ],
@@ -82,7 +85,7 @@ TRIED = (
     "`llmtune chat`, `llmtune predict`, `llmtune export`",
 )
 """Rows that no plan tells: the test at the end of this file trains with each method."""
-BASES = {"16 or 32 bits": {}, "4 bits": {"quant_config": BNB}}
+BASES = {"16 or 32 bits": {}, "quantised": {"quant_config": BNB}}
 SPREADS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "FSDP2, copies, offload": [(2, {}), (4, fsdp2(dp_replicate_size=2)), (2, fsdp2(offload_params=True))],
     "`tp_size`": ROWS["`tp_size`"],
@@ -229,7 +232,7 @@ def test_preferences_go_with_what_the_page_says(
         for ranks, changes in PAIRS:
             require(keys(changes), ranks, None)
         if column not in ("full", "freeze", "`llama_pro`"):
-            require(keys(BASES["4 bits"]), 1, None)
+            require(keys(BASES["quantised"]), 1, None)
         require(keys({"packing": True, "neat_packing": False}), 1, "neat_packing: found false")
         require(keys(CP), 2, "cp_size is 2, but the loss of preferences needs whole answers")
 
@@ -258,7 +261,7 @@ SPREAD: dict[str, dict[str, Any]] = {
 
 def recipes(models: dict[bool, str], data: str, root: Path, ranks: int) -> Iterator[dict[str, Any]]:
     for method, spread in TRAINED:
-        peft, base = (LORA, BASES["4 bits"]) if method == "QLoRA" else (METHODS[method][-1], {})
+        peft, base = (LORA, BASES["quantised"]) if method == "QLoRA" else (METHODS[method][-1], {})
         changes = {"gradient_accumulation_steps": 2 // ranks, **SPREAD[spread], **base}
         if ranks == 1 and spread != "streaming":
             changes = {"moe": changes.get("moe", False), "gradient_accumulation_steps": 2, **base}

@@ -155,8 +155,11 @@ def test_what_cannot_be_used_is_told(base: Path, adapters: list[Path], tmp_path:
     assert "there is no folder /nowhere" in refused(written(tmp_path, Path("/nowhere")))
     told = refused(written(tmp_path, base, adapters[0], quantization_bit=3))
     assert "theirs.yaml:8:1  quant_config.quantization_bit: found 3" in told
-    made = recipe_of(written(tmp_path, base, adapters[0], quantization_bit=4, double_quantization="false"))
+    quant = {"quantization_bit": 4, "double_quantization": "false", "quantization_device_map": "auto"}
+    made = recipe_of(written(tmp_path, base, adapters[0], quantization_method="bitsandbytes", **quant))
     assert made.blocks["quant_config"] == [("bnb", {"quantization_bit": 4, "double_quantization": False})]
+    made = recipe_of(written(tmp_path, base, adapters[0], quantization_bit=3, quantization_method="hqq"))
+    assert made.blocks["quant_config"] == [("hqq", {"quantization_bit": 3})]
 
     odd = Path(shutil.copytree(adapters[1], tmp_path / "odd"))
     says = json.loads((odd / "adapter_config.json").read_text())

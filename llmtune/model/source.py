@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmtune.contract.errors import LoadError, PlanError
 from llmtune.contract.hubs import Hub, HubUnreachable, Repository
 from llmtune.folders import cache_root
-from llmtune.model import gguf
+from llmtune.model import gguf, prequantised
 from llmtune.model.config import ModelConfig
 from llmtune.model.hub import fetch
 from llmtune.model.huggingface import HuggingFace
@@ -63,7 +63,8 @@ def resolve_model(
         return replace(files, note="The folder holds no weights: it can be planned, not trained.")
     if check and (weights or files.origin != "hub"):
         read_index(files.folder)
-    return files
+    kind = prequantised.kind_of(files.folder)
+    return files if kind is None else plain(files, config, kind, weights)
 
 
 def from_package(config: ModelConfig) -> ModelFiles | None:
@@ -147,6 +148,23 @@ def from_scratch(files: ModelFiles, config: ModelConfig) -> ModelFiles:
     )
 
 
+def plain(files: ModelFiles, config: ModelConfig, kind: str, weights: bool) -> ModelFiles:
+    """The files of a model that is stored quantised, dequantised where `weights` are asked for. Raises LoadError where
+    that cannot be done here."""
+    if sentence := prequantised.objection(config.model, kind):
+        raise LoadError(sentence)
+    note = f"Its weights are stored quantised ({kind}), and dequantised once into the cache; quant_config packs them."
+    files = replace(files, note=note)
+    if not weights:
+        return files
+    model_config = load_model_config(files, replace(config, rope_scaling=None))
+    kwargs = {"trust_remote_code": True} if config.trust_remote_code else {}
+    class_ = auto_class(config, model_config)
+    return replace(
+        files, folder=prequantised.dequantised(files.folder, model_config, class_, converted_cache(config), **kwargs)
+    )
+
+
 def converted_cache(config: ModelConfig) -> Path:
     """Where converted models are kept."""
     return Path(config.cache_dir or cache_root()).expanduser()
@@ -176,6 +194,7 @@ def load_model_config(files: ModelFiles, config: ModelConfig) -> PretrainedConfi
         )
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise LoadError(f"{files.folder / 'config.json'}: {_first_line(error, config)}") from error
+    prequantised.make_plain(model_config)
     if config.rope_scaling is not None:
         scale_rope(model_config, config.rope_scaling)
     return model_config

@@ -20,26 +20,29 @@ def own_keys(
     Raises RecipeError where a key is given under both names.
     """
     made, keys, overridden = {**tree}, {**places.keys}, {**places.overridden}
+    besides: list[tuple[dict[str, Any], ForeignKey]] = []
     for name, foreign in _among(tree):
         value = made.pop(name)
-        if not foreign.use or value is None:
+        if not foreign.use or value is None or _is_done_anyway(foreign, value):
             continue
         point, _, key = foreign.use.partition(".")
         block = made.setdefault(point, {}) if point in POINTS else made
         if not isinstance(block, dict) or (key or point) in block:
             raise places.error(name, f"found beside {foreign.use}, which is the same; remove one of the two")
-        for also, its in foreign.also.items():
-            block.setdefault(also.partition(".")[2], its)
+        besides.append((block, foreign))
         block[key or point] = value
         keys[(point, key) if key else (point,)] = keys.get((name,), (1, 1))
+    for block, foreign in besides:  # last, as another key may say the same in its own words
+        for also, its in foreign.also.items():
+            block.setdefault(also.partition(".")[2], its)
     renamed: dict[str, Any] = {}
     for name, value in changes.items():
         foreign = dict(_among(changes)).get(name)
         if foreign is None:
             renamed[name] = value
-        elif foreign.use and value is not None:
+        elif foreign.use and value is not None and not _is_done_anyway(foreign, value):
             point = foreign.use.partition(".")[0]
-            renamed |= {} if point in made or point in renamed else foreign.also
+            renamed = renamed if point in made or point in renamed else {**foreign.also, **renamed}
             renamed[foreign.use] = value
             overridden[tuple(foreign.use.split("."))] = places.of(name)
     return {key: as_block(key, value) for key, value in made.items()}, renamed, Places(places.origin, keys, overridden)
@@ -53,6 +56,9 @@ def _among(given: Mapping[str, Any]) -> list[tuple[str, ForeignKey]]:
 
 def _asks_nothing(foreign: ForeignKey, value: Any) -> bool:
     """Whether the value switches off what is not here, or is what happens without being asked for."""
-    if any(type(value) is type(one) and value == one for one in foreign.anyway):
-        return True
-    return (value is None or value is False) and True not in foreign.anyway
+    return _is_done_anyway(foreign, value) or ((value is None or value is False) and True not in foreign.anyway)
+
+
+def _is_done_anyway(foreign: ForeignKey, value: Any) -> bool:
+    """Whether the value is what happens without being asked for."""
+    return any(type(value) is type(one) and value == one for one in foreign.anyway)
