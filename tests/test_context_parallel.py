@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_a_model_that_mixes_tokens_elsewhere_is_refused_before_the_first_step(
     [
         ({"kernel_config": None}, 2, "cp_size is 2, which needs an attention kernel .* found sdpa; set kernel_config"),
         ({"flash_attn": "sdpa"}, 2, "found sdpa; set kernel_config: auto and flash_attn: auto"),
-        ({"rope_scaling": "dynamic"}, 2, r"LlamaForCausalLM stretches rotary positions .*\(rope type dynamic\)"),
+        ({"rope_scaling": DYNAMIC}, 2, r"LlamaForCausalLM stretches rotary positions .*\(rope type dynamic\)"),
         ({"cp": 3}, 3, "cp_size 3 does not divide the 4 attention heads of LlamaForCausalLM"),
         ({"cp": 2}, 3, "cp_size 2 needs a multiple of 2 ranks, found 3"),
         ({"cp": 2, "dp_replicate_size": 2}, 6, "dp_replicate_size 2 x cp_size 2 needs a multiple of 4 ranks"),
