@@ -86,13 +86,20 @@ def test_answers_name_what_there_is(plugins: dict[str, dict[str, set[str]]]) -> 
 @pytest.mark.parametrize("name", [name for name, foreign in foreign_keys().items() if foreign.use])
 def test_a_key_that_is_converted_means_what_it_says(name: str) -> None:
     foreign = foreign_keys()[name]
-    value = {"quantization_bit": 4, "bnb_4bit_quant_type": "nf4", "quantization_type": "fp4"}.get(name, "some/model")
-    value = False if "double" in name else value
+    chosen = {
+        "quantization_bit": 4,
+        "bnb_4bit_quant_type": "nf4",
+        "quantization_type": "fp4",
+        "quantization_method": "hqq",
+    }
+    value = False if "double" in name else chosen.get(name, "some/model")
     base = {} if foreign.use == "model" else {"model": "m"}
     file, words = {**base, name: value}, {name: value}
     for made in (load_recipe(file, for_use=True), load_recipe({"model": "m"}, words, for_use=True)):
         point, _, key = foreign.use.partition(".")
-        if key:
+        if key == "name":
+            assert made.blocks[point] == [(value, {})]
+        elif key:
             assert made.blocks[point] == [(foreign.also[f"{point}.name"], {key: value})]
         else:
             assert getattr(made.model, foreign.use) == value
