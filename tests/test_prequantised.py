@@ -139,7 +139,7 @@ def test_an_adapter_is_trained_on_it_and_read_by_others(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes", "aqlm"])
+@pytest.mark.parametrize("kind", ["hqq", "bitsandbytes", "aqlm"])
 def test_what_cannot_be_turned_back_is_refused_in_a_sentence(kind: str, tmp_path: Path) -> None:
     base, _ = stored_as("fp8", tmp_path)
     config = json.loads((base / "config.json").read_text())

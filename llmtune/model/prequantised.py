@@ -1,7 +1,8 @@
-"""Checkpoints that are stored quantised: what transformers gives back is written once as a plain folder and cached.
+"""Checkpoints that are stored quantised: their weights are written in full once, as a plain folder, and cached.
 
 A plain model composes with everything: it is sharded, adapted, quantised again by `quant_config`, exported. The numbers
-are those of `from_pretrained` with `dequantize=True`.
+are those of `from_pretrained` with `dequantize=True`; GPTQ and AWQ, which transformers reads with kernels only, are
+unpacked by `packed_integers`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from llmtune.contract.errors import LoadError, listed
 from llmtune.folders import publish
 from llmtune.model.fingerprint import fingerprint
 from llmtune.model.gguf import converting
+from llmtune.model.packed_integers import ALLOWED, unreadable, write_unpacked
 from llmtune.model.weight_files import read_index
 
 PACKAGES = {"fp8": "accelerate", "mxfp4": "accelerate", "compressed-tensors": "compressed-tensors"}
@@ -43,12 +45,16 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def objection(name: str, kind: str) -> str | None:
-    """Why the model `name`, quantised as `kind`, cannot be used here, in a sentence."""
+def objection(name: str, folder: Path, kind: str) -> str | None:
+    """Why the model `name` in `folder`, quantised as `kind`, cannot be used here, in a sentence."""
+    instead = "use the model it was made from, with quant_config hqq or bnb"
+    if kind in ALLOWED:
+        odd = unreadable(_settings(folder) or {})
+        return f"model: {name} is stored quantised ({kind}) with {odd}; {instead}" if odd else None
     if kind not in PACKAGES:
         return (
-            f"model: {name} is stored quantised ({kind}), and only {listed(PACKAGES)} can be turned back into plain "
-            "weights by transformers; use the model it was made from, with quant_config hqq or bnb"
+            f"model: {name} is stored quantised ({kind}), and only {listed([*PACKAGES, *ALLOWED])} can be turned back "
+            f"into plain weights; {instead}"
         )
     if find_spec(PACKAGES[kind].replace("-", "_")) is None:
         return (
@@ -61,16 +67,34 @@ def objection(name: str, kind: str) -> str | None:
 def dequantised(files: Path, config: Any, auto_class: Any, cache: Path, **kwargs: Any) -> Path:
     """A folder with the small `files` of a quantised model and its weights in the type that its `config` declares.
 
-    The whole model is in the memory of the process that converts it. Raises LoadError where transformers cannot read
-    it, or a weight is missing or left over.
+    The whole model is in the memory of the process that converts it, but for GPTQ and AWQ. Raises LoadError where it
+    cannot be read, or a weight is missing or left over.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", files.name)
     target = cache / "dequantised" / f"{name}-{fingerprint(files)[:16]}"
     with converting(target) as ready:
         if ready:
             return target
+        folder = Path(tempfile.mkdtemp(dir=target.parent))
+        try:
+            _fill(folder, files, config, auto_class, **kwargs)
+            publish(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _fill(folder: Path, files: Path, config: Any, auto_class: Any, **kwargs: Any) -> None:
+    """Write all that `dequantised` promises into an empty folder."""
+    settings = _settings(files) or {}
+    if settings["quant_method"] in ALLOWED:
+        import torch
+
+        write_unpacked(files, settings, config.dtype or torch.bfloat16, folder)
+        config.save_pretrained(folder)
+    else:
         _require_scales(files)
-        config.quantization_config = {**(_settings(files) or {}), "dequantize": True}
+        config.quantization_config = {**settings, "dequantize": True}
         try:
             model, report = auto_class.from_pretrained(
                 files, config=config, dtype="auto", local_files_only=True, use_safetensors=True,
@@ -83,13 +107,10 @@ def dequantised(files: Path, config: Any, auto_class: Any, cache: Path, **kwargs
             raise LoadError(f"{files}: transformers finds no place or no value for {listed(odd)}; fetch it again")
         make_plain(model.config)
         model.hf_quantizer, model.is_quantized = None, False
-        folder = Path(tempfile.mkdtemp(dir=target.parent))
         model.save_pretrained(folder)
-        for file in files.iterdir():
-            if file.is_file() and (file.name == "generation_config.json" or not file.name.endswith(WITHOUT)):
-                shutil.copyfile(file, folder / file.name)
-        publish(folder, target)
-    return target
+    for file in files.iterdir():
+        if file.is_file() and (file.name == "generation_config.json" or not file.name.endswith(WITHOUT)):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _require_scales(files: Path) -> None:

@@ -151,7 +151,7 @@ def from_scratch(files: ModelFiles, config: ModelConfig) -> ModelFiles:
 def plain(files: ModelFiles, config: ModelConfig, kind: str, weights: bool) -> ModelFiles:
     """The files of a model that is stored quantised, dequantised where `weights` are asked for. Raises LoadError where
     that cannot be done here."""
-    if sentence := prequantised.objection(config.model, kind):
+    if sentence := prequantised.objection(config.model, files.folder, kind):
         raise LoadError(sentence)
     note = f"Its weights are stored quantised ({kind}), and dequantised once into the cache; quant_config packs them."
     files = replace(files, note=note)
