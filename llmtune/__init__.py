@@ -14,7 +14,7 @@ _WHERE = {
         "llmtune.inference.inspect": ("check_data", "preview", "stats"),
         "llmtune.contract.events": ("Event", "StepDone", "Evaluated", "Saved"),
         "llmtune.contract.hookspecs": ("hookimpl",),
-        "llmtune.contract.load_rules": ("TensorPart", "LoadRule", "TensorReader"),
+        "llmtune.contract.load_rules": ("TensorPart", "LoadRule", "WeightRule", "TensorReader"),
         "llmtune.contract.records": (
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
             "Adapter", "Amends", "Amendment", "Merges", "SwitchesOff", "TrainsWhole", "Reopens",

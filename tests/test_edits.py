@@ -173,3 +173,42 @@ def test_training_nothing_is_an_error() -> None:
     ledger.apply("none", Edit(lambda model: ModelEdit(trainable=lambda name: False)), SITUATION)
     with pytest.raises(EditError, match="nothing would train"):
         set_trainable(ledger.model, ledger, torch.float32)
+
+
+class Halved:
+    """A weight rule: half of the weight goes into a tensor of its own."""
+
+    source = "model.norm.weight"
+    targets = ("model.other_half",)
+
+    def convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return weight / 2, {"model.other_half": weight / 2}
+
+
+def halve(model: Any) -> ModelEdit:
+    model.model.other_half = nn.Parameter(torch.empty(32, device="meta"))
+    return ModelEdit(weight_rules=[Halved()])
+
+
+def test_a_weight_rule_comes_before_the_rule_that_packs_the_weight() -> None:
+    model = skeleton()
+    ledger = Ledger(model)
+    packing = Rule()
+    packing.targets = ("model.norm.weight",)
+
+    def pack_in_place(model: Any) -> ModelEdit:
+        model.model.norm.weight = nn.Parameter(torch.empty(32, device="meta"), requires_grad=False)
+        return ModelEdit(rules=[packing])
+
+    ledger.apply("pack", Edit(pack_in_place), SITUATION)
+    ledger.apply("halve", Edit(halve), SITUATION)
+    (early,) = ledger.weight_rules["model.norm.weight"]
+    assert early.where == {"model.other_half": "model.other_half"} and "model.norm.weight" in ledger.rules
+
+
+def test_a_weight_rule_needs_a_weight_of_the_original_model() -> None:
+    model = skeleton()
+    ledger = Ledger(model)
+    ledger.apply("pack", Edit(lambda model: pack_norm(model, (Rule(),))), SITUATION)
+    with pytest.raises(EditError, match=r"plugin halve gave a weight rule for model\.norm\.weight, which is not"):
+        ledger.apply("halve", Edit(halve), SITUATION)

@@ -78,7 +78,7 @@ def test_keys_in_blocks_are_answered_too() -> None:
     assert about_unknown_in_block("peft_config", "lora", "export_dir", known) == f'no such key for "lora": {inside}'
     told = about_unknown_in_block("peft_config", "lora", "lora_rank", known)
     assert told == 'no such key for "lora" (write r). Known: r, target_modules'
-    assert "PiSSA is not here yet" in about_unknown_in_block("peft_config", "lora", "pissa_init", known)
+    assert "context parallelism has one way" in about_unknown_in_block("peft_config", "lora", "cp_mode", known)
     assert "`llmtune chat RUN max_length=" in about_unknown_in_block("peft_config", "lora", "max_length", known)
     assert 'Did you mean "r"?' in about_unknown_in_block("peft_config", "lora", "rr", known)
     assert about_unknown_in_block("data_config", "auto", "x", ()) == 'no such key for "auto". It has no keys'

@@ -52,6 +52,25 @@ class LoadRule(Protocol):
         ...
 
 
+class WeightRule(Protocol):
+    """How a weight of the model changes on its way in, before a load rule stores it otherwise (quantises it).
+
+    What the rule gives is the model's weight from then on.
+    """
+
+    source: str
+    """The weight, named as the edit found it."""
+    targets: tuple[str, ...]
+    """New tensors that get their values from it, named as the edit left them; there may be none."""
+
+    def convert(self, weight: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(what takes the weight's place, whole targets), from the whole weight as its file has it.
+
+        Called on every rank, in one order, with torch's CPU generator seeded from the recipe's seed and the name.
+        """
+        ...
+
+
 class TensorReader(Protocol):
     """Reads tensors of a checkpoint folder; handed to an init plugin."""
 

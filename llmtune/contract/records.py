@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from llmtune.contract.load_rules import LoadRule, TensorReader
+from llmtune.contract.load_rules import LoadRule, TensorReader, WeightRule
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +124,8 @@ class ModelEdit:
 
     rules: Sequence[LoadRule] = ()
     """For each original tensor that left the model: how to load it elsewhere."""
+    weight_rules: Sequence[WeightRule] = ()
+    """How weights of the original model change before `rules`, of this edit and of earlier ones, convert them."""
     fresh: Mapping[str, Callable[[Tensor], object]] = field(default_factory=dict)
     """New tensors that no checkpoint holds, by name: fills the full tensor in place. The core seeds
     torch's generator from the recipe's seed and the name, so the values do not depend on the ranks."""

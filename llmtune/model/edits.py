@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmtune.contract.errors import EditError, listed
-from llmtune.contract.load_rules import LoadRule
+from llmtune.contract.load_rules import LoadRule, WeightRule
 from llmtune.contract.records import Edit, ModelEdit, RunContext
 
 if TYPE_CHECKING:
@@ -52,6 +52,16 @@ class PlacedRule:
 
 
 @dataclass
+class PlacedWeightRule:
+    """A weight rule, and where its targets are now."""
+
+    rule: WeightRule
+    plugin: str
+    where: dict[str, str]
+    """The rule's name of a target to its present name."""
+
+
+@dataclass
 class Ledger:
     """Where each tensor of the original model is now, and how every new one gets its value."""
 
@@ -60,6 +70,8 @@ class Ledger:
     """Original name to present name, for tensors that no rule converts."""
     rules: dict[str, PlacedRule] = field(default_factory=dict)
     """Original name to the rule that converts it."""
+    weight_rules: dict[str, list[PlacedWeightRule]] = field(default_factory=dict)
+    """Original name to the rules that change it before that, in order."""
     fresh: dict[str, Callable[[Tensor], object]] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[Path, str]] = field(default_factory=dict)
@@ -95,6 +107,9 @@ class Ledger:
         moved = _moves(before, after)
         self._check(plugin, change, before, after, moved)
         self._follow(moved)
+        for rule in change.weight_rules:
+            placed = PlacedWeightRule(rule, plugin, {target: target for target in rule.targets})
+            self.weight_rules.setdefault(self._original(plugin, moved.get(rule.source, rule.source)), []).append(placed)
         for rule in change.rules:
             original = next(
                 (old for old, now in self.direct.items() if now == moved.get(rule.source, rule.source)), None
@@ -124,6 +139,16 @@ class Ledger:
         self.changes.append((plugin, change))
         return change
 
+    def _original(self, plugin: str, now: str) -> str:
+        """The original name of the tensor `now`, or of what a rule has made it of. Raises EditError."""
+        for old, name in self.direct.items():
+            if name == now:
+                return old
+        for old, placed in self.rules.items():
+            if now in placed.where.values():
+                return old
+        raise EditError(f"plugin {plugin} gave a weight rule for {now}, which is not a tensor of the original model")
+
     def _check(
         self,
         plugin: str,
@@ -140,7 +165,11 @@ class Ledger:
             n for n, t in before.items() if id(t) not in kept and n in set(self.direct.values()) and n not in ruled
         ]:
             raise EditError(f"plugin {plugin} removed {listed(lost)} and gave no rule to load them elsewhere")
-        told = {t for rule in change.rules for t in rule.targets} | set(change.fresh) | set(change.copies)
+        told = (
+            {t for rule in (*change.rules, *change.weight_rules) for t in rule.targets}
+            | set(change.fresh)
+            | set(change.copies)
+        )
         told |= set(change.files) | change.buffers
         new = {name: tensor for name, tensor in after.items() if id(tensor) not in known}
         if unknown := [name for name in new if name in persistent and name not in told]:
@@ -163,6 +192,8 @@ class Ledger:
         self.direct = {old: now(name) for old, name in self.direct.items()}
         for placed in self.rules.values():
             placed.where = {target: now(name) for target, name in placed.where.items()}
+        for early in (rule for rules in self.weight_rules.values() for rule in rules):
+            early.where = {target: now(name) for target, name in early.where.items()}
         self.fresh = {now(name): how for name, how in self.fresh.items()}
         self.copies = {now(name): now(of) for name, of in self.copies.items()}
         self.files = {now(name): where for name, where in self.files.items()}

@@ -31,7 +31,7 @@ from llmtune.contract.errors import EditError, LoadError, blaming, listed
 from llmtune.contract.records import ReadsOnFirst
 from llmtune.distributed.placement import local, local_box, local_rows, materialise, put, seeded, shard_group
 from llmtune.distributed.ranks import first_does
-from llmtune.model.edits import Ledger, PlacedRule, named_tensors, persistent_names
+from llmtune.model.edits import Ledger, PlacedRule, PlacedWeightRule, named_tensors, persistent_names
 from llmtune.model.new_rows import fill_rows
 from llmtune.model.skeleton import config_value
 from llmtune.model.tensor_reader import FolderReader
@@ -233,6 +233,8 @@ class WeightLoader:
         name = original.names[0]
         if self.init.whole or len(original.names) > 1 or name not in self.ledger.direct or not original.stacks():
             return None
+        if name in self.ledger.weight_rules:
+            return None
         rows = local_rows(self.tensors[self.ledger.direct[name]])
         counts = {original.patterns.count(pattern) for pattern in original.patterns}
         return rows if counts == {self.ledger.shapes[name][0]} else None
@@ -260,6 +262,8 @@ class WeightLoader:
         return value
 
     def _deliver(self, name: str, key: str | None, value: Tensor | None) -> None:
+        for early in self.ledger.weight_rules.get(name, ()):
+            key, value = None, self._changed(name, early, self._source(key, value))
         if placed := self.ledger.rules.get(name):
             self._convert(placed, key, value)
             return
@@ -276,6 +280,15 @@ class WeightLoader:
         first = min(box[0].start, *held)
         rows = self._fetch(key, (first, max(first, min(box[0].stop, *held))))
         put(tensor, rows[(slice(None), *box[1:])], whole=False, grown=grown)
+
+    def _changed(self, name: str, early: PlacedWeightRule, value: Tensor) -> Tensor:
+        """What takes the weight's place; tensors that are made of it are filled."""
+        with blaming(f"plugin {early.plugin}", f"its weight rule for {early.rule.source}"), seeded(self.seed, name):
+            value, made = early.rule.convert(value.to(self.device))
+        for target, now in early.where.items():
+            put(self.tensors[now], made[target])
+            self.done.add(now)
+        return value
 
     def _convert(self, placed: PlacedRule, key: str | None, value: Tensor | None) -> None:
         if self.init.whole:

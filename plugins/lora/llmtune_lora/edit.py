@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +22,17 @@ from transformers.pytorch_utils import Conv1D
 from llmtune import ModelEdit, ParameterRole, PlanError, RunContext, split_names
 
 from . import files
+from .beneath import merged_rules
 from .merge import fold, set_magnitudes
+from .starts import TakenOut, fresh_tensors, rules_of, takes_from_base, widened
 from .targets import (
     adapted_layers,
     adapted_parameters,
     classification_heads,
     compact,
     expressible,
+    narrow,
+    require_patterns,
     saved_modules,
     short,
     stacked_weights,
@@ -38,15 +41,6 @@ from .targets import (
 
 if TYPE_CHECKING:
     from . import LoraRecipe
-
-FRESH: dict[str, Callable[[Tensor], object]] = {
-    "lora_A": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
-    "lora_B": nn.init.zeros_,
-    "lora_embedding_A": nn.init.zeros_,
-    "lora_embedding_B": nn.init.normal_,
-    "lora_magnitude_vector": nn.init.ones_,
-}
-"""How each part of a new adapter starts, as in PEFT. Magnitudes get their value when the weights are there."""
 
 
 class Lora:
@@ -57,19 +51,16 @@ class Lora:
 
     def __init__(self, config: LoraRecipe) -> None:
         self.config = config
+        self.init = config.init
         self.adapters: list[str] = []
         """PEFT's names of the adapters in the model, in order."""
         self.saved_config: LoraConfig | None = None
         """What `adapter_config.json` will say, without the run's own entries."""
+        self.initial: dict[str, Tensor] = {}
+        """The factors at the start that were taken out of the base, by name; they come with the weights."""
 
     def check(self, context: RunContext, model: nn.Module) -> list[str]:
-        """Which numbers of adapters a run can take."""
-        given = split_names(self.config.adapter_name_or_path)
-        if context.mode == "train" and len(given) > 1:
-            return [
-                f"adapter_name_or_path names {len(given)} adapters; training continues exactly one. Merge the others "
-                "into the base first (llmtune export), or name one"
-            ]
+        """Which ways of spreading a run can take."""
         if self.config.target_parameters and (context.dims.tensor > 1 or context.dims.expert > 1):
             return [
                 "target_parameters needs whole stacks of experts on every rank, which tp_size and ep_size split; "
@@ -79,9 +70,28 @@ class Lora:
 
     def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Insert the adapters. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
-        given = split_names(self.config.adapter_name_or_path)
-        change = self._existing(model, given, context) if given else self._new(model)
-        return replace(change, roles=_roles(model), lr_factor=loraplus(self.config, context.learning_rate))
+        folders = [files.adapter_folder(place, self.config.adapter_folder, context) for place in self._given()]
+        own = None if self.config.create_new_adapter and context.mode == "train" else folders[-1:]
+        beneath = folders[: len(folders) - len(own or ())]
+        merged = [rule for folder in beneath for rule in merged_rules(model, folder, files.read_config(folder))]
+        change = self._existing(model, own[0], context) if own else self._new(model, context)
+        lines = [f"{folder} is merged into the weights as they are loaded" for folder in beneath]
+        if beneath and context.mode == "train":
+            lines.append(
+                f"the result belongs on top of {'that' if len(beneath) == 1 else 'these'}: name both, in order"
+            )
+        return replace(
+            change,
+            weight_rules=[*merged, *change.weight_rules],
+            report=[*change.report, *lines],
+            trainable=_is_adapter,
+            tp_follow=_follow(model),
+            roles=_roles(model),
+            lr_factor=loraplus(self.config, context.learning_rate),
+        )
+
+    def _given(self) -> tuple[str, ...]:
+        return split_names(self.config.adapter_name_or_path)
 
     def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
         """Write the adapter as PEFT does."""
@@ -90,11 +100,21 @@ class Lora:
         config.base_model_name_or_path = context.model_name
         config.revision = context.revision
         config.inference_mode = True
-        files.write(tensors, config, folder)
+        if self.initial:
+            tensors, config = widened(tensors, self.initial, config)
+        files.write(tensors, config, folder, taken_out=bool(self.initial))
 
-    def reopened(self, saved: Path) -> dict[str, tuple[str, ...]] | None:
-        """A continued adapter is whole in `saved`, and the folder it came from is needed no more."""
-        return {"adapter_name_or_path": (str(saved),)} if self.config.adapter_name_or_path else None
+    def reopened(self, saved: Path) -> dict[str, object] | None:
+        """An adapter that came from a folder is whole in `saved`; one that took a part of the base away, too, and with
+        it what it took. Those that were merged into the base are still needed."""
+        new = self.config.create_new_adapter
+        beneath = self._given() if new else self._given()[:-1]
+        if not self._given() and not takes_from_base(self.init):
+            return None
+        # Folders of former adapters are as the recipe names them, their subfolders included.
+        places = [files.place_in(place, self.config.adapter_folder) for place in beneath]
+        parameters: dict[str, object] = {"adapter_name_or_path": (*places, str(saved))}
+        return parameters | ({"init_lora_weights": self.init} if takes_from_base(self.init) else {})
 
     def merge(self, model: nn.Module) -> None:
         """Fold the adapters into the base. Nothing happens where they were folded in before."""
@@ -107,23 +127,7 @@ class Lora:
             fold(model, self.adapters)
             self.adapters.clear()
 
-    @contextmanager
-    def disabled(self, model: nn.Module) -> Iterator[None]:
-        """The base answers: layers skip their adapters, and modules trained in full give way to their originals.
-
-        PEFT's own switch would take `requires_grad` from the adapters, which the optimiser and FSDP2 count on.
-        """
-        tuned = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-        before = [module.disable_adapters for module in tuned]
-        try:
-            for module in tuned:
-                module._disable_adapters = True
-            yield
-        finally:
-            for module, off in zip(tuned, before, strict=True):
-                module._disable_adapters = off
-
-    def _new(self, model: nn.Module) -> ModelEdit:
+    def _new(self, model: nn.Module, context: RunContext) -> ModelEdit:
         recipe = self.config
         saved = saved_modules(model, recipe.modules_to_save)
         saved += [head for head in classification_heads(model) if head not in saved]
@@ -142,75 +146,62 @@ class Lora:
             modules_to_save=saved or None,
             fan_in_fan_out=any(isinstance(model.get_submodule(layer), Conv1D) for layer in layers),
             task_type=task_of(model),
+            rank_pattern=dict(recipe.rank_pattern or {}),
+            alpha_pattern=dict(recipe.alpha_pattern or {}),
         )
         self.saved_config = copy.deepcopy(config)
-        # A list, so that the file's order does not change from run to run.
-        self.saved_config.target_modules = compact(model, layers)
+        layers = narrow(model, layers, recipe, self.saved_config)
+        config.target_modules = layers
+        require_patterns(recipe, [*layers, *parameters])
         self.saved_config.target_parameters = parameters or None
         self.saved_config.modules_to_save = compact(model, saved) if saved else None
         self._inject(model, config, "default")
         require_adapted(model, layers, parameters)
-        parts = {name: tensor for name in model.state_dict() if (tensor := files.taken_apart(name))}
-        fresh = {name: FRESH[tensor.part] for name, tensor in parts.items() if tensor.part in FRESH}
+        fresh, rules = fresh_tensors(model, self.init), self._rules(model, context)
+        for rule in rules:
+            fresh = {name: how for name, how in fresh.items() if name not in rule.targets}
         copies = {
             name: f"{tensor.module}.original_module.{tensor.rest}"
-            for name, tensor in parts.items()
-            if tensor.part == "modules_to_save"
+            for name in model.state_dict()
+            if (tensor := files.taken_apart(name)) and tensor.part == "modules_to_save"
         }
         after_load = [partial(set_magnitudes, adapter="default")] if recipe.use_dora else []
         report = [_summary(config, layers, parameters), *_left_out(left_out, stacks), *_saved_lines(model, saved)]
-        return ModelEdit(
-            fresh=fresh,
-            copies=copies,
-            after_load=after_load,
-            trainable=_is_adapter,
-            report=report,
-            tp_follow=_follow(model),
-        )
-
-    def _existing(self, model: nn.Module, places: tuple[str, ...], context: RunContext) -> ModelEdit:
-        folders = [files.adapter_folder(place, context) for place in places]
-        configs = [files.read_config(folder) for folder in folders]
-        self._check_several(configs, context)
-        stored: dict[str, tuple[Path, str]] = {}
-        report = []
-        for number, (folder, config) in enumerate(zip(folders, configs, strict=True)):
-            name = "default" if number == 0 else f"adapter_{number + 1}"
-            if context.mode == "train":
-                files.check_agreement(self.config, config, folder)
-                if self.config.lora_dropout != type(self.config).lora_dropout:
-                    config.lora_dropout = self.config.lora_dropout
-                self.saved_config = copy.deepcopy(config)
-            config.inference_mode = False
-            self._inject(model, config, name)
-            held, base = files.files_of(model, name, folder)
-            stored |= held
-            mine = [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.r]
-            layers = [path for path, module in mine if not isinstance(module, ParamWrapper)]
-            stacks = [module.parameter_name for _, module in mine if isinstance(module, ParamWrapper)]
-            report.append(f"{_summary(config, layers, stacks)}, from {folder}")
-            if base:
-                report.append(f"{folder} also holds base weights, which are not read: {files.describe(base)}")
-        several = len(places) > 1
-        if several and "quantized_base" in context.capabilities:
-            self._use_side_by_side(model)
-        after_load = [self.merge] if several and "quantized_base" not in context.capabilities else []
-        return ModelEdit(
-            files=stored,
-            after_load=after_load,
-            trainable=_is_adapter,
-            report=report,
-            tp_follow=_follow(model),
-        )
-
-    def _check_several(self, configs: list[LoraConfig], context: RunContext) -> None:
-        if len(configs) < 2:
-            return
-        if "quantized_base" in context.capabilities and any(c.use_dora or c.modules_to_save for c in configs):
-            raise PlanError(
-                "peft_config.adapter_name_or_path: several adapters cannot be merged into a quantised base, and those "
-                "with use_dora or modules_to_save cannot be used side by side; name one, or remove quant_config"
+        if rules:
+            report.append(
+                f"{len(rules)} adapters start as a part of the base's weights ({self.init}), which keeps the rest; "
+                f"the result has twice the rank and belongs to the base as it was"
             )
+        return ModelEdit(fresh=fresh, copies=copies, after_load=after_load, report=report, weight_rules=rules)
+
+    def _rules(self, model: nn.Module, context: RunContext, stored: Path | None = None) -> list[TakenOut]:
+        self.initial.clear()
+        if not takes_from_base(self.init):
+            return []
+        return rules_of(model, str(self.init), context.trainable_dtype, self.initial, stored)
+
+    def _existing(self, model: nn.Module, folder: Path, context: RunContext) -> ModelEdit:
+        config = files.read_config(folder)
+        again = takes_from_base(self.init)
+        if again:
+            config = files.narrowed(config, folder)
+        if context.mode == "train":
+            files.check_agreement(self.config, config, folder)
+            if self.config.lora_dropout != type(self.config).lora_dropout:
+                config.lora_dropout = self.config.lora_dropout
+            self.saved_config = copy.deepcopy(config)
+        config.inference_mode = False
+        self._inject(model, config, "default")
+        rules = self._rules(model, context, folder)
+        made = {target for rule in rules for target in rule.targets}
+        stored, base = files.files_of(model, "default", folder, elsewhere=made)
+        mine = [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.r]
+        layers = [path for path, module in mine if not isinstance(module, ParamWrapper)]
+        stacks = [module.parameter_name for _, module in mine if isinstance(module, ParamWrapper)]
+        report = [f"{_summary(config, layers, stacks)}, from {folder}"]
+        if base:
+            report.append(f"{folder} also holds base weights, which are not read: {files.describe(base)}")
+        return ModelEdit(files=stored, report=report, weight_rules=rules)
 
     def _inject(self, model: nn.Module, config: LoraConfig, adapter: str) -> None:
         with warnings.catch_warnings():
@@ -224,10 +215,25 @@ class Lora:
                 raise PlanError(f"peft_config: PEFT cannot adapt {type(model).__name__}: {error}") from error
         self.adapters.append(adapter)
 
-    def _use_side_by_side(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.set_adapter([name for name in self.adapters if name in module.r])
+
+class SwitchableLora(Lora):
+    """Adapters whose base is the original one, so that it answers as soon as they are off."""
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        """The base answers: layers skip their adapters, and modules trained in full give way to their originals.
+
+        PEFT's own switch would take `requires_grad` from the adapters, which the optimiser and FSDP2 count on.
+        """
+        tuned = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        before = [module.disable_adapters for module in tuned]
+        try:
+            for module in tuned:
+                module._disable_adapters = True
+            yield
+        finally:
+            for module, off in zip(tuned, before, strict=True):
+                module._disable_adapters = off
 
 
 def _follow(model: nn.Module) -> dict[str, Literal["inputs", "outputs"]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +24,13 @@ KEY = "peft_config.adapter_name_or_path"
 
 _CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga")
 """Ways of PEFT to start an adapter that take something from the base's weights, besides PiSSA."""
+
+TAKEN_OUT = "llmtune_taken_out_of_base"
+"""Entry of a file's metadata: the second half of each factor is what the adapter took out of the base at its start."""
+
+FREE = ("adapter_name_or_path", "adapter_folder", "create_new_adapter", "lora_dropout", "init_lora_weights",
+        "pissa_init", "pissa_iter", "pissa_convert", "loraplus_lr_ratio", "loraplus_lr_embedding")  # fmt: skip
+"""Keys of the recipe that an adapter's own settings cannot contradict."""
 
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save"
 _NAME = re.compile(rf"(?P<module>.+)\.(?P<part>{_PARTS})\.(?P<adapter>[^.]+)(?:\.(?P<rest>.+))?")
@@ -56,12 +63,19 @@ def taken_apart(name: str) -> AdapterTensor | None:
     return AdapterTensor(match["module"], match["part"], match["adapter"], match["rest"] or "") if match else None
 
 
-def adapter_folder(place: str, context: RunContext) -> Path:
-    """Local folder of an adapter: `place` itself, the model folder of a run there, or a download from the hub.
+def place_in(place: str, subfolder: str | None) -> str:
+    """`subfolder` of a local folder, by its own name; a hub id stays."""
+    return str(Path(place) / subfolder) if subfolder and Path(place).exists() else place
+
+
+def adapter_folder(place: str, subfolder: str | None, context: RunContext) -> Path:
+    """Local folder of an adapter: `place` itself, the model folder of a run there, or a download from the hub; where
+    there is a `subfolder`, that of each.
 
     A hub id may end in `@revision`. Raises PlanError if there is no adapter with safetensors weights, LoadError if the
     hub has none or cannot be reached.
     """
+    place = place_in(place, subfolder)
     for folder in (Path(place), Path(place) / "model"):
         if (folder / CONFIG).exists():
             if not (folder / WEIGHTS).exists():
@@ -69,9 +83,10 @@ def adapter_folder(place: str, context: RunContext) -> Path:
             return folder
     if Path(place).exists():
         raise PlanError(f"{KEY}: {place} holds no {CONFIG}; name a folder that PEFT or llmtune saved")
-    return fetch_files(
-        place, (CONFIG, WEIGHTS), key=KEY, cache_dir=context.cache_dir, token=context.token, hub=context.hub
-    )
+    inside = f"{subfolder}/" if subfolder else ""
+    names = (inside + CONFIG, inside + WEIGHTS)
+    found = fetch_files(place, names, key=KEY, cache_dir=context.cache_dir, token=context.token, hub=context.hub)
+    return found / inside
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -95,16 +110,40 @@ def read_config(folder: Path) -> LoraConfig:
     return config
 
 
+def narrowed(config: LoraConfig, folder: Path) -> LoraConfig:
+    """The settings of an adapter that `starts.widened` has given twice its rank, as they were.
+
+    Raises PlanError for any other adapter.
+    """
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        mark = (file.metadata() or {}).get(TAKEN_OUT)
+    if mark is None:
+        raise PlanError(
+            f"peft_config.init_lora_weights: {folder} does not hold what its adapter took out of the base at its start "
+            "(PiSSA, OLoRA), which files of llmtune do; remove the key, and pissa_init, to continue it as it is"
+        )
+    alpha = 2**0.5 if config.use_rslora else 2
+    config.r //= 2
+    config.lora_alpha = round(config.lora_alpha / alpha)
+    config.rank_pattern = {name: rank // 2 for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {name: round(value / alpha) for name, value in (config.alpha_pattern or {}).items()}
+    return config
+
+
 def check_agreement(recipe: LoraRecipe, config: LoraConfig, folder: Path) -> None:
     """Raise PlanError if a key of the recipe was set to something the adapter contradicts."""
     from llmtune import split_names
 
     for field in dataclasses.fields(recipe):
         wish = getattr(recipe, field.name)
-        if field.name in ("adapter_name_or_path", "lora_dropout") or wish == field.default:
+        if field.name in FREE or wish == field.default:
             continue
         has = getattr(config, field.name)
-        if field.name in ("target_modules", "target_parameters", "modules_to_save"):
+        if field.name in ("rank_pattern", "alpha_pattern"):
+            wish, has = wish or {}, has or {}
+        elif field.name in ("layers_to_transform", "layers_pattern"):
+            wish, has = ([x] if isinstance(x, (int, str)) else list(x or ()) for x in (wish, has))
+        elif field.name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
             wish = sorted(split_names(wish))
             has = sorted(has or ()) if not isinstance(has, str) else has
         if wish != has:
@@ -114,16 +153,22 @@ def check_agreement(recipe: LoraRecipe, config: LoraConfig, folder: Path) -> Non
             )
 
 
-def files_of(model: nn.Module, adapter: str, folder: Path) -> tuple[dict[str, tuple[Path, str]], list[str]]:
+def files_of(
+    model: nn.Module, adapter: str, folder: Path, elsewhere: Collection[str] = ()
+) -> tuple[dict[str, tuple[Path, str]], list[str]]:
     """Model name to (file, key) for every tensor of `adapter`, and keys of base weights that PEFT put beside them.
+
+    Tensors whose names are `elsewhere` are read by others.
 
     Only the file's header is read. Raises LoadError that lists missing, surplus and misshapen keys.
     """
     mine = {name: parts for name in model.state_dict() if (parts := taken_apart(name)) and parts.adapter == adapter}
+    others = {mine.pop(name).key for name in elsewhere}
     shapes = {parts.key: tuple(model.state_dict()[name].shape) for name, parts in mine.items()}
     path = folder / WEIGHTS
     with safe_open(path, framework="pt") as file:
         there = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    there = {key: shape for key, shape in there.items() if key not in others}
     base = [key for key in there if key not in shapes and key.endswith(".base_layer.weight")]
     wrong = [
         f"{key} {list(there[key])}, wanted {list(shapes[key])}"
@@ -146,11 +191,11 @@ def files_of(model: nn.Module, adapter: str, folder: Path) -> tuple[dict[str, tu
     return {name: (path, parts.key) for name, parts in mine.items()}, base
 
 
-def write(tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> None:
+def write(tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path, taken_out: bool = False) -> None:
     """Both files, as `PeftModel.save_pretrained` writes them. Tensors are named as in the model."""
     state = {parts.key: tensor.contiguous() for name, tensor in tensors.items() if (parts := taken_apart(name))}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"} | ({TAKEN_OUT: "1"} if taken_out else {}))
     config.save_pretrained(str(folder))
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmtune import PlanError, linear_layers, output_heads, split_names
+
+if TYPE_CHECKING:
+    from . import LoraRecipe
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 """Kinds of layers that can get an adapter; quantised layers are subclasses of nn.Linear."""
@@ -62,6 +67,42 @@ def adapted_layers(model: nn.Module, target_modules: str | Sequence[str], saved:
             f'peft_config.target_modules: found nothing to adapt in {type(model).__name__}; name layers, or "all"'
         )
     return [name for name in possible if name in chosen]
+
+
+def narrow(model: nn.Module, layers: Sequence[str], recipe: LoraRecipe, said: LoraConfig) -> list[str]:
+    """Those of `layers` that exclude_modules, layers_to_transform and layers_pattern leave; `said` gets the keys, and
+    target_modules that mean exactly the result to PEFT.
+
+    Raises PlanError where nothing is left, or a name excludes nothing.
+    """
+    indices = recipe.layers_to_transform
+    said.exclude_modules = sorted(split_names(recipe.exclude_modules)) or None
+    said.layers_to_transform = list(indices) if isinstance(indices, tuple) else indices
+    said.layers_pattern = list(split_names(recipe.layers_pattern)) or None
+    for name in said.exclude_modules or ():
+        if not named(layers, name):
+            raise PlanError(f"peft_config.exclude_modules: {_unknown(name, short(layers))}")
+    said.target_modules = names = sorted(short(layers))
+    meant = [name for name, _ in model.named_modules() if check_target_module_exists(said, name)]
+    kept = [name for name in layers if name in meant]
+    if not kept:
+        raise PlanError(
+            "peft_config: exclude_modules and layers_to_transform leave no layer of target_modules; name fewer, or "
+            "layers that there are"
+        )
+    # A list, so that the file's order does not change from run to run.
+    said.target_modules = names if meant == kept else sorted(kept)
+    return kept
+
+
+def require_patterns(recipe: LoraRecipe, adapted: Sequence[str]) -> None:
+    """Raise PlanError for a key of rank_pattern or alpha_pattern that means no adapted layer."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (getattr(recipe, key) or {}).items():
+            if not any(get_pattern_key([pattern], name) == pattern for name in adapted):
+                raise PlanError(f"peft_config.{key}: {_unknown(pattern, short(adapted))}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"peft_config.{key}.{pattern}: found {value!r}, allowed is a whole number from 1")
 
 
 def expressible(model: nn.Module, layers: Sequence[str], asked_for_all: bool) -> tuple[list[str], list[str]]:

@@ -53,12 +53,18 @@ def fill(model: nn.Module, source: nn.Module, change: ModelEdit) -> None:
         parent, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dict(model.named_parameters())[name])
     weights = source.state_dict() | dict(source.named_buffers())
+    made: dict[str, torch.Tensor] = {}
+    for rule in change.weight_rules:
+        weights[rule.source], new = rule.convert(weights[rule.source])
+        made |= new
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    new = {*change.fresh, *change.copies, *change.files}
+    new = {*change.fresh, *change.copies, *change.files, *made}
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in new:
                 tensor.copy_(weights[name.replace(".base_layer", "").replace(".original_module", "")])
+        for name, value in made.items():
+            tensors[name].copy_(value)
         for name, start in change.fresh.items():
             start(tensors[name])
         for name, (path, key) in change.files.items():

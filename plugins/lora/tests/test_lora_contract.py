@@ -30,9 +30,11 @@ DORA = laws(
 HEAD = laws("peft_config", "lora", {**NARROW, "modules_to_save": "lm_head"}, reader=by_peft, ranks=False)
 DROPPING = laws("peft_config", "lora", {"r": 4, "lora_dropout": 0.3}, ranks=False)
 GPT2 = laws("peft_config", "lora", NARROW, family="gpt2", reader=by_peft, ranks=False)
+PISSA = laws("peft_config", "lora", {**NARROW, "pissa_init": True}, reader=by_peft)
+QPISSA = laws("peft_config", "lora", {**NARROW, "pissa_init": True}, recipe={"quant_config": "bnb"}, sizes=WIDTHS)
 QUANTISED = laws("peft_config", "lora", NARROW, recipe={"quant_config": "bnb"}, sizes=WIDTHS)
 
 
-@pytest.mark.parametrize("law", [*PLAIN, *DORA, *HEAD, *DROPPING, *GPT2, *QUANTISED], ids=str)
+@pytest.mark.parametrize("law", [*PLAIN, *DORA, *HEAD, *DROPPING, *GPT2, *QUANTISED, *PISSA, *QPISSA], ids=str)
 def test_contract(law: Law, tmp_path: Path) -> None:
     law(tmp_path)

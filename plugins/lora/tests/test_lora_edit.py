@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from llmtune_lora import LoraRecipe, build
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from llmtune import PlanError
+from llmtune import PlanError, split_names
 
 
 def lora_layers(model: nn.Module) -> set[str]:
@@ -116,6 +118,10 @@ def test_a_classification_head_is_trained_with_the_adapter(tools: Any) -> None:
         ({"target_modules": "mlp"}, "not a linear layer but holds some; name these: gate_proj, up_proj, down_proj"),
         ({"target_modules": ""}, "found nothing to adapt"),
         ({"target_modules": ("q_proj", "proj")}, 'found "proj", which names nothing'),
+        ({"rank_pattern": {"q_porj": 2}}, 'rank_pattern: found "q_porj".*Did you mean "q_proj"'),
+        ({"alpha_pattern": {"q_proj": 0.5}}, "alpha_pattern.q_proj: found 0.5, allowed is a whole number"),
+        ({"exclude_modules": "lm_head"}, 'exclude_modules: found "lm_head", which names nothing'),
+        ({"layers_to_transform": 7}, "leave no layer of target_modules"),
         ({"modules_to_save": "lm_haed"}, 'peft_config.modules_to_save: found "lm_haed".*Did you mean "lm_head"'),
         ({"modules_to_save": "layers"}, "is a list of modules"),
         (
@@ -130,8 +136,42 @@ def test_what_does_not_fit_is_an_error_with_the_fix(tools: Any, keys: dict[str, 
         build(LoraRecipe(**keys)).apply(model, tools["context"]())
 
 
-def test_training_continues_one_adapter_only(tools: Any) -> None:
-    edit = build(LoraRecipe(adapter_name_or_path="a, b"))
-    (sentence,) = edit.check(tools["context"](), None)
-    assert "names 2 adapters; training continues exactly one" in sentence
-    assert edit.check(tools["context"](mode="infer"), None) == []
+PATTERNS = {
+    "ranks": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 6}, "alpha_pattern": {"q_proj": 7}},
+    "some layers": {"layers_to_transform": 1, "exclude_modules": "k_proj, mlp.up_proj"},
+    "a list of layers": {
+        "layers_to_transform": (0, 1),
+        "layers_pattern": "layers",
+        "exclude_modules": "layers.0.mlp.up_proj",
+    },
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_are_pefts_and_open_in_peft(tools: Any, tmp_path: Path, pattern: str) -> None:
+    keys = {"r": 4, "target_modules": ("q_proj", "k_proj", "up_proj", "down_proj"), **PATTERNS[pattern]}
+    source = tools["original"](tools["config"]())
+    edit = build(LoraRecipe(**keys))
+    model, _ = tools["adapted"](source, edit)
+    edit.save(model, tools["disturb"](model), tmp_path, tools["context"]())
+    theirs = copy.deepcopy(source)
+    lists = {key: list(split_names(keys[key])) for key in ("target_modules", "exclude_modules") if key in keys}
+    get_peft_model(theirs, LoraConfig(lora_alpha=16, **{**keys, **lists}))
+    mine, others = (
+        {
+            name: (layer.r["default"], layer.scaling["default"])
+            for name, layer in each.named_modules()
+            if hasattr(layer, "r")
+        }
+        for each in (model, theirs)
+    )
+    assert mine == others and len({rank for rank, _ in mine.values()}) == (3 if pattern == "ranks" else 1)
+    opened = PeftModel.from_pretrained(source, tmp_path).eval()
+    assert torch.equal(opened(tools["ids"]).logits, model(tools["ids"]).logits)
+    said = LoraConfig.from_pretrained(tmp_path)
+    assert (said.rank_pattern, said.layers_to_transform) == (
+        keys.get("rank_pattern", {}),
+        list(x) if isinstance(x := keys.get("layers_to_transform"), tuple) else x,
+    )
+    again, _ = tools["adapted"](opened.unload(), build(LoraRecipe(adapter_name_or_path=str(tmp_path), **keys)))
+    assert torch.equal(again(tools["ids"]).logits, model(tools["ids"]).logits)
