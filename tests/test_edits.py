@@ -180,6 +180,7 @@ class Halved:
 
     source = "model.norm.weight"
     targets = ("model.other_half",)
+    new = True
 
     def convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return weight / 2, {"model.other_half": weight / 2}

@@ -134,6 +134,8 @@ def test_what_was_not_trained_is_not_used(
     file.write_text(json.dumps(recipe(tiny_llama, chats, tmp_path / "run")))
     with pytest.raises(PlanError, match=rf"lora names no files of an adapter.*such as {tmp_path / 'run'}"):
         open_model(file)
+    with pytest.raises(PlanError, match="so that it would be an untrained one"):
+        open_model(file, peft_config={"name": "lora", "r": 4, "pissa_init": True})
     with pytest.raises(PlanError, match="there is nothing to merge; name a run"):
         export.export(tiny_llama, export_dir=str(tmp_path / "merged"))
 

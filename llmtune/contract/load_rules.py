@@ -62,6 +62,8 @@ class WeightRule(Protocol):
     """The weight, named as the edit found it."""
     targets: tuple[str, ...]
     """New tensors that get their values from it, named as the edit left them; there may be none."""
+    new: bool
+    """Whether the targets start here, and are not what an earlier run has trained."""
 
     def convert(self, weight: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(what takes the weight's place, whole targets), from the whole weight as its file has it.

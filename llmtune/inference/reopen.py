@@ -124,7 +124,7 @@ def open_plan(
         recipe = with_saved_adapter(recipe, registry, saved, overrides)
     mode = "infer" if saved is None or saved.whole else "reopen"
     made = make_model_plan(recipe, registry, ranks, place, mode, dtype or _usual_dtype(recipe))
-    if mode == "infer" and made.ledger.fresh:
+    if mode == "infer" and made.ledger.untrained():
         names = ", ".join(part.plugin.name for part in made.parts.at("peft_config"))
         raise PlanError(
             f"peft_config: {names} names no files of an adapter, so that it would be an untrained one; name them, or "

@@ -202,6 +202,10 @@ class Ledger:
         self.roles = {now(name): role for name, role in self.roles.items()}
         self.lr_factors = {now(name): factor for name, factor in self.lr_factors.items()}
 
+    def untrained(self) -> bool:
+        """Whether the edits brought tensors that only training would give a meaning."""
+        return bool(self.fresh) or any(early.rule.new for rules in self.weight_rules.values() for early in rules)
+
     def packed(self) -> set[str]:
         """Names whose stored type belongs to a plugin and is never cast."""
         return {name for placed in self.rules.values() for name in placed.where.values()}

@@ -32,7 +32,8 @@ def plan_further(recipe: Recipe, registry: Registry, parts: Parts, trained: Mode
                 continue
             wrong: list[LlmtuneError] = []
             with collect(wrong):
-                own = with_keys(recipe, spec.keys, adapted=bool(trained.ledger.files) and not spec.keys)
+                other_start = bool(trained.ledger.files or trained.ledger.weight_rules)
+                own = with_keys(recipe, spec.keys, adapted=other_start and not spec.keys)
                 plans[prefix + name] = _plan(own, spec, part, registry, trained)
                 require_apart(plans[prefix + name], flat=trained.end_to_end or recipe.data.isolates)
             problems += [type(error)(_of_model(name, spec, part, f"{error}")) for error in wrong]

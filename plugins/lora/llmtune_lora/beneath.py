@@ -31,6 +31,7 @@ class Merged:
     transposed: bool = False
     """Whether the weight is (inputs, outputs), as in GPT-2's Conv1D."""
     targets: tuple[str, ...] = ()
+    new: bool = False
 
     def convert(self, weight: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(the merged weight in float32, nothing else)."""

@@ -71,8 +71,10 @@ class Lora:
     def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Insert the adapters. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
         folders = [files.adapter_folder(place, self.config.adapter_folder, context) for place in self._given()]
-        own = None if self.config.create_new_adapter and context.mode == "train" else folders[-1:]
-        beneath = folders[: len(folders) - len(own or ())]
+        # Where nothing trains, the given ones are used, but for the frozen copy of a model whose base gave a part away.
+        new = self.config.create_new_adapter and (context.mode == "train" or takes_from_base(self.init))
+        own = [] if new else folders[-1:]
+        beneath = folders[: len(folders) - len(own)]
         merged = [rule for folder in beneath for rule in merged_rules(model, folder, files.read_config(folder))]
         change = self._existing(model, own[0], context) if own else self._new(model, context)
         lines = [f"{folder} is merged into the weights as they are loaded" for folder in beneath]

@@ -113,6 +113,11 @@ class TakenOut:
     """Folder of an adapter that was written by `widened`, which the factors come from."""
 
     @property
+    def new(self) -> bool:
+        """Whether nothing was trained yet."""
+        return self.stored is None
+
+    @property
     def targets(self) -> tuple[str, str]:
         """The adapter's two factors."""
         return f"{self.layer}.lora_A.default.weight", f"{self.layer}.lora_B.default.weight"
