@@ -24,13 +24,14 @@ MOST_WORKERS = 8
 """A test may start four ranks of 0.5 GB each, so more at once are a matter of memory."""
 
 SLOW = (
-    "test_cost", "test_tensor_parallel", "test_nodes", "test_expert_parallel", "test_families", "test_distribute",
-    "test_context_parallel", "test_matrix", "test_stranger", "test_resume", "test_api", "test_testing", "test_stop",
+    "test_stranger", "test_docs_capabilities", "test_cost", "test_tensor_parallel", "test_nodes", "test_expert_parallel", "test_families", "test_distribute",
+    "test_context_parallel", "test_matrix", "test_resume", "test_api", "test_testing", "test_stop",
     "test_stream_order", "test_use", "test_resume_ranks", "test_claim", "test_vocabulary", "test_docs", "test_loading",
     "test_lora_contract", "test_stream_runs", "test_stream_faults", "test_exhausted", "test_bad_input", "test_terminal",
     "test_notebook", "test_kernels_contract", "test_optim", "test_bnb_contract", "test_source_remote",
-    "test_guards_structure", "test_guards_ranks", "test_data_pairs", "test_precision", "test_data_prepare",
-    "test_docs_capabilities",
+    "test_guards_structure", "test_guards_ranks", "test_data_pairs", "test_precision", "test_data_prepare", "test_ppo",
+    "test_ppo_results", "test_grpo", "test_preferences_composed", "test_reward_models", "test_predict",
+    "test_rewards_contract", "test_further_models", "test_ray", "test_lora_starts", "test_prequantised",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 
