@@ -74,6 +74,17 @@ def awq(weight: Tensor) -> tuple[Stored, Tensor]:
     return {**tensors, "scales": scales.t().contiguous()}, full
 
 
+def fp8(weight: Tensor) -> tuple[Stored, Tensor]:
+    """In blocks of 16 x 16, the last ones of 48 x 40 cut, as of DeepSeek's kv_a_proj_with_mqa."""
+    codes = (weight * 8).to(torch.float8_e4m3fn)
+    scales = torch.rand(-(-weight.shape[0] // 16), -(-weight.shape[1] // 16)) / 8
+    full = codes.float()
+    for row in range(len(full)):
+        for column in range(full.shape[1]):
+            full[row, column] *= scales[row // 16, column // 16]
+    return {"weight": codes, "weight_scale_inv": scales}, full
+
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
 FORMS: dict[str, tuple[Callable[[Tensor], tuple[Stored, Tensor]], dict[str, Any]]] = {
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
@@ -83,12 +94,13 @@ FORMS: dict[str, tuple[Callable[[Tensor], tuple[Stored, Tensor]], dict[str, Any]
     ),
     "awq": (awq, AWQ),
 }
+CUT = {"fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"})}
 
 
 def quantised(root: Path, name: str, **sizes: Any) -> tuple[Path, Path]:
     """A checkpoint of this form, and a plain one of the same numbers."""
     torch.manual_seed(3)
-    make, about = FORMS[name]
+    make, about = {**FORMS, **CUT}[name]
     plain = tiny_model_folder(root, **sizes)
     folder = Path(shutil.copytree(plain, root / f"{name}-model"))
     full, stored = load_file(plain / "model.safetensors"), {}
@@ -128,6 +140,12 @@ def test_lora_on_a_quantised_checkpoint_equals_a_loop_on_its_numbers(name: str, 
     model = adapt_by_hand(AutoModelForCausalLM.from_pretrained(plain), keys["peft_config"], starts)
     by_hand = train_by_hand(keys, model, plan)
     assert_same(numbers(run.metrics), by_hand)
+
+
+def test_blocks_of_fp8_may_be_cut_at_the_end(tmp_path: Path) -> None:
+    folder, plain = quantised(tmp_path, "fp8", intermediate_size=40)
+    found, expected = made_full(folder, tmp_path), weights_of(plain)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_two_ranks_resuming_and_merging(chats: str, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of GPTQ and AWQ: integers packed into int32, with scales and zero points for groups of inputs.
 
 transformers reads them with kernels only, so their weights are unpacked here, one at a time, as
-their authors do.
+their authors do. So are those in FP8 some of whose blocks are cut at the end, which transformers does not dequantise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LoadError
-from llmtune.model.weight_files import INDEX
+from llmtune.model.weight_files import INDEX, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
     from llmtune.model.tensor_reader import FolderReader
 
-PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
-"""Ends of names of the tensors that stand for one `.weight`."""
+PARTS = {
+    "gptq": (".qweight", ".qzeros", ".scales", ".g_idx"),
+    "awq": (".qweight", ".qzeros", ".scales"),
+    "fp8": (".weight_scale_inv", ".weight"),
+}
+"""Ends of names of the tensors that stand for one `.weight`; only weights that are packed have the first."""
 ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {"bits": (2, 4, 8), "checkpoint_format": ("gptq", "gptq_v2")},
     "awq": {"bits": (4,), "version": ("gemm",)},
@@ -40,6 +44,17 @@ def unreadable(about: Mapping[str, Any]) -> str | None:
         if (found.lower() if isinstance(found, str) else found) not in allowed:
             return f"{key} {found}, allowed is {' or '.join(str(value) for value in allowed)}"
     return None
+
+
+def cut_blocks(index: Mapping[str, StoredTensor]) -> bool:
+    """Whether blocks of FP8 do not fill a weight evenly, as of DeepSeek's `kv_a_proj_with_mqa`."""
+    pairs = [(index.get(key.removesuffix("_scale_inv")), index[key]) for key in index if key.endswith(PARTS["fp8"][0])]
+    return any(
+        weight is not None
+        and len(scale.shape) == 2
+        and any(size % count for size, count in zip(weight.shape, scale.shape, strict=True))
+        for weight, scale in pairs
+    )
 
 
 def write_unpacked(files: Path, about: Mapping[str, Any], dtype: torch.dtype, target: Path) -> None:
@@ -71,15 +86,17 @@ def write_unpacked(files: Path, about: Mapping[str, Any], dtype: torch.dtype, ta
 
 
 def _weights(reader: FolderReader, about: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    layers = {key.removesuffix(PARTS[0]) for key in reader.index if key.endswith(PARTS[0])}
+    kind = about["quant_method"]
+    mark = PARTS[kind][0]
+    layers = {key.removesuffix(mark) for key in reader.index if key.endswith(mark)}
     keys: dict[str, dict[str, str]] = defaultdict(dict)
     for key in reader.index:
         layer, _, end = key.rpartition(".")
-        if layer in layers and f".{end}" in PARTS:
+        if layer in layers and f".{end}" in PARTS[kind]:
             keys[layer][f".{end}"] = key
-        else:
+        elif end not in ("activation_scale", "input_scale"):
             yield key, reader.read(key)
-    unpack: Callable[..., Tensor] = {"gptq": _gptq, "awq": _awq}[about["quant_method"]]
+    unpack: Callable[..., Tensor] = {"gptq": _gptq, "awq": _awq, "fp8": _fp8}[kind]
     for layer, ends in keys.items():
         parts = {end: reader.read(key) for end, key in ends.items()}
         try:
@@ -117,6 +134,14 @@ def _awq(parts: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
     size = len(codes) // len(zeros)
     scales = parts[".scales"].float().repeat_interleave(size, 0)
     return ((codes - zeros.repeat_interleave(size, 0)) * scales).t().contiguous()
+
+
+def _fp8(parts: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
+    """(out, in), float32. Each block has a scale; the last of a row or column may be smaller."""
+    weight, scale = parts[".weight"].float(), parts[".weight_scale_inv"].float()
+    for dim, size in enumerate(about["weight_block_size"]):
+        scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+    return weight * scale
 
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:

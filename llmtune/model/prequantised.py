@@ -1,7 +1,7 @@
 """Checkpoints that are stored quantised: their weights are written in full once, as a plain folder, and cached.
 
 A plain model composes with everything: it is sharded, adapted, quantised again by `quant_config`, exported. The numbers
-are those of `from_pretrained` with `dequantize=True`; GPTQ and AWQ, which transformers reads with kernels only, are
+are those of `from_pretrained` with `dequantize=True`; GPTQ and AWQ, and FP8 whose blocks are cut at the end, are
 unpacked by `packed_integers`.
 """
 
@@ -19,7 +19,7 @@ from llmtune.contract.errors import LoadError, listed
 from llmtune.folders import publish
 from llmtune.model.fingerprint import fingerprint
 from llmtune.model.gguf import converting
-from llmtune.model.packed_integers import ALLOWED, unreadable, write_unpacked
+from llmtune.model.packed_integers import ALLOWED, cut_blocks, unreadable, write_unpacked
 from llmtune.model.weight_files import read_index
 
 PACKAGES = {"fp8": "accelerate", "mxfp4": "accelerate", "compressed-tensors": "compressed-tensors"}
@@ -87,13 +87,14 @@ def dequantised(files: Path, config: Any, auto_class: Any, cache: Path, **kwargs
 def _fill(folder: Path, files: Path, config: Any, auto_class: Any, **kwargs: Any) -> None:
     """Write all that `dequantised` promises into an empty folder."""
     settings = _settings(files) or {}
-    if settings["quant_method"] in ALLOWED:
+    if (kind := settings["quant_method"]) not in ALLOWED:
+        _require_scales(files)
+    if kind in ALLOWED or (kind == "fp8" and cut_blocks(read_index(files))):
         import torch
 
         write_unpacked(files, settings, config.dtype or torch.bfloat16, folder)
         config.save_pretrained(folder)
     else:
-        _require_scales(files)
         config.quantization_config = {**settings, "dequantize": True}
         try:
             model, report = auto_class.from_pretrained(
