@@ -142,6 +142,16 @@ def test_only_one_place_knows(module: str, allowed: set[str]) -> None:
     assert users <= allowed
 
 
+def test_a_model_is_looked_for_on_the_recipes_hub() -> None:
+    calls = [
+        (path, node)
+        for path in CORE
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "resolve_model"
+    ]
+    assert calls and not [f"{path}:{node.lineno}" for path, node in calls if len(node.args) != 2]
+
+
 def test_no_file_is_long() -> None:
     files = [*CORE, *(path for plugin in PLUGINS for path in plugin.rglob("*.py")), *(ROOT / "tests").rglob("*.py")]
     assert not [f"{path}: {n}" for path in files if (n := len(path.read_text().splitlines())) > 400]
