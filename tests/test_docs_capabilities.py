@@ -34,6 +34,7 @@ METHODS: dict[str, list[dict[str, Any] | None]] = {
     "`modules_to_save`": [{**LORA, **WHOLE}],
     "freeze": [FREEZE],
     "`llama_pro`": [PRO],
+    "`oft`": [{"name": "oft", "oft_block_size": 8}],
 }
 BNB = {"name": "bnb"}
 REFUSALS = "8, which is for inference|quantised|quant_config (bnb|hqq)|leaves embed_tokens|how it is split|projects the"
@@ -108,7 +109,8 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def table(heading: str) -> dict[str, dict[str, str]]:
     """The table below a heading of the page, by row and by column."""
     section = PAGE[PAGE.index(f"## {heading}\n") :].split("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", section, re.M)]
+    first = next(re.finditer(r"(?:^\|.*\|\n)+", section, re.M))[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
     return {cells[0]: dict(zip(lines[0][1:], cells[1:], strict=True)) for cells in lines[2:]}
 
 

@@ -116,10 +116,10 @@ def test_the_core_does_not_spell_a_plugins_name() -> None:
         for plugin in PLUGINS
         for name in tomllib.loads((plugin / "pyproject.toml").read_text())["project"]["entry-points"]["llmtune"]
     }
-    # Words that mean other things too, such as shapes of rows, a library, keys of recipes and of tool calls.
+    # Words that mean other things too, such as shapes of rows, libraries, keys of recipes and of tool calls.
     common = {
         "auto", "linear", "cosine", "constant", "pt", "kto", "transformers", "model", "function", "generate",
-        "accuracy",
+        "accuracy", "peft",
     }  # fmt: skip
     texts = {
         path: {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
