@@ -117,10 +117,26 @@ def base_by_hand(keys: dict[str, Any], auto_class: Any = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": torch.float32}
-    if quant := keys.get("quant_config"):
+    quant = keys.get("quant_config")
+    if quant and quant["name"] == "hqq":
+        return half_quadratic((auto_class or AutoModelForCausalLM).from_pretrained(keys["model"], **options), quant)
+    if quant:
         options["quantization_config"] = quantisation(quant)
     model = (auto_class or AutoModelForCausalLM).from_pretrained(keys["model"], **options)
     return right_weights(model) if quant else model
+
+
+def half_quadratic(model: Any, quant: dict[str, Any]) -> Any:
+    """The model with the weights that HQQ rounds to, in plain layers; the plugin's tests compare those with the
+    package's."""
+    from llmtune_quant.hqq import HalfQuadratic
+
+    form = HalfQuadratic(bits=quant["quantization_bit"], group=quant["group_size"], dtype=torch.float32)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            stored = form.quantise(layer.weight.detach())
+            layer.weight.data = form.dequantise(stored, tuple(layer.weight.shape))
+    return model
 
 
 def right_weights(model: Any) -> Any:

@@ -28,6 +28,15 @@ OPTIMIZER_AXES: dict[str, tuple[Any, ...]] = {
 }
 """The other optimisers than adamw, on what their steps could depend on."""
 
+BASE_AXES: dict[str, tuple[Any, ...]] = {
+    "base": ("hqq 4", "hqq 3"),
+    "init": ("init_on_meta", "init_on_rank0"),
+    "method": AXES["method"],
+    "ranks": (1, 2),
+    "checkpointing": ("none", "full"),
+}
+"""The other quantised bases than those of bitsandbytes, on what loading and computing could depend on."""
+
 USE_AXES: dict[str, tuple[Any, ...]] = {
     "use": ("inference",),
     "base": AXES["base"],
@@ -89,14 +98,19 @@ REFUSED = (
         says="quantization_bit is 8, which is for inference only",
     ),
     Refusal(
-        when={"use": ("training",), "base": ("nf4", "nf4 double", "fp4"), "method": ("full",)},
-        why="a weight stored in 4 bits cannot take small steps",
+        when={"use": ("training",), "base": ("nf4", "nf4 double", "fp4", *BASE_AXES["base"]), "method": ("full",)},
+        why="a weight stored in a few bits cannot take small steps",
         says="is stored quantised and cannot train",
     ),
     Refusal(
         when={"use": ("training",), "base": QUANTISED, "method": ("freeze",)},
         why="the layers that would train are stored quantised",
         says="freeze cannot be used with quant_config bnb",
+    ),
+    Refusal(
+        when={"base": BASE_AXES["base"], "method": ("freeze",)},
+        why="the layers that would train are stored quantised",
+        says="freeze cannot be used with quant_config hqq",
     ),
     Refusal(
         when={

@@ -41,6 +41,8 @@ BASES: dict[str, dict[str, Any] | None] = {
     "nf4 double": {"name": "bnb"},
     "fp4": {"name": "bnb", "quantization_type": "fp4", "double_quantization": False},
     "int8": {"name": "bnb", "quantization_bit": 8},
+    "hqq 4": {"name": "hqq", "quantization_bit": 4, "group_size": 16},
+    "hqq 3": {"name": "hqq", "quantization_bit": 3, "group_size": 16},
 }
 
 

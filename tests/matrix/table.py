@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from tests.matrix.axes import AXES, OPTIMIZER_AXES, QUANTISED, REFUSED, USE_AXES, Combo, grid, refusals
+from tests.matrix.axes import AXES, BASE_AXES, OPTIMIZER_AXES, QUANTISED, REFUSED, USE_AXES, Combo, grid, refusals
 from tests.matrix.families import FAMILIES, WAYS, Family
 from tests.matrix.runner import LEARNT, TOLERANCE, TOLERANCES, Result, expected_sentences
 from tests.matrix.scene import GLOBAL_BATCH, STEPS
@@ -20,10 +20,11 @@ def page(results: Sequence[Result]) -> str:
     plain = [r for r in train if r.combo in _GRID]
     used = [r for r in results if r.combo.use == "inference"]
     others = [r for r in train if r.combo.optimizer != "adamw"]
-    families = [r for r in train if r.combo not in _GRID and r.combo.optimizer == "adamw"]
+    bases = [r for r in train if r.combo.base in BASE_AXES["base"]]
+    families = [r for r in train if r.combo not in _GRID and r not in bases and r.combo.optimizer == "adamw"]
     parts = [
-        _head(plain, used, families), _axes(plain), _methods(plain), _optimizers(others), _inference(used),
-        _families(families),
+        _head(plain, used, families), _axes(plain), _methods(plain), _bases(bases), _optimizers(others),
+        _inference(used), _families(families),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -96,6 +97,21 @@ def _words(when: Mapping[str, tuple[Any, ...]]) -> str:
     return " with ".join(
         texts.get((axis, values), " or ".join(values)) for axis, values in when.items() if axis != "use"
     )
+
+
+def _bases(bases: Sequence[Result]) -> str:
+    rows = []
+    for base in BASE_AXES["base"]:
+        row = [base]
+        for method in BASE_AXES["method"]:
+            cell = [r for r in bases if (r.combo.base, r.combo.method) == (base, method)]
+            row.append(_cell(cell, bool(refusals(Combo(base=base, method=method)))))
+        ran = [r for r in bases if r.combo.base == base and not refusals(r.combo)]
+        rows.append([*row, *(_largest(ran, what) for what in _WORDS)])
+    text = """Every pair of a base by `hqq` (4 and 3 bits) with an init, method, number of ranks and checkpointing. The
+reference has the weights that the format stands for, in plain layers; that they are those of the package hqq is
+compared elsewhere (`plugins/quant/tests`)."""
+    return f"## Other bases\n\n{text}\n\n" + _table(["", *BASE_AXES["method"], *_WORDS.values()], rows)
 
 
 def _optimizers(others: Sequence[Result]) -> str:
