@@ -24,7 +24,8 @@ MOST_WORKERS = 8
 """A test may start four ranks of 0.5 GB each, so more at once are a matter of memory."""
 
 SLOW = (
-    "test_stranger", "test_docs_capabilities", "test_cost", "test_tensor_parallel", "test_nodes", "test_expert_parallel", "test_families", "test_distribute",
+    "test_stranger", "test_docs_capabilities",
+    "test_cost", "test_tensor_parallel", "test_nodes", "test_expert_parallel", "test_families", "test_distribute",
     "test_context_parallel", "test_matrix", "test_resume", "test_api", "test_testing", "test_stop",
     "test_stream_order", "test_use", "test_resume_ranks", "test_claim", "test_vocabulary", "test_docs", "test_loading",
     "test_lora_contract", "test_stream_runs", "test_stream_faults", "test_exhausted", "test_bad_input", "test_terminal",

@@ -195,7 +195,7 @@ def _train_or_launch(options: Any) -> int:
         launcher = launcher_of(recipe, Registry())
         request = launch_request(
             recipe, [options.recipe, *options.overrides, *(["--fresh"] if options.fresh else [])], ranks=options.nproc,
-            machines=parse_machines(options.nnodes or "1", options.rdzv_endpoint, options.rdzv_id),
+            machines=parse_machines(options.nnodes, options.rdzv_endpoint, options.rdzv_id),
             restarts=options.max_restarts,
         )  # fmt: skip
         shown = tuple(map(hidden, request.command))

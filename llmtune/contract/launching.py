@@ -15,6 +15,8 @@ class Machines:
     most: int = 1
     endpoint: str | None = None
     """`HOST:PORT` where the machines meet; the one that has HOST keeps the meeting place."""
+    given: bool = False
+    """Whether the command line says how many; else a launcher's own keys do."""
     run_id: str = "llmtune"
     """Tells runs that meet at the same endpoint apart."""
 

@@ -79,9 +79,9 @@ class Torchrun:
         return request.ranks or default_ranks(request.device)
 
 
-def parse_machines(nnodes: str, endpoint: str | None, run_id: str | None) -> Machines:
+def parse_machines(nnodes: str | None, endpoint: str | None, run_id: str | None) -> Machines:
     """The machines of a run from the command line. Raises RecipeError for what cannot be."""
-    least, _, most = nnodes.partition(":")
+    least, _, most = (nnodes or "1").partition(":")
     if not (least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)):
         raise RecipeError(f'--nnodes: found "{nnodes}", allowed is a number of machines, or LEAST:MOST as in 2:4')
     host, _, port = (endpoint or "").rpartition(":")
@@ -89,7 +89,7 @@ def parse_machines(nnodes: str, endpoint: str | None, run_id: str | None) -> Mac
         raise RecipeError(f'--rdzv-endpoint: found "{endpoint}", allowed is HOST:PORT, such as 10.0.0.1:29400')
     if run_id and not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise RecipeError(f'--rdzv-id: found "{run_id}", allowed are letters, digits, dots, "-" and "_"')
-    made = Machines(least=int(least), most=int(most or least), endpoint=endpoint)
+    made = Machines(least=int(least), most=int(most or least), endpoint=endpoint, given=nnodes is not None)
     return replace(made, run_id=run_id) if run_id else made
 
 

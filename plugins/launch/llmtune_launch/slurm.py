@@ -68,7 +68,9 @@ class Slurm:
         if nodes > 1:
             meeting = ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
             command += f' --nnodes {nodes} --rdzv-endpoint "$head:{given.port}" --rdzv-id "$SLURM_JOB_ID"'
-        srun = shlex.join(["srun", "--kill-on-bad-exit=1", *given.srun])
+        # Slurm does not hand a job's cores for a task on to `srun` (since its version 22.05).
+        cores = [f"--cpus-per-task={given.cpus_per_task}"] if given.cpus_per_task else []
+        srun = shlex.join(["srun", "--kill-on-bad-exit=1", *cores, *given.srun])
         return "\n".join(
             [
                 "#!/bin/bash", *(f"#SBATCH {line}" for line in [*lines, *given.options]), "",
@@ -77,7 +79,13 @@ class Slurm:
         )  # fmt: skip
 
     def _nodes(self, request: LaunchRequest) -> int:
-        return request.machines.most if request.machines.most > 1 else self.config.nodes
+        machines = request.machines
+        if machines.least != machines.most:
+            raise LaunchError(
+                f"--nnodes: found {machines.least}:{machines.most}, allowed is one number, as Slurm gives a job all of "
+                "its machines at once"
+            )
+        return machines.most if machines.given else self.config.nodes
 
     def _ranks_per_node(self, request: LaunchRequest) -> int:
         return request.ranks or self.config.ranks_per_node

@@ -76,6 +76,14 @@ def test_a_dry_run_prints_the_script_of_several_machines(tmp_path: Path) -> None
     )
 
 
+def test_the_command_line_says_how_many_machines(tmp_path: Path) -> None:
+    recipe = write(tmp_path, nodes=2, cpus_per_task=6)
+    lines = run(tmp_path, recipe, "--dry-run", "--nnodes", "1").stdout.rstrip().splitlines()
+    assert "#SBATCH --nodes=1" in lines and "#SBATCH --cpus-per-task=6" in lines
+    assert lines[-1].startswith("srun --kill-on-bad-exit=1 --cpus-per-task=6 ") and "--nnodes" not in lines[-1]
+    assert "--nnodes: found 2:4, allowed is one number" in run(tmp_path, recipe, "--dry-run", "--nnodes", "2:4").stderr
+
+
 def test_what_cannot_be_queued(queue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write(tmp_path)
     assert "a secret would be written into the job's script" in run(tmp_path, recipe, "token=hf_mine").stderr

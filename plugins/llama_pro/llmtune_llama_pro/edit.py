@@ -106,6 +106,12 @@ def outputs(path: str, layer: nn.Module) -> list[str]:
             f"{KEY}: {path} ({type(layer).__name__}) holds {odd[0]}, which may add to its input whatever is zero; use "
             "freeze"
         )
+    own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    if own:
+        raise PlanError(
+            f"{KEY}: {path} ({type(layer).__name__}) has {own[0][0]}, by which it changes its input whatever is zero; "
+            "use freeze"
+        )
     found = {kind: [name for name in names if set(kind) & set(name.split("."))] for kind in (ATTENTION, MLP)}
     if missing := [kind for kind, hits in found.items() if not hits]:
         raise PlanError(

@@ -113,3 +113,5 @@ def test_layers_that_depend_on_their_number_are_refused(tmp_path: Path) -> None:
     assert running.plan(listed).model.module.config.mlp_only_layers == [2, 3]
     with pytest.raises(PlanError, match="holds ln_1, which may add"):
         running.plan(tiny_recipe(tmp_path / "gpt2", "gpt2", **pro(1)))
+    with pytest.raises(PlanError, match="has input_residual, by which it changes its input"):
+        running.plan(tiny_recipe(tmp_path / "doge", "doge", **pro(1)))
