@@ -56,7 +56,7 @@ def shifted_attention(
     straight, half, end = attend(plain, group), group // 2, query.shape[2] - group // 2
     ends = attend([_join(tensor[:, :, :half], tensor[:, :, end:]) for tensor in moved], half)
     middle = [tensor[:, :, half:end] for tensor in moved]
-    between = attend(middle, group) if end > half else middle[0]
+    between = attend(middle, group) if end > half else middle[2]
     shifted = _join(ends[:, :, :half], between, ends[:, :, half:])
     return _join(straight, shifted, dim=1)[:, :, :length].transpose(1, 2), None
 

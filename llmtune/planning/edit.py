@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,20 @@ def amended(keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any) -> tup
     return keys, layers
 
 
+@contextmanager
+def noting_layers(pretrained: Pretrained) -> Iterator[None]:
+    """PlanError where transformers cannot build a model with the layers that were added to it."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError) as error:
+        if pretrained.layers is None:
+            raise
+        raise PlanError(
+            f"peft_config: transformers does not build {(pretrained.config.architectures or ['this model'])[0]} with "
+            f"{len(pretrained.layers)} layers ({error}); choose a method that adds none"
+        ) from error
+
+
 def plan_model(
     recipe: Recipe, parts: Parts, pretrained: Pretrained, precision: Precision, ranks: Ranks, device: torch.device,
     mode: Mode,
@@ -113,7 +128,8 @@ def plan_model(
         cache_dir=recipe.model.cache_dir, token=recipe.model.token, hub=parts.one("hub_config").built,
     )  # fmt: skip
     recipe = replace(recipe, model=pretrained.keys)
-    ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
+    with noting_layers(pretrained):
+        ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
     module: Any = ledger.model
     if mode in ("train", "build") and recipe.model.upcast_layernorm:
         upcast_norms(module)

@@ -89,6 +89,10 @@ def adapter_folder(place: str, subfolder: str | None, context: RunContext) -> Pa
     return found / inside
 
 
+NOT_UNDERSTOOD = ("alora_invocation_tokens", "trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora")
+"""Settings of PEFT under which an adapter is more than its factors, or less."""
+
+
 def read_config(folder: Path) -> LoraConfig:
     """The adapter's own settings. Raises PlanError if it is no LoRA adapter or needs what llmtune does not train."""
     config = PeftConfig.from_pretrained(str(folder))
@@ -105,6 +109,12 @@ def read_config(folder: Path) -> LoraConfig:
             "answers wrongly on the original one; convert it with PEFT: "
             "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...)"
         )
+    for key in NOT_UNDERSTOOD:
+        if value := getattr(config, key, None):
+            raise PlanError(
+                f"{KEY}: {folder} has {key}: {value!r:.80}, which changes what its weights mean and is not done here; "
+                "merge it into the base with PEFT first, where that is possible"
+            )
     # The values come from the file: whatever the first initialisation was, it must not run again.
     config.init_lora_weights = True
     return config
