@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,20 +97,6 @@ def amended(keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any) -> tup
     return keys, layers
 
 
-@contextmanager
-def noting_layers(pretrained: Pretrained) -> Iterator[None]:
-    """PlanError where transformers cannot build a model with the layers that were added to it."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError) as error:
-        if pretrained.layers is None:
-            raise
-        raise PlanError(
-            f"peft_config: transformers does not build {(pretrained.config.architectures or ['this model'])[0]} with "
-            f"{len(pretrained.layers)} layers ({error}); choose a method that adds none"
-        ) from error
-
-
 def plan_model(
     recipe: Recipe, parts: Parts, pretrained: Pretrained, precision: Precision, ranks: Ranks, device: torch.device,
     mode: Mode,
@@ -128,8 +113,7 @@ def plan_model(
         cache_dir=recipe.model.cache_dir, token=recipe.model.token, hub=parts.one("hub_config").built,
     )  # fmt: skip
     recipe = replace(recipe, model=pretrained.keys)
-    with noting_layers(pretrained):
-        ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
+    ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
     module: Any = ledger.model
     if mode in ("train", "build") and recipe.model.upcast_layernorm:
         upcast_norms(module)
@@ -196,9 +180,12 @@ def make_skeleton(keys: ModelConfig, pretrained: Pretrained, precision: Precisio
             untie(module, pretrained.files.folder)
             return Ledger(module, sources=layer_sources(module, pretrained.layers))
         except (ValueError, ImportError) as error:
-            raise PlanError(
-                f"flash_attn: transformers cannot build this model ({' '.join(str(error).split())[:300]})"
-            ) from error
+            said = " ".join(str(error).split())[:300]
+            if pretrained.layers is not None:
+                raise PlanError(
+                    f"peft_config: transformers cannot build this model with more layers ({said})"
+                ) from error
+            raise PlanError(f"flash_attn: transformers cannot build this model ({said})") from error
 
     if vocabulary is None:
         ledger = build()

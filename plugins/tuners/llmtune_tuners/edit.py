@@ -62,7 +62,7 @@ class Tuner:
         folder = files.adapter_folder(place, context) if place else None
         config = self._wanted(model, folder)
         before = {id(tensor) for tensor in tensors_of(model).values()}
-        start = Start(copy.deepcopy(model), copy.deepcopy(config))
+        start = TunerStart(copy.deepcopy(model), copy.deepcopy(config))
         self.tuner = inject(model, config, low_cpu_mem_usage=True)
         self.saved_config = sorted_names(copy.deepcopy(config))
         new = {name: tensor for name, tensor in tensors_of(model).items() if id(tensor) not in before}
@@ -168,7 +168,7 @@ class Tuner:
         return config
 
 
-class Start:
+class TunerStart:
     """What PEFT's own initialisation gives to each new tensor, drawn when the first is asked for."""
 
     def __init__(self, skeleton: nn.Module, config: PeftConfig) -> None:
