@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,7 @@ class Halved:
     source = "model.norm.weight"
     targets = ("model.other_half",)
     new = True
+    files = (Path("half.safetensors"),)
 
     def convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return weight / 2, {"model.other_half": weight / 2}
@@ -205,6 +207,7 @@ def test_a_weight_rule_comes_before_the_rule_that_packs_the_weight() -> None:
     ledger.apply("halve", Edit(halve), SITUATION)
     (early,) = ledger.weight_rules["model.norm.weight"]
     assert early.where == {"model.other_half": "model.other_half"} and "model.norm.weight" in ledger.rules
+    assert ledger.read_files() == {Path("half.safetensors")}
 
 
 def test_a_weight_rule_needs_a_weight_of_the_original_model() -> None:

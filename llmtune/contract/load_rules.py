@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class WeightRule(Protocol):
     """New tensors that get their values from it, named as the edit left them; there may be none."""
     new: bool
     """Whether the targets start here, and are not what an earlier run has trained."""
+    files: tuple[Path, ...]
+    """What it reads besides the weight: with other files the model is another one."""
 
     def convert(self, weight: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(what takes the weight's place, whole targets), from the whole weight as its file has it.

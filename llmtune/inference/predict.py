@@ -169,8 +169,7 @@ def _facts(path: str | Path, plan: ModelPlan, recipe: Recipe) -> dict[str, Any]:
     saved = saved_at(path) if plan.mode == "reopen" else None
     told = fingerprint(resolve_model(plan.keys, plan.hub, weights=True).folder)
     if saved is None:
-        adapters = sorted({file for file, _ in plan.ledger.files.values()})
-        told = " ".join([told, *(size_and_hash(file)[1] for file in adapters)])
+        told = " ".join([told, *(size_and_hash(file)[1] for file in sorted(plan.ledger.read_files()))])
     if saved is not None:
         file = saved.run / TRAINED
         if saved.checkpoint is not None or not file.exists():

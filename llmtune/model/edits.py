@@ -206,6 +206,11 @@ class Ledger:
         """Whether the edits brought tensors that only training would give a meaning."""
         return bool(self.fresh) or any(early.rule.new for rules in self.weight_rules.values() for early in rules)
 
+    def read_files(self) -> set[Path]:
+        """All files that the edits read: with others the model is another one."""
+        early = {path for rules in self.weight_rules.values() for placed in rules for path in placed.rule.files}
+        return early | {path for path, _ in self.files.values()}
+
     def packed(self) -> set[str]:
         """Names whose stored type belongs to a plugin and is never cast."""
         return {name for placed in self.rules.values() for name in placed.where.values()}

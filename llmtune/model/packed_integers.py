@@ -113,7 +113,7 @@ def _gptq(parts: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
     points less one. arXiv 2210.17323."""
     import torch
 
-    bits, less = about["bits"], about.get("checkpoint_format", "gptq") == "gptq"
+    bits, less = about["bits"], str(about.get("checkpoint_format") or "gptq").lower() == "gptq"
     codes, zeros = unpacked(parts[".qweight"].t(), bits).t(), unpacked(parts[".qzeros"], bits)
     if less and (zeros == 2**bits - 1).any():
         raise ValueError(

@@ -35,7 +35,7 @@ def sizes_of(config: Any) -> ModelSizes:
 
     def first(*names: str, default: Any = 0) -> Any:
         # Families name one thing differently, and leave out what they do not have.
-        return next((found for name in names if (found := getattr(text, name, None))), default)
+        return next((found for name in names if (found := _value(text, name))), default)
 
     width, heads = first("hidden_size", default=1), first("num_attention_heads", default=1)
     head = first("head_dim", default=width // heads)
@@ -53,3 +53,11 @@ def sizes_of(config: Any) -> ModelSizes:
         visited=chosen / experts if experts else 1.0,
         windows=tuple(window or None if kind == "sliding_attention" else None for kind in kinds),
     )
+
+
+def _value(text: Any, name: str) -> Any:
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # transformers' word for a value that layers have of their own, from 5.24 on: the largest
+        own = [getattr(layer, name, None) for layer in text.per_layer_config]
+        return max((value for value in own if value is not None), default=None)

@@ -61,7 +61,7 @@ def further_lines(parts: Parts, further: Mapping[str, ModelPlan]) -> list[str]:
 
 
 def _named(plan: ModelPlan) -> str:
-    folders = sorted({str(path.parent) for path, _ in plan.ledger.files.values()})
+    folders = sorted({str(path.parent) for path in plan.ledger.read_files()})
     return f"{plan.keys.model} with {listed(folders)}" if folders else plan.keys.model
 
 

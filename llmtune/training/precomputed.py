@@ -138,7 +138,7 @@ def _facts(plan: ModelPlan, points: tuple[str, ...]) -> dict[str, Any]:
     """What tells a frozen model from another: its files, its adapters' files, and how it is held and computed."""
     return {
         "weights": fingerprint(resolve_model(plan.keys, plan.hub, weights=True).folder),
-        "adapters": sorted(file_hash(path) for path in {path for path, _ in plan.ledger.files.values()}),
+        "adapters": sorted(file_hash(path) for path in plan.ledger.read_files()),
         "config": plan.module.config.to_json_string(),
         "parts": [[part.label, part.package, repr(part.config)] for at in points for part in plan.parts.at(at)],
         "precision": repr(plan.precision),

@@ -78,6 +78,14 @@ FAMILIES: dict[str, Family] = {
         has="sliding layers with rotary buffers of their own, tied head",
         changes={**_GEMMA, "layer_types": _BOTH_LAYERS},
     ),
+    "gemma4": Family(
+        type="gemma4_text",
+        has="layers of two widths of heads, embeddings and a scale in each layer, tied head",
+        changes={
+            **_GEMMA, "layer_types": _BOTH_LAYERS, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384,
+            "global_head_dim": 16, "num_kv_shared_layers": 0,
+        },
+    ),
     "mistral": Family(type="mistral", has="a sliding window in every layer", changes={"sliding_window": 16}),
     "phi": Family(
         type="phi",

@@ -33,6 +33,11 @@ class Merged:
     targets: tuple[str, ...] = ()
     new: bool = False
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The adapter's."""
+        return (self.file,)
+
     def convert(self, weight: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(the merged weight in float32, nothing else)."""
         held = dict(zip(self.keys, read_tensors(self.file, self.keys), strict=True))
@@ -105,6 +110,11 @@ def merged_rules(model: nn.Module, folder: Path, config: LoraConfig) -> list[Mer
         raise PlanError(
             f"peft_config.adapter_name_or_path: {folder} adapts stacks of experts, and only the last of several "
             "adapters may; export it first (llmtune export)"
+        )
+    if config.lora_bias:
+        raise PlanError(
+            f"peft_config.adapter_name_or_path: {folder} has biases of its own (lora_bias), and only the last of "
+            "several adapters may; export it first (llmtune export)"
         )
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         keys = sorted(file.keys())

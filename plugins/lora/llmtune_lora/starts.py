@@ -118,6 +118,11 @@ class TakenOut:
         return self.stored is None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """What the factors are read from."""
+        return (self.stored / WEIGHTS,) if self.stored else ()
+
+    @property
     def targets(self) -> tuple[str, str]:
         """The adapter's two factors."""
         return f"{self.layer}.lora_A.default.weight", f"{self.layer}.lora_B.default.weight"
