@@ -160,6 +160,8 @@ def test_what_cannot_be_used_is_told(base: Path, adapters: list[Path], tmp_path:
     assert made.blocks["quant_config"] == [("bnb", {"quantization_bit": 4, "double_quantization": False})]
     made = recipe_of(written(tmp_path, base, adapters[0], quantization_bit=3, quantization_method="hqq"))
     assert made.blocks["quant_config"] == [("hqq", {"quantization_bit": 3})]
+    made = recipe_of(written(tmp_path, base, adapters[0], quantization_method="hqq"))  # no bits: nothing is quantised
+    assert not made.blocks.get("quant_config")
 
     odd = Path(shutil.copytree(adapters[1], tmp_path / "odd"))
     says = json.loads((odd / "adapter_config.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,18 @@ def test_rows_that_are_drawn_twice_have_the_numbers_of_their_answers(tmp_path: P
     each = found(keys(tmp_path, ahead=False, output_dir=str(tmp_path / "each"), **more))
     ahead = found(keys(tmp_path, output_dir=str(tmp_path / "ahead"), **more))
     assert ahead == pytest.approx(each, rel=2e-6, abs=2e-6)
+
+
+def test_numbers_are_those_of_the_adapters_that_are_merged(tmp_path: Path) -> None:
+    """A lower adapter of the same name is another model: its first loss is that of no preference, too."""
+    folder = tmp_path / "lower"
+    for seed in (1, 2):
+        run = running.tiny_recipe(
+            tmp_path, peft_config=LORA, max_steps=2, seed=seed, output_dir=str(tmp_path / f"{seed}")
+        )
+        llmtune.train(run)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / f"{seed}" / "model", folder)
+        peft = {**LORA, "adapter_name_or_path": str(folder), "create_new_adapter": True}
+        rows = found(keys(tmp_path, peft_config=peft, max_steps=1, output_dir=str(tmp_path / f"dpo{seed}")))
+        assert rows[0][0] == pytest.approx(math.log(2), abs=1e-5)

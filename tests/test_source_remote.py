@@ -282,6 +282,12 @@ def test_hub_fetches_text_first_then_safetensors_never_pickles(hub_server, tmp_p
     assert not any(path.endswith((".bin", ".py")) for path in asked)
 
 
+def test_a_cache_that_cannot_be_written_is_not_an_absent_hub(hub_server, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(LoadError, match="cache_dir: files of me/tiny cannot be kept in .*file.*another folder"):
+        resolve_model(ModelConfig(model="me/tiny", cache_dir=tmp_path / "file" / "cache"), weights=False)
+
+
 def test_an_adapter_comes_from_the_hub_as_the_model_does(hub_server, folder, tiny_llama, tmp_path):
     """With the recipe's token, into its cache, of the revision that its name ends in."""
     from peft import LoraConfig, get_peft_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -16,8 +18,9 @@ from llmtune.model.weight_files import WHOLE, missing_weights, no_weights
 _TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
 
 
-def fetch(repository: Repository, hub: Hub, *, weights: bool, code: bool = False) -> tuple[Path, str, str]:
-    """A model's folder in the hub's cache, the commit it holds, and a note (empty unless the cache stood in).
+def fetch(repository: Repository, hub: Hub, *, weights: bool, code: bool = False) -> tuple[Path, str | None, str]:
+    """A model's folder in the hub's cache, the commit it holds where that is known, and a note (empty unless the
+    cache stood in).
 
     `weights` also fetches the safetensors files, `code` also Python files. Raises as `Download.run` does, and LoadError
     for a model without safetensors.
@@ -53,6 +56,15 @@ def fetch_files(
     return Download(repository, hub or HuggingFace(), key).run(choose, lambda folder: _missing(folder, names))[0]
 
 
+OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+"""Errors of the system that are no hub's: a cache that cannot be written."""
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of a cache is named by; None where it is named by a branch, as ModelScope's are."""
+    return folder.name if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", folder.name) else None
+
+
 @dataclass(frozen=True)
 class Download:
     """Files of one repository on a hub, wanted for one key of a recipe."""
@@ -64,8 +76,9 @@ class Download:
 
     def run(
         self, choose: Callable[[list[str]], list[str]], lacking: Callable[[Path], list[str]]
-    ) -> tuple[Path, str, str]:
-        """The files that `choose` picks of the repository's: their folder, the commit, and a note as in `fetch`.
+    ) -> tuple[Path, str | None, str]:
+        """The files that `choose` picks of the repository's: their folder, the commit where the hub says which it is,
+        and a note as in `fetch`.
 
         A file that arrives is compared with the hash that the hub states. Raises HubUnreachable if the hub does not
         answer and the cache's folder is `lacking` some, LoadError for a repository that does not exist or is gated, and
@@ -82,8 +95,14 @@ class Download:
             at = "revision" if error.revision_only and self.key == "model" else self.key
             raise LoadError(f"{at}: {error}") from error
         except HubUnreachable as error:
+            if isinstance(cause := error.__cause__, OSError) and cause.errno in OF_THIS_MACHINE:
+                at = cause.filename or self.repository.cache_dir or "the cache"
+                raise LoadError(
+                    f"cache_dir: files of {self.repository.name} cannot be kept in {at} ({cause.strerror}); free some "
+                    "space, or set cache_dir to another folder"
+                ) from error
             return self._from_cache(lacking, error)
-        return folder, folder.name, ""
+        return folder, commit_of(folder), ""
 
     def _compare_hashes(self, folder: Path, stated: dict[str, str | None]) -> None:
         """LoadError, and the file is gone, where one has another content than the hub says it has."""
@@ -98,7 +117,7 @@ class Download:
                 f"{expected[:12]}...) and was deleted; run the same command again to fetch it anew"
             )
 
-    def _from_cache(self, lacking: Callable[[Path], list[str]], error: HubUnreachable) -> tuple[Path, str, str]:
+    def _from_cache(self, lacking: Callable[[Path], list[str]], error: HubUnreachable) -> tuple[Path, str | None, str]:
         folder, name = self.hub.cached(self.repository), self.repository.name
         if folder is None or (missing := lacking(folder)):
             lacks = f"; its cache lacks {listed(missing)}" if folder else ""
@@ -106,7 +125,9 @@ class Download:
                 f"{self.key}: there is no folder {name} here.{_near(name)} Taken as a name on {self.hub.title}, it "
                 f"is not in the cache, and {error}{lacks}. Connect to the network once, or give a local folder"
             ) from error
-        return folder, folder.name, f"{name} comes from the hub's cache, commit {folder.name[:12]}, as {error}."
+        commit = commit_of(folder)
+        which = f"commit {commit[:12]}" if commit else folder.name
+        return folder, commit, f"{name} comes from the hub's cache, {which}, as {error}."
 
 
 def _model_files(names: list[str], repo: str, *, weights: bool, code: bool) -> list[str]:

@@ -33,6 +33,8 @@ class ForeignKey:
     """Keys that `use` needs beside it, with their values."""
     anyway: Sequence[Any] = field(default=(), hash=False)
     """Values that ask for what happens without being asked for, where a model is only used."""
+    beside: str = ""
+    """The other trainer's key without which this one asks for nothing."""
 
     @property
     def answer(self) -> str:

@@ -95,6 +95,7 @@ def _owner(name: str, registry: Registry) -> tuple[type, str] | None:
             return config, wanted
     dotted, block = re.match(r"(\w+_config)\.(\w+)", wanted), re.match(r"(\w+_config): {name: (\w+), (\w+):", wanted)
     point, plugin, field = block.groups() if block else (dotted[1], "", dotted[2]) if dotted else ("", "", "")
+    field = name if block and f" {name}:" in wanted else field  # a block may have to name another key first
     rows = [row.plugin for row in registry.listing() if row.plugin and row.point == point]
     found = [row.config for row in rows if plugin in ("", row.name) and field in field_types(row.config)]
     return (found[0], field) if found else None

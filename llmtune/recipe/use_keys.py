@@ -19,11 +19,17 @@ def own_keys(
 
     Raises RecipeError where a key is given under both names.
     """
+    asked = {**tree, **changes}
+
+    def sets(foreign: ForeignKey, value: Any) -> bool:
+        alone = bool(foreign.beside) and asked.get(foreign.beside) is None
+        return bool(foreign.use) and value is not None and not alone and not _is_done_anyway(foreign, value)
+
     made, keys, overridden = {**tree}, {**places.keys}, {**places.overridden}
     besides: list[tuple[dict[str, Any], ForeignKey]] = []
     for name, foreign in _among(tree):
         value = made.pop(name)
-        if not foreign.use or value is None or _is_done_anyway(foreign, value):
+        if not sets(foreign, value):
             continue
         point, _, key = foreign.use.partition(".")
         block = made.setdefault(point, {}) if point in POINTS else made
@@ -40,7 +46,7 @@ def own_keys(
         foreign = dict(_among(changes)).get(name)
         if foreign is None:
             renamed[name] = value
-        elif foreign.use and value is not None and not _is_done_anyway(foreign, value):
+        elif sets(foreign, value):
             point = foreign.use.partition(".")[0]
             renamed = renamed if point in made or point in renamed else {**foreign.also, **renamed}
             renamed[foreign.use] = value

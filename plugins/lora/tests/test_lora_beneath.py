@@ -83,7 +83,13 @@ def test_former_adapters_that_do_not_fit(tools: Any, tmp_path: Path) -> None:
     tied = tools["original"](tools["config"](tie_word_embeddings=True))
     saved_by_peft(tied, tmp_path / "tied", 1, target_modules=["embed_tokens"])
     source = tools["original"](tools["config"]())
+    saved_by_peft(source, tmp_path / "biased", 1, lora_bias=True, init_lora_weights=False)
+    saved_by_peft(source, tmp_path / "invoked", 1, alora_invocation_tokens=[5, 6])
+    saved_by_peft(source, tmp_path / "tokens", 1, trainable_token_indices=[5, 6])
     for name, start, error, sentence in (
+        ("biased", source, PlanError, "has biases of its own.*export it first"),
+        ("invoked", source, PlanError, r"has alora_invocation_tokens: \[5, 6\], which changes what its weights mean"),
+        ("tokens", source, PlanError, "has trainable_token_indices"),
         ("other", source, LoadError, r"not part of this model: model\.layers\.2"),
         ("wide", source, LoadError, "of another shape"),
         ("tied", tied, PlanError, "embed_tokens.weight, whose weight another module shares.*export it first"),
