@@ -157,3 +157,6 @@ def test_numbers_are_those_of_the_adapters_that_are_merged(tmp_path: Path) -> No
         peft = {**LORA, "adapter_name_or_path": str(folder), "create_new_adapter": True}
         rows = found(keys(tmp_path, peft_config=peft, max_steps=1, output_dir=str(tmp_path / f"dpo{seed}")))
         assert rows[0][0] == pytest.approx(math.log(2), abs=1e-5)
+    with pytest.raises(LlmtuneError, match="the files in .*, or .*lower, are not those that .*dpo1 was trained on"):
+        llmtune.load(tmp_path / "dpo1").model()  # the adapter beneath is another one by now
+    llmtune.load(tmp_path / "dpo2").model()

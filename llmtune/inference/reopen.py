@@ -15,7 +15,7 @@ from llmtune.contract.records import Reopens
 from llmtune.distributed.placement import put
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.folders import size_and_hash
-from llmtune.model.fingerprint import fingerprint
+from llmtune.model.fingerprint import base_fingerprint
 from llmtune.model.precision import torch_dtype
 from llmtune.model.source import load_model_config, resolve_model
 from llmtune.planning.make import make_model_plan
@@ -218,10 +218,11 @@ def check_base(plan: ModelPlan, saved: SavedRun) -> None:
     if not trained_on or plan.keys.model != own:
         return
     folder = resolve_model(plan.keys, plan.hub, weights=True).folder
-    if fingerprint(folder) != trained_on:
+    if base_fingerprint(folder, plan.ledger) != trained_on:
+        merged = "".join(f", or {path.parent}," for path in sorted(plan.ledger.beneath()))
         raise LoadError(
-            f"model: the files in {folder} are not those that {saved.run} was trained on; put those back, or name "
-            "another folder with model=, if what was trained is meant for it"
+            f"model: the files in {folder}{merged} are not those that {saved.run} was trained on; put those back, or "
+            "name another folder with model=, if what was trained is meant for it"
         )
 
 

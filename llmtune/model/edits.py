@@ -211,6 +211,11 @@ class Ledger:
         early = {path for rules in self.weight_rules.values() for placed in rules for path in placed.rule.files}
         return early | {path for path, _ in self.files.values()}
 
+    def beneath(self) -> set[Path]:
+        """The files that only change the base's own weights: with others, what was trained has another base."""
+        early = [placed.rule for rules in self.weight_rules.values() for placed in rules]
+        return {path for rule in early if not rule.targets for path in rule.files}
+
     def packed(self) -> set[str]:
         """Names whose stored type belongs to a plugin and is never cast."""
         return {name for placed in self.rules.values() for name in placed.where.values()}

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llmtune.folders import size_and_hash
 from llmtune.model.weight_files import read_header, weight_names
+
+if TYPE_CHECKING:
+    from llmtune.model.edits import Ledger
 
 _SAMPLE_BYTES = 1024
 
@@ -28,3 +33,8 @@ def fingerprint(folder: Path) -> str:
                 file.seek(tensor.start + max(0, (tensor.stop - tensor.start - _SAMPLE_BYTES) // 2))
                 digest.update(file.read(min(_SAMPLE_BYTES, tensor.stop - tensor.start)))
     return digest.hexdigest()
+
+
+def base_fingerprint(folder: Path, ledger: Ledger) -> str:
+    """The `fingerprint` of a model's folder, followed by the hashes of the adapters that are merged into it."""
+    return " ".join([fingerprint(folder), *sorted(size_and_hash(file)[1] for file in ledger.beneath())])

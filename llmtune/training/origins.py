@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.contract.errors import CheckpointError, PlanError
 from llmtune.distributed.ranks import from_all
-from llmtune.model.fingerprint import fingerprint
+from llmtune.model.fingerprint import base_fingerprint
 from llmtune.model.loading import only_first_reads
 from llmtune.model.source import resolve_model
 
@@ -38,7 +38,8 @@ def base_weights(plan: Plan, before: Mapping[str, str]) -> Mapping[str, str]:
     """
     found = None
     if plan.ranks.first or not only_first_reads(plan.parts.one("init_config").built):
-        found = fingerprint(resolve_model(plan.recipe.model, plan.model.hub, weights=True).folder)
+        folder = resolve_model(plan.recipe.model, plan.model.hub, weights=True).folder
+        found = base_fingerprint(folder, plan.model.ledger)
     everyone = from_all(found)
     for rank, other in enumerate(everyone):
         if other not in (None, everyone[0]):
@@ -50,8 +51,9 @@ def base_weights(plan: Plan, before: Mapping[str, str]) -> Mapping[str, str]:
             raise error
     if before.get(WEIGHTS) not in (None, everyone[0]):
         raise CheckpointError(
-            f"model: the files of {plan.recipe.model.model} are not those that the run in {plan.output_dir} was "
-            "started on; restore them, or start over with --fresh or in another output_dir"
+            f"model: the files of {plan.recipe.model.model}, or of adapters that are merged into it, are not those "
+            f"that the run in {plan.output_dir} was started on; restore them, or start over with --fresh or in another "
+            "output_dir"
         )
     return {WEIGHTS: everyone[0]}
 
