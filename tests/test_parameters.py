@@ -94,11 +94,12 @@ def test_a_key_that_is_converted_means_what_it_says(name: str) -> None:
     }
     value = False if "double" in name else chosen.get(name, "some/model")
     base = {} if foreign.use == "model" else {"model": "m"}
-    file, words = {**base, name: value}, {name: value}
+    beside = {foreign.beside: chosen[foreign.beside]} if foreign.beside else {}
+    file, words = {**base, **beside, name: value}, {**beside, name: value}
     for made in (load_recipe(file, for_use=True), load_recipe({"model": "m"}, words, for_use=True)):
         point, _, key = foreign.use.partition(".")
         if key == "name":
-            assert made.blocks[point] == [(value, {})]
+            assert made.blocks[point] == [(value, beside)]
         elif key:
             assert made.blocks[point] == [(foreign.also[f"{point}.name"], {key: value})]
         else:

@@ -194,7 +194,10 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
             return False, None
         return all(fits for fits, _ in pairs), origin(result for _, result in pairs)
     if origin is dict or annotation is dict:
-        return isinstance(value, Mapping), dict(value) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping):
+            return False, None
+        kept = {key: _fit(args[1] if args else Any, one) for key, one in value.items()}
+        return all(fits for fits, _ in kept.values()), {key: one for key, (_, one) in kept.items()}
     if annotation is type(None) or annotation is None:
         return value is None, None
     if annotation is float:
@@ -245,7 +248,7 @@ def describe(annotation: Any) -> str:
             return f"a list of {len(items)}: {', '.join(items)}"
         return f"a list of {items[0]}" if items else "a list"
     if origin is dict:
-        return "a mapping"
+        return "a mapping" if args[1] is Any else f"a mapping of names to {describe(args[1])}"
     return getattr(annotation, "__name__", str(annotation))
 
 
