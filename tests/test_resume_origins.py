@@ -127,7 +127,8 @@ def test_a_plugin_of_another_version_cannot_continue_a_run() -> None:
 
 
 def _train_on(keys: dict[str, Any]) -> str:
-    origins.base_fingerprint = lambda folder, ledger: os.environ["RANK"]  # as where machines have other files of one name
+    # As where machines have other files of one name.
+    origins.base_fingerprint = lambda folder, ledger: os.environ["RANK"]
     torch.distributed.init_process_group("gloo")
     with pytest.raises(PlanError) as error:
         llmtune.train(keys)
