@@ -47,7 +47,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 
 def objection(name: str, folder: Path, kind: str) -> str | None:
     """Why the model `name` in `folder`, quantised as `kind`, cannot be used here, in a sentence."""
-    instead = "use the model it was made from, with a quant_config of its own"
+    instead = "use the model it was made from, with quant_config"
     if kind in ALLOWED:
         odd = unreadable(_settings(folder) or {})
         return f"model: {name} is stored quantised ({kind}) with {odd}; {instead}" if odd else None
