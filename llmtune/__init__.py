@@ -42,6 +42,7 @@ _WHERE = {
         "llmtune.model.generate": ("generate", "ContextFull"),
         "llmtune.contract.structure": ("transformer_layers", "text_layers", "linear_layers", "output_heads"),
         "llmtune.model.hub": ("fetch_files",),
+        "llmtune.model.adapter_files": ("peft_folder", "subfolder_of"),
         "llmtune.contract.errors": (
             "LlmtuneError", "RecipeError", "PlanError", "PluginError", "DataError", "LoadError", "CheckpointError",
             "EditError", "DivergedError", "OutOfMemoryError", "RewardError",

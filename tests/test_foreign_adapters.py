@@ -172,3 +172,14 @@ def test_what_cannot_be_used_is_told(base: Path, adapters: list[Path], tmp_path:
     with pytest.raises(PlanError, match="names no base model; name it: llmtune chat .* model="):
         open_model(odd)
     open_model(odd, model=str(base))
+
+
+@pytest.mark.parametrize("name", ["lora", "peft"])
+def test_adapters_of_every_plugin_come_from_the_recipes_hub(name: str, tiny_llama: str, tmp_path: Path) -> None:
+    keys = {
+        "model": tiny_llama, "device": "cpu", "dataset": "llmtune:quickstart", "output_dir": str(tmp_path / "run"),
+        "hub_config": {"name": "modelscope", "endpoint": "http://127.0.0.1:1"}, "cache_dir": str(tmp_path / "cache"),
+        "peft_config": {"name": name, "adapter_name_or_path": "me/adapter"},
+    }  # fmt: skip
+    with pytest.raises(llmtune.LoadError, match=r"adapter_name_or_path: .*Taken as a name on ModelScope, it is not in"):
+        llmtune.plan(keys)

@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmtune import ModelEdit, ParameterRole, PlanError, RunContext, split_names
+from llmtune import ModelEdit, ParameterRole, PlanError, RunContext, peft_folder, split_names, subfolder_of
 
 from . import files
 from .beneath import merged_rules
@@ -70,7 +70,9 @@ class Lora:
 
     def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Insert the adapters. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
-        folders = [files.adapter_folder(place, self.config.adapter_folder, context) for place in self._given()]
+        folders = [
+            peft_folder(place, context, key=files.KEY, subfolder=self.config.adapter_folder) for place in self._given()
+        ]
         # Where nothing trains, the given ones are used, but for the frozen copy of a model whose base gave a part away.
         new = self.config.create_new_adapter and (context.mode == "train" or takes_from_base(self.init))
         own = [] if new else folders[-1:]
@@ -114,7 +116,7 @@ class Lora:
         if not self._given() and not takes_from_base(self.init):
             return None
         # Folders of former adapters are as the recipe names them, their subfolders included.
-        places = [files.place_in(place, self.config.adapter_folder) for place in beneath]
+        places = [subfolder_of(place, self.config.adapter_folder) for place in beneath]
         parameters: dict[str, object] = {"adapter_name_or_path": (*places, str(saved))}
         return parameters | ({"init_lora_weights": self.init} if takes_from_base(self.init) else {})
 

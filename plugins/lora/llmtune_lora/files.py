@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmtune import LoadError, PlanError, RunContext, fetch_files
+from llmtune import LoadError, PlanError
 
 if TYPE_CHECKING:
     from . import LoraRecipe
@@ -61,32 +61,6 @@ def taken_apart(name: str) -> AdapterTensor | None:
     """None for a tensor that belongs to the base model."""
     match = _NAME.fullmatch(name)
     return AdapterTensor(match["module"], match["part"], match["adapter"], match["rest"] or "") if match else None
-
-
-def place_in(place: str, subfolder: str | None) -> str:
-    """`subfolder` of a local folder, by its own name; a hub id stays."""
-    return str(Path(place) / subfolder) if subfolder and Path(place).exists() else place
-
-
-def adapter_folder(place: str, subfolder: str | None, context: RunContext) -> Path:
-    """Local folder of an adapter: `place` itself, the model folder of a run there, or a download from the hub; where
-    there is a `subfolder`, that of each.
-
-    A hub id may end in `@revision`. Raises PlanError if there is no adapter with safetensors weights, LoadError if the
-    hub has none or cannot be reached.
-    """
-    place = place_in(place, subfolder)
-    for folder in (Path(place), Path(place) / "model"):
-        if (folder / CONFIG).exists():
-            if not (folder / WEIGHTS).exists():
-                raise PlanError(f"{KEY}: {folder} has no {WEIGHTS}; save the adapter again with PEFT")
-            return folder
-    if Path(place).exists():
-        raise PlanError(f"{KEY}: {place} holds no {CONFIG}; name a folder that PEFT or llmtune saved")
-    inside = f"{subfolder}/" if subfolder else ""
-    names = (inside + CONFIG, inside + WEIGHTS)
-    found = fetch_files(place, names, key=KEY, cache_dir=context.cache_dir, token=context.token, hub=context.hub)
-    return found / inside
 
 
 NOT_UNDERSTOOD = ("alora_invocation_tokens", "trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora")

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from llmtune import ModelEdit, ParameterRole, PlanError, RunContext, output_heads, split_names
+from llmtune import ModelEdit, ParameterRole, PlanError, RunContext, output_heads, peft_folder, split_names
 
 from . import files
 from .kinds import ON_QUANTISED, config_class, named_type, require_trainable
@@ -59,7 +59,7 @@ class Tuner:
     def apply(self, model: nn.Module, context: RunContext) -> ModelEdit:
         """Insert the tuner's parts. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
         place = self.config.adapter_name_or_path
-        folder = files.adapter_folder(place, context) if place else None
+        folder = peft_folder(place, context, key=files.KEY) if place else None
         config = self._wanted(model, folder)
         before = {id(tensor) for tensor in tensors_of(model).values()}
         start = TunerStart(copy.deepcopy(model), copy.deepcopy(config))

@@ -12,27 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmtune import LoadError, PlanError, RunContext, fetch_files
+from llmtune import LoadError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = "peft_config.adapter_name_or_path"
-
-
-def adapter_folder(place: str, context: RunContext) -> Path:
-    """Local folder of an adapter: `place` itself, the model folder of a run there, or a download from the hub.
-
-    A hub id may end in `@revision`. Raises PlanError if there is no adapter with safetensors weights, LoadError if the
-    hub has none or cannot be reached.
-    """
-    for folder in (Path(place), Path(place) / "model"):
-        if (folder / CONFIG).exists():
-            if not (folder / WEIGHTS).exists():
-                raise PlanError(f"{KEY}: {folder} has no {WEIGHTS}; save the adapter again with PEFT")
-            return folder
-    if Path(place).exists():
-        raise PlanError(f"{KEY}: {place} holds no {CONFIG}; name a folder that PEFT or llmtune saved")
-    return fetch_files(place, (CONFIG, WEIGHTS), key=KEY, cache_dir=context.cache_dir, token=context.token)
 
 
 def in_peft(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
