@@ -134,12 +134,16 @@ def test_the_core_does_not_spell_a_plugins_name() -> None:
     [
         ("torch.distributed.fsdp", {"fsdp2.py"}),
         ("pluggy", {"hookspecs.py", "registry.py"}),
-        ("argparse", {"commands.py", "data.py"}),
     ],
 )
 def test_only_one_place_knows(module: str, allowed: set[str]) -> None:
     users = {path.name for path in CORE for name, _ in imports(path) if name == module}
     assert users <= allowed
+
+
+def test_only_the_command_line_parses_arguments() -> None:
+    users = {path.parent.name for path in CORE for name, _ in imports(path) if name == "argparse"}
+    assert users == {"cli"}
 
 
 def test_a_model_is_looked_for_on_the_recipes_hub() -> None:

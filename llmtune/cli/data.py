@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.cli.arguments import add_command, add_overrides, add_recipe, count
 from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import DataError, PlanError, RecipeError
 from llmtune.terminal import say
@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
     data = commands.add_parser("data", help=text, description=f"{text}. No GPU is needed.")
     inner = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    check = _command(inner, "check", _check, "Read every row and list those that cannot be used", (
+    check = add_command(inner, "check", _check, "Read every row and list those that cannot be used", (
         "Given a recipe, or model=NAME, rows are rendered with the model's template, too. The exit code is 3 if a row "
         "cannot be used, and that of the error if the model cannot be had."
     ))  # fmt: skip
@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--quarantine", metavar="FILE", help="write the bad rows and their reasons as JSON Lines")
     check.add_argument("--json", action="store_true", help="for machines")
 
-    preview = _command(inner, "preview", _preview, "Show samples as they train, the trained tokens in colour", (
+    preview = add_command(inner, "preview", _preview, "Show samples as they train, the trained tokens in colour", (
         "Where there is no colour, they stand in [[...]]."
     ))  # fmt: skip
     add_recipe(preview)
@@ -55,34 +55,10 @@ def add_commands(commands: Any) -> None:
     preview.add_argument("--packs", action="store_true", help="show packed rows, sample by sample")
     preview.add_argument("--html", metavar="FILE", help="write a page instead")
 
-    stats = _command(inner, "stats", _stats, "Show lengths, fill, padding, and what cutoffs would cost")
+    stats = add_command(inner, "stats", _stats, "Show lengths, fill, padding, and what cutoffs would cost")
     add_recipe(stats)
     stats.add_argument("--plot", metavar="FILE", help="draw the lengths (png, svg, pdf)")
     stats.add_argument("--json", action="store_true", help="for machines")
-
-
-def _command(commands: Any, name: str, run: Any, text: str, more: str = "") -> argparse.ArgumentParser:
-    made = commands.add_parser(name, help=text, description=f"{text}. {more}".strip())
-    made.set_defaults(command=run)
-    return made
-
-
-def add_recipe(parser: argparse.ArgumentParser, example: str = "cutoff_len=4096") -> None:
-    """Let a command take a recipe, and keys that go before it."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
-    add_overrides(parser, f"override keys: {example}")
-
-
-def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
-    """Let a command take any number of `key=value`."""
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
-
-
-def count(text: str) -> int:
-    """A number of things from the command line."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, allowed is a whole number >= 1")
-    return int(text)
 
 
 def _rows(text: str) -> tuple[str, ...]:

@@ -1,0 +1,126 @@
+"""`llmtune chat`, `predict`, `export` and `reward`: what is done with what was trained."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from typing import Any
+
+from llmtune.cli.arguments import add_command, add_overrides, count
+from llmtune.cli.libraries import load_libraries
+from llmtune.contract.errors import RecipeError, did_you_mean
+from llmtune.terminal import say
+
+
+def add_commands(commands: Any) -> None:
+    """Add what uses a run or a model."""
+    chat = add_command(commands, "chat", _chat, "Talk to a run, a checkpoint, a model, or a base with adapters")
+    chat.add_argument(
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
+    )
+    add_overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    predict = add_command(
+        commands, "predict", _predict, "Answer every row of a data set, into generated_predictions.jsonl",
+        "What is written already is kept when the same command is run again.",
+    )  # fmt: skip
+    predict.add_argument(
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
+    )
+    add_overrides(predict, "dataset=FILE, output_dir=FOLDER, generation parameters (max_new_tokens=64) or recipe keys")
+    predict.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
+    export = add_command(commands, "export", _export, "Merge an adapter into its base and write a plain model")
+    export.add_argument(
+        "run", metavar="RUN", help="a run's folder, a checkpoint, or a base with peft_config (or a recipe)"
+    )
+    add_overrides(export, "export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id")
+    reward = add_command(
+        commands, "reward", _reward, "Give the rewards of a trained reward model, a line of JSON for each row"
+    )
+    reward.add_argument("run", metavar="RUN", help="the folder of a run with stage_config rm, or a reward model's")
+    add_overrides(reward, "dataset=FILE of conversations or preferences, recipe keys")
+
+
+def _chat(options: Any) -> None:
+    from dataclasses import fields
+
+    load_libraries()
+    from llmtune.inference.chat import NO_TEMPLATE, chat_loop, conversation_for, generate_config
+    from llmtune.inference.reopen import open_model, recipe_of
+    from llmtune.model.generation import GenerateConfig
+    from llmtune.recipe.keys import top_level_keys
+    from llmtune.recipe.recipe import parse_overrides
+
+    given = parse_overrides(options.overrides)
+    names = {field.name for field in fields(GenerateConfig)}
+    others = {key: value for key, value in given.items() if key not in names}
+    for key in others:
+        if key.partition(".")[0] not in top_level_keys() and (near := did_you_mean(key, names)):
+            raise RecipeError(f"command line  {key}: no such key.{near}")
+    recipe = recipe_of(options.model, **others)
+    config = generate_config(recipe, {key: value for key, value in given.items() if key in names})
+    conversation = conversation_for(recipe, *open_model(options.model, **others), config)
+    if options.prompt is None:
+        chat_loop(conversation, guides=sys.stdin.isatty())
+        return
+    if conversation.completes:
+        print(NO_TEMPLATE, file=sys.stderr)
+    for piece in conversation.stream(options.prompt):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _predict(options: Any) -> int:
+    from llmtune.distributed.launch import default_ranks, launch, under_launcher
+    from llmtune.distributed.ranks import leave
+    from llmtune.distributed.stopping import die_with_parent
+    from llmtune.recipe.recipe import parse_overrides
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(signal.SIGTERM)
+    given = parse_overrides(options.overrides)
+    if not under_launcher() and (ranks := options.nproc or default_ranks(given.get("device", "auto"))) > 1:
+        return launch(["predict", options.model, *options.overrides], ranks)
+    load_libraries()
+    from llmtune.inference.predict import predict
+
+    found = predict(options.model, **given)
+    if os.environ.get("RANK", "0") == "0":
+        say(str(found))
+    leave()
+    return 0
+
+
+def _export(options: Any) -> None:
+    import json
+
+    load_libraries()
+    from llmtune.inference.export import export
+    from llmtune.recipe.recipe import parse_overrides
+
+    target = export(options.run, **parse_overrides(options.overrides))
+    about, place = target / "config.json", shlex.quote(str(target))
+    kinds = json.loads(about.read_text(encoding="utf-8")).get("architectures") if about.exists() else None
+    judges = any("ForSequenceClassification" in kind for kind in kinds or ())
+    say(f"Wrote {target}. Try: " + (f"llmtune reward {place} dataset=ROWS" if judges else f"llmtune chat {place}"))
+
+
+def _reward(options: Any) -> None:
+    import json
+
+    from llmtune.recipe.recipe import parse_overrides
+
+    given = parse_overrides(options.overrides)
+    if (dataset := given.pop("dataset", None)) is None:
+        raise RecipeError("dataset: not given, needed is what to score: dataset=FILE")
+    load_libraries()
+    from llmtune.inference.reward import rewards_of_rows
+
+    for row in rewards_of_rows(options.run, dataset, **given):
+        print(json.dumps(row))
