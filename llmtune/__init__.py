@@ -11,6 +11,9 @@ _WHERE = {
     name: module
     for module, names in {
         "llmtune.api": ("train", "plan", "build", "load", "predict", "Run"),
+        "llmtune.recipe.recipe": ("recipe_errors",),
+        "llmtune.recipe.reference": ("recipe_schema",),
+        "llmtune.inference.chat": ("open_chat",),
         "llmtune.inference.inspect": ("check_data", "preview", "stats"),
         "llmtune.contract.events": ("Event", "StepDone", "Evaluated", "Saved"),
         "llmtune.contract.hookspecs": ("hookimpl",),

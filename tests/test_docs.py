@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 import llmtune
+from llmtune.cli.plugin_commands import GROUP
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.hookspecs import HOOKS
 from llmtune.contract.schema import field_types
@@ -84,10 +86,12 @@ def test_every_plugin_package_has_a_page_that_names_its_plugins_and_their_keys()
     for package in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
         page = (package.parent / "README.md").read_text(encoding="utf-8")
         project = tomllib.loads(package.read_text(encoding="utf-8"))["project"]
-        assert [name for name in project["entry-points"]["llmtune"] if name not in page] == []
-        plugins = [row.plugin for row in rows if row.package == project["name"]]
-        assert plugins
-        keys = {key for plugin in plugins for key in field_types(plugin.config)}
+        names = [name for group in project["entry-points"].values() for name in group]
+        assert names and [name for name in names if name not in page] == []
+        configs = [row.plugin.config for row in rows if row.package == project["name"] and row.plugin]
+        configs += [entry.load() for entry in entry_points(group=GROUP) if entry.name in names]
+        assert configs
+        keys = {key for config in configs for key in field_types(config)}
         assert [key for key in sorted(keys) if key not in re.findall(r"\w+", page)] == []
 
 

@@ -7,12 +7,14 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 import llmtune
 from llmtune.cli.commands import parser
+from llmtune.cli.plugin_commands import GROUP
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.schema import field_types
 from llmtune.data.config import Source
@@ -139,6 +141,9 @@ def options_of(command: argparse.ArgumentParser) -> Mapping[str, set[str]]:
 @pages
 def test_commands_have_the_options_and_keys_that_are_written(page: Path) -> None:
     options, keys = options_of(parser()), {*top_level_keys(), *field_types(llmtune.GenerateConfig)}
+    for entry in entry_points(group=GROUP):
+        options |= {entry.name: {"--help"}}
+        keys |= field_types(entry.load()).keys()
     blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     for line in [*(line for block in blocks for line in block.splitlines()), *code_of(page)]:
         if command := re.match(r"llmtune ([a-z]+)\b", line):

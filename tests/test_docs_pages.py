@@ -63,7 +63,7 @@ def test_the_commands_of_a_task_are_commands(page: Path, desk: Path) -> None:
     commands = commands_of(page)
     assert commands
     for words in commands:
-        options, rest = parser().parse_known_args(words)
+        options, rest = parser(words).parse_known_args(words)
         assert [word for word in rest if "=" not in word] == []
         recipe: Any = getattr(options, "recipe", None)
         if recipe is not None:  # keys of the file and of the command line, blocks included

@@ -10,20 +10,15 @@ from collections.abc import Sequence
 
 from llmtune import __version__
 from llmtune.cli import data, extend, train, use
+from llmtune.cli.plugin_commands import add_plugin_commands
 from llmtune.contract.errors import LlmtuneError
 from llmtune.terminal import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    top = parser()
-    # argparse alone would refuse key=value words that follow an option.
-    options, rest = top.parse_known_args(arguments)
-    if strange := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
-        top.error(f"unrecognized arguments: {' '.join(strange)}{_without_dashes(strange[0])}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
     try:
+        options = _options(sys.argv[1:] if arguments is None else arguments)
         return options.command(options) or 0
     except LlmtuneError as error:
         _record_for_launcher(error)
@@ -46,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_INTERRUPTED
         _once("llmtune: interrupted")
         return 130
+
+
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    top = parser(words)
+    # argparse alone would refuse key=value words that follow an option.
+    options, rest = top.parse_known_args(words)
+    if strange := [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]:
+        top.error(f"unrecognized arguments: {' '.join(strange)}{_without_dashes(strange[0])}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _without_dashes(word: str) -> str:
@@ -82,11 +88,13 @@ def _record_for_launcher(error: BaseException) -> None:
         get_error_handler().record_exception(error)
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """All commands and their options; of those that packages offer, the one that `words` begin with, or all where they
+    ask for help."""
     top = argparse.ArgumentParser(prog="llmtune", description="Fine-tune language models from a short recipe.")
     top.add_argument("--version", action="version", version=f"llmtune {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in (train, use, data, extend):
         group.add_commands(commands)
+    add_plugin_commands(commands, words)
     return top

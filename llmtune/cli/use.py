@@ -10,7 +10,7 @@ from typing import Any
 
 from llmtune.cli.arguments import add_command, add_overrides, count
 from llmtune.cli.libraries import load_libraries
-from llmtune.contract.errors import RecipeError, did_you_mean
+from llmtune.contract.errors import RecipeError
 from llmtune.terminal import say
 
 
@@ -48,24 +48,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _chat(options: Any) -> None:
-    from dataclasses import fields
-
     load_libraries()
-    from llmtune.inference.chat import NO_TEMPLATE, chat_loop, conversation_for, generate_config
-    from llmtune.inference.reopen import open_model, recipe_of
-    from llmtune.model.generation import GenerateConfig
-    from llmtune.recipe.keys import top_level_keys
+    from llmtune.inference.chat import NO_TEMPLATE, chat_loop, open_chat
     from llmtune.recipe.recipe import parse_overrides
 
-    given = parse_overrides(options.overrides)
-    names = {field.name for field in fields(GenerateConfig)}
-    others = {key: value for key, value in given.items() if key not in names}
-    for key in others:
-        if key.partition(".")[0] not in top_level_keys() and (near := did_you_mean(key, names)):
-            raise RecipeError(f"command line  {key}: no such key.{near}")
-    recipe = recipe_of(options.model, **others)
-    config = generate_config(recipe, {key: value for key, value in given.items() if key in names})
-    conversation = conversation_for(recipe, *open_model(options.model, **others), config)
+    conversation = open_chat(options.model, **parse_overrides(options.overrides))
     if options.prompt is None:
         chat_loop(conversation, guides=sys.stdin.isatty())
         return

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, RecipeError, raise_all
-from llmtune.contract.schema import decode
+from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean, raise_all
+from llmtune.contract.schema import decode, field_types
+from llmtune.inference.reopen import open_model, recipe_of
 from llmtune.model.generate import require_head
 from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, has_template
+from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.registry import Registry
 
@@ -38,6 +41,21 @@ def conversation_for(
     completes = not has_template(tokenizer, variables)
     engine = parts_of(recipe, ("engine_config",)).one("engine_config").built
     return ChatSession(model, tokenizer, variables, config, completes=completes, generate=engine.generate)
+
+
+def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
+    """A conversation with a run, a checkpoint, a model, an adapter of PEFT or what a recipe file names.
+
+    `keys` are generation parameters (`temperature=0.2`) and keys of a recipe. Raises subclasses of LlmtuneError.
+    """
+    names = field_types(GenerateConfig).keys()
+    others = {key: value for key, value in keys.items() if key not in names}
+    for key in others:
+        if key.partition(".")[0] not in top_level_keys() and (near := did_you_mean(key, names)):
+            raise RecipeError(f"{key}: no such key.{near}")
+    recipe = recipe_of(model, **others)
+    config = generate_config(recipe, {key: value for key, value in keys.items() if key in names})
+    return conversation_for(recipe, *open_model(model, **others), config)
 
 
 def parts_of(recipe: Recipe, points: Sequence[str]) -> Parts:

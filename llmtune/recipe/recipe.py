@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean, raise_all
+from llmtune.contract.errors import ErrorList, LlmtuneError, RecipeError, did_you_mean, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.generation import GenerationKeys
 from llmtune.contract.schema import decode, defaults, field_types
@@ -144,6 +144,18 @@ def load_recipe(
         model=model, data=data, train=train, generation=generation, export=export, blocks=blocks, resolved=shown,
         tree=tree, name=name, text=text, places=places, environment=environment(tree, resolved),
     )  # fmt: skip
+
+
+def recipe_errors(source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> list[LlmtuneError]:
+    """Everything that is wrong with a recipe's text, keys and blocks, as `llmtune train` would say it first; none where
+    it can be planned. Nothing is read but the recipe, and no torch is imported."""
+    try:
+        recipe = load_recipe(source, overrides)
+    except ErrorList as several:
+        return several.errors
+    except LlmtuneError as error:
+        return [error]
+    return [*wrong_blocks(recipe.blocks, recipe.places)]
 
 
 def _given(key: str, strange: Mapping[str, str]) -> bool:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.schema import defaults, describe, document, field_types, json_schema
 from llmtune.recipe.keys import CONFIGS
+from llmtune.recipe.registry import Registry
 from llmtune.recipe.text import plain
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Plugin
-    from llmtune.recipe.registry import Registry
 
 _TITLES = ("Model", "Data", "Training", "Generation", "Export and use")
 
 
-def recipe_schema(registry: Registry) -> dict[str, Any]:
+def recipe_schema(registry: Registry | None = None) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of recipes, with the blocks of the installed plugins."""
+    registry = registry or Registry()
     properties: dict[str, Any] = {}
     required: list[str] = []
     for config in CONFIGS:
@@ -111,6 +112,4 @@ def _table(config: type) -> str:
 
 
 if __name__ == "__main__":
-    from llmtune.recipe.registry import Registry
-
     print(write_reference(Registry()), end="")
