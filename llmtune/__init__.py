@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _WHERE = {
     name: module
     for module, names in {
-        "llmtune.api": ("train", "plan", "build", "load", "predict", "Run"),
+        "llmtune.api": ("train", "plan", "build", "load", "predict", "Run", "runs"),
         "llmtune.recipe.recipe": ("recipe_errors",),
         "llmtune.recipe.reference": ("recipe_schema",),
         "llmtune.inference.chat": ("open_chat",),

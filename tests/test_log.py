@@ -19,7 +19,8 @@ from llmtune.contract.errors import CheckpointError
 from llmtune.contract.records import LoggerStart
 from llmtune.training.console import Console, NotebookBar, PlainLines, TerminalBar, choose_view, duration
 from llmtune.training.log import Loggers, MetricsFile, read_metrics
-from llmtune.training.report import loss_table, side_by_side, wrap
+from llmtune.training.loss_table import loss_table
+from llmtune.training.report import side_by_side, wrap
 
 
 def write(folder: Path, steps: range, resume_step: int = 0, **metrics: float) -> None:

@@ -25,6 +25,8 @@ ROOMS = {
     "recipe": "YAML becomes typed keys and found plugins.",
     "planning": "All that is decided before a weight is read.",
     "training": "The loop, its objective, what happens between steps, checkpoints, the run's folder.",
+    "history": "Runs on disk: found, read, compared and drawn.",
+    "doctor": "What this machine has, what is wrong with it, and what to do.",
     "cost": "What a step of a plan takes, and what to change where it does not fit.",
     "inference": "What was trained: reopened, talked to, exported; and a look at data as training has them.",
     "api": "The Python API.",

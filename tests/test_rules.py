@@ -172,7 +172,7 @@ def test_no_function_is_long() -> None:
     assert not long
 
 
-@pytest.mark.parametrize("command", [["--help"], ["plugins"], ["schema"], ["train", "--help"]])
+@pytest.mark.parametrize("command", [["--help"], ["plugins"], ["schema"], ["train", "--help"], ["runs", "list"]])
 def test_these_commands_load_no_torch(command: list[str]) -> None:
     code = (
         "import sys, contextlib, io\nfrom llmtune.cli import main\n"

@@ -34,10 +34,10 @@ from llmtune.recipe.parts import known_formats
 from llmtune.recipe.text import plain
 from llmtune.recipe.train_config import TrainConfig
 from llmtune.terminal import Shown, doing
+from llmtune.training.file_names import PREDICT_RESULTS, PREDICTIONS, TRAINED
 from llmtune.training.lock import FolderLock
 from llmtune.training.measure import of_answers
 from llmtune.training.predict import digest_of, predict_to, predictor_of, read_predictions, write_results
-from llmtune.training.run_folder import PREDICT_RESULTS, PREDICTIONS, TRAINED
 
 if TYPE_CHECKING:
     from llmtune.planning.model_plan import ModelPlan

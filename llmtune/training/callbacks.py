@@ -147,15 +147,8 @@ class TrainingCallbacks:
         self.tell(StepDone(step=step, metrics=metrics))
 
     def evaluates_at(self, step: int, last: bool) -> bool:
-        train, data = self.plan.recipe.train, self.plan.data.prepared
-        if data.evaluation is None or not len(data.evaluation):
-            return False
-        match train.eval_strategy:
-            case "steps":
-                return step % (train.eval_steps or train.logging_steps) == 0 or last
-            case "epoch":
-                return step % (self.plan.data.batches.order.steps_per_epoch or self.plan.steps) == 0 or last
-        return False
+        every = eval_interval(self.plan)
+        return every is not None and (step % every == 0 or last)
 
     def evaluate(self, step: int) -> None:
         """Evaluate, remember the best, note if early stopping has run out of patience. Left early on request."""
@@ -307,3 +300,16 @@ class TrainingCallbacks:
                 observer(event)
             except Exception as error:
                 print(f"llmtune: an observer failed on {event.kind}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def eval_interval(plan: Plan) -> int | None:
+    """Steps from one evaluation to the next, at the last step at the latest; None where nothing is evaluated."""
+    train, data = plan.recipe.train, plan.data.prepared
+    if data.evaluation is None or not len(data.evaluation):
+        return None
+    match train.eval_strategy:
+        case "steps":
+            return train.eval_steps or train.logging_steps
+        case "epoch":
+            return plan.data.batches.order.steps_per_epoch or plan.steps
+    return None

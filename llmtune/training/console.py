@@ -1,4 +1,7 @@
-"""Progress for people: lines of figures, and on a terminal or in a notebook a bar below them."""
+"""Progress for people: lines of figures, and on a terminal or in a notebook a bar below them.
+
+Lines are all there is in a file or a pipe. A terminal keeps the last state of a run in sight above its bar.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llmtune.terminal import columns, fit, in_notebook
+from llmtune.training.status import Milestones, Status
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 Clock = Callable[[], float]
 
@@ -22,12 +29,13 @@ class Console:
     """Shows progress on `stream` (standard output by default) in the way that suits it."""
 
     def __init__(
-        self, total_steps: int, resume_step: int = 0, *, stream: TextIO | None = None, clock: Clock = time.perf_counter
-    ) -> None:
+        self, total_steps: int, resume_step: int = 0, *, stream: TextIO | None = None,
+        clock: Clock = time.perf_counter, milestones: Milestones | None = None,
+    ) -> None:  # fmt: skip
         self.total = total_steps
         self.first = resume_step
         self.clock = clock
-        self.view = choose_view(stream or sys.stdout)
+        self.view = choose_view(stream or sys.stdout, milestones)
         self.started = 0.0
 
     def start(self) -> None:
@@ -42,6 +50,7 @@ class Console:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of `step`; those without a `loss` are an evaluation's."""
         evaluation = "loss" not in metrics
+        self.view.watch(metrics)
         self.view.report(step, figures_text(metrics), "" if evaluation else self.eta(step), evaluation)
 
     def eta(self, step: int) -> str:
@@ -54,12 +63,12 @@ class Console:
         self.view.finish()
 
 
-def choose_view(stream: TextIO) -> PlainLines:
+def choose_view(stream: TextIO, milestones: Milestones | None = None) -> PlainLines:
     """Notebook, terminal or plain. A stream that is no terminal never gets control characters."""
     if in_notebook():
         return NotebookBar()
     terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    return TerminalBar(stream) if terminal else PlainLines(stream)
+    return TerminalBar(stream, milestones or Milestones()) if terminal else PlainLines(stream)
 
 
 class PlainLines:
@@ -76,6 +85,9 @@ class PlainLines:
     def move(self, step: int, eta: str) -> None:
         """Show that `step` is done, and how long the rest takes."""
 
+    def watch(self, metrics: Mapping[str, float]) -> None:
+        """Take what is about to be reported, for what stays in sight."""
+
     def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
         """Show the figures of `step`, separated by two spaces."""
         more = f"  eta {eta}" if eta else ""
@@ -87,44 +99,69 @@ class PlainLines:
 
 
 class TerminalBar(PlainLines):
-    """A bar below the lines, which stay to scroll back to. rich itself honours NO_COLOR.
+    """The last state of the run, and a bar, below the lines, which stay to scroll back to. rich honours NO_COLOR.
 
     All that stands beside the bar has a fixed width, so that the bar keeps its place.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, milestones: Milestones) -> None:
         from rich.console import Console as RichConsole
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         super().__init__(stream)
+        self.console = RichConsole(file=stream, highlight=False)
+        self.status = Status(0, milestones, draws=self.console.encoding.startswith("utf"))
+        self.step = 0
         # Colours that each terminal chooses to suit its background, light or dark.
         bar = BarColumn(bar_width=None, style="bright_black", complete_style="green", finished_style="green")
         self.progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), bar, TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("eta {task.fields[eta]:>7}"), console=RichConsole(file=stream, highlight=False), expand=True,
+            TextColumn("eta {task.fields[eta]:>7}"), console=self.console, expand=True,
         )  # fmt: skip
+        self.live = Live(console=self.console, get_renderable=self._picture, refresh_per_second=4)
         self.task: Any = None
 
     def start(self, done: int, total: int) -> None:
         """Draw the bar."""
         super().start(done, total)
-        self.progress.start()
+        self.status.total, self.step = total, done
         self.task = self.progress.add_task("", total=total, completed=done, eta="")
+        self.live.start()
 
     def move(self, step: int, eta: str) -> None:
         """Move the bar."""
+        self.step = step
         self.progress.update(self.task, completed=step, eta=eta)
+
+    def watch(self, metrics: Mapping[str, float]) -> None:
+        """Keep the numbers in sight."""
+        self.status.watch(metrics)
 
     def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
         """Print a line above the bar."""
         line = fit_figures(step_text(step, self.total), figures, columns(self.stream) or 80)
-        self.progress.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, markup=False, soft_wrap=True)
         if not evaluation:
             self.move(step, eta)
 
     def finish(self) -> None:
-        """Leave the last state of the bar in sight."""
-        self.progress.stop()
+        """Leave the last state in sight."""
+        self.live.stop()
+
+    def _picture(self) -> Group:
+        """The numbers in as many lines as the width asks for, and the bar."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts = [Text.assemble((f"{name} ".lstrip(), "dim"), text) for name, text in self.status.parts(self.step)]
+        lines: list[Text] = []
+        for part in parts:
+            if lines and lines[-1].cell_len + 2 + part.cell_len <= self.console.width:
+                lines[-1] = Text("  ").join([lines[-1], part])
+            else:
+                lines.append(part)
+        return Group(*lines, self.progress)
 
 
 class NotebookBar(PlainLines):

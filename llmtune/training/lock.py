@@ -14,8 +14,8 @@ from pathlib import Path
 from llmtune.contract.errors import PlanError, listed
 from llmtune.distributed.launch import LAUNCHER
 from llmtune.distributed.ranks import from_all, from_first, wait_for_all
+from llmtune.training.file_names import LOCK
 
-LOCK = ".lock"
 PROBE = ".probe-"
 """How the names of files begin that machines look for in each other's folder."""
 LAG_S = 5.0

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from llmtune.contract.errors import CheckpointError
 from llmtune.contract.records import Continues, LoggerStart
 from llmtune.training.console import Console
+from llmtune.training.file_names import METRICS
 
 if TYPE_CHECKING:
     from llmtune.contract.records import Logger
-
-FILE = "metrics.jsonl"
+    from llmtune.training.status import Milestones
 
 
 class MetricsFile:
@@ -29,7 +29,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE
+        path = folder / METRICS
         partial = path.with_suffix(".partial")
         kept = [row for row in read_metrics(folder) if row["step"] <= resume_step]
         with partial.open("w", encoding="utf-8") as file:
@@ -59,20 +59,26 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     Numbers that are not finite come back as floats. An unfinished last line is left out: a run may be writing it.
     Raises CheckpointError for any other line that is not a JSON object with a step.
     """
-    path = Path(folder) / FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = []
+    rows, problems = parse_metrics(folder)
+    if problems:
+        raise CheckpointError(f"{problems[0]}; delete this line")
+    return rows
+
+
+def parse_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of `metrics.jsonl` that can be read, and a sentence for each that cannot."""
+    path = Path(folder) / METRICS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows, problems = [], []
+    lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append({"step": row["step"]} | {key: _number(value) for key, value in row.items()})
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise CheckpointError(
-                f"{path}:{number}: not a JSON object with a step ({error}); delete this line"
-            ) from error
-    return rows
+            if number < len(lines) or line.endswith("\n"):
+                problems.append(f"{path}:{number}: not a JSON object with a step ({error})")
+    return rows, problems
 
 
 def _number(value: Any) -> Any:
@@ -91,10 +97,11 @@ class Loggers:
         total_steps: int,
         resume_step: int = 0,
         stream: TextIO | None = None,
+        milestones: Milestones | None = None,
     ) -> None:
         self.folder = folder
         self.resume_step = resume_step
-        self.console: Console | None = Console(total_steps, resume_step, stream=stream)
+        self.console: Console | None = Console(total_steps, resume_step, stream=stream, milestones=milestones)
         self.plugins: list[Any] = list(plugins)
         self.file: MetricsFile | None = None
         self._owned = _own_folders(folder / "loggers", names or [type(plugin).__name__ for plugin in plugins])

@@ -20,8 +20,8 @@ from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, from_all
 from llmtune.folders import write_durably
 from llmtune.model.generate import stop_tokens
+from llmtune.training.file_names import PREDICT_RESULTS, PREDICT_SETTINGS, PREDICTIONS
 from llmtune.training.measure import measured_answers
-from llmtune.training.run_folder import PREDICT_RESULTS, PREDICT_SETTINGS, PREDICTIONS
 
 if TYPE_CHECKING:
     from llmtune.contract.generation import GenerateConfig

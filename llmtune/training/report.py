@@ -5,33 +5,22 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.cells import set_cell_size
 from rich.console import Console
 from rich.text import Text
 
 from llmtune.planning.devices import GIB
-from llmtune.terminal import columns, say, table_text
+from llmtune.terminal import columns, say
 from llmtune.training.console import duration
 from llmtune.training.log import read_metrics
+from llmtune.training.loss_table import loss_table
 
 if TYPE_CHECKING:
     from llmtune.training.outcome import Outcome
-
-COLUMNS: dict[str, tuple[str, str]] = {
-    "step": ("step", "d"),
-    "epoch": ("epoch", ".2f"),
-    "loss": ("loss", ".4f"),
-    "eval_loss": ("eval loss", ".4f"),
-    "learning_rate": ("learning rate", ".2e"),
-    "grad_norm": ("grad norm", ".3g"),
-    "tokens_per_second": ("tokens/s", ",.0f"),
-}
-"""Metric to (heading, format) of the loss table."""
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -73,41 +62,6 @@ def next_commands(folder: Path, answers: bool = True) -> list[str]:
         f"llmtune chat {shlex.quote(str(near))}" if answers else f"llmtune reward {shlex.quote(str(near))} dataset=...",
         f"llmtune export {shlex.quote(str(near))} export_dir={shlex.quote(str(near / 'merged'))}",
     ]
-
-
-def loss_table(metrics: Sequence[Mapping[str, Any]], most: int = 10) -> str:
-    """At most `most` steps of a run as an aligned table: the first, the last, evenly spaced ones, evaluations."""
-    rows = _by_step(metrics)
-    if not rows:
-        return "No metrics were logged."
-    evaluated = [index for index, row in enumerate(rows) if "eval_loss" in row]
-    chosen = set(_spread(evaluated, most // 2))
-    chosen |= set(_spread(range(len(rows)), most - len(chosen)))
-    shown = [rows[index] for index in sorted(chosen)]
-    columns = [
-        [heading, *(format(row[key], form) if row.get(key) is not None else "" for row in shown)]
-        for key, (heading, form) in COLUMNS.items()
-        if any(row.get(key) is not None for row in shown)
-    ]
-    head, *cells = zip(*columns, strict=True)
-    return table_text(head, cells)
-
-
-def _by_step(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step: training and evaluation metrics of a step together."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in metrics:
-        rows.setdefault(row["step"], {}).update(row)
-    return [rows[step] for step in sorted(rows)]
-
-
-def _spread(items: Sequence[int], most: int) -> list[int]:
-    """At most `most` of `items`, evenly spaced, the last always and the first if there is room for two."""
-    if len(items) <= most:
-        return list(items)
-    if most < 2:
-        return list(items)[-1:] if most else []
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def side_by_side(question: str, before: str, after: str, width: int = 100) -> str:

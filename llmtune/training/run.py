@@ -33,7 +33,8 @@ from llmtune.recipe.parts import collect
 from llmtune.terminal import doing, say
 from llmtune.training import checkpoint, resume, run_folder
 from llmtune.training.building import build_run, make_training
-from llmtune.training.callbacks import TrainingCallbacks
+from llmtune.training.callbacks import TrainingCallbacks, eval_interval
+from llmtune.training.file_names import PREDICTIONS, QUARANTINE
 from llmtune.training.isolation import check_isolation, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
 from llmtune.training.log import Loggers, read_metrics
@@ -47,6 +48,7 @@ from llmtune.training.outcome import Outcome
 from llmtune.training.plot import plot_metrics
 from llmtune.training.predict import predict_to, predictor_of, write_results
 from llmtune.training.save import write_result
+from llmtune.training.status import Milestones
 
 if TYPE_CHECKING:
     from llmtune.distributed.ranks import Ranks
@@ -139,8 +141,10 @@ def _train(
         plan = resume.continued(plan, start)
         show(str(plan))
         planned = estimate_memory(plan, largest(plan)).at_peak.total  # of the structure, before it is filled
+        if plan.ranks.first:
+            run_folder.write_status(plan.output_dir, "running", planned_memory_bytes=planned)
         try:
-            outcome = _run(plan, registry, start.found, estimate(plan), show, stop)
+            outcome = _run(plan, registry, start.found, estimate(plan), show, stop, planned)
             peak = max(from_all(peak_memory_bytes(plan.device)))
             outcome = replace(
                 outcome, peak_memory_bytes=peak, planned_memory_bytes=planned, seconds=time.monotonic() - started
@@ -177,7 +181,7 @@ def _prepare(plan: Plan, lock: FolderLock) -> resume.Start:
 
 def _run(
     plan: Plan, registry: Registry, found: tuple[Path, Manifest] | None, cost: StepCost, show: Callable[..., Any],
-    stop: StopRequest,
+    stop: StopRequest, planned_memory_bytes: int,
 ) -> Outcome:  # fmt: skip
     first_step = found[1].step if found else 0
     stop.doing = "while weights were loaded, before this start has learnt anything"
@@ -190,7 +194,7 @@ def _run(
     if plan.ranks.dims.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective, "before")
-    loggers = start_loggers(plan, first_step)
+    loggers = start_loggers(plan, first_step, planned_memory_bytes)
     keeper = TrainingCallbacks(
         plan, objective, optimizer, loggers, registry.observers(), stop, cost.mfu, training.scaler,
         {**origins(plan), **read}, training.schedule,
@@ -228,7 +232,7 @@ def _build(
     """The model with its weights, the plan that may have got numbers meanwhile, and what tells the files that the
     weights come from from others. Collective."""
     # A stream reads and tokenises while the weights are loaded.
-    quarantine = plan.output_dir / run_folder.QUARANTINE if plan.ranks.first else None
+    quarantine = plan.output_dir / QUARANTINE if plan.ranks.first else None
     cursor = (found[1].step, found[1].numbers["stream"]) if found else (0, None)
     plan.data.batches.start(*cursor, quarantine)
     doing.info("Loading the weights")
@@ -273,7 +277,7 @@ def predict(plan: Plan, objective: Objective, result: Mapping[str, Any]) -> str:
     predictor = predictor_of(plan.recipe, plan.model, engine, objective, config)
     facts = {"model": from_first(result.get("trained_sha256", ""))}
     found = predict_to(plan.output_dir, predictor, plan.data.questions, facts, replaces=True)
-    said = f"Wrote {counted(len(found), 'prediction')} to {plan.output_dir / run_folder.PREDICTIONS}"
+    said = f"Wrote {counted(len(found), 'prediction')} to {plan.output_dir / PREDICTIONS}"
     return said + write_results(plan.output_dir, of_answers(plan.parts), found)
 
 
@@ -289,10 +293,15 @@ def _shared(work: Any, plan: Plan) -> Any:
     return first_does(guarded)
 
 
-def start_loggers(plan: Plan, first_step: int) -> Loggers | None:
+def start_loggers(plan: Plan, first_step: int, planned_memory_bytes: int) -> Loggers | None:
     """metrics.jsonl, the console and the recipe's loggers, on rank 0."""
     if not plan.ranks.first:
         return None
+    milestones = Milestones(
+        planned_memory_bytes=planned_memory_bytes,
+        eval_every=eval_interval(plan),
+        save_every=plan.recipe.train.save_steps,
+    )
     parts = plan.parts.at("logger_config")
     loggers = Loggers(
         plan.output_dir,
@@ -300,6 +309,7 @@ def start_loggers(plan: Plan, first_step: int) -> Loggers | None:
         names=[part.plugin.name for part in parts],
         total_steps=plan.steps,
         resume_step=first_step,
+        milestones=milestones,
     )
     loggers.start(run_folder.plain(plan.recipe.resolved))
     return loggers

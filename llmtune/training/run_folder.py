@@ -1,12 +1,5 @@
-"""A run's folder: what it records, who may write to it, and what is deleted where a run starts over.
-
-recipe.yaml     as given            resolved.yaml   with defaults and overrides
-run.json        versions, plugins, status             metrics.jsonl   one line per logged step
-model/          what others read    trained.safetensors  the trained tensors of an adapter, by model name
-checkpoints/    see llmtune.training.checkpoint        quarantine.jsonl  rows that cannot be used, and why
-loggers/NAME/   what the logger NAME wrote             chat_template.jinja  the template of the run's tokenizer
-generated_predictions.jsonl, predict_settings.json, predict_results.json  see llmtune.training.predict
-"""
+"""A run's folder: what it records, who may write to it, and what is deleted where a run starts over. The names of its
+files are in `file_names.py`."""
 
 from __future__ import annotations
 
@@ -28,22 +21,28 @@ from llmtune.folders import write_durably
 from llmtune.planning.decisions import decided
 from llmtune.recipe.secrets import hidden
 from llmtune.recipe.text import leaves, show
-from llmtune.training.lock import LOCK, PROBE, launcher
+from llmtune.training.file_names import (
+    BENCHMARKS,
+    LOCK,
+    LOGGERS,
+    METRICS,
+    PREDICT_RESULTS,
+    PREDICT_SETTINGS,
+    PREDICTIONS,
+    QUARANTINE,
+    RECORD,
+    RESOLVED,
+    TRAINED,
+)
+from llmtune.training.lock import PROBE, launcher
 from llmtune.training.step_folders import delete_all, published
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
     from llmtune.recipe.recipe import Recipe
 
-RECORD = "run.json"
-QUARANTINE = "quarantine.jsonl"
-LOGGERS = "loggers"
-TRAINED = "trained.safetensors"
-PREDICTIONS = "generated_predictions.jsonl"
-PREDICT_SETTINGS = "predict_settings.json"
-PREDICT_RESULTS = "predict_results.json"
 _FILES = (
-    "recipe.yaml", "resolved.yaml", "chat_template.jinja", "metrics.jsonl", "loss.png", TRAINED, QUARANTINE,
+    "recipe.yaml", RESOLVED, "chat_template.jinja", METRICS, "loss.png", TRAINED, QUARANTINE,
     PREDICTIONS, PREDICT_SETTINGS, PREDICT_RESULTS,
 )  # fmt: skip
 _OUTPUTS = {"output_dir", "export_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint", "logger_config"}
@@ -119,7 +118,7 @@ def is_run(folder: Path) -> bool:
     if not path.is_file():
         return False
     if not path.stat().st_size:  # a power cut has emptied it
-        return (folder / "resolved.yaml").exists()
+        return (folder / RESOLVED).exists()
     found = read_record(folder).get("packages")
     return isinstance(found, dict) and "llmtune" in found
 
@@ -152,9 +151,11 @@ def clear(folder: Path) -> None:
     for name in result or ():
         if (path := Path(name)).parts[0] == "model" and ".." not in path.parts:
             (folder / path).unlink(missing_ok=True)
+    for measured in (folder / BENCHMARKS).glob("*.json"):
+        measured.unlink()
     for name in (*_FILES, f".{TRAINED}.partial"):
         (folder / name).unlink(missing_ok=True)
-    for place in (*sorted(model.rglob("*"), reverse=True), model):
+    for place in (*sorted(model.rglob("*"), reverse=True), model, folder / BENCHMARKS):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
     # Last, and not deleted: after a kill before here the same command clears again, after one later it just starts.
@@ -198,11 +199,14 @@ def write_records(plan: Plan, **more: Any) -> None:
     folder, files = plan.output_dir, plan.model.files
     folder.mkdir(parents=True, exist_ok=True)
     # First: a folder that has it is known as a run's, whatever a kill keeps from being written.
-    facts = {"model_origin": files.origin, "model_revision": files.revision, "decided": decided(plan)}
+    facts = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"), "steps": plan.steps,
+        "model_origin": files.origin, "model_revision": files.revision, "decided": decided(plan),
+    }  # fmt: skip
     write_status(folder, "running", **versions(plan), **more, **facts)
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_durably(folder / "recipe.yaml", plan.recipe.text)
-    write_durably(folder / "resolved.yaml", plan.recipe.to_yaml())
+    write_durably(folder / RESOLVED, plan.recipe.to_yaml())
     if isinstance(plan.model.tokenizer.chat_template, str):
         write_durably(folder / "chat_template.jinja", plan.model.tokenizer.chat_template)
     if plan.data.prepared.stream is None:  # a stream adds its rows as it meets them

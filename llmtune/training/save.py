@@ -12,7 +12,7 @@ from llmtune.contract.errors import blaming
 from llmtune.distributed.placement import full
 from llmtune.folders import publish, size_and_hash
 from llmtune.model.edits import named_tensors
-from llmtune.training.run_folder import TRAINED
+from llmtune.training.file_names import TRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor
