@@ -96,7 +96,7 @@ def test_a_run_on_four_ranks_continues_on_one(models: dict[str, str], chats: str
     whole = {**straight, "output_dir": str(tmp_path / "whole"), "save_steps": 1}
     spread = {"dist_config": {"name": "fsdp2", "ep_size": 2}, "per_device_train_batch_size": 1}
     in_ranks(4, tmp_path / "ranks", train_each, [{**whole, **spread}])
-    forget_after(tmp_path / "whole", 3)
+    forget_after(tmp_path / "whole", 2)
     llmtune.train({**whole, "resume_from_checkpoint": True})
     assert_same_run(tmp_path / "whole", tmp_path / "straight")
 

@@ -315,12 +315,17 @@ def start_loggers(plan: Plan, first_step: int, planned_memory_bytes: int) -> Log
     return loggers
 
 
+SAMPLE_TOKENS = 64
+"""Most tokens of an answer to a sample prompt, where the recipe does not say."""
+
+
 def sample_answers(plan: Plan, objective: Objective, when: str) -> list[str]:
     """Greedy answers to the recipe's `sample_prompts`. Collective: every rank generates the same."""
     if plan.recipe.train.sample_prompts:
         doing.info("Answering the sample prompts %s training", when)
     data, module, tokenizer = plan.recipe.data, plan.model.module, plan.model.tokenizer
-    config = GenerateConfig(do_sample=False, max_new_tokens=64, default_system=data.default_system)
+    longest = plan.recipe.generation.max_new_tokens or SAMPLE_TOKENS
+    config = GenerateConfig(do_sample=False, max_new_tokens=longest, default_system=data.default_system)
     variables = data.template_variables
     completes = not has_template(tokenizer, variables)
     engine = plan.parts.one("engine_config").built
