@@ -143,3 +143,50 @@ def test_answers_to_a_pipe_stand_alone() -> None:
 
     chat_loop(Echo(), read, said.append, guides=False)  # type: ignore[arg-type]
     assert "".join(said) == "HELLO\nAGAIN\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"device": "gpu"}, 'device: found "gpu", .* Did you mean "cuda"'),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling: its key type is called rope_type"),
+        ({"optim_config": {"name": "adamw", "betas": "0.9"}}, r'betas: found "0.9", .*number >= 0 and < 1$'),
+        ({"optim_config": {"name": "badam", "start_block": 9}}, "start_block: found 9, allowed is 0 to 1"),
+        ({"optim_config": {"name": "adamw_8bit", "paged": True}}, "paged: found true, but parameters are on cpu"),
+        ({"stage_config": {"name": "dpo", "simpo_gamma": 1.0}}, "simpo_gamma: found 1.0, which pref_loss sigmoid"),
+        ({"reward_config": {"name": "rule", "match": "length"}}, "max_tokens: match length calls every answer right"),
+        ({"launch_config": {"name": "slurm", "time": "12h"}}, 'time: found "12h", allowed is what sbatch takes'),
+        ({"peft_config": {"name": "lora", "layers_to_transform": [9]}}, r"found layers_to_transform \[9\].*: 0 to 1"),
+        (
+            {"peft_config": {"name": "peft", "tuner": "LoHaConfig", "options": {"rank": 4}}},
+            "options.rank: PEFT's LOHA has no such option; it has .*alpha",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_before_a_run(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(LlmtuneError, match=sentence):
+        llmtune.plan(running.tiny_recipe(tmp_path, max_steps=2, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"warmup_steps": 9}, "warmup_steps: the rate rises for 9 steps and the run has 5, so that learning_rate is ne"),
+        (
+            {"lr_scheduler_config": {"name": "warmup_stable_decay", "num_stable_steps": 1, "num_decay_steps": 2}},
+            "lr_scheduler_config: the learning rate of warmup_stable_decay is 0 from step 4 to 5, which learn nothing",
+        ),
+        ({"eval_config": "accuracy"}, "eval_config: accuracy measures nothing, as nothing is evaluated"),
+        ({"train_from_scratch": True, "peft_config": "lora"}, "train_from_scratch: the random weights stay as they are"),
+        ({"peft_config": {"name": "lora", "use_rslora": True, "use_dora": True}}, "rsLoRA and DoRA r=8"),
+        ({"peft_config": {"name": "lora", "loraplus_lr_ratio": 16}}, "learning rate of adapters' B is 16 times"),
+    ],
+)
+def test_what_means_less_than_one_might_think_is_told(changes: dict[str, Any], note: str, tmp_path: Path) -> None:
+    assert note in str(llmtune.plan(running.tiny_recipe(tmp_path, max_steps=5, **changes)))
+
+
+def test_a_plain_recipe_is_told_nothing(tmp_path: Path) -> None:
+    for schedule in ("linear", "cosine", "cosine_with_restarts", "inverse_sqrt", "constant", "polynomial"):
+        keys = running.tiny_recipe(tmp_path, max_steps=5, warmup_steps=1, lr_scheduler_config=schedule)
+        assert "Note:" not in str(llmtune.plan(keys))

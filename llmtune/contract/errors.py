@@ -170,5 +170,5 @@ def listed(names: Iterable[object], most: int = 8) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+    """`1 rank`, `2,000 ranks`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -280,8 +280,11 @@ def _hint(annotation: Any, value: Any) -> str:
         return "; write it without quotes"
     if type(None) in options and value.lower() in ("none", "nil"):
         return "; write null"
-    if any(get_origin(option) in (tuple, list) for option in options) and str not in options:
+    lists = [option for option in options if get_origin(option) in (tuple, list)]
+    if any(_fit(option, [value])[0] for option in lists) and str not in options:
         return f"; write a list, as in [{value}]"
+    if value.lower() == "gpu" and "cuda" in choices:  # to the eye it is nearer to cpu
+        value = "cuda"
     return did_you_mean(value, [choice for choice in choices if isinstance(choice, str)]).replace(" Did", ". Did", 1)
 
 

@@ -9,9 +9,10 @@ that was left out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,10 +176,11 @@ def step(plan: Plan, objective: Objective, shape: MicroBatch, runs: list[LayerRu
 def stepped_optimizer(plan: Plan) -> torch.optim.Optimizer | None:
     """The recipe's optimiser with its state made by a first step, or None where it cannot work on fake tensors."""
     try:
-        optimizer = make_optimizer(plan)
-        if isinstance(optimizer, ChangesWhatTrains):
-            optimizer.at_step(0)
-        optimizer.step()
+        with redirect_stderr(StringIO()):  # what it says is of a step that is not taken
+            optimizer = make_optimizer(plan)
+            if isinstance(optimizer, ChangesWhatTrains):
+                optimizer.at_step(0)
+            optimizer.step()
         return optimizer
     except Exception:
         # Whatever a foreign optimiser does with values that fake tensors have not.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtune.contract.errors import counted
 from llmtune.data.plot import plot_lengths
 from llmtune.data.report import PartReport
 from llmtune.terminal import Shown, table_text
@@ -136,11 +137,10 @@ class DataStats(Shown):
         if self.evaluated is not None:
             lines.append(f"to evaluate on: {self.evaluated}")
         if self.packed is not None:
-            lines.append(
-                f"  packed: {self.packed.rows:,} rows of {self.cutoff_len:,} tokens, {self.packed.fill:.2%} full"
-            )
-        share = f"{1 - self.padded.fill:.1%} padding"
-        lines.append(f"  padded in micro-batches of {self.padded.micro_batch:,}: {self.padded.rows:,} rows, {share}")
+            packs = counted(self.packed.rows, "row")
+            lines.append(f"  packed: {packs} of {self.cutoff_len:,} tokens, {self.packed.fill:.2%} full")
+        found = f"{counted(self.padded.rows, 'row')}, {1 - self.padded.fill:.1%} padding"
+        lines.append(f"  padded in micro-batches of {self.padded.micro_batch:,}: {found}")
         return lines
 
     def plot(self, path: str | Path | None = None) -> Figure:

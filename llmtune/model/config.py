@@ -65,6 +65,8 @@ class ModelConfig:
         if not isinstance(scaling, dict):
             return
         if scaling.get("rope_type") not in _ROPE_TYPES:
+            if "type" in scaling and "rope_type" not in scaling:
+                raise ValueError("rope_scaling: its key type is called rope_type")
             raise ValueError(
                 f"rope_scaling.rope_type: found {scaling.get('rope_type')!r}, allowed is one of {listed(_ROPE_TYPES)}"
             )

@@ -21,11 +21,13 @@ from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import (
     batch_objections,
+    evaluator_notes,
     label_objections,
     metric_objections,
     optimizer_objections,
     plugin_objections,
     reward_objections,
+    schedule_notes,
     schedule_objections,
     streaming_objections,
 )
@@ -108,7 +110,8 @@ def make_plan(
     data = replace(data, questions=questions)
     notes = (*parts.notes, *narrowed, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
-    return with_checkpointing(plan)
+    notes = schedule_notes(parts.one("lr_scheduler_config"), plan.steps, plan.warmup_steps)
+    return with_checkpointing(plan.noted(*notes, *evaluator_notes(parts, recipe.train)))
 
 
 def evaluated(

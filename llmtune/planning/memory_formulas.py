@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -258,7 +259,7 @@ def optimizer_bytes(plan: Plan, rank: Rank) -> dict[str, int]:
     whole = dict(trained)
     sizes = {name: 2 * p.numel() * p.element_size() for name, p in trained}
     # A foreign optimiser may do anything with values that fake tensors have not.
-    with suppress(Exception):
+    with suppress(Exception), redirect_stderr(StringIO()):  # and what it says is of a step that is not taken
         less = {name: math.prod(_small(tuple(p.shape))) for name, p in trained}
         sizes = {
             name: size * whole[name].numel() // less[name] for name, size in states([*kinds.values()], True).items()

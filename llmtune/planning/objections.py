@@ -51,7 +51,8 @@ def optimizer_objections(
     if isinstance(part.built, ChecksGroups):
         with blaming(part.full_label, "check_groups"):
             sentences += part.built.check_groups(model_groups(model.module, model.ledger, 1.0))
-    return [PlanError(f"{part.point}: {sentence}") for sentence in sentences]
+    asked = plugin_objections(part, model.context, model.module)
+    return [*asked, *(PlanError(f"{part.point}: {sentence}") for sentence in sentences)]
 
 
 def layerwise_objections(train: TrainConfig, stage: BuiltPlugin) -> Iterator[str]:
@@ -118,6 +119,14 @@ def label_objections(parts: Parts, questions: Sequence[Question], only_answers: 
             )
 
 
+def evaluator_notes(parts: Parts, train: TrainConfig) -> Iterator[str]:
+    """Evaluators of a run that evaluates nothing and predicts nothing."""
+    if train.eval_strategy == "no" and not train.do_predict:
+        for part in parts.at("eval_config"):
+            name = part.plugin.name
+            yield f"eval_config: {name} measures nothing, as nothing is evaluated; set val_size or eval_dataset"
+
+
 def schedule_objections(train: TrainConfig, part: BuiltPlugin) -> Iterator[str]:
     """A schedule that follows evaluations where there are none."""
     if isinstance(part.built, FollowsEvaluations) and train.eval_strategy == "no":
@@ -125,6 +134,25 @@ def schedule_objections(train: TrainConfig, part: BuiltPlugin) -> Iterator[str]:
             f"lr_scheduler_config: {part.plugin.name} follows evaluations, and the recipe has none; set eval_strategy "
             "to steps or epoch with val_size or eval_dataset, or choose another schedule"
         )
+
+
+def schedule_notes(part: BuiltPlugin, steps: int, warmup_steps: int) -> Iterator[str]:
+    """A word on steps in which the schedule learns nothing, and on warm-up that never ends."""
+    if warmup_steps >= steps:
+        yield (
+            f"warmup_steps: the rate rises for {counted(warmup_steps, 'step')} and the run has {steps:,}, so that "
+            "learning_rate is never reached"
+        )
+    elif not isinstance(part.built, FollowsEvaluations):
+        with blaming(part.full_label, f"factor(..., {steps}, {warmup_steps})"):
+            learning = steps
+            while learning > warmup_steps and part.built.factor(learning - 1, steps, warmup_steps) <= 0:
+                learning -= 1
+        if learning < steps:
+            yield (
+                f"lr_scheduler_config: the learning rate of {part.plugin.name} is 0 from step {learning + 1:,} to "
+                f"{steps:,}, which learn nothing"
+            )
 
 
 def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: bool = False) -> Iterator[str]:

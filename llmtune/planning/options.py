@@ -48,6 +48,10 @@ def option_notes(recipe: Recipe, parts: Parts, module: Any, dims: ParallelDims) 
             f"rope_scaling: nothing is stretched, as cutoff_len {recipe.data.cutoff_len:,} is within the positions "
             "that the model was made for; for more later, name the length: {rope_type: ..., length: ...}"
         )
+    if recipe.model.train_from_scratch is not False and any(
+        part.built.kind == "adapter" for part in parts.at("peft_config")
+    ):
+        yield "train_from_scratch: the random weights stay as they are, as peft_config trains an adapter of them alone"
     if recipe.model.upcast_layernorm and dims.ranks > 1:
         yield "upcast_layernorm: norms are kept in float32, and travel between ranks in the type that all weights do"
 

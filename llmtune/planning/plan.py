@@ -92,10 +92,11 @@ class Plan(Shown):
     def __str__(self) -> str:
         trainable, everything = self.model.parameters()
         epoch = epoch_text(self.data, self.recipe.data.packing)
+        warm = min(self.warmup_steps, self.steps) or "none"
         numbers = [
             ("Parameters", f"{trainable:,} trainable of {everything:,} ({trainable / everything:.2%})"),
             *data_lines(self.data, self.ranks, self.parts.one("stage_config").built),
-            ("Steps", f"{self.steps} ({epoch}{self.warmup_steps} of them warm-up)"),
+            ("Steps", f"{self.steps} ({epoch}{warm} of them warm-up)"),
             ("Output", f"{self.output_dir}"),
         ]
         lines = [*model_lines(self.model, flat=self.data.batches.flat), *further_lines(self.parts, self.further)]

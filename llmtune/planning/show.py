@@ -112,12 +112,12 @@ def data_lines(plan: DataPlan, ranks: Ranks, stage: Stage) -> list[tuple[str, st
     split = f"{rows_each} x {batches.micro_steps} micro-batches x {counted(ranks.batch_ranks, 'rank')}"
     # The first rows of a stream stand for all.
     tokens, some = int(units.tokens.sum()), min(order.batch, len(units)) if order.steps_per_epoch else order.batch
-    what = "packs" if units.kind == "pack" else "pairs" if batches.samples.width == 2 else "rows"
+    what = "pack" if units.kind == "pack" else "pair" if batches.samples.width == 2 else "row"
     packing = _packing(plan)
     return [
         ("Data", str(plan.prepared.report).replace("\n", f"\n{'':<12}")),
         *([("Packing", packing)] if packing else []),
-        ("Batch", f"{order.batch} {what} a step = {split}, about {tokens * some // len(units):,} tokens"),
+        ("Batch", f"{counted(order.batch, what)} a step = {split}, about {tokens * some // len(units):,} tokens"),
         *([("Answers", _answers(stage, order.batch))] if isinstance(stage, RollsOut) else []),
     ]
 

@@ -77,8 +77,8 @@ class TrainConfig:
     plot_loss: bool = False
     """Draw the loss curve into `output_dir` at the end."""
     sample_prompts: tuple[str, ...] = ()
-    """Questions answered before and after training, shown side by side: the likeliest tokens, at most `max_new_tokens` of
-    them, or 64."""
+    """Questions answered before and after training, shown side by side: the likeliest tokens, at most `max_new_tokens`
+    of them, or 64."""
 
     do_predict: bool = False
     """Once training is done, answer the rows that are evaluated on (`eval_dataset`, or those of `val_size`) and write

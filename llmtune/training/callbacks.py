@@ -95,7 +95,7 @@ class TrainingCallbacks:
         self.idle = self.idle + 1 if grad_norm == 0 else 0
         if self.plan.ranks.first and (self.idle == IDLE_STEPS or (last and self.idle == step < IDLE_STEPS)):
             answers = isinstance(self.objective.stage, RollsOut)
-            why = "all answers to a prompt were worth the same" if answers else "no row moved the loss"
+            why = "the rewards told no answer from another" if answers else "no row moved the loss"
             steps = f"steps {step - self.idle + 1} to {step}"
             print(f"llmtune: the gradient was 0 in {steps}, so that nothing was learnt: {why}", file=sys.stderr)
 

@@ -221,7 +221,7 @@ def figure(name: str, value: float) -> str:
             return f"{value:,.0f} tok/s"
         case "mfu":
             return f"MFU {value:.1%}"
-    return f"{name} {value:.4f}" if "loss" in name else f"{name} {value:.4g}"
+    return f"{name} {round(value, 4) + 0.0:.4f}" if "loss" in name else f"{name} {value:.4g}"
 
 
 def duration(seconds: float) -> str:

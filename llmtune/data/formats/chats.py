@@ -169,4 +169,6 @@ class PromptCompletion:
             return [{"role": role, "content": value}]
         if value is None:
             raise BadRow("null content", f'"{column}" is null, allowed is text or messages')
+        if not isinstance(value, (Mapping, list)):
+            raise BadRow(f"{column} is no answer", f'"{column}" is {kind(value)}, allowed is text, a message or a list')
         return self.reader.messages([value] if isinstance(value, Mapping) else value, column)

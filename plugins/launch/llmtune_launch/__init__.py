@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -87,6 +88,12 @@ class SlurmConfig:
     """Lines of shell to run first on each machine's behalf, such as `module load cuda`."""
     srun: tuple[str, ...] = ()
     """Further options of srun, such as `--container-image=...`."""
+
+    def __post_init__(self) -> None:
+        if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
+            raise ValueError(
+                f'time: found "{self.time}", allowed is what sbatch takes: minutes, or "12:00:00", or "2-12:00:00"'
+            )
 
 
 def _ray(config: RayConfig) -> Any:

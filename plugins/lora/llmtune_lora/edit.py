@@ -84,6 +84,8 @@ class Lora:
             lines.append(
                 f"the result belongs on top of {'that' if len(beneath) == 1 else 'these'}: name both, in order"
             )
+        if ratio := self.config.loraplus_lr_ratio:
+            lines.append(f"the learning rate of adapters' B is {ratio:g} times that of A (LoRA+)")
         return replace(
             change,
             weight_rules=[*merged, *change.weight_rules],
@@ -295,7 +297,8 @@ def require_adapted(model: nn.Module, layers: Sequence[str], parameters: Sequenc
 
 
 def _summary(config: LoraConfig, layers: list[str], parameters: list[str]) -> str:
-    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
+    kind = " and ".join(kinds) or "LoRA"
     stacks = f" and {len(parameters)} stacks of experts" if parameters else ""
     names = files.describe(short([*layers, *parameters]))
     return f"{kind} r={config.r} alpha={config.lora_alpha} on {len(layers)} layers{stacks}: {names}"

@@ -86,9 +86,12 @@ def narrow(model: nn.Module, layers: Sequence[str], recipe: LoraRecipe, said: Lo
     meant = [name for name, _ in model.named_modules() if check_target_module_exists(said, name)]
     kept = [name for name in layers if name in meant]
     if not kept:
+        given = {"exclude_modules": said.exclude_modules, "layers_to_transform": said.layers_to_transform}
+        found = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
+        numbers = sorted({int(part) for name in layers for part in name.split(".") if part.isdigit()})
+        there = f", layers that there are: {numbers[0]} to {numbers[-1]}" if numbers else ""
         raise PlanError(
-            "peft_config: exclude_modules and layers_to_transform leave no layer of target_modules; name fewer, or "
-            "layers that there are"
+            f"peft_config: found {found}, which leave no layer of target_modules; name fewer to exclude{there}"
         )
     # A list, so that the file's order does not change from run to run.
     said.target_modules = names if meant == kept else sorted(kept)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune import OptimizerContext, ParameterGroup, PlanError
+from llmtune import OptimizerContext, ParameterGroup, PlanError, RunContext
 
 from . import AdamW8bitConfig
 from .adamw import loss_of, require_parameters, torch_groups
@@ -46,16 +46,22 @@ class AdamW8bitFactory:
     def __init__(self, config: AdamW8bitConfig) -> None:
         self.config = config
 
+    def check(self, context: RunContext, model: nn.Module) -> Iterator[str]:
+        """Paged states without CUDA."""
+        return self.against(context.device)
+
+    def against(self, device: str) -> Iterator[str]:
+        """What speaks against parameters on a device."""
+        if self.config.paged and device != "cuda":
+            yield f"paged: found true, but parameters are on {device} and only CUDA pages; leave paged out"
+
     def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> ShardedAdamW8bit:
         """Groups by width of the states, too. Raises PlanError for paged states without CUDA."""
         config = self.config
         require_parameters(groups)
-        for name, parameter in (pair for group in groups for pair in group.parameters):
-            if config.paged and parameter.device.type != "cuda":
-                raise PlanError(
-                    f"optim_config.paged: found true, but {name} is on {parameter.device.type} and only CUDA pages; "
-                    "leave paged out"
-                )
+        for parameter in (parameter for group in groups for _, parameter in group.parameters):
+            for problem in self.against(parameter.device.type):
+                raise PlanError(f"optim_config: {problem}")
         split = []
         for bits in (8, 32):
             found = [(group, [pair for pair in group.parameters if self.bits(*pair) == bits]) for group in groups]

@@ -8,13 +8,13 @@ package.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmtune import OptimizerContext, ParameterGroup, PlanError
+from llmtune import OptimizerContext, ParameterGroup, PlanError, RunContext, transformer_layers
 
 from .configs import BAdamConfig
 from .low_rank import adam_direction, bias_correction
@@ -33,13 +33,21 @@ class BAdamFactory:
         adam = {"betas": config.betas, "eps": config.eps}
         made, names = whole_groups(groups, lambda *_: ratio, adam, adam, config.weight_decay)
         blocks = blocks_of(names.values(), context.layers)
-        if config.start_block is not None and config.start_block >= len(blocks):
-            raise PlanError(
-                f"optim_config.start_block: found {config.start_block}, allowed is 0 to {len(blocks) - 1}, as the "
-                f"model has {len(blocks)} blocks that train"
-            )
+        for problem in self.against(blocks):
+            raise PlanError(f"optim_config: {problem}")
         make = RatioBAdam if ratio else LayerBAdam
         return make(made, names, config, blocks, context)
+
+    def check(self, context: RunContext, model: nn.Module) -> Iterator[str]:
+        """A block that is not there."""
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return self.against(blocks_of(trained, [name for name, _ in transformer_layers(model)]))
+
+    def against(self, blocks: Sequence[object]) -> Iterator[str]:
+        """What speaks against so many blocks."""
+        start = self.config.start_block
+        if start is not None and start >= len(blocks):
+            yield f"start_block: found {start}, allowed is 0 to {len(blocks) - 1}, as so many blocks train"
 
 
 def blocks_of(names: Iterable[str], layers: Sequence[str]) -> list[tuple[str, frozenset[str]]]:

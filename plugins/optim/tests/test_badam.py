@@ -144,7 +144,7 @@ def test_state_is_that_of_one_block() -> None:
 
 
 def test_what_it_cannot_do_is_said() -> None:
-    with pytest.raises(PlanError, match=r"start_block: found 3, allowed is 0 to 2, as the model has 3 blocks"):
+    with pytest.raises(PlanError, match=r"start_block: found 3, allowed is 0 to 2, as so many blocks"):
         made(parameters(), start_block=3)
     assert read_keys(BAdamConfig, {"switch_interval": 0})[1][0].endswith(
         "allowed is a number from 1, or -1 to stay with one block"

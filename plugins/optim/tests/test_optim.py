@@ -107,7 +107,7 @@ def test_nothing_to_train_is_an_error(build) -> None:
 
 
 def test_paged_needs_cuda() -> None:
-    with pytest.raises(PlanError, match=r"optim_config\.paged: found true, but p0 is on cpu"):
+    with pytest.raises(PlanError, match=r"optim_config: paged: found true, but parameters are on cpu"):
         create_for(build_adamw_8bit(AdamW8bitConfig(paged=True)), parameters((64, 64)), 1e-3)
 
 

@@ -64,8 +64,9 @@ class DpoConfig(ReferenceKeys):
     dpo_label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """Probability that a pair's label is wrong: for `sigmoid`, `simpo`, `robust` and `exo`, the last of which needs
     one above 0."""
-    simpo_gamma: float = 0.5
-    """Margin of `simpo` between the mean log-probabilities of the two answers, already times `pref_beta`."""
+    simpo_gamma: float | None = None
+    """Margin of `simpo` between the mean log-probabilities of the two answers, already times `pref_beta`;
+    null is 0.5."""
     precompute_reference: bool = False
     """Ask the reference once for each answer before training, and keep what it says with the tokenised data: training
     then holds no reference in memory and takes about a quarter less time a step."""
@@ -82,6 +83,11 @@ class DpoConfig(ReferenceKeys):
             raise ValueError(
                 f"dpo_label_smoothing: found {self.dpo_label_smoothing}, which pref_loss {self.pref_loss} does not "
                 "know; set it to 0, or pref_loss to sigmoid, simpo, robust or exo"
+            )
+        if self.simpo_gamma is not None and self.pref_loss != "simpo":
+            raise ValueError(
+                f"simpo_gamma: found {self.simpo_gamma}, which pref_loss {self.pref_loss} does not know; leave it out, "
+                "or set pref_loss to simpo"
             )
         if self.pref_loss == "exo" and not self.dpo_label_smoothing:
             raise ValueError("dpo_label_smoothing: pref_loss exo takes its logarithm; set it above 0, such as 0.001")

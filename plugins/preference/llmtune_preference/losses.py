@@ -51,7 +51,7 @@ def orpo(s: Scores, c: DpoConfig) -> Tensor:
 
 def simpo(s: Scores, c: DpoConfig) -> Tensor:
     """Equation 6, over means."""
-    return _smoothed(c.pref_beta * s.logits - c.simpo_gamma, c.dpo_label_smoothing)
+    return _smoothed(c.pref_beta * s.logits - (0.5 if c.simpo_gamma is None else c.simpo_gamma), c.dpo_label_smoothing)
 
 
 def robust(s: Scores, c: DpoConfig) -> Tensor:

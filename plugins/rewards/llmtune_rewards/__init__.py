@@ -68,6 +68,8 @@ class RuleConfig(RewardKeys):
                 raise ValueError(f"{key}: found {getattr(self, key)!r}, no regular expression: {error}") from None
         if self.match == "regex" and self.answer_pattern is None:
             raise ValueError("answer_pattern: match regex looks for it in the answer; set it")
+        if self.match == "length" and self.max_tokens is None and not self.min_tokens:
+            raise ValueError("max_tokens: match length calls every answer right without one; set it, or min_tokens")
         if self.match == "length" and self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ValueError(
                 f"max_tokens: found {self.max_tokens}, allowed is min_tokens ({self.min_tokens}) or more, or null"

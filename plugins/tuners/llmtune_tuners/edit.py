@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,11 @@ class Tuner:
         if options["task_type"] != "CAUSAL_LM":  # a head that the base's files do not hold has to be trained
             heads = [head.rpartition(".")[2] for head in sorted(output_heads(model))]
             options["modules_to_save"] = list({*split_names(options.get("modules_to_save")), *heads})
+        known = sorted(field.name for field in fields(config_class(kind)) if field.init)
+        if unknown := sorted(options.keys() - set(known)):
+            raise PlanError(
+                f"peft_config.options.{unknown[0]}: PEFT's {kind} has no such option; it has {', '.join(known)}"
+            )
         try:
             config = config_class(kind)(**options)
         except (TypeError, ValueError) as error:
