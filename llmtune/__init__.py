@@ -41,7 +41,11 @@ _WHERE = {
         "llmtune.contract.hubs": ("Hub", "HubUnreachable", "NotOnHub", "Repository", "RepositoryFiles"),
         "llmtune.contract.launching": ("Launcher", "LaunchRequest", "Machines"),
         "llmtune.distributed.launch": ("rank_environment", "LaunchError"),
-        "llmtune.contract.generation": ("Answer", "Completion", "Engine", "GenerateConfig"),
+        "llmtune.contract.generation": (
+            "Answer", "AnswerRequest", "Completion", "Deliver", "Engine", "GenerateConfig", "NewToken", "ServedModel",
+            "Serves", "Serving",
+        ),
+        "llmtune.model.continuous": ("ContinuousServing",),
         "llmtune.model.generate": ("generate", "ContextFull"),
         "llmtune.contract.structure": ("transformer_layers", "text_layers", "linear_layers", "output_heads"),
         "llmtune.model.hub": ("fetch_files",),

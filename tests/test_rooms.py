@@ -29,6 +29,7 @@ ROOMS = {
     "doctor": "What this machine has, what is wrong with it, and what to do.",
     "cost": "What a step of a plan takes, and what to change where it does not fit.",
     "inference": "What was trained: reopened, talked to, exported; and a look at data as training has them.",
+    "serving": "An API like OpenAI's for what was trained.",
     "api": "The Python API.",
     "cli": "The command line.",
 }

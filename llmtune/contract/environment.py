@@ -24,6 +24,8 @@ class Variable:
     """The plugin of an extension point that a recipe then gets where it leaves the point out."""
     option: str = ""
     """The option of `llmtune train` that is taken from it where it is not given."""
+    serve: str = ""
+    """The key of `llmtune serve` that is taken from it where it is not given."""
     instead: str = ""
     """What is said where it is set, as it changes nothing here."""
 
@@ -35,6 +37,8 @@ class Variable:
             return f"an environment variable: set to 1, {point} is {name} where a recipe leaves it out; {self.about}"
         if self.option:
             return f"an environment variable that `llmtune train` takes for --{self.option}: {self.about}"
+        if self.serve:
+            return f"an environment variable that `llmtune serve` takes for {self.serve}: {self.about}"
         return self.instead or self.about
 
 
@@ -93,6 +97,8 @@ def _cell(variable: Variable) -> str:
         return f"honoured: `{point}: {name}` where a recipe leaves it out ({variable.about})"
     if variable.option:
         return f"honoured: `--{variable.option}` of `llmtune train` ({variable.about})"
+    if variable.serve:
+        return f"taken by `llmtune serve` for `{variable.serve}` ({variable.about})"
     return f"said when it is set: {variable.instead}" if variable.instead else variable.about
 
 

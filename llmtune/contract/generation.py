@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from llmtune.contract.schema import Ge, Gt, Le
 
@@ -104,4 +105,70 @@ class Engine(Protocol):
         of its own or none; ranks that share a batch give the same prompts and seeds.
         Raises ContextFull where a prompt leaves no room for an answer.
         """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRequest:
+    """One answer that is asked for while others are being made."""
+
+    model: str
+    """The name of the served model that answers."""
+    prompt_ids: tuple[int, ...]
+    config: GenerateConfig
+    room: int
+    """Most tokens of the answer."""
+    seed: int
+    stop: frozenset[int]
+    """Tokens that end the answer."""
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens are told at each place, with the token's own logarithm; None tells neither."""
+
+
+class NewToken(NamedTuple):
+    """The next token of an answer."""
+
+    id: int
+    logprob: float | None = None
+    """The logarithm of its probability as the model has it, before temperature and cuts."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at this place with their logarithms, the likeliest first."""
+
+
+Deliver = Callable[[NewToken | Exception | None], None]
+"""What is told of an answer, from any thread: its tokens as they come, at the end None, or the error that ended it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model that requests may name."""
+
+    name: str
+    folder: str
+    """The folder, or the hub's id, of the model's files; of its base's, where there is an adapter."""
+    adapter: str | None = None
+    """The folder of an adapter as PEFT writes it."""
+    load: Callable[[], tuple[Any, Callable[[], AbstractContextManager[Any]]]]
+    """Reads the weights: the model, and blocks in which it answers as this one."""
+
+
+class Serving(Protocol):
+    """Models that answer requests as they come, many at a time."""
+
+    def submit(self, request: AnswerRequest, deliver: Deliver) -> Callable[[], None]:
+        """Begin an answer, which depends on the request alone; calling the result ends it early, without further
+        deliveries being waited for."""
+        ...
+
+    def close(self) -> None:
+        """End what is being answered, and let the models go."""
+        ...
+
+
+@runtime_checkable
+class Serves(Protocol):
+    """Optional on an `Engine`: it answers requests that come one by one, for `llmtune serve`."""
+
+    def serve(self, models: Sequence[ServedModel]) -> Serving:
+        """Make the models ready. Raises PlanError where it cannot serve them."""
         ...

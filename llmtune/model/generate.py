@@ -60,7 +60,7 @@ def generate(
     stop = stop_tokens(model, tokenizer) if stop is None else stop
     with _together(spread):
         rows = [
-            PromptRow(list(prompt), room(model, len(prompt), config), seed)
+            PromptRow(list(prompt), room_of(model.config, len(prompt), config), seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
     # Beams that are sampled are drawn from one generator, so each prompt has a batch of its own.
@@ -96,7 +96,7 @@ def _batch(
     real_BT = torch.tensor([[0] * more + [1] * len(row.ids) for more, row in zip(pads, asked, strict=True)])
     ids_BT = torch.tensor([[pad] * more + row.ids for more, row in zip(pads, asked, strict=True)])
     drawn_beams = config.num_beams > 1 and config.do_sample
-    finite = RefusesNan()
+    finite, generators = RefusesNan(), [random.Random(row.seed) for row in asked]
     settings: dict[str, Any] = {
         "do_sample": drawn_beams, "num_beams": config.num_beams, "use_cache": True, "repetition_penalty": 1.0,
         "max_new_tokens": max(row.room for row in asked), "eos_token_id": list(stop) or None, "pad_token_id": pad,
@@ -111,7 +111,7 @@ def _batch(
     with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
         said_BT = model.generate(
             input_ids=ids_BT, attention_mask=real_BT, synced_gpus=spread, **settings,
-            logits_processor=LogitsProcessorList([finite, *_processors(config, pads, asked)]),
+            logits_processor=LogitsProcessorList([finite, *processors(config, pads, generators)]),
             stopping_criteria=StoppingCriteriaList(
                 [Ends(asked, width, stop, watch if config.num_beams == 1 and rows else None)]
             ),
@@ -133,8 +133,11 @@ def _answer(
     return Answer(prompt_ids=tuple(row.ids), ids=tuple(ids), cut=end is None, text=text)
 
 
-def _processors(config: GenerateConfig, pads: Sequence[int], rows: Sequence[PromptRow]) -> Iterator[LogitsProcessor]:
-    """In the order of transformers; sampling by row comes last and leaves one token."""
+def processors(
+    config: GenerateConfig, pads: Sequence[int], generators: Sequence[random.Random]
+) -> Iterator[LogitsProcessor]:
+    """What turns logits into choices, for rows with so much padding, in the order of transformers; sampling by row
+    comes last and leaves one token."""
     if config.repetition_penalty != 1:
         yield RepetitionPenalty(config.repetition_penalty, pads)
     if not config.do_sample or config.num_beams > 1:
@@ -145,7 +148,7 @@ def _processors(config: GenerateConfig, pads: Sequence[int], rows: Sequence[Prom
         yield TopKLogitsWarper(config.top_k)
     if config.top_p < 1:
         yield TopPLogitsWarper(config.top_p)
-    yield DrawsByRow([row.seed for row in rows])
+    yield DrawsByRow(generators)
 
 
 class RefusesNan(LogitsProcessor):
@@ -180,8 +183,8 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
 class DrawsByRow(LogitsProcessor):
     """Draws each row's token with a generator of its own: the token where the summed probabilities pass its number."""
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [random.Random(seed) for seed in seeds]
+    def __init__(self, generators: Sequence[random.Random]) -> None:
+        self.generators = generators
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         sums_BV = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
@@ -220,9 +223,9 @@ def limit_of(model_config: Any, config: GenerateConfig) -> int | None:
     return min((limit for limit in (made_for, wanted) if limit), default=None)
 
 
-def room(model: PreTrainedModel, prompt_tokens: int, config: GenerateConfig) -> int:
-    """Most tokens of the answer to a prompt of so many. Raises ContextFull where it is none."""
-    limit, filled = limit_of(model.config, config), config.max_length is not None and not config.max_new_tokens
+def room_of(model_config: Any, prompt_tokens: int, config: GenerateConfig) -> int:
+    """Most tokens of a model's answer to a prompt of so many. Raises ContextFull where it is none."""
+    limit, filled = limit_of(model_config, config), config.max_length is not None and not config.max_new_tokens
     most = [] if filled else [config.max_new_tokens or 1024]
     room_tokens = min([*most, *([limit - prompt_tokens] if limit else [])])
     if room_tokens < 1:

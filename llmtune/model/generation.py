@@ -38,6 +38,8 @@ class ChatSession:
     completes: bool = False
     generate: Callable[..., list[Answer]] = generate
     """The `generate` of an `Engine`."""
+    seed: int | None = None
+    """What each answer is drawn from; None draws one from torch's generator."""
 
     def ask(self, text: str) -> str:
         """The whole answer to `text`. Works on sharded models, if every rank asks the same. Raises like `stream`."""
@@ -77,7 +79,8 @@ class ChatSession:
 
     def _answer(self, prompt: list[int], watch: Callable[[Sequence[int | None]], bool] | None = None) -> Answer:
         stop = stop_tokens(self.model, self.tokenizer, self.template_kwargs)
-        return self.generate(self.model, self.tokenizer, [prompt], self.config, stop=stop, watch=watch)[0]
+        seeds = None if self.seed is None else [self.seed]
+        return self.generate(self.model, self.tokenizer, [prompt], self.config, seeds=seeds, stop=stop, watch=watch)[0]
 
     def _pieces(self, prompt: list[int]) -> Iterator[str]:
         """Pieces of the answer. It is made in a thread of its own; leaving the iterator stops it at the next token."""

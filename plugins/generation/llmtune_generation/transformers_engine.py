@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmtune import Answer, GenerateConfig, generate
+from llmtune import Answer, ContinuousServing, GenerateConfig, ServedModel, Serving, generate
 
 
 class TransformersEngine:
@@ -17,3 +17,6 @@ class TransformersEngine:
         watch: Callable[[Sequence[int | None]], bool] | None = None,
     ) -> list[Answer]:  # fmt: skip
         return generate(model, tokenizer, prompts, config, seeds=seeds, stop=stop, watch=watch)
+
+    def serve(self, models: Sequence[ServedModel]) -> Serving:
+        return ContinuousServing(models)

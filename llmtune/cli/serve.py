@@ -1,0 +1,50 @@
+"""`llmtune serve`: an API like OpenAI's for what was trained."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from llmtune.cli.arguments import add_command, add_overrides
+from llmtune.cli.libraries import load_libraries
+from llmtune.contract.errors import PlanError, RecipeError, did_you_mean
+from llmtune.contract.generation import GenerateConfig
+
+
+def add_commands(commands: Any) -> None:
+    """Add what serves."""
+    serve = add_command(
+        commands, "serve", _serve, "Answer requests as OpenAI's API does, with a run, a checkpoint or a model",
+        "It listens on this machine alone unless host=... and an API key say otherwise.",
+    )  # fmt: skip
+    serve.add_argument(
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
+    )
+    add_overrides(
+        serve, "host, port, api_key, model_name, adapters, generation parameters (max_new_tokens=256), or recipe keys"
+    )
+
+
+def _serve(options: Any) -> None:
+    from llmtune.recipe.keys import top_level_keys
+    from llmtune.recipe.recipe import parse_overrides
+    from llmtune.serving.config import ServeConfig, serve_config
+
+    given = parse_overrides(options.overrides)
+    own = {field.name for field in fields(ServeConfig)}
+    names = own | {field.name for field in fields(GenerateConfig)}
+    for key in given:
+        first = key.partition(".")[0]
+        if first not in names and first not in top_level_keys() and (near := did_you_mean(key, names)):
+            raise RecipeError(f"command line  {key}: no such key.{near}")
+    serve_config({key: value for key, value in given.items() if key.partition(".")[0] in own})
+    load_libraries()
+    try:
+        from llmtune.serving.run import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client"):
+            raise
+        raise PlanError(f"llmtune serve needs {error.name}; install it with: pip install 'llmtune[serve]'") from None
+    serve(options.model, given)

@@ -1,0 +1,279 @@
+"""Requests that come one by one are answered together: rows join and leave a batch between two of its steps.
+
+B rows · T tokens · V vocabulary · H heads · D width of a head
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from llmtune.contract.errors import DivergedError, PlanError
+from llmtune.contract.generation import AnswerRequest, Deliver, NewToken, ServedModel
+from llmtune.model.generate import processors
+from llmtune.model.prefill import CACHE
+from llmtune.model.skeleton import config_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+READ_TOKENS = 16384
+"""Most tokens of prompts, padding included, that are read at a time where there are several."""
+
+
+@dataclass(eq=False)
+class AnswerRow:
+    """A request that is being answered."""
+
+    request: AnswerRequest
+    deliver: Deliver
+    left: threading.Event = field(default_factory=threading.Event)
+    """Set where nobody waits for the answer any more."""
+    said: int = 0
+    """Tokens so far."""
+    generator: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = random.Random(self.request.seed)
+
+    def tell(self, token: NewToken) -> bool:
+        """Deliver a token; whether the answer ends with it."""
+        self.said += 1
+        self.deliver(token)
+        ended = token.id in self.request.stop or self.said >= self.request.room
+        if ended:
+            self.deliver(None)
+        return ended
+
+
+class _State(NamedTuple):
+    """What a model has read of some rows, padded on the left: all but the last token is in the cache."""
+
+    cache: DynamicCache
+    ids_BT: Tensor
+    real_BT: Tensor
+    """1 where a token is none of padding."""
+
+
+class RowBatch:
+    """The rows that one model answers together."""
+
+    def __init__(self, model: Any, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """`around` gives a block in which the model answers."""
+        require_joinable(model)
+        self.model, self.around = model.eval(), around
+        self.device = next(model.parameters()).device
+        self.rows: list[AnswerRow] = []
+        self._state: _State | None = None
+
+    def join(self, rows: Sequence[AnswerRow]) -> None:
+        """Read the prompts of further rows; they are answered from the next step on. An error ends these rows only."""
+        try:
+            with self.around():
+                new = self._read([row.request.prompt_ids for row in rows])
+        except Exception as error:
+            for row in rows:
+                row.deliver(error)
+            return
+        self.rows += rows
+        self._state = new if self._state is None else _joined(self._state, new)
+
+    def step(self) -> None:
+        """The next token of each row. Rows that have come to their end, or that nobody waits for, leave."""
+        self._keep([not row.left.is_set() for row in self.rows])
+        if self._state is None:
+            return
+        state = self._state
+        with self.around():
+            logits_BV = self._forward(state)
+        tokens_B, finite_B = self._chosen(logits_BV, state)
+        ids, finite = tokens_B.tolist(), finite_B.tolist()
+        told = list(self._told(ids, logits_BV))
+        one_B1 = torch.ones_like(tokens_B[:, None])
+        self._state = state._replace(
+            ids_BT=torch.cat([state.ids_BT, tokens_B[:, None]], 1), real_BT=torch.cat([state.real_BT, one_B1], 1)
+        )
+        stays = []
+        for row, token, sound in zip(self.rows, told, finite, strict=True):
+            if not sound:
+                row.deliver(DivergedError("the model's logits are not finite, so that it has no answer"))
+            stays.append(sound and not row.tell(token))
+        self._keep(stays)
+
+    def fail(self, error: Exception) -> None:
+        """All rows end with `error`."""
+        for row in self.rows:
+            row.deliver(error)
+        self.rows, self._state = [], None
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> _State:
+        width = max(2, *(len(prompt) for prompt in prompts))
+        pads = [width - len(prompt) for prompt in prompts]
+        ids_BT = torch.tensor([[0] * more + list(ids) for more, ids in zip(pads, prompts, strict=True)])
+        real_BT = torch.tensor([[0] * more + [1] * len(ids) for more, ids in zip(pads, prompts, strict=True)])
+        ids_BT, real_BT = ids_BT.to(self.device), real_BT.to(self.device)
+        # Without the model's config every layer keeps all tokens, so that rows can be padded; masks know the windows.
+        cache = DynamicCache()
+        self.model.base_model(
+            input_ids=ids_BT[:, :-1], attention_mask=real_BT[:, :-1], position_ids=_positions(real_BT)[:, :-1],
+            use_cache=True, **{CACHE: cache},
+        )  # fmt: skip
+        return _State(cache, ids_BT, real_BT)
+
+    def _forward(self, state: _State) -> Tensor:
+        """(B, V) float32: the logits after each row's last token, which then is in the cache, too."""
+        found = self.model(
+            input_ids=state.ids_BT[:, -1:], attention_mask=state.real_BT,
+            position_ids=_positions(state.real_BT)[:, -1:], use_cache=True, **{CACHE: state.cache},
+        )  # fmt: skip
+        return found.logits[:, -1].float()
+
+    def _chosen(self, logits_BV: Tensor, state: _State) -> tuple[Tensor, Tensor]:
+        """(B,) the next token of each row, and whether there is one. Rows that are drawn alike are drawn together."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for at, row in enumerate(self.rows):
+            c = row.request.config
+            alike = (c.do_sample, c.temperature, c.top_p, c.top_k, c.repetition_penalty)
+            groups.setdefault(alike, []).append(at)
+        tokens_B = torch.empty(len(self.rows), dtype=torch.long, device=self.device)
+        pads = (state.real_BT.shape[1] - state.real_BT.sum(1)).tolist()
+        for places in groups.values():
+            at_G = torch.tensor(places, device=self.device)
+            ids_GT, scores_GV = state.ids_BT[at_G], logits_BV[at_G]
+            config, generators = self.rows[places[0]].request.config, [self.rows[at].generator for at in places]
+            for process in processors(config, [pads[at] for at in places], generators):
+                scores_GV = process(ids_GT, scores_GV)
+            tokens_B[at_G] = scores_GV.argmax(-1)
+        return tokens_B, torch.isfinite(logits_BV.amax(-1))
+
+    def _told(self, ids: Sequence[int], logits_BV: Tensor) -> Iterator[NewToken]:
+        for at, (row, token) in enumerate(zip(self.rows, ids, strict=True)):
+            if (most := row.request.top_logprobs) is None:
+                yield NewToken(token)
+                continue
+            logs_V = logits_BV[at].log_softmax(-1)
+            top = logs_V.topk(most)
+            yield NewToken(
+                token, logs_V[token].item(), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            )
+
+    def _keep(self, kept: Sequence[bool]) -> None:
+        """Only those rows go on, without the padding that they have in common."""
+        if all(kept):
+            return
+        places = [at for at, one in enumerate(kept) if one]
+        self.rows = [self.rows[at] for at in places]
+        if not places or self._state is None:
+            self._state = None
+            return
+        cache, ids_BT, real_BT = self._state
+        at_B = torch.tensor(places, device=self.device)
+        real_BT = real_BT[at_B]
+        first = int(real_BT.argmax(1).min())  # before it, all rows are padding
+        for layer in _layers(cache):
+            layer.keys, layer.values = layer.keys[at_B, :, first:], layer.values[at_B, :, first:]
+        self._state = _State(cache, ids_BT[at_B, first:], real_BT[:, first:])
+
+
+def require_joinable(model: Any) -> None:
+    """PlanError where rows cannot join others between steps, as the model keeps more of them than keys and values."""
+    config = model.config.get_text_config()
+    plain = all(type(each) in (DynamicLayer, DynamicSlidingWindowLayer) for each in DynamicCache(config=config).layers)
+    if not plain or model._is_stateful or "mrope_section" in (config_value(config, "rope_parameters") or {}):
+        raise PlanError(
+            f"{type(model).__name__} keeps more of a text than keys and values, or places it in more than one "
+            "dimension, so that requests cannot be batched as they come; export it and serve it with vLLM"
+        )
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.keys is not None]
+
+
+def _positions(real_BT: Tensor) -> Tensor:
+    return (real_BT.cumsum(1) - 1).clamp(min=0)
+
+
+def _joined(one: _State, other: _State) -> _State:
+    """The rows of both, padded to the same width."""
+    width = max(one.ids_BT.shape[1], other.ids_BT.shape[1])
+    more, others = (width - state.ids_BT.shape[1] for state in (one, other))
+    for mine, theirs in zip(_layers(one.cache), _layers(other.cache), strict=True):
+        sides = (0, 0, more, 0), (0, 0, others, 0)
+        mine.keys = torch.cat([pad(mine.keys, sides[0]), pad(theirs.keys, sides[1])])
+        mine.values = torch.cat([pad(mine.values, sides[0]), pad(theirs.values, sides[1])])
+    ids_BT = torch.cat([pad(one.ids_BT, (more, 0)), pad(other.ids_BT, (others, 0))])
+    real_BT = torch.cat([pad(one.real_BT, (more, 0)), pad(other.real_BT, (others, 0))])
+    return _State(one.cache, ids_BT, real_BT)
+
+
+def _portions(rows: Sequence[AnswerRow]) -> Iterator[list[AnswerRow]]:
+    """The rows in their order, as many at a time as are read together."""
+    portion: list[AnswerRow] = []
+    widest = 0
+    for row in rows:
+        width = max(widest, len(row.request.prompt_ids))
+        if portion and width * (len(portion) + 1) > READ_TOKENS:
+            yield portion
+            portion, width = [], len(row.request.prompt_ids)
+        portion.append(row)
+        widest = width
+    if portion:
+        yield portion
+
+
+class ContinuousServing:
+    """Models in this process that answer requests as they come, in a thread of their own: a `Serving`."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._batches = {model.name: RowBatch(*model.load()) for model in models}
+        self._arrived: SimpleQueue[AnswerRow | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="llmtune-serve")
+        self._thread.start()
+
+    def submit(self, request: AnswerRequest, deliver: Deliver) -> Callable[[], None]:
+        row = AnswerRow(request, deliver)
+        self._arrived.put(row)
+        return row.left.set
+
+    def close(self) -> None:
+        self._arrived.put(None)
+        self._thread.join()
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        batches = self._batches.values()
+        for device in {batch.device for batch in batches if batch.device.type == "cuda"}:
+            torch.cuda.set_device(device)  # each thread starts out on device 0
+        while (arrived := self._take(wait=not any(batch.rows for batch in batches))) is not None:
+            for name, batch in self._batches.items():
+                try:
+                    for rows in _portions([row for row in arrived if row.request.model == name]):
+                        batch.join(rows)
+                    batch.step()
+                except Exception as error:  # ends what it concerns; what comes later is answered
+                    batch.fail(error)
+        for batch in batches:
+            batch.fail(ConnectionError("the server is stopping"))
+
+    def _take(self, wait: bool) -> list[AnswerRow] | None:
+        """What has arrived, in its order; None where the work is over."""
+        found: list[AnswerRow] = []
+        while True:
+            try:
+                row = self._arrived.get(block=wait and not found)
+            except Empty:
+                return [row for row in found if not row.left.is_set()]
+            if row is None:
+                return None
+            found.append(row)

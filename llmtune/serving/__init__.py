@@ -1,0 +1,1 @@
+"""An API like OpenAI's for what was trained."""

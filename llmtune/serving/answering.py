@@ -1,0 +1,243 @@
+"""A request on its way through the engine: its prompts become answers, whose tokens come over from another thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from starlette.requests import Request
+
+from llmtune.contract.errors import DataError, LlmtuneError
+from llmtune.contract.examples import BadRow, Conversation
+from llmtune.contract.generation import AnswerRequest, GenerateConfig, NewToken, Serving
+from llmtune.data.formats.chats import OpenAi
+from llmtune.inference.said import THINK, Channels, SaidPiece
+from llmtune.model.generate import ContextFull, room_of
+from llmtune.model.generation import plain_ids
+from llmtune.serving.bodies import ChatRequest, TextRequest
+from llmtune.serving.choices import Choice
+from llmtune.serving.config import ServeConfig
+from llmtune.serving.errors import Refused
+from llmtune.serving.metrics import Metrics
+from llmtune.serving.models import ModelOffer, named
+
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    """What is asked once, or several times."""
+
+    ids: tuple[int, ...]
+    channels: Callable[[], Channels] | None = None
+    """How an answer is told apart; None where it is text that goes on."""
+
+
+class Server:
+    """Models, the engine that answers for them, and how much of it is taken."""
+
+    def __init__(self, offers: Sequence[ModelOffer], serving: Serving, config: ServeConfig) -> None:
+        self.offers, self.serving, self.config = offers, serving, config
+        self.metrics, self.started, self.taken = Metrics(), int(time.time()), 0
+
+    def offer(self, name: str) -> ModelOffer:
+        """The model of a name."""
+        if (found := named(self.offers, name)) is None:
+            known = ", ".join(each.name for each in self.offers)
+            raise Refused(
+                404, f'model: there is no "{name}" here; there are: {known}', param="model", code="model_not_found"
+            )
+        return found
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Room for so many answers, or 429."""
+        most = self.config.max_concurrent
+        if count > most:
+            raise Refused(400, f"the request asks for {count} answers, the server gives {most} at a time", param="n")
+        if self.taken + count > most:
+            raise Refused(
+                429, f"{self.taken} of {most} answers are being made; come again", code="too_many_requests",
+                headers={"Retry-After": "1"},
+            )  # fmt: skip
+        self._take(count)
+        try:
+            yield
+        finally:
+            self._take(-count)
+
+    def _take(self, count: int) -> None:
+        self.taken += count
+        self.metrics.running.set(self.taken)
+
+    def chat_prompt(self, offer: ModelOffer, body: ChatRequest) -> AskedPrompt:
+        """The prompt of a conversation, as rows of a data set are read and rendered."""
+        if offer.renderer is None:
+            raise Refused(
+                400, f"{offer.name} has no chat template, so that it continues text only: use /v1/completions, or "
+                "serve it with template=NAME", param="messages",
+            )  # fmt: skip
+        tools = [each.model_dump(exclude_none=True) for each in body.tools or ()] if body.tool_choice != "none" else []
+        row = {"messages": body.messages, "tools": tools, "chat_template_kwargs": body.chat_template_kwargs or {}}
+        try:
+            asked: Conversation = OpenAi().convert(row)
+            if all(message["role"] == "system" for message in asked.messages):
+                raise BadRow("no question", "nothing is asked: there are system messages only")
+            ids = offer.renderer.prompt(asked).tolist()
+        except BadRow as bad:
+            raise Refused(400, f"messages: {bad.reason}: {bad.detail}", param="messages") from None
+        begun = str(offer.tokenizer.decode(ids[-8:])).rstrip().endswith(THINK)
+        return AskedPrompt(tuple(ids), partial(Channels, offer.calls if tools else None, begun))
+
+    def text_prompts(self, offer: ModelOffer, body: TextRequest) -> list[AskedPrompt]:
+        """The prompts of texts, or of lists of tokens."""
+        given = body.prompt
+        many: Sequence[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        words = offer.model_config.get_text_config().vocab_size
+        try:
+            found = [plain_ids(offer.tokenizer, each)[0].tolist() if isinstance(each, str) else each for each in many]
+        except DataError as error:
+            raise Refused(400, f"prompt: {error}", param="prompt") from None
+        if odd := [token for ids in found for token in ids if token >= words]:
+            raise Refused(400, f"prompt: {odd[0]} is no token, there are {words}", param="prompt")
+        return [AskedPrompt(tuple(ids)) for ids in found]
+
+    def answering(
+        self, offer: ModelOffer, prompts: Sequence[AskedPrompt], body: ChatRequest | TextRequest
+    ) -> Answering:
+        """All answers to a request, not yet begun."""
+        most = body.max_tokens
+        top = body.logprobs if isinstance(body, TextRequest) else None
+        if isinstance(body, ChatRequest):
+            most = body.max_completion_tokens or most
+            top = (body.top_logprobs or 0) if body.logprobs else None
+            if body.top_logprobs is not None and not body.logprobs:
+                raise Refused(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
+        limit = self.config.max_answer_tokens
+        if limit is not None and most is not None and most > limit:
+            raise Refused(
+                400, f"max_tokens: found {most}, this server answers with {limit} at most", param="max_tokens"
+            )
+        config = _drawn(offer.config, body)
+        if most is not None:
+            config = replace(config, max_new_tokens=most)
+        seed = random.getrandbits(62) if body.seed is None else body.seed
+        found = []
+        for prompt in prompts:
+            try:
+                room = room_of(offer.model_config, len(prompt.ids), config)
+            except ContextFull as error:
+                raise Refused(400, f"{error}", param="messages", code="context_length_exceeded") from None
+            room = min(room, limit or room)
+            for number in range(body.n or 1):
+                channels = None if prompt.channels is None else prompt.channels()
+                request = AnswerRequest(
+                    model=offer.name, prompt_ids=prompt.ids, config=config, room=room, seed=seed + number,
+                    stop=offer.stop, top_logprobs=top,
+                )  # fmt: skip
+                found.append((request, Choice.of(len(found), offer, room, body.stops, channels)))
+        return Answering(self, found)
+
+
+def _drawn(config: GenerateConfig, body: ChatRequest | TextRequest) -> GenerateConfig:
+    """How answers are drawn: as the request says, else as the server does."""
+    keys: Mapping[str, Any] = {
+        key: value for key in ("top_p", "top_k", "repetition_penalty") if (value := vars(body)[key]) is not None
+    }
+    config = replace(config, **keys)
+    if body.temperature is None:
+        return config
+    return replace(config, do_sample=True, temperature=body.temperature) if body.temperature else replace(
+        config, do_sample=False
+    )  # fmt: skip
+
+
+class Answering:
+    """The answers to one request."""
+
+    def __init__(self, server: Server, rows: Sequence[tuple[AnswerRequest, Choice]]) -> None:
+        self.server, self.rows = server, rows
+        self.choices = [choice for _, choice in rows]
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The tokens so far."""
+        prompts = {id(request.prompt_ids): len(request.prompt_ids) for request, _ in self.rows}
+        asked, said = sum(prompts.values()), sum(choice.tokens for choice in self.choices)
+        return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+    async def pieces(self) -> AsyncIterator[tuple[Choice, Sequence[SaidPiece]]]:
+        """Each answer's pieces as they come; its last ones once it has `ended`. Leaving early ends all answers.
+
+        Raises Refused where an answer cannot be made, or takes too long.
+        """
+        begin, metrics = time.monotonic(), self.server.metrics
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+        def deliver(index: int, item: NewToken | Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(queue.put_nowait, (index, item))
+
+        submit = self.server.serving.submit
+        cancels = [submit(request, partial(deliver, at)) for at, (request, _) in enumerate(self.rows)]
+        try:
+            left = len(self.rows)
+            while left:
+                wait = self.server.config.timeout - (time.monotonic() - begin)
+                try:
+                    index, item = await asyncio.wait_for(queue.get(), max(wait, 0))
+                except TimeoutError:
+                    most = self.server.config.timeout
+                    raise Refused(504, f"the request took more than {most:g} s", code="timeout") from None
+                choice = self.choices[index]
+                if choice.ended:  # by a text that stops it
+                    continue
+                if isinstance(item, Exception):
+                    raise _failed(item)
+                if not any(each.tokens for each in self.choices):
+                    metrics.first_token.observe(time.monotonic() - begin)
+                found = list(choice.push(item)) if item is not None else list(choice.finish())
+                if choice.ended:
+                    cancels[index]()
+                    left -= 1
+                yield choice, found
+        finally:
+            for cancel in cancels:
+                cancel()
+            name, usage = self.rows[0][0].model, self.usage
+            metrics.prompt_tokens.labels(name).inc(usage["prompt_tokens"])
+            metrics.answer_tokens.labels(name).inc(usage["completion_tokens"])
+            metrics.seconds.observe(time.monotonic() - begin)
+
+
+def _failed(error: Exception) -> Refused:
+    """What a client is told of an error of the engine."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Refused(503, "the device's memory is full; ask for less, or come again", code="out_of_memory")
+    told = str(error) if isinstance(error, LlmtuneError | ConnectionError) else f"{type(error).__name__}: {error}"
+    return Refused(500, f"no answer could be made: {told}")
+
+
+async def while_there(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of `work`; None where the client leaves before, which ends the work."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
