@@ -1,6 +1,6 @@
 """Draw what a terminal shows amid a command: `python benchmarks/terminal_picture.py OUT.svg UNTIL llmtune ...`.
 
-The picture is taken when the screen first matches the regular expression UNTIL; the command then runs to its end.
+The picture is taken when the screen first matches the regular expression UNTIL; the command then is interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import os
 import pty
 import re
+import signal
 import struct
 import sys
 import termios
@@ -47,6 +48,7 @@ def screen_at(until: str, command: list[str]) -> list[list[Any]]:
         stream.feed(data)
         if taken is None and re.search(until, "\n".join(screen.display)):
             taken = [[screen.buffer[row][column] for column in range(COLUMNS)] for row in range(ROWS)]
+            os.kill(child, signal.SIGINT)
     os.waitpid(child, 0)
     return taken or [[screen.buffer[row][column] for column in range(COLUMNS)] for row in range(ROWS)]
 
@@ -54,14 +56,19 @@ def screen_at(until: str, command: list[str]) -> list[list[Any]]:
 def main(target: str, until: str, *command: str) -> None:
     """Run the command and write the picture."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    for row in screen_at(until, list(command)):
+    rows = screen_at(until, list(command))
+    while rows and not any(cell.data.strip() for cell in rows[-1]):
+        rows.pop()
+    for row in rows:
         line = Text()
         for cell in row:
             colour = {"brown": "yellow", "brightblack": "bright_black"}.get(cell.fg, cell.fg)
             line.append(cell.data, f"{'bold ' * cell.bold}{'' if colour == 'default' else colour}".strip())
         console.print(line, soft_wrap=True)
     shown = " ".join(["llmtune", *command[1:]])
-    Path(target).write_text(console.export_svg(title=shown, theme=LIGHT), encoding="utf-8")
+    picture = console.export_svg(title=shown, theme=LIGHT)
+    # Without its fonts, which a page would fetch from elsewhere: any of fixed width will do.
+    Path(target).write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.S), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from llmtune.training.console import Console
 from llmtune.training.status import BARS, CURVE, Milestones, Status, curve_text, trend
 
 pytest.importorskip("pyte")
 
 from tests.terminal import on_terminal
+from tests.test_log import Terminal
 
 NUMBERS = {
     "epoch": 0.5, "loss": 0.75, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens": 9, "tokens_per_second": 12345.6,
@@ -62,6 +64,7 @@ def test_preferences_and_rewards_show_their_main_metric() -> None:
 
 SCRIPT = f"""
 from llmtune.training.console import Console
+from llmtune.training.console import Console
 from llmtune.training.status import Milestones
 console = Console(120, milestones=Milestones(planned_memory_bytes=2**31, eval_every=20, save_every=50))
 console.start()
@@ -86,8 +89,16 @@ def test_it_fits_the_terminal(columns: int, tmp_path: Path) -> None:
     assert "99/120" in screen.lines[-1]
 
 
-def test_colours_are_those_that_a_terminal_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_log import show_on_terminal
-
-    text = show_on_terminal(monkeypatch)
+def test_the_numbers_of_a_step_are_in_sight_at_once_and_in_colours_of_the_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    console = Console(40, stream=stream, milestones=Milestones(planned_memory_bytes=2**31))
+    console.start()
+    console.log(10, NUMBERS)
+    text = stream.getvalue()
+    console.finish()
+    assert "1.50 GiB (2.00 planned)" in text
     assert "\x1b[38;2" not in text and "\x1b[48" not in text  # none that only a dark background suits

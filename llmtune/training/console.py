@@ -140,10 +140,11 @@ class TerminalBar(PlainLines):
 
     def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
         """Print a line above the bar."""
-        line = fit_figures(step_text(step, self.total), figures, columns(self.stream) or 80)
-        self.console.print(line, markup=False, soft_wrap=True)
         if not evaluation:
             self.move(step, eta)
+        self.live.refresh()  # first, as printing draws again what was last in sight
+        line = fit_figures(step_text(step, self.total), figures, columns(self.stream) or 80)
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def finish(self) -> None:
         """Leave the last state in sight."""
@@ -155,9 +156,9 @@ class TerminalBar(PlainLines):
         from rich.text import Text
 
         parts = [Text.assemble((f"{name} ".lstrip(), "dim"), text) for name, text in self.status.parts(self.step)]
-        lines: list[Text] = []
+        lines = [Text()] if parts else []  # keeps the state apart from the lines above
         for part in parts:
-            if lines and lines[-1].cell_len + 2 + part.cell_len <= self.console.width:
+            if lines[-1] and lines[-1].cell_len + 2 + part.cell_len <= self.console.width:
                 lines[-1] = Text("  ").join([lines[-1], part])
             else:
                 lines.append(part)
