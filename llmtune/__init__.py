@@ -10,10 +10,11 @@ __version__ = "0.1.0"
 _WHERE = {
     name: module
     for module, names in {
-        "llmtune.api": ("train", "plan", "build", "load", "predict", "Run", "runs"),
+        "llmtune.api": ("train", "plan", "build", "load", "predict", "Run"),
         "llmtune.recipe.recipe": ("recipe_errors",),
         "llmtune.recipe.reference": ("recipe_schema",),
         "llmtune.inference.chat": ("open_chat",),
+        "llmtune.history.listing": ("runs",),
         "llmtune.inference.inspect": ("check_data", "preview", "stats"),
         "llmtune.contract.events": ("Event", "StepDone", "Evaluated", "Saved"),
         "llmtune.contract.hookspecs": ("hookimpl",),

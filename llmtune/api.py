@@ -1,4 +1,4 @@
-"""The Python API: `train`, `plan`, `build`, `load`, `runs`, `predict`, and the `Run` they give."""
+"""The Python API: `train`, `plan`, `build`, `load`, `predict`, and the `Run` they give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from llmtune.training import run_folder
 if TYPE_CHECKING:
     from llmtune.contract.launching import Launcher, LaunchRequest
     from llmtune.cost.priced import PricedPlan
-    from llmtune.history.listing import RunList
     from llmtune.inference.predict import Predictions
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
@@ -290,14 +289,6 @@ def predict(model: str | Path, dataset: Any = None, *, nproc: int | None = None,
     if code:
         raise LaunchError(f"a rank failed with exit code {code}; its message is above")
     return Predictions(Request.of(model, keys).folder)
-
-
-def runs(*folders: str | Path) -> RunList:
-    """The runs that are, or lie below, `folders` (by default `runs`), read as far as they can be: a list that shows as
-    a table, with `compare()` and `plot()`. Loads no torch."""
-    from llmtune.history.listing import RunList
-
-    return RunList.below(*(folders or ("runs",)))
 
 
 def load(run_dir: str | Path, *, trust_remote_code: bool = False) -> Run:

@@ -201,7 +201,7 @@ def test_curves_of_several_runs_are_drawn_into_one_picture(
         assert (tmp_path / name).read_bytes().startswith(begins)
     assert main([*words, "--metrics", "los"]) == 2
     assert 'no run has logged "los". Did you mean "loss"?' in capsys.readouterr().err
-    for wrong in (["--smooth", "1"], ["--across", "hours"]):
+    for wrong in (["--smooth", "1"], ["--across", "hours"], ["-o", "curves"]):
         assert main([*words, *wrong]) == 2
         assert "allowed is" in capsys.readouterr().err
 
@@ -236,6 +236,7 @@ def test_looking_at_runs_loads_no_torch(make: Make, tmp_path: Path) -> None:
     make("a", [2.0])
     code = (
         "import sys\nfrom llmtune.cli import main\n"
+        f"import llmtune; assert len(llmtune.runs({str(tmp_path)!r})) == 1\n"
         f"assert main(['runs', 'list', {str(tmp_path)!r}]) == main(['runs', 'compare', {str(tmp_path)!r}]) == 0\n"
         "print([name for name in ('torch', 'transformers', 'numpy', 'matplotlib') if name in sys.modules])"
     )

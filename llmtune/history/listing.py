@@ -89,3 +89,9 @@ class RunList(Shown):
             cells.pop(name, None)
         left = {at for at, name in enumerate(cells) if name in LEFT or name == "run"}
         return table_text(list(cells), list(zip(*cells.values(), strict=True)), left=left, width=10_000)
+
+
+def runs(*folders: str | Path) -> RunList:
+    """The runs that are, or lie below, `folders` (by default `runs`), read as far as they can be: a list that shows as
+    a table, with `compare()` and `plot()`. Loads no torch."""
+    return RunList.below(*(folders or ("runs",)))

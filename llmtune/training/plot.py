@@ -26,6 +26,7 @@ PANELS = {
 """Metric to title, in reading order. Where a metric was evaluated too (`eval_loss`), its panel shows both."""
 EXACT = {"learning_rate", "epoch", "tokens"}
 """Metrics without noise, which are not smoothed."""
+FORMATS = (".png", ".svg", ".pdf")
 ACROSS = {"step": "step", "epoch": "epoch", "tokens": "tokens"}
 """What may run across a picture."""
 
@@ -61,6 +62,8 @@ def plot_runs(
         raise PlanError(f"smoothing: found {smoothing}, allowed is 0 <= smoothing < 1")
     if across not in ACROSS:
         raise PlanError(f'across: found "{across}", allowed is one of {listed(ACROSS)}')
+    if path is not None and Path(path).suffix not in FORMATS:
+        raise PlanError(f'{path}: found the ending "{Path(path).suffix}", allowed is one of {listed(FORMATS)}')
     columns = min(2, len(metrics))
     lines = -(-len(metrics) // columns)
     figure = new_figure(5 * columns + 2, 3.6 * lines + 0.4)
