@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.schema import decode
-from llmtune.inference.chat import chat_loop
+from llmtune.inference.talk import Compared, chat_loop
 from llmtune.model.generate import stop_tokens
 from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, answer
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
@@ -194,7 +195,7 @@ def test_terminal_loop(model, tokenizer):
     assert next(lines) == "never read"
     assert [message["content"] for message in talk.messages[:1]] == ["How are you?"]
     assert answer(model, tokenizer, "Who are you?", GREEDY) in "".join(written)
-    assert sum("/clear forgets" in text for text in written) == 2
+    assert sum("/reset forgets" in text for text in written) == 2
 
 
 def test_terminal_loop_leaves_at_ctrl_d_and_survives_ctrl_c(model, tokenizer):
@@ -213,6 +214,82 @@ def test_terminal_loop_leaves_at_ctrl_d_and_survives_ctrl_c(model, tokenizer):
 
     chat_loop(Interrupted(model, tokenizer), read, written.append)
     assert "half [stopped]" in "".join(written)
+
+
+def talked(talk, lines, **options):
+    written, rest = [], iter(lines)
+
+    def read(prompt):
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    chat_loop(talk, read, written.append, **options)
+    return "".join(written)
+
+
+def test_a_system_message_is_set_shown_and_saved_with_the_conversation(model, tokenizer, tmp_path):
+    talk, file = ChatSession(model, tokenizer, config=GREEDY), tmp_path / "kept.jsonl"
+    shown = talked(
+        talk, ["/system", "/system Be brief.", "/system", "hi", f"/save {file}", f"/save {file}", "/save", "/saev x"]
+    )
+    assert "There is no system message." in shown and shown.count("Be brief.") == 2
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows[0] == rows[1] and [each["role"] for each in rows[0]["messages"]] == ["system", "user", "assistant"]
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert rows[0]["messages"][-1]["content"] == reference(model.eval(), tokenizer, asked, 8)
+    assert "/save needs a file" in shown and 'Did you mean "/save"?' in shown
+    assert "cannot be written" in talked(talk, [f"/save {tmp_path}"])
+    talked(talk, ["/reset"])
+    assert talk.messages == [] and talk.config.default_system == "Be brief."
+
+
+def test_several_lines_are_one_question(model, tokenizer):
+    talk = ChatSession(model, tokenizer, config=GREEDY)
+    talked(talk, ["one\\", "two", '"""three', "", 'four"""', '"""five"""'], guides=False)
+    asked = [each["content"] for each in talk.messages if each["role"] == "user"]
+    assert asked == ["one\ntwo", "three\n\nfour", "five"]
+
+
+def test_the_adapter_is_switched_off_and_on_again(model, tokenizer):
+    entered = []
+
+    @contextmanager
+    def base():
+        entered.append(True)
+        yield
+
+    talk = ChatSession(model, tokenizer, config=GREEDY)
+    assert "no adapter to switch off" in talked(talk, ["/base"])
+    talk.base = base
+    shown = talked(talk, ["one", "/base", "two", "/base", "three"])
+    assert len(entered) == 1
+    assert "The adapter is off" in shown and "The adapter is on" in shown
+
+
+def test_answers_of_two_models_stand_beside_each_other(model, tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    other = tiny_model(vocab_size=len(tokenizer), initializer_range=0.5, seed=1)
+    first, second = (ChatSession(each, tokenizer, config=GREEDY) for each in (model, other))
+    shown = talked(first, ["hi"], beside=Compared({"tuned": first, "plain": second}))
+    (head,) = [line for line in shown.splitlines() if "tuned" in line]
+    assert head.index("plain") > 40
+    assert len(first.messages) == len(second.messages) == 2
+    assert first.messages[-1] != second.messages[-1]
+    shown = talked(first, ["hi"], beside=Compared({"tuned": first, "plain": second}), guides=False)
+    assert f"tuned: {first.messages[-1]['content']}" in shown and f"plain: {second.messages[-1]['content']}" in shown
+    talked(first, ["/reset"], beside=Compared({"tuned": first, "plain": second}))
+    assert first.messages == second.messages == []
+
+
+def test_thoughts_are_dimmed(model, tokenizer):
+    class Thinks(ChatSession):
+        def stream(self, text):
+            yield from ["<thi", "nk>so", " so</think>\n\nYes."]
+
+    assert "\x1b[2mso so\x1b[0m\nYes." in talked(Thinks(model, tokenizer), ["hi"], dims=True)
+    assert "<think>so so</think>\n\nYes." in talked(Thinks(model, tokenizer), ["hi"])
 
 
 @pytest.mark.parametrize(

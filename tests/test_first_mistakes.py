@@ -15,7 +15,7 @@ from llmtune.cli import main
 from llmtune.contract.errors import LlmtuneError
 from llmtune.contract.examples import Text
 from llmtune.data.formats.row import Chosen, read_row
-from llmtune.inference.chat import chat_loop
+from llmtune.inference.talk import chat_loop
 from llmtune.recipe.recipe import load_recipe
 from llmtune.testing import running
 from llmtune.training.out_of_memory import explain_out_of_memory

@@ -24,6 +24,11 @@ def add_commands(commands: Any) -> None:
     )
     add_overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    chat.add_argument(
+        "--compare",
+        metavar="BASE",
+        help="show the answers of another model beside; `base` is the run's own, with the adapter switched off",
+    )
     predict = add_command(
         commands, "predict", _predict, "Answer every row of a data set, into generated_predictions.jsonl",
         "What is written already is kept when the same command is run again.",
@@ -49,18 +54,31 @@ def add_commands(commands: Any) -> None:
 
 def _chat(options: Any) -> None:
     load_libraries()
-    from llmtune.inference.chat import NO_TEMPLATE, chat_loop, open_chat
+    from llmtune.inference.chat import open_chat
+    from llmtune.inference.talk import NO_TEMPLATE, Compared, chat_loop, compared
     from llmtune.recipe.recipe import parse_overrides
 
-    conversation = open_chat(options.model, **parse_overrides(options.overrides))
+    keys = parse_overrides(options.overrides)
+    conversation = open_chat(options.model, **keys)
+    beside: Compared | None = None
+    if options.compare is not None:
+        beside = compared(conversation, options.model, options.compare, keys)
     if options.prompt is None:
-        chat_loop(conversation, guides=sys.stdin.isatty())
+        chat_loop(conversation, guides=sys.stdin.isatty(), dims=dims(), beside=beside)
         return
     if conversation.completes:
         print(NO_TEMPLATE, file=sys.stderr)
+    if beside is not None:
+        print(beside.answers(options.prompt), end="")
+        return
     for piece in conversation.stream(options.prompt):
         print(piece, end="", flush=True)
     print()
+
+
+def dims() -> bool:
+    """Whether the terminal shows thoughts dimmed."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _predict(options: Any) -> int:

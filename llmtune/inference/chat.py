@@ -1,17 +1,18 @@
-"""A conversation with a trained model, in Python or in a loop in the terminal."""
+"""A conversation with a trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean, raise_all
+from llmtune.contract.records import SwitchesOff
 from llmtune.contract.schema import decode, field_types
-from llmtune.inference.reopen import open_model, recipe_of
+from llmtune.inference.reopen import fill, open_plan, recipe_of
 from llmtune.model.generate import require_head
-from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, has_template
+from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.registry import Registry
@@ -46,8 +47,11 @@ def conversation_for(
 def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
     """A conversation with a run, a checkpoint, a model, an adapter of PEFT or what a recipe file names.
 
-    `keys` are generation parameters (`temperature=0.2`) and keys of a recipe. Raises subclasses of LlmtuneError.
+    `keys` are generation parameters (`temperature=0.2`), `system`, `seed` and keys of a recipe. Raises subclasses of
+    LlmtuneError.
     """
+    if "system" in keys:
+        keys["default_system"] = keys.pop("system")
     names = field_types(GenerateConfig).keys()
     others = {key: value for key, value in keys.items() if key not in names}
     for key in others:
@@ -55,7 +59,14 @@ def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
             raise RecipeError(f"{key}: no such key.{near}")
     recipe = recipe_of(model, **others)
     config = generate_config(recipe, {key: value for key, value in keys.items() if key in names})
-    return conversation_for(recipe, *open_model(model, **others), config)
+    plan = open_plan(model, **others)
+    fill(plan, model)
+    conversation = conversation_for(recipe, plan.module, plan.tokenizer, config)
+    conversation.seed = keys.get("seed")
+    switches = [part.built for part in plan.parts.at("peft_config") if isinstance(part.built, SwitchesOff)]
+    if len(switches) == 1:
+        conversation.base = partial(switches[0].disabled, plan.module)
+    return conversation
 
 
 def parts_of(recipe: Recipe, points: Sequence[str]) -> Parts:
@@ -64,56 +75,3 @@ def parts_of(recipe: Recipe, points: Sequence[str]) -> Parts:
     parts = find_parts(recipe, Registry(), problems, points)
     raise_all(problems)
     return parts
-
-
-NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"
-HELP = "/clear forgets the conversation, /exit leaves, /help shows this. Ctrl-C stops an answer, Ctrl-D leaves."
-
-
-def chat_loop(
-    conversation: ChatSession,
-    read: Callable[[str], str] = input,
-    write: Callable[[str], None] | None = None,
-    *,
-    guides: bool = True,
-) -> None:
-    """Talk in the terminal until /exit or Ctrl-D. Ctrl-C stops the answer that is being written.
-
-    `read` takes a prompt and returns a line, `write` takes text; None prints. Unless it `guides`, as where lines come
-    from a pipe, answers are all that is written.
-    """
-    write = write or partial(print, end="", flush=True)
-    if guides:
-        write(f"{NO_TEMPLATE}\n{HELP}\n" if conversation.completes else f"{HELP}\n")
-    while True:
-        try:
-            text = read("\nYou: " if guides else "").strip()
-        except EOFError:
-            write("\n" if guides else "")
-            return
-        except KeyboardInterrupt:
-            write(f"\n{HELP}\n")
-            continue
-        if text == "/exit":
-            return
-        if text == "/clear":
-            conversation.clear()
-            write("The conversation is forgotten.\n")
-        elif text.startswith("/"):
-            write(f"{HELP}\n")
-        elif text:
-            _write_answer(conversation, text, write)
-
-
-def _write_answer(conversation: ChatSession, text: str, write: Callable[[str], None]) -> None:
-    pieces = conversation.stream(text)
-    try:
-        for piece in pieces:
-            write(piece)
-        write("\n")
-    except KeyboardInterrupt:
-        write(" [stopped]\n")
-    except ContextFull as error:
-        write(f"{error}\n")
-    finally:
-        pieces.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,12 @@ class ChatSession:
     """The `generate` of an `Engine`."""
     seed: int | None = None
     """What each answer is drawn from; None draws one from torch's generator."""
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Gives a block in which the model answers."""
+    base: Callable[[], AbstractContextManager[Any]] | None = None
+    """The `around` in which the base answers, without the adapter; None where there is no adapter to switch off."""
+    thinking: bool = False
+    """Whether the last prompt has begun a thought, which the answer goes on with."""
 
     def ask(self, text: str) -> str:
         """The whole answer to `text`. Works on sharded models, if every rank asks the same. Raises like `stream`."""
@@ -75,12 +82,17 @@ class ChatSession:
         asked = [*self.messages, {"role": "user", "content": text}]
         if self.completes:
             return asked, plain_ids(self.tokenizer, text)[0].tolist()
-        return asked, encode(self.tokenizer, self._with_system(asked), self.template_kwargs)[0].tolist()
+        prompt = encode(self.tokenizer, self.with_system(asked), self.template_kwargs)[0].tolist()
+        self.thinking = str(self.tokenizer.decode(prompt[-8:])).rstrip().endswith("<think>")
+        return asked, prompt
 
     def _answer(self, prompt: list[int], watch: Callable[[Sequence[int | None]], bool] | None = None) -> Answer:
         stop = stop_tokens(self.model, self.tokenizer, self.template_kwargs)
         seeds = None if self.seed is None else [self.seed]
-        return self.generate(self.model, self.tokenizer, [prompt], self.config, seeds=seeds, stop=stop, watch=watch)[0]
+        with self.around():
+            return self.generate(
+                self.model, self.tokenizer, [prompt], self.config, seeds=seeds, stop=stop, watch=watch
+            )[0]
 
     def _pieces(self, prompt: list[int]) -> Iterator[str]:
         """Pieces of the answer. It is made in a thread of its own; leaving the iterator stops it at the next token."""
@@ -115,7 +127,8 @@ class ChatSession:
         if not self.completes:
             self.messages = [*asked, {"role": "assistant", "content": said}]
 
-    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The messages, led by the default system message where they have none."""
         if self.config.default_system is None or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.config.default_system}, *messages]

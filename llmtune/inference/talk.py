@@ -1,0 +1,205 @@
+"""`llmtune chat`: the loop in the terminal, its commands, and answers of two models side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmtune.contract.errors import PlanError, did_you_mean
+from llmtune.inference.chat import open_chat
+from llmtune.inference.said import Channels
+from llmtune.model.generation import ChatSession, ContextFull
+
+NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"
+COMMANDS = ("/reset", "/clear", "/system", "/save", "/base", "/help", "/exit")
+HELP = """/reset forgets the conversation, /system TEXT sets the system message,
+/save FILE adds the conversation to a file as a row to train on,
+/base switches the adapter off or on, /exit leaves, /help shows this.
+\""" begins and ends a text of several lines, \\ at the end of a line goes on.
+Ctrl-C stops an answer, Ctrl-D leaves."""
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+@dataclass
+class Compared:
+    """Conversations that get the same questions, by what their answers are shown under."""
+
+    sessions: Mapping[str, ChatSession]
+
+    def answers(self, text: str, columns: bool = False) -> str:
+        """The answers of all, in columns or one after the other."""
+        said = {name: session.ask(text) for name, session in self.sessions.items()}
+        if not columns:
+            return "".join(f"{name}: {answer}\n" for name, answer in said.items())
+        table = Table(expand=True, box=None, pad_edge=False)
+        for name in said:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*map(Text, said.values()))
+        drawn = io.StringIO()
+        Console(file=drawn, highlight=False).print(table)
+        return drawn.getvalue()
+
+
+def compared(conversation: ChatSession, model: str, other: str, keys: Mapping[str, Any]) -> Compared:
+    """The conversation and one with `other`: a model, or `base` for the conversation's own, without its adapter.
+
+    Raises PlanError where there is no adapter to switch off.
+    """
+    if other == "base" and not Path(other).exists():
+        if conversation.base is None:
+            raise PlanError(f"--compare base: {model} has no adapter to switch off; name a model's folder or hub id")
+        beside = replace(conversation, around=conversation.base, base=None, messages=[])
+    else:
+        beside = open_chat(other, **{key: value for key, value in keys.items() if not key.startswith("peft_config")})
+    names = Path(model).name, Path(other).name
+    return Compared(dict(zip(names if names[0] != names[1] else (model, other), (conversation, beside), strict=True)))
+
+
+@dataclass
+class _Terminal:
+    """What the loop talks with."""
+
+    conversation: ChatSession
+    read: Callable[[str], str]
+    write: Callable[[str], None]
+    guides: bool
+    dims: bool
+    beside: Compared | None
+
+    @property
+    def sessions(self) -> list[ChatSession]:
+        return [self.conversation] if self.beside is None else list(self.beside.sessions.values())
+
+    def text(self) -> str:
+        """The next thing that is said, of one line or several."""
+        text = self.read("\nYou: " if self.guides else "").strip()
+        more = "...  " if self.guides else ""
+        if text.startswith('"""'):
+            text = text.removeprefix('"""')
+            while not text.rstrip().endswith('"""'):
+                text += "\n" + self.read(more)
+            return text.rstrip().removesuffix('"""').strip()
+        while text.endswith("\\"):
+            text = text[:-1] + "\n" + self.read(more).rstrip()
+        return text
+
+    def command(self, text: str) -> str:
+        """Does what a command says; what is told of it."""
+        word, _, rest = text.partition(" ")
+        rest, talk = rest.strip(), self.conversation
+        if word in ("/reset", "/clear"):
+            for each in self.sessions:
+                each.clear()
+            return "The conversation is forgotten."
+        if word == "/system":
+            for each in self.sessions if rest else ():
+                each.config = replace(each.config, default_system=rest)
+            told = talk.config.default_system
+            return "There is no system message." if told is None else f"The system message is: {told}"
+        if word == "/save":
+            return self._save(rest)
+        if word == "/base":
+            if talk.base is None:
+                return "There is no adapter to switch off."
+            off = talk.around is not talk.base
+            talk.around = talk.base if off else nullcontext
+            return "The adapter is off: the base answers." if off else "The adapter is on."
+        return HELP if word == "/help" else f"{word} is no command.{did_you_mean(word, COMMANDS)}\n{HELP}"
+
+    def _save(self, name: str) -> str:
+        if not name:
+            return "/save needs a file: /save chats.jsonl"
+        if not self.conversation.messages:
+            return "Nothing has been said yet."
+        row = {"messages": self.conversation.with_system(self.conversation.messages)}
+        try:
+            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            return f"{name} cannot be written: {error.strerror}"
+        return f"Added the conversation to {name}."
+
+    def answer(self, text: str) -> None:
+        """Writes the answer, or those of both models."""
+        if self.beside is not None:
+            self.write(self.beside.answers(text, columns=self.guides))
+            return
+        pieces = self.conversation.stream(text)
+        try:
+            for piece in self._shown(pieces) if self.dims else pieces:
+                self.write(piece)
+            self.write("\n")
+        finally:
+            pieces.close()
+
+    def _shown(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces with thoughts dimmed, in place of the marks around them."""
+        channels: Channels | None = None
+        thinking = False
+        try:
+            for text in pieces:
+                channels = channels or Channels(thinking=self.conversation.thinking)
+                for piece in channels.push(text):
+                    if thinking != (piece.kind == "thinking"):
+                        thinking = not thinking
+                        yield DIM if thinking else f"{PLAIN}\n"
+                    yield piece.text
+            for piece in channels.push("", last=True) if channels else ():
+                yield piece.text
+        finally:
+            if thinking:
+                self.write(PLAIN)
+
+
+def chat_loop(
+    conversation: ChatSession,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] | None = None,
+    *,
+    guides: bool = True,
+    dims: bool = False,
+    beside: Compared | None = None,
+) -> None:
+    """Talk in the terminal until /exit or Ctrl-D. Ctrl-C stops the answer that is being written.
+
+    `read` takes a prompt and returns a line, `write` takes text; None prints. Unless it `guides`, as where lines come
+    from a pipe, answers are all that is written. `dims` shows thoughts dimmed. With `beside` all of its conversations
+    answer, of which `conversation` is one.
+    """
+    if guides and read is input:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  arrow keys and earlier lines
+    talk = _Terminal(conversation, read, write or partial(print, end="", flush=True), guides, dims, beside)
+    if guides:
+        talk.write(f"{NO_TEMPLATE}\n{HELP}\n" if conversation.completes else f"{HELP}\n")
+    while True:
+        try:
+            text = talk.text()
+        except EOFError:
+            talk.write("\n" if guides else "")
+            return
+        except KeyboardInterrupt:
+            talk.write(f"\n{HELP}\n")
+            continue
+        if text == "/exit":
+            return
+        try:
+            if text.startswith("/"):
+                talk.write(f"{talk.command(text)}\n")
+            elif text:
+                talk.answer(text)
+        except KeyboardInterrupt:
+            talk.write(" [stopped]\n")
+        except ContextFull as error:
+            talk.write(f"{error}\n")
