@@ -23,7 +23,11 @@ _WHERE = {
             "API_VERSION", "Plugin", "RunContext", "ModelEdit", "Edit", "Quant", "Peft", "Kernel",
             "Adapter", "Amends", "Amendment", "Merges", "SwitchesOff", "TrainsWhole", "Reopens",
             "Init", "ReadsOnFirst", "Distribute", "HoldsGathered", "ParallelDims",
-            "Schedule", "FollowsEvaluations", "Logger", "LoggerStart", "Continues", "Checks",
+            "Schedule", "FollowsEvaluations", "Checks",
+        ),
+        "llmtune.contract.loggers": (
+            "Logger", "LoggerStart", "Continues", "FollowsStatus", "RunStatus", "SampleAnswer", "TakesPictures",
+            "TakesSamples",
         ),
         "llmtune.contract.optimizers": (
             "OptimizerFactory", "OptimizerContext", "ParameterGroup", "ParameterRole", "ChangesWhatTrains",

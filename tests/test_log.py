@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len as cell_width
 
 from llmtune.contract.errors import CheckpointError
-from llmtune.contract.records import LoggerStart
+from llmtune.contract.loggers import LoggerStart, SampleAnswer
 from llmtune.training.console import Console, NotebookBar, PlainLines, TerminalBar, choose_view, duration
 from llmtune.training.log import Loggers, MetricsFile, read_metrics
 from llmtune.training.loss_table import loss_table
@@ -207,6 +208,52 @@ def test_a_failing_logger_is_reported_once_and_stops_nothing(tmp_path: Path, cap
     assert err.count("\n") == 1
     assert "logger Recorder failed and is off for the rest of the run: RuntimeError: server gone" in err
     assert read_metrics(tmp_path) == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+
+
+class Complete(Recorder):
+    """Has all that is optional."""
+
+    def ended(self, status: str) -> None:
+        self.seen.append(status)
+
+    def log_samples(self, step: int, samples) -> None:
+        self.seen.append((step, samples))
+
+    def log_picture(self, step: int, name: str, png: bytes) -> None:
+        self.seen.append((step, name, png[:4]))
+
+
+def test_a_logger_that_takes_more_gets_answers_curves_and_the_end(tmp_path: Path) -> None:
+    logger, sample = Complete(), SampleAnswer(question="Who?", answer="Pip.")
+    loggers = Loggers(tmp_path, [logger, Recorder()], total_steps=1, stream=io.StringIO())
+    loggers.start({})
+    loggers.samples(0, [sample])
+    loggers.log(1, {"loss": 1.0})
+    loggers.finish("interrupted")
+    got = [(0, [sample]), (1, {"loss": 1.0}), (1, "curves", b"\x89PNG"), "interrupted", "finished"]
+    assert logger.seen == [(tmp_path, {}), *got]
+
+
+def test_a_logger_that_hangs_holds_up_nothing_and_is_told_once(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    class Hangs(Recorder):
+        def log(self, step: int, metrics) -> None:
+            answered.wait()
+
+    monkeypatch.setattr("llmtune.training.delivery.PATIENCE_S", 0.2)
+    good = Recorder()
+    loggers = Loggers(tmp_path, [Hangs(), good], total_steps=3, stream=io.StringIO())
+    loggers.start({})
+    for step in (1, 2, 3):
+        loggers.log(step, {"loss": 1.0})
+    loggers.finish()
+    answered.set()
+    assert [seen[0] for seen in good.seen[1:4]] == [1, 2, 3] and good.seen[-1] == "finished"
+    assert capsys.readouterr().err.count("logger Hangs failed and is off for the rest of the run: it has not") == 1
+    assert steps_in(tmp_path) == [1, 2, 3]
 
 
 class Continuing(Recorder):

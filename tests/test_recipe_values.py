@@ -86,7 +86,8 @@ def test_the_command_line_is_not_blamed_on_the_file(tmp_path: Path) -> None:
 
 def test_report_to_none_says_what_none_is() -> None:
     (message,) = refused({"model": "m", "report_to": "none"})
-    assert message.endswith("no such key; here it is logger_config (such as tensorboard; for none leave it out)")
+    several = "one or several of tensorboard, wandb, mlflow, swanlab, trackio"
+    assert message.endswith(f"no such key; here it is logger_config ({several}; for none leave it out)")
 
 
 @pytest.mark.parametrize("key", ["output_dir", "export_dir", "tokenized_path", "dataset_dir", "cache_dir"])

@@ -22,6 +22,7 @@ CONTRACT = {
     "llmtune.contract.evaluation",
     "llmtune.contract.generation",
     "llmtune.contract.launching",
+    "llmtune.contract.loggers",
     "llmtune.contract.rewards",
     "llmtune.contract.events",
     "llmtune.contract.hookspecs",

@@ -15,6 +15,7 @@ from llmtune.contract.examples import KINDS, DataFormat
 from llmtune.contract.generation import Engine
 from llmtune.contract.hubs import Hub
 from llmtune.contract.launching import Launcher
+from llmtune.contract.loggers import Logger
 from llmtune.contract.optimizers import OptimizerFactory
 from llmtune.contract.records import (
     Adapter,
@@ -22,7 +23,6 @@ from llmtune.contract.records import (
     Edit,
     Init,
     Kernel,
-    Logger,
     Peft,
     Quant,
     Schedule,

@@ -339,45 +339,6 @@ class FollowsEvaluations(Protocol):
         ...
 
 
-class Logger(Protocol):
-    """Receives metrics on rank 0. An error in it is reported once and never stops a run."""
-
-    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        """Called once before the first step with the run's folder and the resolved recipe, secrets left out. A logger
-        that `Continues` gets `begin` instead, and needs no `start`."""
-        ...
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers by name after an optimiser step, counted from 1."""
-        ...
-
-    def finish(self) -> None:
-        """Called at the end of the run, also where it failed before `start`."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggerStart:
-    """What a logger is told when a run begins or goes on."""
-
-    folder: Path
-    """A folder of the logger's own. It outlives an interruption, and is emptied where the run starts over."""
-    run_folder: Path
-    recipe: Mapping[str, Any]
-    """The resolved recipe, secrets blanked out."""
-    first_step: int
-    """Steps that are done already, 0 for a new run. Whatever was logged for later ones is void: they come again."""
-
-
-@runtime_checkable
-class Continues(Protocol):
-    """A logger that is told where a run goes on."""
-
-    def begin(self, start: LoggerStart) -> None:
-        """Called once, in place of `Logger.start`."""
-        ...
-
-
 @runtime_checkable
 class Checks(Protocol):
     """Optional on any built plugin object: plan-time objections, one sentence each."""

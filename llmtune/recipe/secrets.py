@@ -11,7 +11,7 @@ from llmtune.recipe import text as recipe_text
 from llmtune.recipe.text import RecipeText, split
 
 _SECRET = re.compile(
-    r"(?i)(^|_)(api_?keys?|(access|private)_?key|secret\w*|passw(or)?d|passphrase|credentials?|(proxy_)?authorization|"
+    r"(?i)(^|_)(api_?keys?|(access|private)_?key|secret\w*|passw(or)?d|passphrase|credentials?|webhook(_url)?|(proxy_)?authorization|"
     r"cookie|token$)($|_)"
 )
 _OF_TEXT = re.compile(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmtune.contract.errors import CheckpointError
-from llmtune.contract.records import Continues, LoggerStart
+from llmtune.contract.loggers import Continues, FollowsStatus, LoggerStart, SampleAnswer, TakesPictures, TakesSamples
+from llmtune.data.plot import plotting_problem
 from llmtune.training.console import Console
+from llmtune.training.delivery import Delivery, complain, wait_for_all
 from llmtune.training.file_names import METRICS
+from llmtune.training.plot import plot_metrics
 
 if TYPE_CHECKING:
-    from llmtune.contract.records import Logger
+    from llmtune.contract.loggers import Logger, RunStatus
     from llmtune.training.status import Milestones
 
 
@@ -102,43 +106,66 @@ class Loggers:
         self.folder = folder
         self.resume_step = resume_step
         self.console: Console | None = Console(total_steps, resume_step, stream=stream, milestones=milestones)
-        self.plugins: list[Any] = list(plugins)
+        self.deliveries = [Delivery(plugin) for plugin in plugins]
+        self.last = resume_step
         self.file: MetricsFile | None = None
         self._owned = _own_folders(folder / "loggers", names or [type(plugin).__name__ for plugin in plugins])
 
     def start(self, recipe: Mapping[str, Any]) -> None:
         """Open metrics.jsonl and start every logger. `recipe` is the resolved one."""
         self.file = MetricsFile(self.folder, self.resume_step)
-        owned = dict(zip(map(id, self.plugins), self._owned, strict=True))
         facts = {"run_folder": self.folder, "recipe": dict(recipe), "first_step": self.resume_step}
-        self._each_plugin(lambda plugin: begin(plugin, LoggerStart(folder=owned[id(plugin)], **facts)))
+        for delivery, folder in zip(self.deliveries, self._owned, strict=True):
+            delivery.call(partial(begin, start=LoggerStart(folder=folder, **facts)))
         self._to_console(lambda console: console.start())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report the metrics of `step` everywhere. Only metrics.jsonl may fail the run (OSError: the disk is full)."""
         assert self.file is not None, "log before start"
+        self.last = step
         self.file.write(step, metrics)
-        self._each_plugin(lambda plugin: plugin.log(step, dict(metrics)))
+        for delivery in self.deliveries:
+            delivery.call(lambda plugin, own=dict(metrics): plugin.log(step, own))
         self._to_console(lambda console: console.log(step, metrics))
+
+    def samples(self, step: int, samples: Sequence[SampleAnswer]) -> None:
+        """Show answers to the recipe's `sample_prompts` where a logger shows texts."""
+        for delivery in self.deliveries if samples else ():
+            if isinstance(delivery.logger, TakesSamples):
+                delivery.call(lambda plugin: plugin.log_samples(step, list(samples)))
 
     def at(self, step: int) -> None:
         """Show that `step` is done, whether or not it is logged."""
         self._to_console(lambda console: console.at(step))
 
-    def finish(self) -> None:
-        """Close all of them."""
+    def end_display(self) -> None:
+        """Close the console: there are no more steps."""
         self._to_console(lambda console: console.finish())
-        self._each_plugin(lambda plugin: plugin.finish())
+        self.console = None
+
+    def finish(self, status: RunStatus = "done") -> None:
+        """Close all of them; loggers that take pictures get the curves."""
+        self.end_display()
         if self.file is not None:
             self.file.close()
+            self._send_curves()
+        for delivery in self.deliveries:
+            if self.file is not None and isinstance(delivery.logger, FollowsStatus):
+                delivery.call(lambda plugin: plugin.ended(status))
+            delivery.call(lambda plugin: plugin.finish())
+        wait_for_all(self.deliveries)
 
-    def _each_plugin(self, call: Callable[[Any], None]) -> None:
-        for plugin in list(self.plugins):
-            try:
-                call(plugin)
-            except Exception as error:
-                self.plugins.remove(plugin)
-                _complain(f"logger {type(plugin).__name__}", error)
+    def _send_curves(self) -> None:
+        takers = [delivery for delivery in self.deliveries if isinstance(delivery.logger, TakesPictures)]
+        if not takers or plotting_problem():
+            return
+        try:
+            picture = io.BytesIO()
+            plot_metrics(read_metrics(self.folder), picture)
+        except Exception as error:
+            return complain("the picture of the curves", f"{type(error).__name__}: {error}")
+        for delivery in takers:
+            delivery.call(lambda plugin: plugin.log_picture(self.last, "curves", picture.getvalue()))
 
     def _to_console(self, call: Callable[[Console], None]) -> None:
         if self.console is None:
@@ -147,7 +174,7 @@ class Loggers:
             call(self.console)
         except Exception as error:  # such as a closed pipe: `llmtune train ... | head`
             self.console = None
-            _complain("progress display", error)
+            complain("progress display", f"{type(error).__name__}: {error}")
 
 
 def begin(logger: Logger | Continues, start: LoggerStart) -> None:
@@ -165,9 +192,3 @@ def _own_folders(root: Path, names: Sequence[str]) -> list[Path]:
         root / (name if names.index(name) == at else f"{name}-{names[:at].count(name) + 1}")
         for at, name in enumerate(names)
     ]
-
-
-def _complain(what: str, error: Exception) -> None:
-    print(
-        f"llmtune: {what} failed and is off for the rest of the run: {type(error).__name__}: {error}", file=sys.stderr
-    )

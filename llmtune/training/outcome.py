@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmtune.contract.loggers import RunStatus
     from llmtune.planning.plan import Plan
     from llmtune.training.objective import Objective
 
@@ -16,7 +17,7 @@ class Outcome:
     """The end of a run, as one process knows it."""
 
     plan: Plan
-    status: str
+    status: RunStatus
     """`done`, or `interrupted` (saved; run the same command again)."""
     objective: Objective
     answers: list[tuple[str, str, str]] = field(default_factory=list)

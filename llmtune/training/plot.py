@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmtune.contract.errors import PlanError, did_you_mean, listed
 from llmtune.data.plot import EVALUATION, LOG_FROM, TRAIN, label_axes, new_figure
@@ -31,10 +31,11 @@ ACROSS = {"step": "step", "epoch": "epoch", "tokens": "tokens"}
 """What may run across a picture."""
 
 
-def plot_metrics(metrics: Metrics, path: str | Path | None = None) -> Figure:
+def plot_metrics(metrics: Metrics, path: str | Path | BinaryIO | None = None) -> Figure:
     """Loss, learning rate, gradient norm and speed against the step, as a Figure; saved to `path` if given.
 
-    The ending of `path` chooses the format (png, svg, pdf). Raises PlanError without matplotlib.
+    The ending of `path` chooses the format (png, svg, pdf); an open file gets a PNG. Raises PlanError without
+    matplotlib.
     """
     figure = new_figure(10, 6)
     for axes, (metric, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):

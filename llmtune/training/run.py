@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.contract.errors import LlmtuneError, PlanError, RewardError, blaming, counted, raise_all
+from llmtune.contract.loggers import SampleAnswer
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
     check_agreement,
@@ -51,10 +52,12 @@ from llmtune.training.save import write_result
 from llmtune.training.status import Milestones
 
 if TYPE_CHECKING:
+    from llmtune.contract.loggers import RunStatus
     from llmtune.distributed.ranks import Ranks
     from llmtune.planning.plan import Plan
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
+    from llmtune.training.loop import Training
     from llmtune.training.manifest import Manifest
     from llmtune.training.objective import Objective
 
@@ -151,10 +154,9 @@ def _train(
             )
         except BaseException as error:
             if plan.ranks.first:
-                asked = isinstance(error, KeyboardInterrupt) or stop.ordered
-                told = "; ".join([str(error), *getattr(error, "__notes__", ())])
-                said = {} if asked else {"error": f"{type(error).__name__}: {told}"}
-                run_folder.write_status(plan.output_dir, "interrupted" if asked else "failed", **said)
+                status, told = _ended_by(error, stop), "; ".join([str(error), *getattr(error, "__notes__", ())])
+                said = {} if status == "interrupted" else {"error": f"{type(error).__name__}: {told}"}
+                run_folder.write_status(plan.output_dir, status, **said)
             raise
         if plan.ranks.first:
             facts = {"seconds": round(outcome.seconds, 1), "peak_memory_bytes": peak, **outcome.result}
@@ -194,16 +196,41 @@ def _run(
     if plan.ranks.dims.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective, "before")
-    loggers = start_loggers(plan, first_step, planned_memory_bytes)
+    loggers = start_loggers(plan, first_step, planned_memory_bytes, before)
     keeper = TrainingCallbacks(
         plan, objective, optimizer, loggers, registry.observers(), stop, cost.mfu, training.scaler,
         {**origins(plan), **read}, training.schedule,
     )  # fmt: skip
+    status: RunStatus = "failed"
+    try:
+        outcome = _learn(training, keeper, found, before, cost, show)
+        status = outcome.status
+        return outcome
+    except BaseException as error:
+        status = _ended_by(error, stop)
+        raise
+    finally:
+        if loggers is not None:
+            with stop.finishing(lambda: "closing the loggers"):
+                loggers.finish(status)
+
+
+def _ended_by(error: BaseException, stop: StopRequest) -> RunStatus:
+    """Whether somebody asked for an end that looks like this, or something failed."""
+    return "interrupted" if isinstance(error, KeyboardInterrupt) or stop.ordered else "failed"
+
+
+def _learn(
+    training: Training, keeper: TrainingCallbacks, found: tuple[Path, Manifest] | None, before: list[str],
+    cost: StepCost, show: Callable[..., Any],
+) -> Outcome:  # fmt: skip
+    """The steps that are left, and the result. Collective."""
+    plan, objective, stop, first_step = keeper.plan, keeper.objective, keeper.stop, training.first_step
     try:
         with stop.finishing(lambda: f"finishing step {training.at or first_step + 1}, then saving"):
             if found:
                 reshard(objective)
-                checkpoint.restore(found[0], found[1], plan.model.module, optimizer, plan.ranks)
+                checkpoint.restore(found[0], found[1], plan.model.module, keeper.optimizer, plan.ranks)
                 keeper.restore(*found)
                 show(f"Continuing after step {first_step} from {found[0]}")
                 if isinstance(lost := keeper.best(), str):
@@ -213,10 +240,8 @@ def _run(
     except RewardError as error:
         keeper.save_despite(error, training.done)
         raise
-    finally:
-        if loggers is not None:
-            with stop.finishing(lambda: "closing the loggers"):
-                loggers.finish()
+    if keeper.loggers is not None:
+        keeper.loggers.end_display()
     if keeper.interrupted:
         return Outcome(plan, "interrupted", objective)
     if plan.recipe.train.do_predict:
@@ -258,6 +283,8 @@ def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Call
         show(f"{best}; the result has the weights of the last step")
     checkpoint.require_finite(checkpoint.training_state(module, None)[0], plan.steps)
     after = sample_answers(plan, objective, "after")
+    if keeper.loggers is not None:
+        keeper.loggers.samples(keeper.loggers.last, _samples(plan, after))
     reshard(objective)
     doing.info("Writing the result")
     result = write_result(plan.model, plan.output_dir / "model")
@@ -293,8 +320,10 @@ def _shared(work: Any, plan: Plan) -> Any:
     return first_does(guarded)
 
 
-def start_loggers(plan: Plan, first_step: int, planned_memory_bytes: int) -> Loggers | None:
-    """metrics.jsonl, the console and the recipe's loggers, on rank 0."""
+def start_loggers(
+    plan: Plan, first_step: int, planned_memory_bytes: int, answers: Sequence[str] = ()
+) -> Loggers | None:
+    """metrics.jsonl, the console and the recipe's loggers, on rank 0; a new run's get the answers of the base."""
     if not plan.ranks.first:
         return None
     milestones = Milestones(
@@ -312,11 +341,18 @@ def start_loggers(plan: Plan, first_step: int, planned_memory_bytes: int) -> Log
         milestones=milestones,
     )
     loggers.start(run_folder.plain(plan.recipe.resolved))
+    if not first_step:
+        loggers.samples(0, _samples(plan, answers))
     return loggers
 
 
 SAMPLE_TOKENS = 64
 """Most tokens of an answer to a sample prompt, where the recipe does not say."""
+
+
+def _samples(plan: Plan, answers: Sequence[str]) -> list[SampleAnswer]:
+    questions = plan.recipe.train.sample_prompts if answers else ()
+    return [SampleAnswer(question=asked, answer=said) for asked, said in zip(questions, answers, strict=True)]
 
 
 def sample_answers(plan: Plan, objective: Objective, when: str) -> list[str]:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmtune.contract.records import LoggerStart
+from llmtune.contract.loggers import FollowsStatus, LoggerStart, RunStatus, SampleAnswer, TakesPictures, TakesSamples
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject
 from llmtune.training.log import Loggers, begin, read_metrics
 
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGNQSFgARAwQCgAdjgSBQe+XXgAAAABJRU5ErkJggg=="
+)
+"""A picture of two by two pixels."""
+
 
 def laws(subject: Subject) -> list[Check]:
     """All of them."""
-    return [follows_a_run, takes_any_number, goes_on_where_the_run_does, keeps_to_its_folder,
-            survives_a_run_that_never_started, cannot_stop_a_run]  # fmt: skip
+    return [
+        follows_a_run, takes_any_number, goes_on_where_the_run_does, keeps_to_its_folder,
+        survives_a_run_that_never_started, cannot_stop_a_run, knows_every_end, takes_any_answer, takes_a_picture_again,
+    ]  # fmt: skip
 
 
 def start_of(folder: Path, first_step: int = 0, recipe: Mapping[str, Any] | None = None) -> LoggerStart:
@@ -86,6 +94,42 @@ def survives_a_run_that_never_started(subject: Subject, folder: Path) -> None:
     logger = subject.built()
     if found := sorted(folder.iterdir()):
         raise Broken(f"`build` wrote {found[0].name}", "Write in `begin`: building happens in `llmtune plan`, too")
+    logger.finish()
+
+
+def knows_every_end(subject: Subject, folder: Path) -> None:
+    """A logger that `FollowsStatus` takes it that a run is done, interrupted or failed, and finishes as usual."""
+    status: RunStatus
+    for status in ("interrupted", "failed", "done") if isinstance(subject.built(), FollowsStatus) else ():
+        with _begun(subject, folder) as logger:
+            logger.log(1, {"loss": 1.0})
+            logger.ended(status)
+
+
+def takes_any_answer(subject: Subject, folder: Path) -> None:
+    """A logger that `TakesSamples` takes empty ones, several lines, any script, before the first step and later."""
+    texts = ["", "one | two\n```three```", "你好 \N{PARTY POPPER} \x00\u200f", " " * 3]
+    samples = [SampleAnswer(question=text, answer=text[::-1]) for text in texts]
+    if isinstance(subject.built(), TakesSamples):
+        with _begun(subject, folder) as logger:
+            logger.log_samples(0, samples)
+            logger.log(1, {"loss": 1.0})
+            logger.log_samples(1, samples)
+
+
+def takes_a_picture_again(subject: Subject, folder: Path) -> None:
+    """A logger that `TakesPictures` takes one of the same name again, at its step, later, and in a continued run."""
+    for first_step in (0, 1) if isinstance(subject.built(), TakesPictures) else ():
+        with _begun(subject, folder, first_step) as logger:
+            for step in (first_step, first_step, first_step + 1):
+                logger.log_picture(step, "curves", PNG)
+
+
+@contextlib.contextmanager
+def _begun(subject: Subject, folder: Path, first_step: int = 0) -> Iterator[Any]:
+    logger = subject.built()
+    begin(logger, start_of(folder, first_step))
+    yield logger
     logger.finish()
 
 

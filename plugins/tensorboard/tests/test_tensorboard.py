@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from llmtune_tensorboard import TensorBoardConfig, build, logger_config
+from PIL import Image
 
-from llmtune import LoggerStart
+from llmtune import LoggerStart, SampleAnswer
 
 
 def read(folder: Path):
@@ -32,8 +34,19 @@ def test_scalars_come_back(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 2.5), (3, 1.25)]
     assert found.Scalars("train/learning_rate")[0].value == pytest.approx(1e-4)
     assert [(event.step, event.value) for event in found.Scalars("eval/loss")] == [(3, 1.5)]
+    logger.log_samples(3, [SampleAnswer(question="Who?", answer="Pip.")])
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    logger.log_picture(3, "curves", picture.getvalue())
+    logger.ended("interrupted")
     assert b"some/model" in found.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
     logger.finish()
+    found.Reload()
+    (sample,), (status,) = found.Tensors("samples/text_summary"), found.Tensors("status/text_summary")
+    assert sample.step == 3 and sample.tensor_proto.string_val[0] == b"**Who?**\n\nPip."
+    assert status.step == 3 and status.tensor_proto.string_val[0] == b"interrupted"
+    (picture,) = found.Images("curves")
+    assert (picture.step, picture.width, picture.height) == (3, 2, 2)
 
 
 def run(log_dir: Path, own: Path, steps: range) -> None:

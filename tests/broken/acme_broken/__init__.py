@@ -55,7 +55,10 @@ POINTS = {
     "lr_scheduler_config": ("doubles", "counts_calls", "divides_by_zero", "starts_low", *(
         "undocumented", "out_of_bounds", "mutable", "draws_numbers", "sums_up_nothing", "has_no_entry",
     )),
-    "logger_config": ("hates_nan", "writes_early", "needs_a_start", "leaves_home"),
+    "logger_config": (
+        "hates_nan", "writes_early", "needs_a_start", "leaves_home", "hopes_for_the_best", "quotes_the_first_word",
+        "paints_once", "wants_the_main_thread",
+    ),
     "init_config": ("shifts_rows", "rounds"),
     "engine_config": (
         "takes_chances", "sees_its_neighbours", "ignores_seeds", "never_ends", "keeps_silent", "stays_in_eval",

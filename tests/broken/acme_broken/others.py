@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune import Batch, ParallelDims, RunContext, StageContext, StageLoss, TensorReader
+from llmtune import (
+    Batch,
+    LoggerStart,
+    ParallelDims,
+    RunContext,
+    RunStatus,
+    SampleAnswer,
+    StageContext,
+    StageLoss,
+    TensorReader,
+)
 
 
 class _Stage:
@@ -206,6 +217,40 @@ class NeedsAStart(_Logger):
 
 class LeavesHome(_Logger):
     """Made as for the former contract: it knows the run's folder alone."""
+
+
+class _Follows:
+    """Keeps to its own folder."""
+
+    def begin(self, start: LoggerStart) -> None:
+        self.folder, self.open = start.folder, True
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class HopesForTheBest(_Follows):
+    def ended(self, status: RunStatus) -> None:
+        self.state = {"done": "FINISHED", "failed": "FAILED"}[status]
+
+
+class QuotesTheFirstWord(_Follows):
+    def log_samples(self, step: int, samples: Sequence[SampleAnswer]) -> None:
+        self.words = [sample.answer.split()[0] for sample in samples]
+
+
+class PaintsOnce(_Follows):
+    def log_picture(self, step: int, name: str, png: bytes) -> None:
+        with (self.folder / f"{name}.png").open("xb") as file:
+            file.write(png)
+
+
+class WantsTheMainThread(_Follows):
+    def begin(self, start: LoggerStart) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 class ShiftsRows:
