@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from llmtune.cli.commands import parser
+from llmtune.cli.reference import write_commands
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.recipe.packages import PackageSource
 from llmtune.recipe.reference import recipe_schema, write_reference
@@ -133,3 +136,11 @@ def test_the_reference_names_every_key_and_plugin(first_party: Registry) -> None
     for row in first_party.listing():
         assert row.state == "ok", row
         assert f"#### `{row.point}: {row.name}`" in text
+
+
+def test_the_reference_of_commands_is_current_and_whole() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == write_commands(), "run: python -m llmtune.cli.reference > docs/commands.md"
+    assert "\n### `llmtune data check`\n" in page and "\n| `--nproc N` | ranks on this machine" in page
+    listed = re.findall(r"^    (\w+)  ", parser(["train"]).format_help(), re.M)
+    assert len(listed) > 9 and [name for name in listed if f"\n## `llmtune {name}`\n" not in page] == []
