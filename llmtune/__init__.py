@@ -13,6 +13,7 @@ _WHERE = {
         "llmtune.api": ("train", "plan", "build", "load", "predict", "Run"),
         "llmtune.recipe.recipe": ("recipe_errors",),
         "llmtune.recipe.reference": ("recipe_schema",),
+        "llmtune.conversion.convert": ("convert", "Conversion"),
         "llmtune.inference.chat": ("open_chat",),
         "llmtune.history.listing": ("runs",),
         "llmtune.inference.inspect": ("check_data", "preview", "stats"),

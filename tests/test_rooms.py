@@ -23,6 +23,7 @@ ROOMS = {
     "model": "Files become an edited, filled model; and text comes out of it.",
     "data": "Rows become batches.",
     "recipe": "YAML becomes typed keys and found plugins.",
+    "conversion": "Files of other trainers become recipes.",
     "planning": "All that is decided before a weight is read.",
     "training": "The loop, its objective, what happens between steps, checkpoints, the run's folder.",
     "history": "Runs on disk: found, read, compared and drawn.",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from llmtune import __version__
-from llmtune.cli import data, doctor, extend, runs, serve, train, use
+from llmtune.cli import convert, data, doctor, extend, runs, serve, train, use
 from llmtune.cli.plugin_commands import add_plugin_commands
 from llmtune.contract.errors import LlmtuneError
 from llmtune.terminal import say
@@ -94,7 +94,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="llmtune", description="Fine-tune language models from a short recipe.")
     top.add_argument("--version", action="version", version=f"llmtune {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, use, serve, data, runs, extend, doctor):
+    for group in (train, convert, use, serve, data, runs, extend, doctor):
         group.add_commands(commands)
     add_plugin_commands(commands, words)
     return top

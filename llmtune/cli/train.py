@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from llmtune.cli.arguments import KEYS, add_command, add_recipe, count
+from llmtune.cli.convert import read_recipe
 from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import LlmtuneError, RecipeError
 from llmtune.terminal import doing, say
@@ -68,13 +69,12 @@ def _train_or_launch(options: Any) -> int:
     from llmtune.distributed.ranks import leave, tell_the_others
     from llmtune.distributed.stopping import EXIT_INTERRUPTED
     from llmtune.recipe.parts import launcher_of
-    from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
     from llmtune.recipe.secrets import hidden
     from llmtune.recipe.train_config import TrainConfig
 
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
+        recipe = read_recipe(options)
     except (LlmtuneError, OSError) as error:
         tell_the_others(error, TrainConfig.ddp_timeout)
         raise
@@ -111,10 +111,9 @@ def _train_or_launch(options: Any) -> int:
 def _plan(options: Any) -> None:
     import json
 
-    from llmtune.recipe.recipe import load_recipe
     from llmtune.recipe.registry import Registry
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = read_recipe(options)
     load_libraries()
     from llmtune.api import plan_for
 

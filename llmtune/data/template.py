@@ -28,6 +28,11 @@ def template_names() -> list[str]:
     return sorted(file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja"))
 
 
+def template_of(name: str) -> str:
+    """The shipped template that a model's own name means, else the name as it is."""
+    return _OTHER_NAMES.get(name, name)
+
+
 def choose_template(template: str | None, tokenizer: Any, base_dir: Path | None = None) -> None:
     """Give `tokenizer` the template a recipe names, so that saving it and chatting with it use what was trained.
 
@@ -37,7 +42,7 @@ def choose_template(template: str | None, tokenizer: Any, base_dir: Path | None 
     if template is None:
         require_template(tokenizer)
         return
-    template = _OTHER_NAMES.get(template, template)
+    template = template_of(template)
     if template in template_names():
         text = (resources.files("llmtune") / "data" / "templates" / f"{template}.jinja").read_text("utf-8")
     elif template.endswith((".jinja", ".jinja2", ".j2")) or "/" in template:

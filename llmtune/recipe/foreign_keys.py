@@ -55,6 +55,16 @@ def foreign_keys() -> Mapping[str, ForeignKey]:
     return found | {name: ForeignKey(ENVIRONMENT, reason=each.answer) for name, each in variables().items()}
 
 
+def asks_nothing(foreign: ForeignKey, value: Any) -> bool:
+    """Whether the value switches off what is not here, or is what happens without being asked for."""
+    return is_done_anyway(foreign, value) or ((value is None or value is False) and True not in foreign.anyway)
+
+
+def is_done_anyway(foreign: ForeignKey, value: Any) -> bool:
+    """Whether the value is what happens without being asked for."""
+    return any(type(value) is type(one) and value == one for one in foreign.anyway)
+
+
 def migration_table() -> str:
     """The Markdown table of docs/migration.md: keys with one answer share a row."""
     parts = []

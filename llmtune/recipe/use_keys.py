@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune.contract.extension_points import POINTS
 from llmtune.recipe.blocks import as_block
-from llmtune.recipe.foreign_keys import ForeignKey, foreign_keys
+from llmtune.recipe.foreign_keys import ForeignKey, asks_nothing, foreign_keys, is_done_anyway
 from llmtune.recipe.places import Places
 
 
@@ -23,7 +23,7 @@ def own_keys(
 
     def sets(foreign: ForeignKey, value: Any) -> bool:
         alone = bool(foreign.beside) and asked.get(foreign.beside) is None
-        return bool(foreign.use) and value is not None and not alone and not _is_done_anyway(foreign, value)
+        return bool(foreign.use) and value is not None and not alone and not is_done_anyway(foreign, value)
 
     made, keys, overridden = {**tree}, {**places.keys}, {**places.overridden}
     besides: list[tuple[dict[str, Any], ForeignKey]] = []
@@ -57,14 +57,4 @@ def own_keys(
 def _among(given: Mapping[str, Any]) -> list[tuple[str, ForeignKey]]:
     """The keys of other trainers that are taken."""
     found = {name: foreign_keys()[name] for name in given if name in foreign_keys()}
-    return [(name, foreign) for name, foreign in found.items() if foreign.use or _asks_nothing(foreign, given[name])]
-
-
-def _asks_nothing(foreign: ForeignKey, value: Any) -> bool:
-    """Whether the value switches off what is not here, or is what happens without being asked for."""
-    return _is_done_anyway(foreign, value) or ((value is None or value is False) and True not in foreign.anyway)
-
-
-def _is_done_anyway(foreign: ForeignKey, value: Any) -> bool:
-    """Whether the value is what happens without being asked for."""
-    return any(type(value) is type(one) and value == one for one in foreign.anyway)
+    return [(name, foreign) for name, foreign in found.items() if foreign.use or asks_nothing(foreign, given[name])]

@@ -1,0 +1,162 @@
+"""`llmtune.convert`: a file or a command of another trainer as a recipe, or as the command to type."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.contract.errors import ErrorList, LlmtuneError, RecipeError
+from llmtune.conversion import axolotl, llama_factory, llama_factory_v1, torchtune, trl
+from llmtune.conversion.detect import trainer_of
+from llmtune.conversion.draft import Draft
+from llmtune.conversion.source import ForeignSource, read
+from llmtune.conversion.writer import recipe_yaml
+from llmtune.recipe.recipe import recipe_errors
+
+_HEAD = "Converted by `llmtune convert` from"
+_CONVERTERS: dict[str, tuple[Callable[[Draft, str], None], Callable[[ForeignSource], str]]] = {
+    "LLaMA-Factory": (llama_factory.convert, llama_factory.verb_of),
+    "LLaMA-Factory v1": (llama_factory_v1.convert, llama_factory_v1.verb_of),
+    "Axolotl": (axolotl.convert, axolotl.verb_of),
+    "torchtune": (torchtune.convert, torchtune.verb_of),
+    "TRL": (trl.convert, trl.verb_of),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a file of another trainer is here."""
+
+    trainer: str
+    """Whose file it is."""
+    verb: str
+    """What it is for: `train`, or the command that uses a model: `chat`, `export`, `predict`."""
+    recipe: Mapping[str, Any]
+    """The keys of llmtune; `text` is these with comments."""
+    text: str
+    """The recipe as YAML, with a comment for each decision."""
+    command: str
+    """What to type."""
+    lost: Mapping[str, str]
+    """Keys without a counterpart: the reason, and what to use instead."""
+    idle: Mapping[str, str]
+    """Keys that ask for nothing that has to be asked for here, and why."""
+    came: Mapping[str, str]
+    """Every other key of the file, and the dotted key that it is here."""
+    check: tuple[str, ...]
+    """What to look at before the recipe is used."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def convert(
+    source: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, strict: bool = False
+) -> Conversion:
+    """Read a file of LLaMA-Factory, Axolotl, torchtune or TRL, or a command of theirs, as a recipe; `output` keeps it.
+
+    Raises RecipeError where it is none of them or the output exists, and with `strict` ErrorList where a key has no
+    counterpart; then nothing is written.
+    """
+    given = read(source)
+    trainer = trainer_of(given)
+    if trainer == "accelerate":
+        raise RecipeError(
+            f"{given.origin}: is a configuration of accelerate, which starts processes; here "
+            "it is dist_config: fsdp2 and `llmtune train --nproc N` (docs/distribution.md)"
+        )
+    if trainer is None:
+        own = not recipe_errors(given.tree)
+        said = "is a recipe of llmtune already" if own else "is no file of LLaMA-Factory, Axolotl, torchtune or TRL"
+        raise RecipeError(f"{given.origin}: {said}, by its keys")
+    fill, verb_of = _CONVERTERS[trainer]
+    verb = verb_of(given)
+    keys = torchtune.flat(given.tree) if trainer == "torchtune" else given.tree
+    draft = Draft(keys, trainer, script=given.verb)
+    fill(draft, verb)
+    draft.follow_references()
+    draft.check += _objections(draft.recipe)
+    if strict and draft.lost:
+        raise ErrorList([RecipeError(f"{given.origin}  {key}: {why}") for key, why in draft.lost.items()])
+    target = Path(output).expanduser() if output is not None else None
+    command = _command(draft.recipe, verb, given, os.fspath(output) if output is not None else None)
+    head = f"{_HEAD} {os.path.basename(given.origin)}, a file of {trainer}. {_use(verb, command, output)}"
+    text = recipe_yaml(draft, given, head)
+    if target is not None:
+        _write(target, text)
+    return Conversion(
+        trainer=trainer,
+        verb=verb,
+        recipe=draft.recipe,
+        text=text,
+        command=command,
+        lost=draft.lost,
+        idle=draft.idle,
+        came=draft.came,
+        check=tuple(draft.check),
+    )
+
+
+def offer(source: str | os.PathLike[str]) -> str | None:
+    """The sentence for somebody who gives another trainer's file to `llmtune train`; None where it is no such file."""
+    try:
+        given = read(source)
+    except LlmtuneError:
+        return None
+    trainer = trainer_of(given)
+    if trainer not in _CONVERTERS:
+        return None
+    name = shlex.quote(os.fspath(source))
+    return f"{name} is a file of {trainer}; `llmtune convert {name} -o recipe.yaml` writes it as a recipe"
+
+
+def _objections(recipe: Mapping[str, Any]) -> list[str]:
+    """What `llmtune train` would say of the recipe; the environment may be another then."""
+    plain = {key: value for key, value in recipe.items() if key != "trust_remote_code"}
+    errors = [str(error) for error in recipe_errors(plain)]
+    return [error for error in errors if "Environment variable" not in error]
+
+
+def _command(recipe: Mapping[str, Any], verb: str, given: ForeignSource, output: str | None) -> str:
+    """What to type: with the file where one is written or training asks for one, else with the keys in the command."""
+    if verb == "train":
+        ranks = f" --nproc {given.ranks}" if given.ranks and given.ranks > 1 else ""
+        return f"llmtune train {shlex.quote(output or 'recipe.yaml')}{ranks}"
+    if verb == "eval":
+        return "lm_eval (see what is not taken over)"
+    if output is not None:
+        return f"llmtune {verb} {shlex.quote(output)}"
+    used = [key for key in recipe if key != "model"]
+    words = [f"{key}={_word(recipe[key])}" for key in used]
+    return shlex.join(["llmtune", verb, str(recipe.get("model", "MODEL")), *words])
+
+
+def _word(value: Any) -> str:
+    """A value as it is written after `key=`."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_word, value)) + "]"
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, int) or isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _use(verb: str, command: str, output: str | os.PathLike[str] | None) -> str:
+    """How a recipe is used, for its head; the long form of a command stands for one without a file."""
+    short = command if verb in ("train", "eval") or output is not None else f"llmtune {verb} recipe.yaml"
+    return f"Use it with: {short}"
+
+
+def _write(target: Path, text: str) -> None:
+    """Write the recipe, never over a file that somebody wrote."""
+    if target.exists() and _HEAD not in target.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise RecipeError(f"{target}: is there already, and no recipe that this command wrote; name another file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")

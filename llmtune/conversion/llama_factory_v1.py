@@ -1,0 +1,150 @@
+"""LLaMA-Factory's v1 files: flat keys, and blocks of plugins that are called as here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmtune.contract.errors import listed
+from llmtune.conversion import trainer_arguments as trainer
+from llmtune.conversion.draft import Draft, keys_of
+from llmtune.conversion.source import ForeignSource
+from llmtune.conversion.tables import table
+from llmtune.data.template import template_names, template_of
+
+_VERBS = {"chat": "chat", "merge": "export", "export": "export", "rm": "train", "dpo": "train"}
+_RENAMED = {"wd": "weight_decay", "adamw_betas": "betas", "adamw_eps": "eps", "rank": "r"}
+_SAMPLING = ("sample_backend", "sample_system", "sample_user")
+
+
+def verb_of(source: ForeignSource) -> str:
+    """What the file is for."""
+    tree = source.tree
+    if source.verb in _VERBS:
+        return _VERBS[source.verb]
+    if (tree.get("peft_config") or {}).get("export_dir"):
+        return "export"
+    return "train" if tree.get("train_dataset") or tree.get("dataset") else "chat"
+
+
+def convert(draft: Draft, verb: str) -> None:
+    """Fill the draft from a v1 file."""
+    draft.rename({"model": "model", "train_dataset": "dataset"})
+    if isinstance(data := draft.recipe.get("dataset"), str) and data.endswith((".yaml", ".yml")):
+        draft.check.append(
+            f"dataset: {data} describes data sets in v1's way; name the files themselves, or a name in "
+            "dataset_info.json"
+        )
+    if (draft.given.get("model_class") or "llm") == "llm":
+        draft.ask_nothing("model_class", why="llm is the default")
+    if draft.given.get("trust_remote_code"):
+        draft.set(
+            "trust_remote_code", True, "trust_remote_code", note="as it says there; remove it unless it is needed"
+        )
+    _template(draft)
+    _blocks(draft)
+    kind = draft.take("flash_attn")
+    if kind:
+        draft.set("flash_attn", table("attention").get(kind, kind), "flash_attn")
+    trainer.checkpointing(draft, "enable_activation_checkpointing")
+    _sizes(draft)
+    draft.ask_nothing(*_SAMPLING, why="sampling is `llmtune chat`'s and a recipe's sample_prompts'")
+    if (size := draft.take("cp_size")) and size > 1:
+        draft.name("dist_config", "fsdp2")
+        draft.set("dist_config.cp_size", size, "cp_size")
+    draft.ask_nothing("cp_size", "cp_mode", why="context parallelism has one way, on by dist_config.cp_size")
+    if verb == "train":
+        for key, value in table("defaults")["LLaMA-Factory v1"].items():
+            if key not in draft.given:
+                draft.default(key, value)
+        if draft.take("lr_scheduler_config") is None:
+            draft.name("lr_scheduler_config", "constant", "lr_scheduler_config", note="v1 keeps the rate unless told")
+        if draft.take("save_steps") is None:
+            draft.set("save_steps", None, "save_steps", note="the default of v1")
+        else:
+            draft.set("save_steps", draft.given["save_steps"], "save_steps")
+        if draft.take("resume_from_checkpoint") is None:
+            draft.ask_nothing("resume_from_checkpoint", why="an interrupted run in output_dir is continued anyway")
+        else:
+            draft.set("resume_from_checkpoint", draft.given["resume_from_checkpoint"], "resume_from_checkpoint")
+        epochs = draft.take("save_epochs")
+        if epochs is not None:
+            draft.lose("save_epochs", why="checkpoints are counted in steps; set save_steps")
+    trainer.precision(draft)
+    draft.take_rest({})
+
+
+def _template(draft: Draft) -> None:
+    name = draft.take("template", draft.take("custom_chat_template"))
+    keys = [key for key in ("template", "custom_chat_template") if key in draft.given]
+    if name is None or name == "auto":
+        draft.ask_nothing(*keys, why="the tokenizer's own template is taken")
+    elif template_of(name) in template_names() or "/" in name or name.endswith(".jinja"):
+        draft.set("template", template_of(name), *keys)
+    else:
+        draft.ask_nothing(
+            *keys,
+            why=f"llmtune has no template {name}; the tokenizer's own is taken (or one of "
+            f"{listed(template_names(), 40)})",
+        )
+
+
+def _blocks(draft: Draft) -> None:
+    """The blocks: those of the same name and keys as they are, others by what they do."""
+    for point in ("init_config", "peft_config", "kernel_config", "quant_config", "dist_config", "optim_config",
+                  "lr_scheduler_config", "stage_config"):  # fmt: skip
+        given = draft.take(point)
+        if given is None:
+            draft.ask_nothing(point, why="null is the default")
+            continue
+        block: dict[str, Any] = {"name": given} if isinstance(given, str) else dict(given)
+        name = str(block.pop("name", ""))
+        if name == "deepspeed":
+            _deepspeed(draft, block)
+            continue
+        if name in ("fsdpturbo", "mindspeed"):
+            name = "fsdp2"
+        if point == "kernel_config" and name != "auto":
+            block, name = {}, "auto"
+        for key in ("export_dir", "export_size", "infer_dtype", "export_legacy_format", "export_hub_model_id"):
+            if point == "peft_config" and block.get(key) is not None:
+                draft.set(key, block.pop(key), point)
+        draft.name(point, name, point)
+        known = keys_of(point, name)
+        for key, value in block.items():
+            here = _RENAMED.get(key, key)
+            if here in known and value is not None:
+                draft.set(f"{point}.{here}", value, point, note=key if here != key else "")
+            elif value not in (None, False, [], {}):
+                draft.lost[f"{point}.{key}"] = f"{name} has no such key here"
+            else:
+                draft.idle[f"{point}.{key}"] = "it is not set"
+        draft.came[point] = f"{point}.name"
+
+
+def _deepspeed(draft: Draft, block: dict[str, Any]) -> None:
+    inner = Draft({"deepspeed": block.get("config_file") or block}, draft.trainer)
+    trainer.spreading(inner)
+    draft.recipe["dist_config"] = inner.recipe["dist_config"]
+    draft.notes["dist_config"] = inner.notes.get("dist_config", [])
+    draft.came["dist_config"] = "dist_config.name"
+
+
+def _sizes(draft: Draft) -> None:
+    """`global_batch_size` as accumulation, for one rank."""
+    micro, whole = draft.take("micro_batch_size", 1), draft.take("global_batch_size")
+    draft.set("per_device_train_batch_size", micro, "micro_batch_size")
+    if whole is not None and isinstance(micro, int):
+        draft.set(
+            "gradient_accumulation_steps",
+            max(1, whole // micro),
+            "global_batch_size",
+            note="the rows of a step by those of a micro-batch, on one rank; divide it by the ranks",
+        )
+    strategy = draft.take("batching_strategy", "normal")
+    if strategy in ("padding_free", "dynamic_padding_free"):
+        draft.set(
+            "packing", True, "batching_strategy", note=f"{strategy}: rows without padding that do not see each other"
+        )
+    else:
+        draft.ask_nothing("batching_strategy", why="rows are padded, those of similar length together")
+    draft.ask_nothing("batching_workers", why="tokenised data are read from memory maps and need no workers")
