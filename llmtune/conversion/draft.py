@@ -133,7 +133,8 @@ class Draft:
     def take_rest(self, defaults: Mapping[str, Any]) -> None:
         """Place what no rule has taken: by its name, by the table of other trainers' keys, or among what is lost.
         `defaults` are those of the other trainer, which ask for nothing."""
-        for key in list(self.left):
+        # Switches first: they name the plugins whose keys follow.
+        for key in sorted(self.left, key=lambda key: not _is_switch(key)):
             value = self.left[key]
             foreign = foreign_keys().get(key) or foreign_keys().get(key.partition(".")[0])
             if key in top_level_keys():
@@ -165,7 +166,7 @@ class Draft:
             point, inner, named, own = block[1], block[2] or block[4], block[3], self.chosen(block[1])
             if value is None:
                 self.ask_nothing(key, why="null is the default")
-            elif (named and named != own) or inner not in keys_of(point, own):
+            elif own is None or (named and named != own) or inner not in (keys_of(point, own) or [inner]):
                 self.ask_nothing(key, why=f"counts only with {point}: {named or 'a plugin that has it'}")
             else:
                 self.set(f"{point}.{inner}", value, key)
@@ -196,6 +197,10 @@ class Draft:
         if key in self.came:
             return f"${{{self.came[key]}}}"
         return str(self.given[key]) if key in self.given and key not in self.recipe else found[0]
+
+
+def _is_switch(key: str) -> bool:
+    return key in foreign_keys() and _SWITCH.match(foreign_keys()[key].here) is not None
 
 
 def keys_of(point: str, name: str | None) -> Iterable[str]:
