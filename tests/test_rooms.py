@@ -55,7 +55,15 @@ TOKENIZER_FILES = {
     )
 }
 """Files outside of `data` that looking at data takes."""
-MAY_BE_ABSENT = {"matplotlib", "rich", "tqdm", "fcntl", "readline", "IPython", "transformers.distributed.expert_parallel"}
+MAY_BE_ABSENT = {
+    "matplotlib",
+    "rich",
+    "tqdm",
+    "fcntl",
+    "readline",
+    "IPython",
+    "transformers.distributed.expert_parallel",
+}
 
 
 class Import(NamedTuple):
