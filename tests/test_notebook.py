@@ -20,6 +20,19 @@ CELLS = {
     "stats": "llmtune.stats(keys)",
     "train": "run = llmtune.train(keys)\nrun",
     "plot": "run.plot()",
+    "interrupt": (
+        "import os, pathlib, signal, threading, time\n"
+        "def stop(file):\n"
+        "    while not file.exists() or not file.read_text(): time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Thread(target=stop, args=[pathlib.Path('again/metrics.jsonl')]).start()\n"
+        "longer = {**keys, 'output_dir': 'again', 'max_steps': 60, 'resume_from_checkpoint': 'auto'}\n"
+        "first = llmtune.train(longer); print('status', first.status)"
+    ),
+    "go on": (
+        "second = llmtune.train(longer); steps = [row['step'] for row in second.metrics]\n"
+        "print('status', second.status, steps[-1], len(steps) == len(set(steps)))"
+    ),
     "wrong": "llmtune.plan({**keys, 'lerning_rate': 3})",
     "pyplot": "import sys; print('matplotlib.pyplot' in sys.modules)",
 }
@@ -76,3 +89,12 @@ def test_an_error_is_its_message(outputs: dict[str, list[Any]]) -> None:
 def test_libraries_are_quiet(outputs: dict[str, list[Any]]) -> None:
     said = [line for name in ("plan", "check", "stats") for line in streamed(outputs[name]).splitlines()]
     assert said and all(" s  " in line for line in said), said
+
+
+def test_the_curve_grows_while_training_goes_on(outputs: dict[str, list[Any]]) -> None:
+    assert base64.b64decode(shown(outputs["train"], "image/png")[:40]).startswith(b"\x89PNG")
+
+
+def test_an_interrupted_cell_has_saved_and_goes_on(outputs: dict[str, list[Any]]) -> None:
+    assert "status interrupted\n" in streamed(outputs["interrupt"])
+    assert "status done 60 True\n" in streamed(outputs["go on"])

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from llmtune.contract.errors import CheckpointError
 from llmtune.contract.loggers import Continues, FollowsStatus, LoggerStart, SampleAnswer, TakesPictures, TakesSamples
 from llmtune.data.plot import plotting_problem
+from llmtune.terminal import in_notebook
 from llmtune.training.console import Console
 from llmtune.training.delivery import Delivery, complain, wait_for_all
 from llmtune.training.file_names import METRICS
+from llmtune.training.live_curve import LiveCurve
 from llmtune.training.plot import plot_metrics
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ class Loggers:
         self.console: Console | None = Console(total_steps, resume_step, stream=stream, milestones=milestones)
         self.deliveries = [Delivery(plugin) for plugin in plugins]
         self.last = resume_step
+        self.curve: LiveCurve | None = None
         self.file: MetricsFile | None = None
         self._owned = _own_folders(folder / "loggers", names or [type(plugin).__name__ for plugin in plugins])
 
@@ -118,6 +121,8 @@ class Loggers:
         for delivery, folder in zip(self.deliveries, self._owned, strict=True):
             delivery.call(partial(begin, start=LoggerStart(folder=folder, **facts)))
         self._to_console(lambda console: console.start())
+        if in_notebook() and not plotting_problem():
+            self.curve = LiveCurve(read_metrics(self.folder))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report the metrics of `step` everywhere. Only metrics.jsonl may fail the run (OSError: the disk is full)."""
@@ -127,6 +132,7 @@ class Loggers:
         for delivery in self.deliveries:
             delivery.call(lambda plugin, own=dict(metrics): plugin.log(step, own))
         self._to_console(lambda console: console.log(step, metrics))
+        self._to_curve(lambda curve: curve.log(step, metrics))
 
     def samples(self, step: int, samples: Sequence[SampleAnswer]) -> None:
         """Show answers to the recipe's `sample_prompts` where a logger shows texts."""
@@ -141,7 +147,8 @@ class Loggers:
     def end_display(self) -> None:
         """Close the console: there are no more steps."""
         self._to_console(lambda console: console.finish())
-        self.console = None
+        self._to_curve(lambda curve: curve.draw())
+        self.console, self.curve = None, None
 
     def finish(self, status: RunStatus = "done") -> None:
         """Close all of them; loggers that take pictures get the curves."""
@@ -175,6 +182,15 @@ class Loggers:
         except Exception as error:  # such as a closed pipe: `llmtune train ... | head`
             self.console = None
             complain("progress display", f"{type(error).__name__}: {error}")
+
+    def _to_curve(self, call: Callable[[LiveCurve], None]) -> None:
+        if self.curve is None:
+            return
+        try:
+            call(self.curve)
+        except Exception as error:
+            self.curve = None
+            complain("the curve", f"{type(error).__name__}: {error}")
 
 
 def begin(logger: Logger | Continues, start: LoggerStart) -> None:
