@@ -48,6 +48,12 @@ def test_the_two_commands_stand_in_the_readme_as_ci_reads_them() -> None:
     assert "pip install -e '.[test]' ./plugins/* && pytest" in README.splitlines()
 
 
+def test_every_page_is_on_the_site() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").splitlines()
+    pages = [page.stem for page in (ROOT / "docs").glob("*.md") if page.stem != "index"]
+    assert "how-to/*" in index and [name for name in pages if name not in index] == []
+
+
 @pytest.mark.parametrize("name", [*EXTENSION_POINTS, "observe"])
 def test_every_hook_has_its_heading_with_its_arguments(name: str) -> None:
     arguments = ", ".join(inspect.signature(getattr(HOOKS, name)).parameters)
