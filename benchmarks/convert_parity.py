@@ -2,13 +2,12 @@
 
     python benchmarks/convert_parity.py [--model DIR_OR_ID] [--steps 20] [--write RESULT.md]
 
-A classic LoRA file is given to `llamafactory-cli train` in an environment of its own (that of benchmarks/peers.py,
-made by pip once), and converted and trained here: float32 on the CPU, no dropout. Both begin with one adapter, which
-PEFT made in that environment, read the same `dataset_info.json`, and take the rows in the order of the file
-(`disable_shuffling: true`), as two trainers' random orders are never the same. Two differences that no recipe
-expresses are kept out of it: LLaMA-Factory trains the line break that some templates write after an answer's end
-(Mistral's writes none), and gives each micro-batch of a step the same weight, whatever its tokens (there is one).
-Reported: the losses of each step.
+A classic LoRA file is given to `llamafactory-cli train` in an environment of its own (that of benchmarks/peers.py, made
+by pip once), and converted and trained here: float32 on the CPU, no dropout. Both begin with one adapter, which PEFT
+made in that environment, read the same `dataset_info.json`, and take the rows in the order of the file
+(`disable_shuffling: true`), as two trainers' random orders are never the same. The template is Mistral's, as
+LLaMA-Factory also trains the line break that others write after an answer's end. Reported: the losses of each step; the
+exit code says whether they agree to 1e-3.
 """
 
 from __future__ import annotations

@@ -82,11 +82,6 @@ def convert(draft: Draft, verb: str) -> None:
                 draft.default(key, value)
         trainer.saving_and_evaluating(draft)
         _measuring(draft)
-        if (draft.given.get("gradient_accumulation_steps") or 1) != 1:
-            draft.rename({"gradient_accumulation_steps": "gradient_accumulation_steps"})
-            draft.notes["gradient_accumulation_steps"] = [
-                "every token of a step counts alike here, there each micro-batch"
-            ]
     else:
         draft.take("stage")
         draft.ask_nothing("stage", "do_eval", "predict_with_generate", why="the command says what is done")
