@@ -1,0 +1,104 @@
+"""Looking before training: samples as they train, and what a run would do and take."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+import llmtune
+from llmtune_web.desk import Desk, shown
+from llmtune_web.recipe_tab import RecipeParts
+
+GIB = 2**30
+
+
+def data_tab(desk: Desk, recipe: RecipeParts) -> None:
+    """Draw the samples' part."""
+    with gr.Row(equal_height=True, elem_classes="lt-bar"):
+        count = gr.Number(
+            3, label="Samples", minimum=1, maximum=100, precision=0, min_width=110, scale=1, elem_id="lt-n"
+        )
+        rows = gr.Textbox(
+            label="Rows", placeholder="first ones; or 5, 17, chats.jsonl:5", scale=4, min_width=200, elem_id="lt-rows"
+        )
+        packs = gr.Checkbox(
+            False,
+            label="Packed rows",
+            container=False,
+            min_width=130,
+            scale=0,
+            elem_id="lt-packs",
+            elem_classes="lt-check",
+        )
+        look = gr.Button("Show samples", variant="primary", scale=1, min_width=140, elem_id="lt-look")
+    samples = gr.HTML(
+        '<p class="lt-note">Samples as the model sees them, with the tokens that are trained on in colour.</p>',
+        elem_id="lt-samples", min_height=120,
+    )  # fmt: skip
+
+    def preview(name: str, text: str, n: float | None, wanted: str, packed: bool) -> str:
+        chosen = [part.strip() for part in wanted.split(",") if part.strip()]
+        with desk.recipe_file(name, text) as path:
+            return f'<div class="lt-samples">{llmtune.preview(path, int(n or 3), chosen, packed)._repr_html_()}</div>'
+
+    inputs = [recipe.name, recipe.text, count, rows, packs]
+    look.click(shown(preview), inputs, samples, api_name="preview", concurrency_id="libraries")
+
+
+def plan_tab(desk: Desk, recipe: RecipeParts) -> None:
+    """Draw the plan's part."""
+    with gr.Row(equal_height=True, elem_classes="lt-bar"):
+        device = gr.Textbox(
+            label="Device",
+            placeholder="this machine; or h100, rtx4090, 24GB",
+            scale=4,
+            min_width=200,
+            elem_id="lt-device",
+        )
+        ranks = gr.Number(None, label="Ranks", minimum=0, precision=0, min_width=110, scale=1, elem_id="lt-ranks")
+        make = gr.Button("Plan", variant="primary", scale=1, min_width=140, elem_id="lt-make-plan")
+    planned = gr.HTML(
+        '<p class="lt-note">What a run would do, whether it fits and how long it takes. No weights are read.</p>',
+        elem_id="lt-plan", min_height=120,
+    )  # fmt: skip
+
+    def plan(name: str, text: str, described: str, number: float | None) -> str:
+        with desk.recipe_file(name, text) as path:
+            # output_dir as a run of this recipe has it, as the file of the moment has another name
+            keys: dict[str, Any] = {"output_dir": desk.output_dir(name, text)}
+            found = llmtune.plan(path, device=described.strip() or None, ranks=int(number) if number else None, **keys)
+            return plan_html(found)
+
+    inputs = [recipe.name, recipe.text, device, ranks]
+    make.click(shown(plan), inputs, planned, api_name="plan", concurrency_id="libraries")
+
+
+def plan_html(plan: Any) -> str:
+    """A plan's figures, then all that it says."""
+    cost = plan.cost
+    facts = cost.as_dict()
+    seconds = facts["step_seconds"]
+    usable = facts["device"]["usable"]
+    cards = {
+        "Memory": (f"{facts['memory']['peak'] / GIB:.2f} GiB", f"of {usable / GIB:.1f} GiB"),
+        "Fits": ("yes" if facts["fits"] else "no", str(facts["device"]["name"])),
+        "Steps": (f"{plan.steps:,}", f"into {plan.output_dir}"),
+        "Time": (duration(seconds * plan.steps), f"{seconds:.3g} s a step") if seconds
+        else ("not known", "for this kind of device"),
+    }  # fmt: skip
+    shown_cards = "".join(
+        f'<div class="lt-card{" lt-bad" if value == "no" else ""}"><span>{title}</span><b>{escape(value)}</b>'
+        f"<small>{escape(more)}</small></div>"
+        for title, (value, more) in cards.items()
+    )
+    text = escape(f"{plan}\n\n{cost.quick_text}\n{cost.detail_text}")
+    return f'<div class="lt-cards">{shown_cards}</div><pre class="lt-pre">{text}</pre>'
+
+
+def duration(seconds: float) -> str:
+    """`90` as `1 min 30 s`."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

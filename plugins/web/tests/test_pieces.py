@@ -1,0 +1,154 @@
+"""What the page is made of, without a server: the form, the folder, the processes, and who may open it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from llmtune_web.command import Web
+from llmtune_web.desk import Desk, word
+from llmtune_web.folder import Folder
+from llmtune_web.form import SECTIONS, USUAL, Form
+from llmtune_web.jobs import Job, Jobs
+from llmtune_web.server import is_loopback, with_environment
+from llmtune_web.yaml_text import Values
+
+import llmtune
+from llmtune import PlanError, RecipeError
+
+VARIABLES = (
+    "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH", "GRADIO_IPV6", "GRADIO_SHARE", "LLMTUNE_WEB_USER",
+    "LLMTUNE_WEB_PASSWORD",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def form() -> Form:
+    return Form(llmtune.recipe_schema())
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without the page's variables."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_every_key_of_the_schema_is_in_the_form(form: Form) -> None:
+    shown = re.findall(r'data-name="([\w.]+)"', form.html("model: x\n"))
+    assert sorted(name for name in shown if "." not in name) == sorted(form.properties)
+    assert "optim_config.weight_decay" in shown  # of the default, which the recipe does not name
+    assert "peft_config.r" not in shown
+    assert "peft_config.r" in re.findall(r'data-name="([\w.]+)"', form.html("model: x\npeft_config: lora\n"))
+    assert set(USUAL) <= set(form.properties) and set(SECTIONS) <= set(form.properties)
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "read"),
+    [
+        ("learning_rate", "1e-4", "1e-4"),
+        ("model", "1e-4", '"1e-4"'),
+        ("model", "no", '"no"'),
+        ("default_system", "Be kind: yes", '"Be kind: yes"'),
+        ("dataset", "[a.jsonl, b.jsonl]", "[a.jsonl, b.jsonl]"),
+        ("dataset", "[a", '"[a"'),
+        ("dataset", "a.jsonl", "a.jsonl"),
+        ("template_kwargs", "{enable_thinking: false}", "{enable_thinking: false}"),
+        ("packing", "true", "true"),
+        ("eval_strategy", "no", "no"),
+        ("max_steps", "null", "null"),
+        ("peft_config.r", "8", "8"),
+        ("learning_rate", "fast", "fast"),
+    ],
+)
+def test_what_is_typed_is_read_as_the_key_takes_it(form: Form, key: str, typed: str, read: str) -> None:
+    text = form.changed("model: x\npeft_config: {name: lora}\n", key, typed)
+    assert f"{key.rpartition('.')[2]}: {read}" in text
+    assert form.changed(text, key, "") != text and Values(form.changed(text, key, "")).at(*key.split(".")) is None
+
+
+def test_a_recipe_that_cannot_be_read_has_no_form(form: Form) -> None:
+    assert "as soon as the YAML can be read" in form.html("a: [")
+
+
+def test_only_what_lies_below_the_folder_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "desk"
+    root.mkdir()
+    (root / "in.jsonl").write_text("{}")
+    (tmp_path / "out.jsonl").write_text("{}")
+    (root / "link.jsonl").symlink_to(tmp_path / "out.jsonl")
+    folder = Folder.of(root)
+    for name in ("../out.jsonl", str(tmp_path / "out.jsonl"), "link.jsonl", "../*.jsonl", "a/../../out.jsonl"):
+        (problem,) = {*folder.outside(f"dataset: [{name}]\n")}
+        assert problem.startswith("dataset.0: ") and "lies outside of" in problem
+    assert folder.outside(f"dataset: {{path: 'in.jsonl,{tmp_path}/out.jsonl'}}\n")
+    assert folder.outside("data: ${oc.env:HOME}\n") and folder.outside("output_dir: ../new\n")
+    assert folder.outside("a: ../\nb: ${a}out.jsonl\n")
+    fine = "dataset: in.jsonl\nmodel: owner/name\nsample_prompts: [/no_think hello?]\noutput_dir: runs/a\n"
+    assert folder.outside(fine) == [] and folder.outside("a: [") == []
+    assert Folder.of(root, (tmp_path,)).outside("dataset: ../out.jsonl\n") == []
+    assert Folder.of(root, (tmp_path,)).outside("output_dir: ../new\n")
+    with pytest.raises(PlanError, match="folders: found no folder"):
+        Folder.of(root, (tmp_path / "none",))
+    with pytest.raises(PlanError, match="lies outside"):
+        Desk.at(folder).model("../out.jsonl")
+    assert Desk.at(folder).model("owner/name") == "owner/name"
+
+
+def test_recipes_are_written_below_the_folder_and_in_no_run(tmp_path: Path) -> None:
+    folder = Folder.of(tmp_path)
+    folder.write_recipe("new/a.yaml", "model: x\n")
+    assert folder.read_recipe("new/a.yaml") == "model: x\n" and folder.recipes() == ["new/a.yaml"]
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "run.json").write_text("{}")
+    assert folder.runs() == ["runs/a"]
+    for name in ("a.py", "", "../a.yaml", "runs/a/resolved.yaml", ".llmtune-web/a.yaml", "a\0.yaml"):
+        with pytest.raises((PlanError, ValueError)):
+            folder.write_recipe(name, "x")
+    assert (tmp_path / "runs" / "a").is_dir() and word("-x") == "./-x" and word("x") == "x"
+
+
+def test_a_process_is_known_by_when_it_was_started(tmp_path: Path) -> None:
+    jobs = Jobs(Folder.of(tmp_path))
+    job = jobs.start(["--version"], "runs/a")
+    jobs._children[job.pid].wait(60)
+    assert not jobs.runs(job) and not jobs.stop(job) and jobs.log(job).startswith("llmtune ")
+    assert Jobs(Folder.of(tmp_path)).of("runs/a") == job
+    if sys.platform.startswith("linux"):  # a number that another process has by now is not signalled
+        assert not jobs.stop(Job("x", ("train",), "runs/a", 1, "0"))
+
+
+def test_others_need_a_password(plain: pytest.MonkeyPatch) -> None:
+    assert with_environment(Web()).host == "127.0.0.1"
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org"):
+        assert not is_loopback(host)
+        with pytest.raises(PlanError, match="user and password: not given"):
+            with_environment(Web(host=host))
+        assert with_environment(Web(host=host, user="ann", password="x")).host == host
+    assert is_loopback("localhost") and is_loopback("::1") and is_loopback("127.8.0.1")
+    with pytest.raises(PlanError, match="a proxy shows it to others"):
+        with_environment(Web(root_path="/llmtune"))
+    with pytest.raises(PlanError, match="one is given without the other"):
+        with_environment(Web(user="ann"))
+
+
+def test_gradios_variables_are_taken_or_answered(plain: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plain.setenv("GRADIO_SERVER_NAME", "localhost")
+    plain.setenv("GRADIO_SERVER_PORT", "7999")
+    plain.setenv("GRADIO_SHARE", "true")
+    made = with_environment(Web())
+    assert (made.host, made.port) == ("localhost", 7999) and "GRADIO_SHARE is set" in capsys.readouterr().err
+    assert with_environment(Web(host="::1", port=1)).port == 1
+    plain.setenv("LLMTUNE_WEB_USER", "ann")
+    plain.setenv("LLMTUNE_WEB_PASSWORD", "secret")
+    plain.setenv("GRADIO_ROOT_PATH", "/llmtune")
+    plain.delenv("GRADIO_SERVER_NAME")
+    plain.setenv("GRADIO_IPV6", "1")
+    made = with_environment(Web())
+    assert (made.host, made.user, made.password, made.root_path) == ("::", "ann", "secret", "/llmtune")
+    plain.setenv("GRADIO_SERVER_PORT", "many")
+    with pytest.raises(RecipeError, match='GRADIO_SERVER_PORT: found "many"'):
+        with_environment(Web())
