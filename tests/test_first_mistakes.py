@@ -171,13 +171,19 @@ def test_a_wrong_value_is_told_before_a_run(changes: dict[str, Any], sentence: s
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"warmup_steps": 9}, "warmup_steps: the rate rises for 9 steps and the run has 5, so that learning_rate is ne"),
+        (
+            {"warmup_steps": 9},
+            "warmup_steps: the rate rises for 9 steps and the run has 5, so that learning_rate is ne",
+        ),
         (
             {"lr_scheduler_config": {"name": "warmup_stable_decay", "num_stable_steps": 1, "num_decay_steps": 2}},
             "lr_scheduler_config: the learning rate of warmup_stable_decay is 0 from step 4 to 5, which learn nothing",
         ),
         ({"eval_config": "accuracy"}, "eval_config: accuracy measures nothing, as nothing is evaluated"),
-        ({"train_from_scratch": True, "peft_config": "lora"}, "train_from_scratch: the random weights stay as they are"),
+        (
+            {"train_from_scratch": True, "peft_config": "lora"},
+            "train_from_scratch: the random weights stay as they are",
+        ),
         ({"peft_config": {"name": "lora", "use_rslora": True, "use_dora": True}}, "rsLoRA and DoRA r=8"),
         ({"peft_config": {"name": "lora", "loraplus_lr_ratio": 16}}, "learning rate of adapters' B is 16 times"),
     ],

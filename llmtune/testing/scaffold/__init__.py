@@ -1,0 +1,1 @@
+"""A new plugin's package: complete, installable, and right by the contract as it is."""
