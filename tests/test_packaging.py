@@ -89,9 +89,7 @@ def test_an_installed_wheel_works_without_the_source_tree(tmp_path: Path) -> Non
 
     def llmtune(*words: str) -> str:
         command = [sys.executable, "-S", str(target / "bin" / "llmtune"), *words]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert "COMMAND" in llmtune("--help")
     rows = json.loads(llmtune("plugins", "--json"))["plugins"]
