@@ -63,7 +63,7 @@ def _files(point: str) -> dict[str, str]:
 
 def _parts(path: str) -> dict[str, str]:
     """The sections of a template file by name."""
-    text = resources.files(__package__).joinpath(path).read_text(encoding="utf-8")
+    text = resources.files("llmtune.testing.scaffold").joinpath(path).read_text(encoding="utf-8")
     _, *found = _CUT.split(text)
     return {name: section.strip("\n") + "\n" for name, section in zip(found[::2], found[1::2], strict=True)}
 
