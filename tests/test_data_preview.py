@@ -223,5 +223,7 @@ def test_preferences_are_shown_whatever_the_stage(tiny_llama: str, tmp_path: Pat
     shown = str(llmtune.preview(keys))
     assert "So.<|im_end|>" in shown and "No.<|im_end|>" in shown
     assert "1 samples" in str(llmtune.stats(keys))
-    with pytest.raises(llmtune.LlmtuneError, match="holds preferences, and sft learns from conversations"):
+    with pytest.raises(
+        llmtune.LlmtuneError, match="holds preferences, and sft .*; choose stage_config dpo or rm for these rows"
+    ):
         llmtune.plan(keys)

@@ -118,6 +118,24 @@ def test_adapters_of_others_are_merged_into_their_base(
     assert stored_types(export.export(file, export_dir=str(tmp_path / "file"))) == {"torch.float32"}
 
 
+def test_an_adapter_beneath_is_found_from_any_folder(
+    adapters: list[llmtune.Run], tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the recipe names it from the folder that training was started in."""
+    monkeypatch.chdir(adapters[0].output_dir.parent)
+    peft = {"name": "lora", "r": 4, "adapter_name_or_path": adapters[0].output_dir.name, "create_new_adapter": True}
+    run = llmtune.train(recipe(tiny_llama, chats, tmp_path / "run", max_steps=1, peft_config=peft))
+    expected = logits(run.model()[0])
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(open_model(run.output_dir)[0]), expected)
+
+
+def test_exports_are_uploaded_to_hugging_face_alone(adapters: list[llmtune.Run], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="export_hub_model_id: llmtune uploads to Hugging Face alone.*is ModelScope;"):
+        adapters[0].export(tmp_path / "merged", export_hub_model_id="me/tiny", hub_config="modelscope")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_run_is_used_with_its_own_adapter_only(adapters: list[llmtune.Run], tmp_path: Path) -> None:
     one, other = (str(run.output_dir) for run in adapters)
     named = {"peft_config.adapter_name_or_path": f"{one},{other}"}

@@ -85,7 +85,7 @@ class Making:
             {**self.facts(), "llmtune_code": own_code_hash(), "data": content}, at, bool(datasets)
         ).get(partial(self._fill, key, datasets))
         for source in result.sources:
-            check_kind(source.kind, self.learns, self.stage, source.name)
+            check_kind(source.kind, self.learns, self.stage, source.name, self.formats)
         self.check(key, result)
         # Data that was tokenised elsewhere takes as many rows as were asked for there.
         counts = [each.num_samples for each in datasets or result.sources]
@@ -165,7 +165,7 @@ class Making:
         chosen = self.formats.of(dataset, readable, self.learns)
         report.format, report.kind = chosen.name, kind_for(self.learns, chosen.format.kind)
         report.why = chosen.why + separated(dataset)
-        check_kind(report.kind, self.learns, self.stage, dataset.spelling)
+        check_kind(report.kind, self.learns, self.stage, dataset.spelling, self.formats)
         config = self.config
         work = partial(self._encode, chosen)
         yield from in_order(work, self._chunks(dataset), config.preprocessing_num_workers)

@@ -17,6 +17,7 @@ from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.folders import make_readable
 from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
 from llmtune.model.generation import encode, has_template, plain_ids
+from llmtune.model.huggingface import HuggingFace
 from llmtune.model.skeleton import cast
 from llmtune.model.source import load_model_config, resolve_model
 from llmtune.model.weight_files import read_index, stored_dtype
@@ -45,6 +46,11 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     """
     recipe = recipe_of(path, **overrides)
     target = _target(recipe.export.export_dir)
+    if recipe.export.export_hub_model_id and not isinstance(hub := hub_of(recipe), HuggingFace):
+        raise PlanError(
+            f"export_hub_model_id: llmtune uploads to Hugging Face alone, and hub_config is {hub.title}; remove the "
+            f"key and upload {target} with that hub's own command, or set hub_config: huggingface"
+        )
     if saved_at(path) is None and not recipe.blocks.get("peft_config"):
         raise PlanError(
             f"{path}: there is nothing to merge; name a run of llmtune or one of its checkpoints, or add to a base the "

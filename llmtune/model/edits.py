@@ -79,6 +79,8 @@ class Ledger:
     """New linear modules that are split with the layer they are in."""
     aside: set[str] = field(default_factory=set)
     """Names of tensors that train and are no part of the result."""
+    upcast: set[str] = field(default_factory=set)
+    """Original names of tensors that are kept in float32 for the run alone; its result has them in its own type."""
     filled: set[str] = field(default_factory=set)
     """Names of persistent buffers that already hold real values."""
     after_load: list[tuple[str, Callable[[nn.Module], None]]] = field(default_factory=list)

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from llmtune.model.weight_files import read_index
 
 PACKAGES = {"fp8": "accelerate", "mxfp4": "accelerate", "compressed-tensors": "compressed-tensors"}
 """The kinds that transformers dequantises on any device, and the package that it needs for each."""
+FORMAT = 1
+"""Of a cached model: raised where what is written changes, so that older ones are not taken. transformers' version is
+part of the name for the same reason."""
 WITHOUT = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json", "config.json")
 """Ends of names of files that the dequantised model has of its own, or none of; generation_config.json is copied."""
 _CODES = {"F8_E4M3", "F8_E5M2", "I8", "U8", "I32"}
@@ -71,7 +75,8 @@ def dequantised(files: Path, config: Any, auto_class: Any, cache: Path, **kwargs
     cannot be read, or a weight is missing or left over.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", files.name)
-    target = cache / "dequantised" / f"{name}-{fingerprint(files)[:16]}"
+    made_by = f"{FORMAT}-{version('transformers')}"
+    target = cache / "dequantised" / f"{name}-{fingerprint(files)[:16]}-{made_by}"
     with converting(target) as ready:
         if ready:
             return target

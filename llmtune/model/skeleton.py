@@ -44,12 +44,16 @@ def cast(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def upcast_norms(model: nn.Module) -> None:
-    """Store the weights of norms in float32."""
+def upcast_norms(model: nn.Module) -> set[str]:
+    """Store the weights of norms in float32. Returns the names of those that had another type."""
+    raised = set()
     for name, parameter in model.named_parameters():
         module = name.rpartition(".")[0].rpartition(".")[2].lower()
         if parameter.ndim == 1 and ("norm" in module or re.match(r"ln(_|\d|$)", module)):
+            if parameter.dtype.itemsize < 4:
+                raised.add(name)
             parameter.data = parameter.data.float()
+    return raised
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:

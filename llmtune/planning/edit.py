@@ -116,7 +116,7 @@ def plan_model(
     ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
     module: Any = ledger.model
     if mode in ("train", "build") and recipe.model.upcast_layernorm:
-        upcast_norms(module)
+        ledger.upcast |= upcast_norms(module)
     problems: list[LlmtuneError] = []
     for part in parts.at("stage_config") if mode == "train" else []:
         if not isinstance(part.built, Edit):

@@ -25,4 +25,4 @@ class ExportConfig:
     export_legacy_format: bool = False
     """Export as PyTorch pickles instead of safetensors, for readers that know nothing else."""
     export_hub_model_id: str | None = None
-    """Hub repository (`owner/name`) that the export is uploaded to."""
+    """Repository (`owner/name`) of the Hugging Face hub that the export is uploaded to; of others it is refused."""

@@ -11,6 +11,7 @@ from llmtune.contract.environment import named_plugins
 from llmtune.contract.errors import ErrorList, LlmtuneError, PlanError, PluginError, blaming, listed, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS, ExtensionPoint
 from llmtune.contract.rewards import numbered
+from llmtune.contract.stages import learns_of
 from llmtune.data.formats.builtin import FORMATS
 from llmtune.data.formats.choose import Formats, detectable, facts_of
 from llmtune.recipe.blocks import decode_block, find_named
@@ -143,14 +144,26 @@ def formats_of(parts: Parts | None, registry: Registry) -> Formats:
         offer = registry.find("data_config", name)
         return offer.plugin, offer.source.label
 
+    def stages(kind: str) -> list[str]:
+        rows = [row for row in registry.listing() if row.point == "stage_config" and row.state == "ok"]
+        return [row.name for row in rows if row.plugin and kind in _learns(row.plugin)]
+
     known = detectable(FORMATS)
     if parts is None:
-        return Formats(known=known, find=find)
+        return Formats(known=known, find=find, stages=stages)
     part = parts.one("data_config")
     return Formats(
         known=known, find=find, default=part.built, default_name=part.plugin.name,
-        default_config=part.config, default_facts=facts_of(part.config, part.package),
+        default_config=part.config, default_facts=facts_of(part.config, part.package), stages=stages,
     )  # fmt: skip
+
+
+def _learns(stage: Plugin) -> Sequence[str]:
+    """The kinds of examples that a stage learns from; nothing is known of one that needs parameters."""
+    try:
+        return learns_of(stage.build(stage.config()))
+    except Exception:
+        return ()
 
 
 def known_formats(recipe: Recipe | None = None) -> Formats:

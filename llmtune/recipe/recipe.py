@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmtune.contract.errors import ErrorList, LlmtuneError, RecipeError, did_you_mean, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.generation import GenerationKeys
-from llmtune.contract.schema import decode, defaults, field_types
+from llmtune.contract.schema import decode, defaults, field_types, split_names
 from llmtune.data.config import DataConfig
 from llmtune.model.config import ModelConfig
 from llmtune.recipe import text as recipe_text
@@ -58,8 +58,8 @@ class Recipe:
     """Extension point to its (plugin name, parameters), as far as the recipe names any. A point that is missing here
     has its default; one with an empty list has none, though it has a default."""
     resolved: Mapping[str, Any]
-    """Every top-level key with its value, defaults included; a local model by its full path. Secrets are null; where
-    anything is read from the environment, `${...}` is kept as written. `load_recipe` reads it back."""
+    """Every top-level key with its value, defaults included; local models and adapters by full paths. Secrets are
+    null; where anything is read from the environment, `${...}` is kept as written. `load_recipe` reads it back."""
     tree: Mapping[str, Any] = field(repr=False)
     """The keys that were given, before `${...}` is resolved, secrets included: never write this to a run's folder."""
     name: str
@@ -311,6 +311,16 @@ def _absolute(model: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else model
 
 
+def _with_full_paths(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A plugin's keys with the adapters on this machine by their full paths, for the same reason."""
+    places = block.get("adapter_name_or_path")
+    texts = [places] if isinstance(places, str) else places if isinstance(places, (list, tuple)) else []
+    if not texts or not all(isinstance(text, str) and "${" not in text for text in texts):
+        return dict(block)
+    full = [_absolute(place) for place in split_names(places)]
+    return {**block, "adapter_name_or_path": ",".join(full) if isinstance(places, str) else full}
+
+
 def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Every key with its value, safe to write down and to read back."""
     made = {
@@ -320,7 +330,8 @@ def _shown(configs: Sequence[Any], blocks: Mapping[str, Any], tree: Mapping[str,
     }
     absent = {point: [(name, {})] for point, name in default_plugins().items()}
     for point in EXTENSION_POINTS:
-        several = [{"name": name, **escaped(more)} for name, more in blocks.get(point, absent.get(point, []))]
+        found = blocks.get(point, absent.get(point, []))
+        several = [{"name": name, **escaped(_with_full_paths(more))} for name, more in found]
         made[point] = several if len(several) > 1 else several[0] if several else None
     made["model"] = escaped(_absolute(configs[0].model))
     if "${oc.env:" in str(tree):  # what stands in the environment stays there

@@ -39,7 +39,8 @@ def original_tensors(plan: ModelPlan) -> dict[str, Tensor]:
         tensor, trains = full(tensors[now]), tensors[now].requires_grad
         if plan.ranks.first:
             # What does not train is in the type it is used in, which may be float32 for a few (router biases).
-            found[name] = tensor.to(plan.precision.compute) if trains else tensor
+            cast = trains or name in plan.ledger.upcast
+            found[name] = tensor.to(plan.precision.compute) if cast else tensor
     for name, placed in plan.ledger.rules.items():
         parts = {target: full(tensors[now]) for target, now in placed.where.items()}
         if plan.ranks.first:

@@ -52,6 +52,8 @@ class Formats:
     """What `default` was built from."""
     default_facts: Any = None
     """The parameters and the package of `default`."""
+    stages: Callable[[str], Sequence[str]] = lambda kind: ()
+    """The names of the stages that learn from rows of a kind."""
 
     def of(self, dataset: Dataset, rows: Sequence[Any], learns: Sequence[str] = ()) -> Chosen:
         """The format of a data set whose first readable rows are `rows`, for a stage that learns from such kinds.
@@ -246,11 +248,12 @@ def kind_for(learns: Sequence[str], kind: str) -> str:
     return "prompt" if kind == "conversation" and answers_prompts(learns) else kind
 
 
-def check_kind(kind: str, learns: Sequence[str], stage: str, source: str) -> None:
-    """DataError if a stage cannot learn from rows of this kind."""
+def check_kind(kind: str, learns: Sequence[str], stage: str, source: str, formats: Formats) -> None:
+    """DataError if a stage cannot learn from rows of this kind; it names the stages that can."""
     if kind not in learns:
         allowed = listed([NOUNS.get(each, each) for each in learns])
+        others = " or ".join(formats.stages(kind)) or "another one"
         raise DataError(
-            f"{source}: holds {NOUNS.get(kind, kind)}, and {stage} learns from {allowed}; choose another stage_config, "
-            "or name the format with data_config if they were read wrongly"
+            f"{source}: holds {NOUNS.get(kind, kind)}, and {stage} learns from {allowed}; choose stage_config {others} "
+            "for these rows, or name the format with data_config if they were read wrongly"
         )

@@ -168,7 +168,7 @@ class _Look:
             chosen.why,
             kind_for(make.learns, chosen.format.kind),
         )
-        check_kind(self.report.kind, make.learns, make.stage, dataset.spelling)
+        check_kind(self.report.kind, make.learns, make.stage, dataset.spelling, make.formats)
         return chosen
 
 

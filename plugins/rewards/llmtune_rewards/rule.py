@@ -31,7 +31,11 @@ class RuleReward:
         if config.match not in self.readers:
             return None
         if columns.get(config.column) is None:
-            return f"has no column {config.column!r} to compare answers with; set column"
+            others = f", only {', '.join(columns)}" if columns else " nor any other beside the prompt"
+            return (
+                f"has no column {config.column!r} to compare answers with{others}; name the one that holds the right "
+                "answer in reward_config.column, or reward answers by a function or model"
+            )
         for value in entries(columns[config.column]):
             found = self._taken(value, config.column_pattern)
             if found is None:

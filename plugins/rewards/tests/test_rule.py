@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llmtune_rewards import RuleConfig
 from llmtune_rewards.numbers import last_number
+from llmtune_rewards.rule import RuleReward
 
 import llmtune
 from llmtune import Completion, DataError, PlanError
@@ -135,7 +137,7 @@ def recipe(folder: Path, keys: dict[str, Any], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "keys", "words"),
     [
-        ({}, {}, "has no column 'answer' to compare answers with; set column"),
+        ({}, {}, "has no column 'answer' to compare answers with"),
         ({"answer": None}, {"match": "number"}, "has no column 'answer'"),
         ({"answer": "four"}, {"match": "number"}, "has 'four' as answer, which holds no number"),
         ({"answer": "E"}, {"match": "choice"}, "has 'E' as answer, which holds no one of A, B, C, D"),
@@ -152,6 +154,13 @@ def test_a_row_without_its_answer_is_named_before_training(
     assert f"reward_config rule: {tmp_path / 'rows.jsonl'}:10 {words}" in str(error.value)
     with pytest.raises(DataError, match="the row of the prompt"):  # of a stream, whose rows come later
         scores([completion("4", **row)], **keys)
+
+
+def test_a_missing_column_is_answered_with_those_that_are_there() -> None:
+    rule = RuleReward(RuleConfig())
+    said = "has no column 'answer' to compare answers with{}; name the one that holds the right answer in reward_config"
+    assert said.format(", only solution, level") in str(rule.row_objection({"solution": "4", "level": 1}))
+    assert said.format(" nor any other beside the prompt") in str(rule.row_objection({}))
 
 
 def test_rules_without_columns_ask_for_none(tmp_path: Path) -> None:
