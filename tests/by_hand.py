@@ -5,6 +5,8 @@ Rows are padded, the model makes all its logits, the loss is one mean over the w
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,7 @@ def train_by_hand(
     from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
     tokenizer = AutoTokenizer.from_pretrained(keys["model"])
-    rows = [encode(tokenizer, json.loads(line)["messages"]) for line in Path(keys["dataset"]).read_text().splitlines()]
+    rows = encoded(keys["model"], Path(keys["dataset"]).read_text())
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_by_hand(keys, model, weights, plan)
@@ -65,6 +67,15 @@ def optimizer_by_hand(keys: dict[str, Any], model: Any, weights: list[Any], plan
     groups = model_groups(base, ledger, keys["learning_rate"])
     context = optimizer_context(base, keys["learning_rate"], plan.recipe.train.seed, frozenset(ledger.fresh))
     return create_optimizer(plan.parts.one("optim_config").built, groups, context)
+
+
+@functools.cache
+def encoded(model: str, lines: str) -> list[tuple[list[int], list[int]]]:
+    """The rows of a file by the tokenizer of `model`, once for all that train on them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [encode(tokenizer, json.loads(line)["messages"]) for line in lines.splitlines()]
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -158,6 +169,17 @@ def right_weights(model: Any) -> Any:
             plain.bias = layer.bias
         model.set_submodule(name, plain.requires_grad_(False))
     return model
+
+
+def expand_by_hand(model: Any) -> None:
+    """Put a copy of a Llama's last layer behind it that adds nothing yet, as the authors of LLaMA Pro do."""
+    last = model.model.layers[-1]
+    new = copy.deepcopy(last)
+    new.self_attn.layer_idx += 1
+    for product in (new.self_attn.o_proj, new.mlp.down_proj):
+        torch.nn.init.zeros_(product.weight)
+    model.model.layers.append(new)
+    model.config.num_hidden_layers += 1
 
 
 def adapt_by_hand(

@@ -73,7 +73,7 @@ def test_few_combinations_cover_every_pair() -> None:
 
         assert pairs(legal) == pairs([combo for combo in LEGAL if combo in set(legal)])
     assert len([combo for combo in LEGAL if combo in set(grid())]) < 40
-    assert len(grid()) == 7560 and len([combo for combo in grid() if not refusals(combo)]) == 4752
+    assert len(grid()) == 10800 and len([combo for combo in grid() if not refusals(combo)]) == 6696
 
 
 def test_slices_hold_everything_once() -> None:

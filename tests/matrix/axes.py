@@ -10,7 +10,7 @@ from typing import Any
 AXES: dict[str, tuple[Any, ...]] = {
     "init": ("init_on_meta", "init_on_rank0", "init_on_default"),
     "base": ("full precision", "nf4", "nf4 double", "fp4", "int8"),
-    "method": ("full", "lora", "dora", "rslora", "modules_to_save", "continued", "freeze"),
+    "method": ("full", "lora", "dora", "rslora", "modules_to_save", "continued", "freeze", "llama_pro", "oft", "ia3"),
     "kernels": ("none", "auto"),
     "ranks": (1, 2, 4),
     "accumulation": (1, 4),
@@ -113,9 +113,19 @@ REFUSED = (
         says="freeze cannot be used with quant_config hqq",
     ),
     Refusal(
+        when={"use": ("training",), "base": QUANTISED, "method": ("llama_pro",)},
+        why="the result is a whole model, whose frozen layers are stored quantised",
+        says="llama_pro cannot be used with quant_config bnb",
+    ),
+    Refusal(
+        when={"base": BASE_AXES["base"], "method": ("llama_pro",)},
+        why="the result is a whole model, whose frozen layers are stored quantised",
+        says="llama_pro cannot be used with quant_config hqq",
+    ),
+    Refusal(
         when={
             "optimizer": ("galore", "apollo"),
-            "method": ("lora", "dora", "rslora", "modules_to_save", "continued", "experts"),
+            "method": ("lora", "dora", "rslora", "modules_to_save", "continued", "experts", "oft", "ia3"),
         },
         why="there is no matrix of a layer that trains, whose gradient it could project",
         says="projects the gradients of layers' matrices, and peft_config lets none of them train",

@@ -12,7 +12,7 @@ import torch
 
 import llmtune
 from llmtune.inference.reopen import open_model
-from tests.by_hand import quantisation
+from tests.by_hand import base_by_hand
 from tests.matrix.axes import Combo
 from tests.matrix.reference import PROBE_IDS
 from tests.matrix.runner import TOLERANCE, Result
@@ -46,12 +46,10 @@ def trained(scene: Scene, method: str) -> Path:
 def by_transformers(scene: Scene, run: Path, block: dict[str, Any] | None) -> torch.Tensor:
     """Logits of what the run saved, without llmtune."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     adapter = (run / "model" / "adapter_config.json").exists()
-    options = {"quantization_config": quantisation(block)} if block else {}
     folder = scene.model("llama") if adapter else str(run / "model")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model: Any = base_by_hand({"model": folder, "quant_config": block})
     if adapter:
         model = PeftModel.from_pretrained(model, str(run / "model"))
     # On some CPUs bitsandbytes repacks 4-bit weights in eval mode and rounds differently; there is no dropout here.

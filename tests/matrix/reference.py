@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import IA3Config, OFTConfig, PeftConfig, get_peft_model
 
 import llmtune
-from tests.by_hand import adapt_by_hand, base_by_hand, train_by_hand
+from tests.by_hand import adapt_by_hand, base_by_hand, expand_by_hand, train_by_hand
 from tests.matrix.axes import Combo
 from tests.matrix.scene import Scene
 
+TUNERS: dict[str, Callable[[], PeftConfig]] = {
+    "oft": lambda: OFTConfig(r=0, oft_block_size=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "ia3": lambda: IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+}
+"""PEFT's own settings of the tuners; they start as the identity, so nothing is drawn."""
 PROBE_IDS = torch.arange(3, 43).reshape(2, 20)
 
 
@@ -35,6 +44,7 @@ class References:
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self._known: dict[tuple[Any, ...], Reference] = {}
+        self._plans: dict[tuple[str, bool], Any] = {}
         self._starts: dict[str, dict[str, torch.Tensor]] = {}
 
     def of(self, combo: Combo) -> Reference:
@@ -47,15 +57,27 @@ class References:
     def _train(self, combo: Combo) -> Reference:
         keys = self.scene.recipe(combo, self.scene.root / "reference")
         model, peft = base_by_hand(keys, auto_class(self.scene, combo)), keys.get("peft_config")
-        if peft and peft["name"] == "freeze":
+        if peft and peft["name"] in ("freeze", "llama_pro"):
+            if peft["name"] == "llama_pro":
+                expand_by_hand(model)
             model.requires_grad_(False)
             model.get_submodule(self.scene.family(combo).layers)[-1].requires_grad_(True)
+        elif peft and peft["name"] in ("oft", "peft"):
+            model = get_peft_model(model, TUNERS[combo.method]())
         elif peft:
             model = adapt_by_hand(model, peft, self.starts(combo), self.scene.family(combo).targets)
         before = logits(model)
-        # The order of rows is that of one process: the others must keep to it.
-        numbers = train_by_hand(keys, model, llmtune.plan(keys, nproc=combo.ranks))
+        numbers = train_by_hand(keys, model, self._plan(combo, keys))
         return Reference(numbers=numbers, logits=logits(model), before=before)
+
+    def _plan(self, combo: Combo, keys: dict[str, Any]) -> Any:
+        """For the order of rows, which is that of one process: the others must keep to it, whatever they train. Only
+        other optimisers than torch's ask for more than that: what of this model trains."""
+        if combo.optimizer != "adamw":
+            return llmtune.plan(keys, nproc=combo.ranks)
+        if (key := (combo.family, combo.packing)) not in self._plans:
+            self._plans[key] = llmtune.plan(keys, nproc=combo.ranks)
+        return self._plans[key]
 
     def starts(self, combo: Combo) -> dict[str, torch.Tensor]:
         """Where fresh adapters of this family start: a function of the seed and the name, so the same for all."""

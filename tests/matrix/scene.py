@@ -23,7 +23,13 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "modules_to_save": {**LORA, "modules_to_save": ["lm_head"]},
     "experts": {**LORA, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "freeze": {"name": "freeze", "freeze_trainable_layers": 1},
-}
+    "llama_pro": {"name": "llama_pro", "num_expanded_layers": 1},
+    "oft": {"name": "oft", "oft_block_size": 8},
+    "ia3": {
+        "name": "peft", "tuner": "IA3",
+        "options": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    },
+}  # fmt: skip
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optim_config": {"name": "adamw", "weight_decay": 0.1}},
     "muon": {"optim_config": {"name": "muon", "weight_decay": 0.1}},
@@ -119,6 +125,8 @@ class Scene:
             **FAMILIES[combo.family].keys, **OPTIMIZERS[combo.optimizer],
         }  # fmt: skip
         keys["kernel_config"] = None if combo.kernels == "none" else combo.kernels
+        if combo.method == "ia3":  # its vectors are few, and start at 1
+            keys["learning_rate"] *= 10
         if quant := BASES[combo.base]:
             keys["quant_config"] = quant
         if peft := self.peft(combo):
