@@ -246,6 +246,7 @@ def _grpo(draft: Draft) -> None:
             "max_completion_length": "stage_config.max_new_tokens",
         }
     )
+    draft.default("stage_config.max_new_tokens", 512)
     names = draft.take("reward_funcs") or draft.take("reward_model_name_or_path")
     several = names if isinstance(names, list) else [names] if names else []
     draft.set(
