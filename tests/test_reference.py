@@ -27,7 +27,7 @@ def first_party() -> Iterator[Registry]:
     for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
         project = tomllib.loads(path.read_text())["project"]
         names: dict[str, list[str]] = {}
-        for name, module in project["entry-points"]["llmtune"].items():
+        for name, module in project["entry-points"].get("llmtune", {}).items():
             names.setdefault(module, []).append(name)
         sources += [
             PackageSource(module=module, distribution=project["name"], version=project["version"], names=tuple(several))

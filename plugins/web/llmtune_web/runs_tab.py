@@ -94,6 +94,67 @@ def run_names(desk: Desk) -> list[str]:
     return list(dict.fromkeys([*(name for name in started if name not in known), *known]))
 
 
+class RunsView:
+    """What the part does, for the runs of a desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def look(self, name: str, shown: str, beside: list[str]) -> tuple[Any, ...]:
+        """The runs, and the one that is chosen; the newest where none is."""
+        names = run_names(self.desk)
+        name = name if name in names else names[0] if names else ""
+        state = state_of(self.desk, name) if name else None
+        frame = curves([state_of(self.desk, each) for each in [name, *beside] if each in names], shown)
+        return (
+            name, listing_html([state_of(self.desk, each) for each in names], name), about_html(state),
+            gr.Button(visible=state is not None and not state.ends),
+            gr.Button(visible=state is not None and state.job is not None and state.status in _CONTINUES),
+            gr.Dropdown(choices=[each for each in names if each != name]),
+            gr.LinePlot(frame, y_title=_METRICS[shown], visible=not frame.empty), log_html(self.desk, state),
+        )  # fmt: skip
+
+    def begin(self, file: str, text: str, fresh: bool, shown: str, beside: list[str]) -> tuple[Any, ...]:
+        """Save the recipe and start its run."""
+        try:
+            if problems := self.desk.problems(file, text):
+                raise llmtune.PlanError("\n".join(problems))
+            path = self.desk.folder.shown(self.desk.folder.write_recipe(file, text))
+            output = self.desk.output_dir(file, text)
+            words = ["train", word(path), f"output_dir={output}", *(["--fresh"] if fresh else [])]
+            self.desk.jobs.start(words, output)
+        except (LlmtuneError, OSError) as error:
+            return gr.skip(), error_html(error), *[gr.skip()] * 8
+        return (
+            gr.Tabs(selected="runs"),
+            gr.skip(),
+            *self.look(output, shown, [each for each in beside if each != output]),
+        )
+
+    def select(self, event: gr.EventData, shown: str, beside: list[str]) -> tuple[Any, ...]:
+        """Another run is chosen."""
+        name = str(event._data["run"])
+        return self.look(name, shown, [each for each in beside if each != name])
+
+    def end(self, name: str) -> str:
+        """Ask a run's process to save and end."""
+        job = state_of(self.desk, name).job
+        asked = job is not None and self.desk.jobs.stop(job)
+        said = "Asked to save and stop; it ends after the step that it is at." if asked else "It has ended already."
+        return f'<p class="lt-ok" role="status">{said}</p>'
+
+    def go_on(self, name: str) -> str:
+        """Start the command of a run again, which continues it."""
+        job = state_of(self.desk, name).job
+        if job is None:
+            return error_html(f"{name}: was not started here; run the same command again")
+        try:
+            self.desk.jobs.start([each for each in job.words if each != "--fresh"], job.output)
+        except (LlmtuneError, OSError) as error:
+            return error_html(error)
+        return '<p class="lt-ok" role="status">Continues from its last checkpoint.</p>'
+
+
 def runs_tab(desk: Desk, recipe: RecipeParts, tabs: Any) -> tuple[Any, tuple[list[Any], list[Any]]]:
     """Draw the part; what looks at the runs, with what it reads and what it shows."""
     chosen = gr.Textbox("", visible=False, label="Run")
@@ -131,64 +192,20 @@ def runs_tab(desk: Desk, recipe: RecipeParts, tabs: Any) -> tuple[Any, tuple[lis
     note = gr.HTML("", elem_id="lt-run-note")
     timer = gr.Timer(_LOOKS_S)
 
-    def look(name: str, shown: str, beside: list[str]) -> tuple[Any, ...]:
-        names = run_names(desk)
-        name = name if name in names else names[0] if names else ""
-        state = state_of(desk, name) if name else None
-        frame = curves([state_of(desk, each) for each in [name, *beside] if each in names], shown)
-        return (
-            name, listing_html([state_of(desk, each) for each in names], name), about_html(state),
-            gr.Button(visible=state is not None and not state.ends),
-            gr.Button(visible=state is not None and state.job is not None and state.status in _CONTINUES),
-            gr.Dropdown(choices=[each for each in names if each != name]),
-            gr.LinePlot(frame, y_title=_METRICS[shown], visible=not frame.empty), log_html(desk, state),
-        )  # fmt: skip
-
-    def begin(file: str, text: str, fresh: bool, shown: str, beside: list[str]) -> tuple[Any, ...]:
-        try:
-            if problems := desk.problems(file, text):
-                raise llmtune.PlanError("\n".join(problems))
-            path = desk.folder.shown(desk.folder.write_recipe(file, text))
-            output = desk.output_dir(file, text)
-            words = ["train", word(path), f"output_dir={output}", *(["--fresh"] if fresh else [])]
-            desk.jobs.start(words, output)
-        except (LlmtuneError, OSError) as error:
-            return gr.skip(), error_html(error), *[gr.skip()] * 8
-        return gr.Tabs(selected="runs"), gr.skip(), *look(output, shown, [each for each in beside if each != output])
-
-    def select(event: gr.EventData, shown: str, beside: list[str]) -> tuple[Any, ...]:
-        name = str(event._data["run"])
-        return look(name, shown, [each for each in beside if each != name])
-
-    def end(name: str) -> str:
-        job = state_of(desk, name).job
-        asked = job is not None and desk.jobs.stop(job)
-        said = "Asked to save and stop; it ends after the step that it is at." if asked else "It has ended already."
-        return f'<p class="lt-ok" role="status">{said}</p>'
-
-    def go_on(name: str) -> str:
-        job = state_of(desk, name).job
-        if job is None:
-            return error_html(f"{name}: was not started here; run the same command again")
-        try:
-            desk.jobs.start([each for each in job.words if each != "--fresh"], job.output)
-        except (LlmtuneError, OSError) as error:
-            return error_html(error)
-        return '<p class="lt-ok" role="status">Continues from its last checkpoint.</p>'
-
+    does = RunsView(desk)
     view = [chosen, listing, about, stop, again, others, curve, log]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    timer.tick(look, [chosen, metric, others], view, **quiet, api_name="runs")
-    metric.input(look, [chosen, metric, others], view, **quiet, api_visibility="private")
-    others.input(look, [chosen, metric, others], view, **quiet, api_visibility="private")
-    listing.select(select, [metric, others], view, **quiet, api_visibility="private")
-    stop.click(end, chosen, note, **quiet, api_name="stop")
-    again.click(go_on, chosen, note, **quiet, api_name="continue")
+    timer.tick(does.look, [chosen, metric, others], view, **quiet, api_name="runs")
+    metric.input(does.look, [chosen, metric, others], view, **quiet, api_visibility="private")
+    others.input(does.look, [chosen, metric, others], view, **quiet, api_visibility="private")
+    listing.select(does.select, [metric, others], view, **quiet, api_visibility="private")
+    stop.click(does.end, chosen, note, **quiet, api_name="stop")
+    again.click(does.go_on, chosen, note, **quiet, api_name="continue")
     recipe.start.click(
-        begin, [recipe.name, recipe.text, recipe.fresh, metric, others], [tabs, recipe.problems, *view], **quiet,
+        does.begin, [recipe.name, recipe.text, recipe.fresh, metric, others], [tabs, recipe.problems, *view], **quiet,
         api_name="start",
     )  # fmt: skip
-    return look, ([chosen, metric, others], view)
+    return does.look, ([chosen, metric, others], view)
 
 
 def listing_html(states: Sequence[ShownRun], chosen: str) -> str:
@@ -215,11 +232,11 @@ def about_html(state: ShownRun | None) -> str:
     """A run's title, with its figures."""
     if state is None:
         return '<p class="lt-note">Choose a run to see its curve and its log.</p>'
-    last = state.metrics[-1] if state.metrics else {}
+    memory = _last(state, "peak_memory_bytes")  # evaluations have none
     facts = {
         "Step": _step(state), "Loss": _number(state.loss), "Evaluated": _number(_last(state, "eval_loss")),
         "Tokens/s": f"{_last(state, 'tokens_per_second') or 0:,.0f}",
-        "Memory": f"{last.get('peak_memory_bytes', 0) / 2**30:.2f} GiB",
+        "Memory": f"{memory / 2**30:.2f} GiB" if memory else "–",
         "Took": duration(state.record["seconds"]) if "seconds" in state.record else "–",
     }  # fmt: skip
     cards = "".join(f'<div class="lt-card"><span>{name}</span><b>{value}</b></div>' for name, value in facts.items())

@@ -53,47 +53,52 @@ def chat_tab(desk: Desk) -> list[Any]:
         release = gr.Button("Let the models go", size="sm", min_width=150)
     note = gr.HTML("", elem_id="lt-chat-note")
 
-    def answer(
-        text: str, left: str, right: str, first: Messages, second: Messages, about: str, drawn: bool, heat: float,
-        share: float, tokens: float | None,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        if not text.strip():
-            yield gr.skip(), gr.skip(), gr.skip(), error_html("message: not given; type one")
-            return
-        config: dict[str, Any] = {
-            "do_sample": drawn,
-            "temperature": heat,
-            "top_p": share,
-            "max_new_tokens": int(tokens or 256),
-        }
-        config |= {"default_system": about.strip()} if about.strip() else {}
-        before, after = [first or [], second or []], [first or [], second or []]
-        for side, name in enumerate((left, right)):
-            if side == 1 and not (name or "").strip():
-                continue
-            asked = [*before[side], {"role": "user", "content": text}]
-            after[side] = asked
-            yield "", *after, f'<p class="lt-note">{escape(name or "")} is opened and asked …</p>'
-            try:
-                for said in talkers.stream(desk.model(name or ""), before[side], text, config):
-                    after[side] = [*asked, {"role": "assistant", "content": said}]
-                    yield "", *after, ""
-            except Exception as error:  # a model's own errors, too, are for the user to read
-                after[side] = before[side]
-                yield text, *after, error_html(error)
-                return
-        yield "", *after, ""
+    def replies(*told: Any) -> Iterator[tuple[Any, ...]]:
+        yield from answer(desk, talkers, *told)
 
     settings = [system, sample, warmth, top_p, most]
     outputs = [question, *boxes, note]
     started = gr.on(
-        [send.click, question.submit], answer, [question, *names, *boxes, *settings], outputs, show_progress="hidden",
+        [send.click, question.submit], replies, [question, *names, *boxes, *settings], outputs, show_progress="hidden",
         api_name="chat", concurrency_id="libraries",
     )  # fmt: skip
     halt.click(lambda: "", None, note, cancels=started, show_progress="hidden", api_visibility="private")
     clear.click(lambda: ([], [], ""), None, [*boxes, note], show_progress="hidden", api_visibility="private")
     release.click(talkers.let_go, None, None, show_progress="hidden", api_visibility="private")
     return names
+
+
+def answer(
+    desk: Desk, talkers: Talkers, text: str, left: str, right: str, first: Messages, second: Messages,
+    about: str | None, drawn: bool, heat: float, share: float, tokens: float | None,
+) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+    """What the part shows while both models answer, one after the other."""
+    if not text.strip():
+        yield gr.skip(), gr.skip(), gr.skip(), error_html("message: not given; type one")
+        return
+    config: dict[str, Any] = {
+        "do_sample": drawn,
+        "temperature": heat,
+        "top_p": share,
+        "max_new_tokens": int(tokens or 256),
+    }
+    config |= {"default_system": about.strip()} if about and about.strip() else {}
+    before, after = [first or [], second or []], [first or [], second or []]
+    for side, name in enumerate((left, right)):
+        if side == 1 and not (name or "").strip():
+            continue
+        asked = [*before[side], {"role": "user", "content": text}]
+        after[side] = asked
+        yield "", *after, f'<p class="lt-note">{escape(name or "")} is opened and asked …</p>'
+        try:
+            for said in talkers.stream(desk.model(name or ""), before[side], text, config):
+                after[side] = [*asked, {"role": "assistant", "content": said}]
+                yield "", *after, ""
+        except Exception as error:  # a model's own errors, too, are for the user to read
+            after[side] = before[side]
+            yield text, *after, error_html(error)
+            return
+    yield "", *after, ""
 
 
 def export_tab(desk: Desk) -> list[Any]:

@@ -267,9 +267,22 @@ def test_runs_are_watched(page: Any, trained: Path) -> None:
     page.locator('[data-run="runs/recipe"]').click()
     page.wait_for_selector("#lt-about >> text=runs/recipe")
     assert "done" in page.locator('[data-run="runs/recipe"]').inner_text()
+    assert "0.00 GiB" not in page.locator("#lt-about").inner_text()
     page.wait_for_selector("#lt-curve canvas, #lt-curve svg")
     assert "Saved the adapter" in page.locator("#lt-log").inner_text()
     assert page.locator("#lt-stop").count() == 0 or not page.locator("#lt-stop").is_visible()
+
+
+@needs_browser
+def test_a_model_answers_in_the_page(page: Any, trained: Path) -> None:
+    go(page, "Chat")
+    page.locator("#lt-right input").fill("tiny-llama")
+    page.locator("#lt-right input").press("Enter")
+    page.locator("#lt-question textarea").fill("How much is 2 and 2?")
+    page.locator("#lt-send").click()
+    for side in ("left", "right"):
+        page.wait_for_selector(f"#lt-talk-{side} .bot")
+    assert page.locator("#lt-question textarea").input_value() == ""
 
 
 @needs_browser
@@ -281,7 +294,7 @@ def test_nothing_is_cut_off(page: Any, trained: Path, width: int) -> None:
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         cut = page.evaluate(
-            "[...document.querySelectorAll('button:not(.label-wrap), label > span, .lt-card, .lt-pill, th')]"
+            "[...document.querySelectorAll('button:not(.label-wrap, .icon-button), label > span, .lt-card, .lt-pill, th')]"
             ".filter((each) => each.offsetParent && each.scrollWidth > each.clientWidth + 1 "
             "&& getComputedStyle(each).display !== 'inline').map((each) => each.outerHTML.slice(0, 200))"
         )
