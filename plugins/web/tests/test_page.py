@@ -294,7 +294,8 @@ def test_nothing_is_cut_off(page: Any, trained: Path, width: int) -> None:
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         cut = page.evaluate(
-            "[...document.querySelectorAll('button:not(.label-wrap, .icon-button), label > span, .lt-card, .lt-pill, th')]"
+            "[...document.querySelectorAll("
+            "'button:not(.label-wrap, .icon-button), label > span, .lt-card, .lt-pill, th')]"
             ".filter((each) => each.offsetParent && each.scrollWidth > each.clientWidth + 1 "
             "&& getComputedStyle(each).display !== 'inline').map((each) => each.outerHTML.slice(0, 200))"
         )
