@@ -32,8 +32,9 @@ SLOW = (
     "test_notebook", "test_kernels_contract", "test_optim", "test_bnb_contract", "test_source_remote",
     "test_guards_structure", "test_guards_ranks", "test_data_pairs", "test_precision", "test_data_prepare", "test_ppo",
     "test_ppo_results", "test_grpo", "test_preferences_composed", "test_reward_models", "test_predict",
-    "test_rewards_contract", "test_further_models", "test_ray", "test_lora_starts", "test_prequantised", "test_page", "test_slurm", "test_sharded",
-    "test_scaffold", "test_parity", "test_rm", "test_serve", "test_trackers", "test_model_options", "test_packed_integers",
+    "test_rewards_contract", "test_further_models", "test_ray", "test_lora_starts", "test_prequantised",
+    "test_page", "test_slurm", "test_sharded", "test_scaffold", "test_parity", "test_rm", "test_serve", "test_trackers",
+    "test_model_options", "test_packed_integers",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 
