@@ -326,7 +326,7 @@ def test_memory_adds_by_category() -> None:
 def test_the_cache_of_answers_is_counted(tmp_path: Path) -> None:
     """As large as transformers makes it for prompts and answers of the greatest length."""
     stage = {"name": "grpo", "max_new_tokens": 40, "num_generations": 3}
-    reward = {"name": "rule", "match": "length"}
+    reward = {"name": "rule", "match": "length", "max_tokens": 4096}
     keys = tiny_recipe(tmp_path, kind="prompt", stage_config=stage, reward_config=reward)
     plan = llmtune.plan(keys)
     model = plan.model.module.to_empty(device="cpu")
