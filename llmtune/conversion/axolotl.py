@@ -67,10 +67,7 @@ def verb_of(source: ForeignSource) -> str:
 def convert(draft: Draft, verb: str) -> None:
     """Fill the draft from an Axolotl file."""
     draft.rename({"base_model": "model", "revision_of_model": "revision", "sequence_len": "cutoff_len"})
-    if draft.given.get("trust_remote_code"):
-        draft.set(
-            "trust_remote_code", True, "trust_remote_code", note="as it says there; remove it unless it is needed"
-        )
+    draft.take_remote_code()
     _adapter(draft, verb == "train")
     _stage(draft)
     _datasets(draft)

@@ -119,6 +119,12 @@ class Draft:
             else:
                 self.set(here, value, there)
 
+    def take_remote_code(self) -> None:
+        """Take `trust_remote_code` where it is on."""
+        if self.given.get("trust_remote_code"):
+            note = "as it says there; remove it unless it is needed"
+            self.set("trust_remote_code", True, "trust_remote_code", note=note)
+
     def take_family(self, prefix: str, point: str) -> None:
         """Take the keys of a plugin that is named: `galore_rank` as `optim_config.rank`."""
         known = keys_of(point, self.chosen(point))

@@ -36,10 +36,7 @@ def convert(draft: Draft, verb: str) -> None:
         )
     if (draft.given.get("model_class") or "llm") == "llm":
         draft.ask_nothing("model_class", why="llm is the default")
-    if draft.given.get("trust_remote_code"):
-        draft.set(
-            "trust_remote_code", True, "trust_remote_code", note="as it says there; remove it unless it is needed"
-        )
+    draft.take_remote_code()
     _template(draft)
     _blocks(draft)
     kind = draft.take("flash_attn")

@@ -50,10 +50,7 @@ def convert(draft: Draft, verb: str) -> None:
         draft.recipe.pop("revision")
         draft.came.pop("model_revision")
         draft.ask_nothing("model_revision", why="the default branch is taken")
-    if draft.given.get("trust_remote_code"):
-        draft.set(
-            "trust_remote_code", True, "trust_remote_code", note="as it says there; remove it unless it is needed"
-        )
+    draft.take_remote_code()
     _dataset(draft)
     _adapter(draft)
     if row["stage"] != "sft":
