@@ -22,6 +22,15 @@ def add_recipe(parser: argparse.ArgumentParser, example: str = "cutoff_len=4096"
     add_overrides(parser, f"override keys: {example}")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Let a command take what is used: a run, a model, or what stands for one."""
+    parser.add_argument(
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
+    )
+
+
 def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
     """Let a command take any number of `key=value`."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)

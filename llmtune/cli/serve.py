@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from llmtune.cli.arguments import add_command, add_overrides
+from llmtune.cli.arguments import add_command, add_model, add_overrides
 from llmtune.cli.libraries import load_libraries
-from llmtune.contract.errors import PlanError, RecipeError, did_you_mean
+from llmtune.contract.errors import PlanError
 from llmtune.contract.generation import GenerateConfig
 
 
@@ -17,28 +17,21 @@ def add_commands(commands: Any) -> None:
         commands, "serve", _serve, "Answer requests as OpenAI's API does, with a run, a checkpoint or a model",
         "It listens on this machine alone unless host=... and an API key say otherwise.",
     )  # fmt: skip
-    serve.add_argument(
-        "model",
-        metavar="RUN_OR_MODEL",
-        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
-    )
+    add_model(serve)
     add_overrides(
         serve, "host, port, api_key, model_name, adapters, generation parameters (max_new_tokens=256), or recipe keys"
     )
 
 
 def _serve(options: Any) -> None:
-    from llmtune.recipe.keys import top_level_keys
+    from llmtune.recipe.keys import require_no_slip
     from llmtune.recipe.recipe import parse_overrides
     from llmtune.serving.config import ServeConfig, serve_config
 
     given = parse_overrides(options.overrides)
     own = {field.name for field in fields(ServeConfig)}
     names = own | {field.name for field in fields(GenerateConfig)}
-    for key in given:
-        first = key.partition(".")[0]
-        if first not in names and first not in top_level_keys() and (near := did_you_mean(key, names)):
-            raise RecipeError(f"command line  {key}: no such key.{near}")
+    require_no_slip([key for key in given if key.partition(".")[0] not in names], names, "command line  ")
     serve_config({key: value for key, value in given.items() if key.partition(".")[0] in own})
     load_libraries()
     try:

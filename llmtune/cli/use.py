@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from llmtune.cli.arguments import add_command, add_overrides, count
+from llmtune.cli.arguments import add_command, add_model, add_overrides, count
 from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import RecipeError
 from llmtune.terminal import say
@@ -17,11 +17,7 @@ from llmtune.terminal import say
 def add_commands(commands: Any) -> None:
     """Add what uses a run or a model."""
     chat = add_command(commands, "chat", _chat, "Talk to a run, a checkpoint, a model, or a base with adapters")
-    chat.add_argument(
-        "model",
-        metavar="RUN_OR_MODEL",
-        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
-    )
+    add_model(chat)
     add_overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     chat.add_argument(
@@ -33,11 +29,7 @@ def add_commands(commands: Any) -> None:
         commands, "predict", _predict, "Answer every row of a data set, into generated_predictions.jsonl",
         "What is written already is kept when the same command is run again.",
     )  # fmt: skip
-    predict.add_argument(
-        "model",
-        metavar="RUN_OR_MODEL",
-        help="a run's or a model's folder, a checkpoint, an adapter of PEFT, a hub id, or a recipe",
-    )
+    add_model(predict)
     add_overrides(predict, "dataset=FILE, output_dir=FOLDER, generation parameters (max_new_tokens=64) or recipe keys")
     predict.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
     export = add_command(commands, "export", _export, "Merge an adapter into its base and write a plain model")

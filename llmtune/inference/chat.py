@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, RecipeError, did_you_mean, raise_all
+from llmtune.contract.errors import LlmtuneError, RecipeError, raise_all
 from llmtune.contract.records import SwitchesOff
 from llmtune.contract.schema import decode, field_types
 from llmtune.inference.reopen import fill, open_plan, recipe_of
 from llmtune.model.generate import require_head
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
-from llmtune.recipe.keys import top_level_keys
+from llmtune.recipe.keys import require_no_slip
 from llmtune.recipe.parts import find_parts
 from llmtune.recipe.registry import Registry
 
@@ -54,9 +54,7 @@ def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
         keys["default_system"] = keys.pop("system")
     names = field_types(GenerateConfig).keys()
     others = {key: value for key, value in keys.items() if key not in names}
-    for key in others:
-        if key.partition(".")[0] not in top_level_keys() and (near := did_you_mean(key, names)):
-            raise RecipeError(f"{key}: no such key.{near}")
+    require_no_slip(others, names)
     recipe = recipe_of(model, **others)
     config = generate_config(recipe, {key: value for key, value in keys.items() if key in names})
     plan = open_plan(model, **others)

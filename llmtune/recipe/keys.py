@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from llmtune.contract.errors import did_you_mean, listed
+from llmtune.contract.errors import RecipeError, did_you_mean, listed
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.generation import GenerationKeys
 from llmtune.contract.schema import field_types
@@ -21,6 +21,14 @@ CONFIGS: tuple[type, ...] = (ModelConfig, DataConfig, TrainConfig, GenerationKey
 def top_level_keys() -> list[str]:
     """Every key at the top level of a recipe, extension points last."""
     return [*(key for config in CONFIGS for key in field_types(config)), *EXTENSION_POINTS]
+
+
+def require_no_slip(keys: Iterable[str], names: Collection[str], where: str = "") -> None:
+    """Raise RecipeError for the first of `keys` that is no recipe's and is nearly one of `names`, which a command takes
+    besides."""
+    for key in keys:
+        if key.partition(".")[0] not in top_level_keys() and (near := did_you_mean(key, names)):
+            raise RecipeError(f"{where}{key}: no such key.{near}")
 
 
 def about_unknown(key: str) -> str:
