@@ -9,7 +9,7 @@ import gradio as gr
 
 import llmtune
 from llmtune_web.desk import Desk, shown
-from llmtune_web.recipe_tab import RecipeParts
+from llmtune_web.recipe_tab import RecipeParts, check_box
 
 GIB = 2**30
 
@@ -23,15 +23,7 @@ def data_tab(desk: Desk, recipe: RecipeParts) -> None:
         rows = gr.Textbox(
             label="Rows", placeholder="first ones; or 5, 17, chats.jsonl:5", scale=4, min_width=200, elem_id="lt-rows"
         )
-        packs = gr.Checkbox(
-            False,
-            label="Packed rows",
-            container=False,
-            min_width=130,
-            scale=0,
-            elem_id="lt-packs",
-            elem_classes="lt-check",
-        )
+        packs = check_box("Packed rows", "lt-packs", 130)
         look = gr.Button("Show samples", variant="primary", scale=1, min_width=140, elem_id="lt-look")
     samples = gr.HTML(
         '<p class="lt-note">Samples as the model sees them, with the tokens that are trained on in colour.</p>',

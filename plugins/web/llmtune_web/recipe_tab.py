@@ -27,6 +27,13 @@ class RecipeParts(NamedTuple):
     """The form and the problems of a recipe."""
 
 
+def check_box(label: str, elem_id: str, width: int) -> gr.Checkbox:
+    """A box to tick, in a bar of fields and buttons."""
+    return gr.Checkbox(
+        False, label=label, container=False, min_width=width, scale=0, elem_id=elem_id, elem_classes="lt-check"
+    )
+
+
 def recipe_tab(desk: Desk) -> RecipeParts:
     """Draw the part."""
     with gr.Row(equal_height=True, elem_classes="lt-bar"):
@@ -36,15 +43,7 @@ def recipe_tab(desk: Desk) -> RecipeParts:
         )  # fmt: skip
         save = gr.Button("Save", scale=1, min_width=90, elem_id="lt-save")
         start = gr.Button("Start run", variant="primary", scale=1, min_width=110, elem_id="lt-start")
-        fresh = gr.Checkbox(
-            False,
-            label="Start over",
-            container=False,
-            min_width=110,
-            scale=0,
-            elem_id="lt-fresh",
-            elem_classes="lt-check",
-        )
+        fresh = check_box("Start over", "lt-fresh", 110)
     problems = gr.HTML("", elem_id="lt-problems")
     with gr.Row(elem_classes="lt-panes"):
         with gr.Column(scale=6, min_width=340):
