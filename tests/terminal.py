@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pyte
 
+ERASES = b"\r\x1b[2K"
+"""How rich begins to draw over its last picture."""
+
 
 @dataclass
 class Screen:
@@ -43,14 +46,21 @@ def on_terminal(arguments: list[str], columns: int = 80, rows: int = 24, folder:
         plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         os.execve(sys.executable, [sys.executable, *arguments], {**plain, "TERM": "xterm-256color"})
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    while data := _read(terminal):
-        for stream in streams:
-            stream.feed(data)
-        if select.select([terminal], [], [], 0.005)[0]:
-            continue  # in the middle of a picture
+
+    def look() -> None:
         shown = [line.rstrip() for line in screen.display if line.strip()]
         if shown and shown[-1] not in bottoms[-1:]:
             bottoms.append(shown[-1])
+
+    while data := _read(terminal):
+        # However much is read at once: a picture is whole where the next one begins to erase it, and in a pause.
+        for number, part in enumerate(data.split(ERASES)):
+            if number:
+                look()
+            for stream in streams:
+                stream.feed(part if not number else ERASES + part)
+        if not select.select([terminal], [], [], 0.005)[0]:
+            look()
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Screen(_lines(screen), bottoms, code, _lines(wide))
