@@ -42,7 +42,9 @@ _WHERE = {
             "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
             "Text", "Tokens", "UnpairedPreference",
         ),
-        "llmtune.contract.evaluation": ("Evaluator", "MeasuresAnswers", "MeasuresBatches", "Prediction"),
+        "llmtune.contract.evaluation": (
+            "AskedModel", "Evaluator", "MeasuresAnswers", "MeasuresBatches", "MeasuresModel", "Prediction",
+        ),
         "llmtune.contract.rewards": ("ReadsRows", "Reward"),
         "llmtune.contract.hubs": ("Hub", "HubUnreachable", "NotOnHub", "Repository", "RepositoryFiles"),
         "llmtune.contract.launching": ("Launcher", "LaunchRequest", "Machines"),

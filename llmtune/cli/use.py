@@ -1,4 +1,4 @@
-"""`llmtune chat`, `predict`, `export` and `reward`: what is done with what was trained."""
+"""`llmtune chat`, `predict`, `eval`, `export` and `reward`: what is done with what was trained."""
 
 from __future__ import annotations
 
@@ -32,11 +32,20 @@ def add_commands(commands: Any) -> None:
     add_model(predict)
     add_overrides(predict, "dataset=FILE, output_dir=FOLDER, generation parameters (max_new_tokens=64) or recipe keys")
     predict.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
-    export = add_command(commands, "export", _export, "Merge an adapter into its base and write a plain model")
+    evaluate = add_command(
+        commands, "eval", _eval, "Ask a model the questions of a benchmark",
+        "The results are written into the folder benchmarks of the run.",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run's or a model's folder, a checkpoint, a hub id, or a recipe"
+    )
+    add_overrides(evaluate, "task=mmlu, n_shot=5, batch_size=8, limit=100, save_dir=FOLDER or recipe keys")
+    evaluate.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
+    export = add_command(commands, "export", _export, "Write a merged model, a GGUF file or an adapter")
     export.add_argument(
         "run", metavar="RUN", help="a run's folder, a checkpoint, or a base with peft_config (or a recipe)"
     )
-    add_overrides(export, "export_dir, export_size, infer_dtype, export_legacy_format, export_hub_model_id")
+    add_overrides(export, "export_dir, export_format, export_gguf_type, infer_dtype, export_hub_model_id, ...")
     reward = add_command(
         commands, "reward", _reward, "Give the rewards of a trained reward model, a line of JSON for each row"
     )
@@ -74,22 +83,50 @@ def dims() -> bool:
 
 
 def _predict(options: Any) -> int:
+    if (code := _launched("predict", options)) is not None:
+        return code
+    load_libraries()
+    from llmtune.inference.predict import predict
+    from llmtune.recipe.recipe import parse_overrides
+
+    return _said(str(predict(options.model, **parse_overrides(options.overrides))))
+
+
+def _eval(options: Any) -> int:
+    if (code := _launched("eval", options)) is not None:
+        return code
+    load_libraries()
+    from llmtune.inference.evaluate import evaluate
+    from llmtune.recipe.recipe import parse_overrides
+
+    found = evaluate(options.model, **parse_overrides(options.overrides))
+    lines = [
+        "\n".join([*(f"{name} {value:.4g}" for name, value in metrics.items()), f"Wrote {file}"])
+        for file, metrics in found.items()
+    ]
+    return _said("\n".join(lines))
+
+
+def _launched(command: str, options: Any) -> int | None:
+    """The exit code of the ranks that the command starts; None where this process is one of them, or the only one."""
     from llmtune.distributed.launch import default_ranks, launch, under_launcher
-    from llmtune.distributed.ranks import leave
     from llmtune.distributed.stopping import die_with_parent
     from llmtune.recipe.recipe import parse_overrides
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(signal.SIGTERM)
-    given = parse_overrides(options.overrides)
-    if not under_launcher() and (ranks := options.nproc or default_ranks(given.get("device", "auto"))) > 1:
-        return launch(["predict", options.model, *options.overrides], ranks)
-    load_libraries()
-    from llmtune.inference.predict import predict
+    device = parse_overrides(options.overrides).get("device", "auto")
+    if not under_launcher() and (ranks := options.nproc or default_ranks(device)) > 1:
+        return launch([command, options.model, *options.overrides], ranks)
+    return None
 
-    found = predict(options.model, **given)
+
+def _said(text: str) -> int:
+    """The end of a command that several ranks carry out: the first one says the text."""
+    from llmtune.distributed.ranks import leave
+
     if os.environ.get("RANK", "0") == "0":
-        say(str(found))
+        say(text)
     leave()
     return 0
 
@@ -102,7 +139,8 @@ def _export(options: Any) -> None:
     from llmtune.recipe.recipe import parse_overrides
 
     target = export(options.run, **parse_overrides(options.overrides))
-    about, place = target / "config.json", shlex.quote(str(target))
+    model = next(target.glob("*.gguf"), target)
+    about, place = target / "config.json", shlex.quote(str(model))
     kinds = json.loads(about.read_text(encoding="utf-8")).get("architectures") if about.exists() else None
     judges = any("ForSequenceClassification" in kind for kind in kinds or ())
     say(f"Wrote {target}. Try: " + (f"llmtune reward {place} dataset=ROWS" if judges else f"llmtune chat {place}"))

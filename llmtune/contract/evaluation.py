@@ -30,7 +30,7 @@ class Prediction:
 
 
 class Evaluator(Protocol):
-    """What is measured besides the loss. It also `MeasuresBatches` or `MeasuresAnswers`, or does both."""
+    """What is measured besides the loss. It also `MeasuresBatches`, `MeasuresAnswers`, `MeasuresModel`, or several."""
 
     metrics: Sequence[str]
     """Every name that it reports: an evaluation has `eval_NAME`, predictions have `predict_NAME`."""
@@ -63,4 +63,56 @@ class MeasuresAnswers(Protocol):
 
     def measure_answers(self, predictions: Sequence[Prediction]) -> Mapping[str, float]:
         """Each metric over the answers to all rows, in their order. Called on the first rank."""
+        ...
+
+
+class AskedModel(Protocol):
+    """A model that is asked things of an evaluator's own. All ranks ask the same, and get the same answers."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        ...
+
+    @property
+    def template_variables(self) -> Mapping[str, Any]:
+        """What the chat template is given besides messages, as in training."""
+        ...
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens that the model takes."""
+        ...
+
+    def continuation_logps(
+        self, rows: Sequence[tuple[Sequence[int], int]], batch_size: int
+    ) -> list[tuple[float, bool]]:
+        """Of each row, which is token ids and how many of them at its end are the continuation: the sum of the natural
+        log-probabilities of these, and whether each is the likeliest token where it stands. `batch_size` rows at a
+        time on a rank. Collective.
+        """
+        ...
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], batch_size: int, stop: Sequence[str] = (), **generation: Any
+    ) -> list[str]:
+        """The text that follows each prompt, up to a token that ends answers or one of the texts in `stop`, which are
+        not part of it. `generation` are keys of `GenerateConfig`; without them the likeliest tokens are taken.
+        Collective.
+        """
+        ...
+
+
+@runtime_checkable
+class MeasuresModel(Protocol):
+    """On an evaluator that has questions of its own."""
+
+    settings: Mapping[str, Any]
+    """How it measures, as results have it beside them."""
+
+    def measure_model(self, model: AskedModel) -> Mapping[str, Mapping[str, float]]:
+        """Of each benchmark its metrics by name, the chief one first: evaluations in training report that one as
+        `eval_BENCHMARK`. Called by all ranks; what the first one returns counts. What it draws at random leaves no
+        trace in the run.
+        """
         ...

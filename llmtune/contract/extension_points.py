@@ -10,7 +10,7 @@ from typing import Any
 
 from llmtune.contract.environment import named_plugins
 from llmtune.contract.errors import listed
-from llmtune.contract.evaluation import Evaluator, MeasuresAnswers, MeasuresBatches
+from llmtune.contract.evaluation import Evaluator, MeasuresAnswers, MeasuresBatches, MeasuresModel
 from llmtune.contract.examples import KINDS, DataFormat
 from llmtune.contract.generation import Engine
 from llmtune.contract.hubs import Hub
@@ -77,8 +77,11 @@ class ExtensionPoint:
             return f"has the kind {built.kind!r}, allowed is one of {listed(kinds)}"
         if self.name == "peft_config" and built.kind == "adapter" and (missing := lacking(Adapter, built)):
             return f"is an adapter and lacks {listed(missing)}; write it, or set kind to weights"
-        if self.name == "eval_config" and not isinstance(built, MeasuresBatches | MeasuresAnswers):
-            return "measures nothing; write `measure_batch`, or `measure_answers` with `generation` and `needs_labels`"
+        if self.name == "eval_config" and not isinstance(built, MeasuresBatches | MeasuresAnswers | MeasuresModel):
+            return (
+                "measures nothing; write `measure_batch`, `measure_answers` with `generation` and `needs_labels`, or "
+                "`measure_model` with `settings`"
+            )
         return None
 
 

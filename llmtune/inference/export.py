@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import HfApi, save_torch_state_dict
 
 from llmtune.contract.errors import PlanError, blaming
 from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.folders import make_readable
-from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
+from llmtune.inference.gguf_export import architecture_of, write_gguf
+from llmtune.inference.model_card import license_of, model_card
+from llmtune.inference.modelfile import modelfile
+from llmtune.inference.quantised_export import gptq_python, quantise
+from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
+from llmtune.model.generate import stop_tokens, turn_ends
 from llmtune.model.generation import encode, has_template, plain_ids
 from llmtune.model.huggingface import HuggingFace
 from llmtune.model.skeleton import cast
@@ -38,34 +47,56 @@ PROBE = "Who are you? Answer in one sentence."
 
 
 def export(path: str | Path, /, **overrides: Any) -> Path:
-    """Write a model with what was trained merged in as a plain transformers folder; returns it.
+    """Write a model with what was trained merged in, or its adapter alone, to `export_dir`; returns the folder.
 
     `path` is a run, one of its checkpoints, or a base (a model, a recipe) with a `peft_config` that names adapters.
-    The merge happens on `export_device`, onto the unquantised base, in float32; the result is stored as `infer_dtype`.
+    The merge happens on `export_device`, onto the unquantised base, in float32; the result is stored as `infer_dtype`,
+    or as the keys of its format say.
     Raises PlanError if the merged model does not answer like base plus adapter, or answers exactly like the base.
     """
     recipe = recipe_of(path, **overrides)
-    target = _target(recipe.export.export_dir)
-    if recipe.export.export_hub_model_id and not isinstance(hub := hub_of(recipe), HuggingFace):
+    keys, saved, target = recipe.export, saved_at(path), _target(recipe.export.export_dir)
+    if keys.export_hub_model_id and not isinstance(hub := hub_of(recipe), HuggingFace):
         raise PlanError(
             f"export_hub_model_id: llmtune uploads to Hugging Face alone, and hub_config is {hub.title}; remove the "
             f"key and upload {target} with that hub's own command, or set hub_config: huggingface"
         )
-    if saved_at(path) is None and not recipe.blocks.get("peft_config"):
+    if keys.export_quantization_bit:
+        gptq_python()
+    with appearing(target) as folder:
+        if keys.export_format == "adapter":
+            base, library = copy_adapter(path, recipe, folder, overrides), "peft"
+        else:
+            plan = merged_plan(path, recipe, overrides)
+            base, library = plan.files.folder, write_as(plan, recipe, folder, target.name)
+        card = model_card(recipe, saved.run if saved else None, base, library, target.name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        make_readable(folder)
+    if keys.export_hub_model_id:
+        push(target, keys.export_hub_model_id, recipe.model.token)
+    return target
+
+
+def merged_plan(path: str | Path, recipe: Recipe, overrides: Mapping[str, Any]) -> ModelPlan:
+    """The plan of a model whose module is filled, merged and compared, in float32."""
+    device, adapted = recipe.export.export_device, saved_at(path) is not None or bool(recipe.blocks.get("peft_config"))
+    rounds = recipe.export.export_format == "gguf" or recipe.export.export_quantization_bit
+    if not adapted and not rounds:
         raise PlanError(
             f"{path}: there is nothing to merge; name a run of llmtune or one of its checkpoints, or add to a base the "
             'adapter that is to be merged: "peft_config={name: lora, adapter_name_or_path: FOLDER}"'
         )
-
     overrides = {**overrides, "quant_config": None, "kernel_config": None}
     alone = recipe_of(path, **{key: value for key, value in overrides.items() if not key.startswith("peft_config")})
-    device = recipe.export.export_device
-    base = base_logits(replace(alone, blocks={**alone.blocks, "peft_config": []}), device)
+    if recipe.export.export_format == "gguf":
+        architecture_of(load_model_config(resolve_model(alone.model, hub_of(alone), weights=False), alone.model))
+    base = base_logits(replace(alone, blocks={**alone.blocks, "peft_config": []}), device) if adapted else None
     plan = open_plan(path, dtype=torch.float32, device=device, **overrides)
     if recipe.blocks.get("quant_config"):
         print("The adapter was trained on a quantised base; it is merged onto the unquantised one.", file=sys.stderr)
-    dtype = export_dtype(recipe.export.infer_dtype, alone)
     fill(plan, path)
+    if base is None:
+        return plan
     ids = probe_ids(plan.tokenizer)
     trained = logits(plan.module, ids)
     for part in plan.parts.at("peft_config"):
@@ -73,8 +104,65 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
             with blaming(part.full_label, "merge"):
                 part.built.merge(plan.module)
     compare(logits(plan.module, ids), trained, base)
-    write(plan, target, dtype, recipe.export)
-    return target
+    return plan
+
+
+def write_as(plan: ModelPlan, recipe: Recipe, folder: Path, name: str) -> str:
+    """Write a merged model in the format that is asked for, with a Modelfile; the library that reads it."""
+    keys, model, tokenizer, variables = recipe.export, plan.module, plan.tokenizer, recipe.data.template_variables
+    answers = model.get_output_embeddings() is not None
+    stops = stop_tokens(model, tokenizer, variables) if answers else []
+    if answers and model.generation_config is not None:
+        model.generation_config.eos_token_id = stops
+    if keys.export_format == "gguf":
+        about = {"name": name, "license": license_of(plan.files.folder) or ""}
+        file = folder / f"model-{keys.export_gguf_type}.gguf"
+        write_gguf(model, tokenizer, file, keys.export_gguf_type, turn_ends(tokenizer, variables), about)
+    elif keys.export_quantization_bit:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as scratch:
+            write(plan, Path(scratch), export_dtype(keys.infer_dtype, recipe), keys)
+            quantise(Path(scratch), folder, recipe, tokenizer)
+    else:
+        write(plan, folder, export_dtype(keys.infer_dtype, recipe), keys)
+    if answers and not keys.export_quantization_bit and not keys.export_legacy_format:
+        length = getattr(model.config, "max_position_embeddings", 4096)
+        source = f"./model-{keys.export_gguf_type}.gguf" if keys.export_format == "gguf" else "."
+        said = modelfile(source, tokenizer, variables, stops, length)
+        (folder / "Modelfile").write_text(said, encoding="utf-8")
+    return "gguf" if keys.export_format == "gguf" else "transformers"
+
+
+def copy_adapter(path: str | Path, recipe: Recipe, folder: Path, overrides: Mapping[str, Any]) -> Path:
+    """Write the adapter of a run or a checkpoint with the tokenizer; the folder of its base. Raises PlanError where
+    there is none."""
+    saved = saved_at(path)
+    found = adapter_folder(saved) if saved and not saved.whole else None
+    if found is None or not (found / "adapter_config.json").exists():
+        raise PlanError(f"export_format: {path} has no adapter that PEFT reads; leave the key out for a whole model")
+    shutil.copytree(found, folder, dirs_exist_ok=True)
+    files = resolve_model(recipe.model, hub_of(recipe), weights=False)
+    open_plan(path, **overrides).tokenizer.save_pretrained(folder)
+    return files.folder
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that becomes it at the end, so that a half of an export is never there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        yield folder
+        if target.exists():
+            target.rmdir()  # it is empty
+        folder.rename(target)
+
+
+def push(folder: Path, repository: str, token: str | None) -> None:
+    """Upload an export to the hub, as one commit."""
+    hub = HfApi(token=token)
+    hub.create_repo(repository, exist_ok=True)
+    hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by llmtune export")
 
 
 def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
@@ -134,11 +222,10 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
 
 
 def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig) -> None:
-    """Files of at most `export_size` GB (safetensors, or pickles), config, tokenizer; optionally to the hub."""
+    """Files of at most `export_size` GB (safetensors, or pickles), config, tokenizer."""
     model, size = plan.module, f"{keys.export_size}GB"
     cast(model, dtype)
     model.config.dtype = dtype
-    target.mkdir(parents=True, exist_ok=True)
     if keys.export_legacy_format:
         save_torch_state_dict(
             untied(model, model.state_dict()),
@@ -153,7 +240,3 @@ def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig)
     else:
         model.save_pretrained(target, max_shard_size=size)
     plan.tokenizer.save_pretrained(target)
-    make_readable(target)
-    if keys.export_hub_model_id:
-        model.push_to_hub(keys.export_hub_model_id, token=plan.keys.token)
-        plan.tokenizer.push_to_hub(keys.export_hub_model_id, token=plan.keys.token)

@@ -253,10 +253,7 @@ def has_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[st
 def stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Ids that end an answer: the model's and the tokenizer's end of text, and the template's end of turn.
-
-    The end of turn is the special token that the template writes right after an assistant's message.
-    """
+    """Ids that end an answer: the model's and the tokenizer's end of text, and the template's end of turn."""
     stops: set[int] = set()
     for ids in (
         model.generation_config.eos_token_id,
@@ -264,14 +261,18 @@ def stop_tokens(
         tokenizer.eos_token_id,
     ):
         stops.update(ids if isinstance(ids, (list, tuple)) else () if ids is None else (ids,))
-    kwargs = dict(template_kwargs or {})
-    if has_template(tokenizer, kwargs):
-        marker = "llmtuneendofturn"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        after = str(tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)).rpartition(marker)[2].lstrip()
-        special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        stops.update(special[text] for text in special if after.startswith(text))
-    return sorted(stops)
+    return sorted(stops.union(turn_ends(tokenizer, template_kwargs or {})))
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> list[int]:
+    """Ids of the special token that the template writes right after an assistant's message; none without one."""
+    if not has_template(tokenizer, template_kwargs):
+        return []
+    marker = "llmtuneendofturn"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+    after = str(tokenizer.apply_chat_template(turns, tokenize=False, **template_kwargs)).rpartition(marker)[2].lstrip()
+    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [special[text] for text in special if after.startswith(text)]
 
 
 @contextmanager

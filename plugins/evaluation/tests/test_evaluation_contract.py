@@ -8,9 +8,12 @@ import pytest
 
 from llmtune.testing import Law, laws
 
+TASK = Path(__file__).parent / "tiny_task" / "tiny.yaml"
+
 LAWS = [
     *laws("eval_config", "accuracy"), *laws("eval_config", "accuracy", family="gemma2", ranks=False),
     *laws("eval_config", "generate", {"eval_num_beams": 2}),
+    *laws("eval_config", "benchmark", {"task": str(TASK)}),
 ]  # fmt: skip
 
 
