@@ -19,6 +19,8 @@ os.environ["LLMTUNE_CPU_DTYPE"] = "float32"
 _own_cache = None
 if "LLMTUNE_CACHE" not in os.environ:  # the processes that test in parallel inherit it
     _own_cache = os.environ["LLMTUNE_CACHE"] = tempfile.mkdtemp(prefix="llmtune-cache-")
+    # Here, as trackio reads it once, when whoever is first imports it: TRL does.
+    os.environ["TRACKIO_DIR"] = os.path.join(_own_cache, "trackio")
 
 MOST_WORKERS = 8
 """A test may start four ranks of 0.5 GB each, so more at once are a matter of memory."""

@@ -40,7 +40,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the trackers keep what they would keep in a home."""
     folder = tmp_path_factory.mktemp("trackers")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -104,8 +103,15 @@ def wandb_history(own: Path) -> list[dict[str, Any]]:
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
 
 
+def trackio_database(project: str = "llmtune") -> Path:
+    """Where trackio keeps a project: it read TRACKIO_DIR when it was first imported, which TRL may have done."""
+    from trackio.utils import TRACKIO_DIR
+
+    return TRACKIO_DIR / f"{project}.db"
+
+
 def trackio_rows(project: str, name: str) -> list[tuple[int, dict[str, Any]]]:
-    with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db") as database:
+    with sqlite3.connect(trackio_database(project)) as database:
         rows = database.execute("select step, metrics from metrics where run_name = ? order by id", (name,)).fetchall()
     return [(step, json.loads(metrics)) for step, metrics in rows]
 
@@ -198,7 +204,7 @@ def test_a_continued_run_is_the_same_run_there_and_ends_as_here(run: Path, serve
     }
     assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [130, 0]
     assert {path.name.rpartition("-")[2] for path in (own / "swanlab").glob("run-*")} == {state(own / "swanlab")["id"]}
-    with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "llmtune.db") as database:
+    with sqlite3.connect(trackio_database()) as database:
         alerts = database.execute("select title from alerts where run_name = ?", (state(own / "trackio")["id"],))
         assert [title for (title,) in alerts] == ["The run is interrupted", "The run is done"]
 
