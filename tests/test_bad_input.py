@@ -48,6 +48,7 @@ def keys(tiny_llama: str, chats: str, tmp_path: Path) -> dict[str, Any]:
         ({"dataset": "./absent.jsonl"}, "absent.jsonl"),
         ({"device": "cuda"}, 'device: found "cuda", but torch sees no GPU'),
         ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps: found 0"),
+        ({"save_steps": 2.5}, "save_steps: found 2.5, allowed is a whole number of steps, or below 1 a share of all"),
         ({"model_class": "cls"}, "stage_config: sft predicts tokens, and LlamaForSequenceClassification has no head"),
     ],
 )

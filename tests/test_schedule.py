@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmtune import PlanError
+from llmtune.planning.plan import Plan
 from llmtune.testing.running import tiny_recipe, train
+from llmtune.training.log import read_metrics
 from llmtune.training.schedule import WarmedSchedule
 
 PLATEAU = {"name": "reduce_lr_on_plateau", "patience": 0, "factor": 0.5, "threshold": 10.0, "threshold_mode": "abs"}
@@ -62,3 +65,12 @@ def test_plateau_follows_the_runs_evaluations_and_is_resumed(tmp_path: Path) -> 
 def test_plateau_without_evaluations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="reduce_lr_on_plateau follows evaluations, and the recipe has none; set eval_"):
         train(tiny_recipe(tmp_path, lr_scheduler_config=PLATEAU))
+
+
+def test_intervals_may_be_shares_of_all_steps(tmp_path: Path) -> None:
+    keys = {"eval_strategy": "steps", "eval_steps": 0.4, "val_size": 4, "save_steps": 0.5, "max_steps": 4}
+    train(tiny_recipe(tmp_path, **keys))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row] == [2, 4]
+    found = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith("step-")]
+    assert sorted(found) == ["step-00000002", "step-00000004"]
+    assert [Plan.every(SimpleNamespace(steps=30), each) for each in (0.1, 0.01, 1, 7)] == [3, 1, 1, 7]  # type: ignore[arg-type]

@@ -72,6 +72,12 @@ class Plan(Shown):
         train = self.recipe.train
         return train.warmup_steps or math.ceil(train.warmup_ratio * self.steps)
 
+    def every(self, interval: float | None) -> int | None:
+        """Steps from one time to the next, for an interval in steps or, below 1, as a share of all; None for none."""
+        if interval is None or interval >= 1:
+            return None if interval is None else int(interval)
+        return max(1, math.ceil(interval * self.steps - 1e-9))
+
     def noted(self, *notes: str) -> Plan:
         """The plan with further notes for whoever reads it."""
         return replace(self, notes=(*self.notes, *notes))

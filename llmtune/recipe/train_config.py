@@ -87,8 +87,9 @@ class TrainConfig:
     eval_strategy: Literal["no", "steps", "epoch", False] = "no"
     """When to evaluate. Left out, it is `epoch` where the recipe has `val_size` or `eval_dataset`. YAML reads a bare no
     as false, which means the same here."""
-    eval_steps: Annotated[int, Ge(1)] | None = None
-    """Optimiser steps between evaluations with `eval_strategy: steps`; null is `logging_steps`."""
+    eval_steps: Annotated[int | float, Gt(0)] | None = None
+    """Optimiser steps between evaluations with `eval_strategy: steps`, or below 1 their share of all steps; null is
+    `logging_steps`."""
     per_device_eval_batch_size: Annotated[int, Ge(1)] = 1
     """Rows of one evaluation batch on one rank."""
     load_best_model_at_end: bool = False
@@ -102,9 +103,9 @@ class TrainConfig:
     early_stopping_threshold: Annotated[float, Ge(0)] = 0.0
     """By how much the metric must improve to count."""
 
-    save_steps: Annotated[int, Ge(1)] | None = 500
-    """Optimiser steps between checkpoints; null: none but on request (SIGTERM). With a number, the last step
-    is saved too."""
+    save_steps: Annotated[int | float, Gt(0)] | None = 500
+    """Optimiser steps between checkpoints, or below 1 their share of all steps; null: none but on request (SIGTERM).
+    With a number, the last step is saved too."""
     save_total_limit: Annotated[int, Ge(1)] | None = None
     """Keep this many checkpoints, the newest and the best; null keeps all."""
 
@@ -150,6 +151,9 @@ class TrainConfig:
             yield "use_reentrant_gc: found true, allowed is false; the non-reentrant kind gives the same gradients"
         if self.resume_from_checkpoint and self.overwrite_output_dir and self.resume_from_checkpoint != "auto":
             yield "resume_from_checkpoint: found a checkpoint beside overwrite_output_dir; remove one of the two"
+        for name in ("eval_steps", "save_steps"):
+            if (steps := vars(self)[name]) is not None and steps > 1 and not float(steps).is_integer():
+                yield f"{name}: found {steps}, allowed is a whole number of steps, or below 1 a share of all"
         if self.eval_strategy != "steps" and self.eval_steps is not None:
             found = f'{self.eval_steps} with eval_strategy "{self.eval_strategy}"'
             yield f"eval_steps: found {found}; set eval_strategy: steps"

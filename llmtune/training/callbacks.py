@@ -103,11 +103,11 @@ class TrainingCallbacks:
 
     def end_step(self, step: int, last: bool) -> bool:
         """Save where it is time to. True if the run ends here."""
-        train = self.plan.recipe.train
+        save_every = self.plan.every(self.plan.recipe.train.save_steps)
         # Asked on every step by every rank; at the last one there is nothing left to interrupt.
         self.interrupted = self.asked_to_stop() and (self.left_evaluation or not last)
         done = last or self.interrupted or self.stopped_early
-        regular = train.save_steps is not None and (step % train.save_steps == 0 or done)
+        regular = save_every is not None and (step % save_every == 0 or done)
         if regular or self.interrupted or self._best_unsaved(step):
             self.save(step)
         return done
@@ -318,7 +318,7 @@ def eval_interval(plan: Plan) -> int | None:
         return None
     match train.eval_strategy:
         case "steps":
-            return train.eval_steps or train.logging_steps
+            return plan.every(train.eval_steps) or train.logging_steps
         case "epoch":
             return plan.data.batches.order.steps_per_epoch or plan.steps
     return None

@@ -329,7 +329,7 @@ def start_loggers(
     milestones = Milestones(
         planned_memory_bytes=planned_memory_bytes,
         eval_every=eval_interval(plan),
-        save_every=plan.recipe.train.save_steps,
+        save_every=plan.every(plan.recipe.train.save_steps),
     )
     parts = plan.parts.at("logger_config")
     loggers = Loggers(
