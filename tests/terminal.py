@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import select
+import signal
 import struct
 import sys
 import termios
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,11 +38,19 @@ class Screen:
         return "\n".join(self.lines)
 
 
-def on_terminal(arguments: list[str], columns: int = 80, rows: int = 24, folder: Path | None = None) -> Screen:
-    """Run `python ARGUMENTS` in `folder`, on a terminal of `columns` x `rows` characters, and wait for its end."""
+def on_terminal(
+    arguments: list[str], columns: int = 80, rows: int = 24, folder: Path | None = None,
+    typed: Sequence[tuple[str, str]] = (),
+) -> Screen:  # fmt: skip
+    """Run `python ARGUMENTS` in `folder`, on a terminal of `columns` x `rows` characters, and wait for its end.
+
+    `typed` has what is typed, in its order, each with a pattern of the line at the bottom that it waits for. A command
+    that says nothing for two minutes is killed.
+    """
     screen, wide = (pyte.HistoryScreen(width, rows, history=10_000) for width in (columns, 10_000))
     streams = pyte.ByteStream(screen), pyte.ByteStream(wide)
     bottoms: list[str] = []
+    waiting = list(typed)
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(folder or ".")
@@ -51,6 +62,8 @@ def on_terminal(arguments: list[str], columns: int = 80, rows: int = 24, folder:
         shown = [line.rstrip() for line in screen.display if line.strip()]
         if shown and shown[-1] not in bottoms[-1:]:
             bottoms.append(shown[-1])
+        if shown and waiting and re.search(waiting[0][0], shown[-1]):
+            os.write(terminal, waiting.pop(0)[1].encode())
 
     while data := _read(terminal):
         # However much is read at once: a picture is whole where the next one begins to erase it, and in a pause.
@@ -61,6 +74,8 @@ def on_terminal(arguments: list[str], columns: int = 80, rows: int = 24, folder:
                 stream.feed(part if not number else ERASES + part)
         if not select.select([terminal], [], [], 0.005)[0]:
             look()
+        if not select.select([terminal], [], [], 120)[0]:
+            os.kill(child, signal.SIGKILL)
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Screen(_lines(screen), bottoms, code, _lines(wide))

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtune.contract.errors import DataError
+from llmtune.contract.errors import DataError, RecipeError
+from llmtune.contract.generation import Answer
 from llmtune.contract.schema import decode
 from llmtune.inference.talk import Compared, chat_loop
+from llmtune.inference.tools import OfferedTools, read_tools
 from llmtune.model.generate import stop_tokens
 from llmtune.model.generation import ChatSession, ContextFull, GenerateConfig, answer
-from tests.tiny import CHATML, tiny_model, tiny_tokenizer
+from llmtune.recipe.recipe import load_recipe
+from tests.tiny import CHATML, CHATML_MARKED, always, tiny_model, tiny_tokenizer
 
 GREEDY = GenerateConfig(do_sample=False, max_new_tokens=8)
 
@@ -29,18 +32,6 @@ def tokenizer():
 def model(tokenizer):
     # Weights large enough for earlier tokens to decide the answer.
     return tiny_model(vocab_size=len(tokenizer), initializer_range=0.5)
-
-
-def always(model, token):
-    """Make the model say `token` for ever: the head looks at a direction that a constant embedding fills."""
-    with torch.no_grad():
-        model.model.embed_tokens.weight.fill_(1.0)
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[token] = model.model.norm(torch.ones(1, model.config.hidden_size)).sign()
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    return model
 
 
 def reference(model, tokenizer, messages, tokens):
@@ -290,6 +281,85 @@ def test_thoughts_are_dimmed(model, tokenizer):
 
     assert "\x1b[2mso so\x1b[0m\nYes." in talked(Thinks(model, tokenizer), ["hi"], dims=True)
     assert "<think>so so</think>\n\nYes." in talked(Thinks(model, tokenizer), ["hi"])
+
+
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+
+
+def scripted(tokenizer, *answers):
+    """An engine that gives these answers, and the prompts that it was asked."""
+    prompts, rest = [], iter(answers)
+
+    def generate(model, tokenizer, asked, config, *, seeds=None, stop=None, watch=None):
+        prompts.append(asked[0])
+        ids = [*tokenizer(next(rest), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for token in ids:
+            _ = watch is not None and watch([token])
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return [Answer(prompt_ids=tuple(asked[0]), ids=tuple(ids), cut=False, text=text)]
+
+    return generate, prompts
+
+
+def with_tools(model, tokenizer, generate, **keys):
+    recipe = load_recipe({"model": "m", "dataset": "d", **keys})
+    talk = ChatSession(model, tokenizer, config=GREEDY, generate=generate)
+    talk.tools = OfferedTools.of(tokenizer, recipe, [ADD])
+    return talk
+
+
+def test_tools_are_offered_and_their_calls_answered_as_in_training(model, tokenizer, tmp_path):
+    one, two = ({"name": "add", "arguments": {"a": 1, "b": b}} for b in (2, "é"))
+    said = f"Let me see. <tool_call>{json.dumps(one)}</tool_call><tool_call>{json.dumps(two)}</tool_call>"
+    generate, prompts = scripted(tokenizer, said, "It is 3.")
+    talk, file = with_tools(model, tokenizer, generate), tmp_path / "kept.jsonl"
+    shown = talked(talk, ["How much?", "3", "four", f"/save {file}"])
+    assert 'Let me see.\nCalls add {"a": 1, "b": 2}\nCalls add {"a": 1, "b": "é"}\nIt is 3.\n' in shown
+    assert "tool_call" not in shown and talk.open_calls == []
+    row = json.loads(file.read_text())
+    assert [each["role"] for each in row["messages"]] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [each["function"] for each in row["messages"][1]["tool_calls"]] == [one, two]
+    # What it was asked is what a row of these messages trains on.
+    *before, _ = row["messages"]
+    for asked, messages in zip(prompts, (before[:1], before), strict=True):
+        text = tokenizer.apply_chat_template(messages, row["tools"], add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(asked) == text
+
+
+def test_who_is_to_speak_is_told_and_calls_stand_alone_in_a_pipe(model, tokenizer):
+    call = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+    asks, lines = [], iter(["How much?", "3", "/exit"])
+    talk = with_tools(model, tokenizer, scripted(tokenizer, call, "It is 3.")[0])
+    chat_loop(talk, lambda prompt: asks.append(prompt.strip()) or next(lines), lambda text: None)
+    assert asks == ["You:", "Result of add:", "You:"]
+    talk = with_tools(model, tokenizer, scripted(tokenizer, f"<think>so</think>\n\n{call}", "It is 3.")[0])
+    assert talked(talk, ["How much?", "3"], guides=False) == "<think>so</think>\nCalls add {}\nIt is 3.\n"
+    assert talk.messages[1]["reasoning_content"] == "so"
+
+
+def test_a_tool_format_writes_tools_where_the_template_has_none(model, tmp_path):
+    plain = tiny_tokenizer(chat_template=CHATML_MARKED)
+    with pytest.raises(RecipeError, match=r"tools: .*the tool add is not in the rendering.*tool_format: hermes"):
+        with_tools(model, plain, None)
+    generate, prompts = scripted(plain, 'Action: add\nAction Input: {"a": 1}', "Two.")
+    talk = with_tools(model, plain, generate, tool_format="default")
+    assert talk.ask("How much?") == 'Action: add\nAction Input: {"a": 1}'
+    assert talk.open_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert talk.ask("2") == "Two." and "Adds." in plain.decode(prompts[0])
+    (tmp_path / "tools.json").write_text(json.dumps({"type": "function", "function": ADD}))
+    assert read_tools(tmp_path / "tools.json")[0]["function"] == ADD
+    (tmp_path / "odd.json").write_text("[{}]")
+    for name, said in (("odd.json", "tool 1 has no function name"), ("no.json", "cannot be read")):
+        with pytest.raises(RecipeError, match=said):
+            read_tools(tmp_path / name)
+
+
+def test_the_mark_of_a_call_may_be_a_control_token(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>"]})
+    generate, _ = scripted(tokenizer, '<tool_call>{"name": "add", "arguments": {}}</tool_call>')
+    talk = with_tools(model, tokenizer, generate)
+    assert "".join(talk.stream("How much?")).startswith("<tool_call>") and talk.open_calls
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from llmtune.contract.generation import AnswerRequest
 from llmtune.data.render import Renderer
 from llmtune.data.tool_calls import CALL_FORMATS, call_format
 from llmtune.data.tool_format import _write, read_tool_format, tool_format_names
-from llmtune.inference.said import Channels, Stops, TextDecoder
+from llmtune.inference.said import Channels, Stops
 from llmtune.model import continuous
 from llmtune.model.continuous import AnswerRow, RowBatch, require_joinable
 from llmtune.model.generation import GenerateConfig
+from llmtune.model.text_decoder import TextDecoder
 from llmtune.serving import answering
 from llmtune.serving.config import serve_config
 from llmtune.serving.models import offers

@@ -15,6 +15,7 @@ from tests.runs import recipe
 pytest.importorskip("pyte")
 
 from tests.terminal import Screen, on_terminal
+from tests.tiny import always, tiny_model, tiny_tokenizer
 
 BAR = re.compile(r"step +\d+/30 [━╸╺ ]+ +\d+% eta( +[\d:]+)?")
 
@@ -79,6 +80,26 @@ def test_what_is_said_of_data_fits(tiny_llama: str, chats: str, tmp_path: Path) 
     for arguments in (["stats", "small.json"], ["check", chats]):
         screen = on_terminal(["-m", "llmtune", "data", *arguments], folder=tmp_path)
         assert screen.code == 0 and screen.lines == screen.unbroken, screen.text
+
+
+def test_a_model_is_talked_to_and_its_answer_stopped(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=100_000)  # it never stops by itself
+    always(model, tokenizer.encode(" the")[0]).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    tools = [{"name": "add", "parameters": {"type": "object", "properties": {}}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    screen = on_terminal(
+        ["-m", "llmtune", "chat", "tiny", "tools=tools.json", "max_new_tokens=99000", "do_sample=false"],
+        folder=tmp_path,
+        typed=[("^You:$", "Who are you?\n"), ("^ ?the the", "\x03"), ("^You:$", "/sav\n"), ("^You:$", "\x04")],
+    )
+    assert screen.code == 0, screen.text
+    help_text = screen.lines[: screen.lines.index("You: Who are you?")]
+    assert help_text == screen.unbroken[: len(help_text)] and "type the result" in help_text[-2]
+    # The terminal itself writes ^C.
+    assert re.search(r"^You: Who are you\?\n the[ the^C\n]+ \[stopped\]\n\nYou: /sav\n", screen.text, re.M)
+    assert '/sav is no command. Did you mean "/save"?' in screen.text
 
 
 def test_an_error_fits(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def add_commands(commands: Any) -> None:
     """Add what uses a run or a model."""
     chat = add_command(commands, "chat", _chat, "Talk to a run, a checkpoint, a model, or a base with adapters")
     add_model(chat)
-    add_overrides(chat, "generation parameters (temperature=0.2) or recipe keys")
+    add_overrides(chat, "generation parameters (temperature=0.2), tools=FILE or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
     chat.add_argument(
         "--compare",
@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
 def _chat(options: Any) -> None:
     load_libraries()
     from llmtune.inference.chat import open_chat
-    from llmtune.inference.talk import NO_TEMPLATE, Compared, chat_loop, compared
+    from llmtune.inference.talk import NO_TEMPLATE, Compared, chat_loop, compared, say_answer
     from llmtune.recipe.recipe import parse_overrides
 
     keys = parse_overrides(options.overrides)
@@ -69,12 +69,7 @@ def _chat(options: Any) -> None:
         return
     if conversation.completes:
         print(NO_TEMPLATE, file=sys.stderr)
-    if beside is not None:
-        print(beside.answers(options.prompt), end="")
-        return
-    for piece in conversation.stream(options.prompt):
-        print(piece, end="", flush=True)
-    print()
+    say_answer(conversation, options.prompt, beside)
 
 
 def dims() -> bool:

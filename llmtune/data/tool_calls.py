@@ -12,6 +12,8 @@ from llmtune.contract.errors import LlmtuneError
 from llmtune.contract.examples import Conversation
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmtune.data.render import Renderer
 
 Call = dict[str, Any]
@@ -26,6 +28,10 @@ class CallFormat:
     """What a call begins with; nothing where only the whole answer tells."""
     read: Callable[[str], list[Call] | None]
     """The calls in a text that begins with the mark; None where it holds none, or is no such text to its end."""
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """The control token that is the mark, where the tokenizer has one: text without control tokens needs it."""
+        return frozenset(at for at, token in tokenizer.added_tokens_decoder.items() if str(token) == self.mark)
 
     def parse(self, text: str) -> tuple[str, list[Call]]:
         """What is said before the calls, and the calls; all of the text and none where it has no calls."""

@@ -11,6 +11,7 @@ from llmtune.contract.errors import LlmtuneError, RecipeError, raise_all
 from llmtune.contract.records import SwitchesOff
 from llmtune.contract.schema import decode, field_types
 from llmtune.inference.reopen import fill, open_plan, recipe_of
+from llmtune.inference.tools import OfferedTools, read_tools
 from llmtune.model.generate import require_head
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.recipe.keys import require_no_slip
@@ -41,15 +42,17 @@ def conversation_for(
     variables = recipe.data.template_variables
     completes = not has_template(tokenizer, variables)
     engine = parts_of(recipe, ("engine_config",)).one("engine_config").built
-    return ChatSession(model, tokenizer, variables, config, completes=completes, generate=engine.generate)
+    offer = None if completes else partial(OfferedTools.of, tokenizer, recipe)
+    return ChatSession(model, tokenizer, variables, config, completes=completes, generate=engine.generate, offer=offer)
 
 
 def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
     """A conversation with a run, a checkpoint, a model, an adapter of PEFT or what a recipe file names.
 
-    `keys` are generation parameters (`temperature=0.2`), `system`, `seed` and keys of a recipe. Raises subclasses of
-    LlmtuneError.
+    `keys` are generation parameters (`temperature=0.2`), `system`, `seed`, `tools` (a list of functions, or a JSON file
+    of one) and keys of a recipe. Raises subclasses of LlmtuneError.
     """
+    tools = read_tools(keys.pop("tools")) if "tools" in keys else None
     if "system" in keys:
         keys["default_system"] = keys.pop("system")
     names = field_types(GenerateConfig).keys()
@@ -60,6 +63,10 @@ def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
     plan = open_plan(model, **others)
     fill(plan, model)
     conversation = conversation_for(recipe, plan.module, plan.tokenizer, config)
+    if tools is not None:
+        if conversation.offer is None:
+            raise RecipeError("tools: the tokenizer has no chat template, which writes them; name one: template=chatml")
+        conversation.tools = conversation.offer(tools)
     conversation.seed = keys.get("seed")
     switches = [part.built for part in plan.parts.at("peft_config") if isinstance(part.built, SwitchesOff)]
     if len(switches) == 1:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.contract.errors import PlanError, did_you_mean
+from llmtune.contract.errors import DataError, PlanError, did_you_mean
 from llmtune.inference.chat import open_chat
-from llmtune.inference.said import Channels
-from llmtune.model.generation import ChatSession, ContextFull
+from llmtune.inference.said import THINK, THOUGHT, Channels
+from llmtune.inference.tools import OfferedTools, call_text
+from llmtune.model.generation import ChatSession
 
 NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"
 COMMANDS = ("/reset", "/clear", "/system", "/save", "/base", "/help", "/exit")
@@ -28,6 +30,7 @@ HELP = """/reset forgets the conversation, /system TEXT sets the system message,
 /base switches the adapter off or on, /exit leaves, /help shows this.
 \""" begins and ends a text of several lines, \\ at the end of a line goes on.
 Ctrl-C stops an answer, Ctrl-D leaves."""
+TOOLS_HELP = "Where the model calls a tool, type the result, and it goes on from that."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -54,8 +57,10 @@ class Compared:
 def compared(conversation: ChatSession, model: str, other: str, keys: Mapping[str, Any]) -> Compared:
     """The conversation and one with `other`: a model, or `base` for the conversation's own, without its adapter.
 
-    Raises PlanError where there is no adapter to switch off.
+    Raises PlanError where there is no adapter to switch off, or where tools are offered.
     """
+    if conversation.tools is not None:
+        raise PlanError("--compare: found beside tools; one model may wait for a result while the other answers")
     if other == "base" and not Path(other).exists():
         if conversation.base is None:
             raise PlanError(f"--compare base: {model} has no adapter to switch off; name a model's folder or hub id")
@@ -83,7 +88,7 @@ class _Terminal:
 
     def text(self) -> str:
         """The next thing that is said, of one line or several."""
-        text = self.read("\nYou: " if self.guides else "").strip()
+        text = self.read(f"\n{self._asks()}: " if self.guides else "").strip()
         more = "...  " if self.guides else ""
         if text.startswith('"""'):
             text = text.removeprefix('"""')
@@ -93,6 +98,11 @@ class _Terminal:
         while text.endswith("\\"):
             text = text[:-1] + "\n" + self.read(more).rstrip()
         return text
+
+    def _asks(self) -> str:
+        """Who is to speak now."""
+        calls = self.conversation.open_calls
+        return f"Result of {calls[0]['function']['name']}" if calls else "You"
 
     def command(self, text: str) -> str:
         """Does what a command says; what is told of it."""
@@ -122,7 +132,9 @@ class _Terminal:
             return "/save needs a file: /save chats.jsonl"
         if not self.conversation.messages:
             return "Nothing has been said yet."
-        row = {"messages": self.conversation.with_system(self.conversation.messages)}
+        row: dict[str, Any] = {"messages": self.conversation.with_system(self.conversation.messages)}
+        if self.conversation.tools is not None:
+            row["tools"] = self.conversation.tools.tools
         try:
             with Path(name).expanduser().open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -135,31 +147,38 @@ class _Terminal:
         if self.beside is not None:
             self.write(self.beside.answers(text, columns=self.guides))
             return
-        pieces = self.conversation.stream(text)
+        pieces, tools = self.conversation.stream(text), self.conversation.tools
+        more_results = len(self.conversation.open_calls) > 1
+        said = False
         try:
-            for piece in self._shown(pieces) if self.dims else pieces:
+            for piece in self._shown(pieces) if self.dims or tools is not None else pieces:
+                said = True
                 self.write(piece)
-            self.write("\n")
         finally:
             pieces.close()
+        calls = [] if more_results else self.conversation.open_calls
+        self.write("\n" if said or not (calls or more_results) else "")
+        for call in calls:
+            self.write(f"Calls {call_text(call)}\n")
 
     def _shown(self, pieces: Iterator[str]) -> Iterator[str]:
-        """The pieces with thoughts dimmed, in place of the marks around them."""
+        """The pieces without calls, and with thoughts dimmed in place of the marks around them."""
+        begin, end = (DIM, PLAIN) if self.dims else (THINK, THOUGHT)
+        tools = self.conversation.tools
+        format = tools.format if isinstance(tools, OfferedTools) else None
         channels: Channels | None = None
         thinking = False
         try:
-            for text in pieces:
-                channels = channels or Channels(thinking=self.conversation.thinking)
-                for piece in channels.push(text):
+            for text in chain(pieces, [None]):
+                channels = channels or Channels(format, thinking=self.conversation.thinking)
+                for piece in channels.push(text or "", last=text is None):
                     if thinking != (piece.kind == "thinking"):
                         thinking = not thinking
-                        yield DIM if thinking else f"{PLAIN}\n"
+                        yield begin if thinking else f"{end}\n"
                     yield piece.text
-            for piece in channels.push("", last=True) if channels else ():
-                yield piece.text
         finally:
             if thinking:
-                self.write(PLAIN)
+                self.write(end)
 
 
 def chat_loop(
@@ -180,9 +199,10 @@ def chat_loop(
     if guides and read is input:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  arrow keys and earlier lines
-    talk = _Terminal(conversation, read, write or partial(print, end="", flush=True), guides, dims, beside)
+    talk = _Terminal(conversation, read, write or _print, guides, dims, beside)
     if guides:
-        talk.write(f"{NO_TEMPLATE}\n{HELP}\n" if conversation.completes else f"{HELP}\n")
+        notes = [NO_TEMPLATE] * conversation.completes + [HELP] + [TOOLS_HELP] * (conversation.tools is not None)
+        talk.write("\n".join([*notes, ""]))
     while True:
         try:
             text = talk.text()
@@ -201,5 +221,13 @@ def chat_loop(
                 talk.answer(text)
         except KeyboardInterrupt:
             talk.write(" [stopped]\n")
-        except ContextFull as error:
+        except DataError as error:  # no room for an answer, or nothing to go on from
             talk.write(f"{error}\n")
+
+
+def say_answer(conversation: ChatSession, text: str, beside: Compared | None = None) -> None:
+    """Print the answer to one text, or those of both models, and nothing else."""
+    _Terminal(conversation, input, _print, guides=False, dims=False, beside=beside).answer(text)
+
+
+_print = partial(print, end="", flush=True)

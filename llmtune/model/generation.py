@@ -6,14 +6,16 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from transformers import TextIteratorStreamer
 
 from llmtune.contract.errors import DataError
+from llmtune.contract.examples import Message
 from llmtune.contract.generation import Answer, GenerateConfig
 from llmtune.model.generate import ContextFull, generate, has_template, stop_tokens
+from llmtune.model.text_decoder import TextDecoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +24,28 @@ if TYPE_CHECKING:
 __all__ = ["ChatSession", "ContextFull", "GenerateConfig", "answer", "encode", "has_template", "plain_ids"]
 
 
+class OffersTools(Protocol):
+    """Tools that a model may call."""
+
+    tools: list[dict[str, Any]]
+    """In OpenAI's shape."""
+    kept: frozenset[int]
+    """Control tokens that answers show all the same, as a call begins with them."""
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """The tokens of a conversation up to the answer, with the tools. Raises DataError where it has none."""
+        ...
+
+    def message(self, said: str, thinking: bool) -> Message:
+        """An answer's text as a message, its calls apart; `thinking` says that its prompt has begun a thought."""
+        ...
+
+
 @dataclass
 class ChatSession:
     """Questions and answers with one model; every answer sees all turns before it.
 
+    Where `tools` are offered an answer may call them, and what is said next is the result, see `open_calls`.
     With `completes` there are no turns: each text is continued as it is, which is all that a model without chat
     template can do.
     """
@@ -35,7 +55,7 @@ class ChatSession:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Handed to `apply_chat_template`, for instance another `chat_template`."""
     config: GenerateConfig = field(default_factory=GenerateConfig)
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     completes: bool = False
     generate: Callable[..., list[Answer]] = generate
     """The `generate` of an `Engine`."""
@@ -45,13 +65,26 @@ class ChatSession:
     """Gives a block in which the model answers."""
     base: Callable[[], AbstractContextManager[Any]] | None = None
     """The `around` in which the base answers, without the adapter; None where there is no adapter to switch off."""
+    tools: OffersTools | None = None
+    offer: Callable[[Any], OffersTools] | None = None
+    """Makes `tools` of a list in OpenAI's shape, or of a file's path; None where there are no turns."""
     thinking: bool = False
     """Whether the last prompt has begun a thought, which the answer goes on with."""
 
+    @property
+    def open_calls(self) -> list[dict[str, Any]]:
+        """The calls of the last answer, in OpenAI's shape, that have no result yet: what is said next is the result of
+        the first one, and the model answers when it has all."""
+        at = max((at for at, message in enumerate(self.messages) if message["role"] == "assistant"), default=None)
+        return [] if at is None else self.messages[at].get("tool_calls", [])[len(self.messages) - 1 - at :]
+
     def ask(self, text: str) -> str:
         """The whole answer to `text`. Works on sharded models, if every rank asks the same. Raises like `stream`."""
+        if self._is_one_of_several_results(text):
+            return ""
         asked, prompt = self._prepare(text)
-        said = self._answer(prompt).text
+        answer, decoder = self._answer(prompt), self._decoder()
+        said = answer.text if self.tools is None else "".join([*map(decoder.push, answer.ids), decoder.rest()]).strip()
         self._keep(asked, said)
         return said
 
@@ -62,6 +95,8 @@ class ChatSession:
         """
         if self.config.num_beams > 1:  # the best beam is known at the end only
             yield self.ask(text)
+            return
+        if self._is_one_of_several_results(text):
             return
         asked, prompt = self._prepare(text)
         said: list[str] = []
@@ -77,12 +112,30 @@ class ChatSession:
         """Forget all turns."""
         self.messages = []
 
-    def _prepare(self, text: str) -> tuple[list[dict[str, str]], list[int]]:
+    def _said(self, text: str) -> list[Message]:
+        """The conversation with `text` at its end: a question, or the result of a call."""
+        if not self.open_calls:
+            return [*self.messages, {"role": "user", "content": text}]
+        call = self.open_calls[0]
+        result = {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": text}
+        return [*self.messages, result]
+
+    def _is_one_of_several_results(self, text: str) -> bool:
+        """Whether `text` is a result, now kept, after which others are awaited."""
+        if awaited := len(self.open_calls) > 1:
+            self.messages = self._said(text)
+        return awaited
+
+    def _prepare(self, text: str) -> tuple[list[Message], list[int]]:
         """The conversation with `text` at its end, and the tokens of the prompt."""
-        asked = [*self.messages, {"role": "user", "content": text}]
+        asked = self._said(text)
         if self.completes:
             return asked, plain_ids(self.tokenizer, text)[0].tolist()
-        prompt = encode(self.tokenizer, self.with_system(asked), self.template_kwargs)[0].tolist()
+        whole = self.with_system(asked)
+        if self.tools is not None:
+            prompt = self.tools.prompt(whole)
+        else:
+            prompt = encode(self.tokenizer, whole, self.template_kwargs)[0].tolist()
         self.thinking = str(self.tokenizer.decode(prompt[-8:])).rstrip().endswith("<think>")
         return asked, prompt
 
@@ -98,10 +151,13 @@ class ChatSession:
         """Pieces of the answer. It is made in a thread of its own; leaving the iterator stops it at the next token."""
         device = next(self.model.parameters()).device
         left, failures = threading.Event(), []
-        streamer: Any = TextIteratorStreamer(self.tokenizer, skip_special_tokens=self.config.skip_special_tokens)
+        pieces: SimpleQueue[str | None] = SimpleQueue()
+        decoder = self._decoder()
 
         def watch(tokens: Sequence[int | None]) -> bool:
-            streamer.put(torch.tensor([token for token in tokens if token is not None]))
+            for token in tokens:
+                if token is not None:
+                    pieces.put(decoder.push(token))
             return left.is_set()
 
         def work() -> None:
@@ -109,25 +165,31 @@ class ChatSession:
                 if device.type == "cuda":
                     torch.cuda.set_device(device)  # each thread starts out on device 0
                 self._answer(prompt, watch)
+                pieces.put(decoder.rest())
             except BaseException as error:
                 failures.append(error)
-            streamer.end()  # or the reader would wait for ever
+            pieces.put(None)  # or the reader would wait for ever
 
         thread = threading.Thread(target=work, daemon=True, name="llmtune-generate")
         thread.start()
         try:
-            yield from filter(None, streamer)
+            yield from filter(None, iter(pieces.get, None))
         finally:
             left.set()
             thread.join()
         if failures:
             raise failures[0]
 
-    def _keep(self, asked: list[dict[str, str]], said: str) -> None:
-        if not self.completes:
-            self.messages = [*asked, {"role": "assistant", "content": said}]
+    def _decoder(self) -> TextDecoder:
+        kept = self.tools.kept if self.tools is not None else frozenset()
+        return TextDecoder(self.tokenizer, self.config.skip_special_tokens, kept)
 
-    def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def _keep(self, asked: list[Message], said: str) -> None:
+        if not self.completes:
+            message = {"role": "assistant", "content": said}
+            self.messages = [*asked, message if self.tools is None else self.tools.message(said, self.thinking)]
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
         """The messages, led by the default system message where they have none."""
         if self.config.default_system is None or messages[0]["role"] == "system":
             return messages
@@ -155,9 +217,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor([ids])
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], template_kwargs: Mapping[str, Any]
-) -> Tensor:
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_kwargs: Mapping[str, Any]) -> Tensor:
     """Token ids (1, T) of the conversation up to where the assistant's answer starts."""
     if not has_template(tokenizer, template_kwargs):
         raise DataError("the model's tokenizer has no chat template, so it cannot chat; name one with template")

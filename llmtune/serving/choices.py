@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmtune.contract.generation import NewToken
-from llmtune.inference.said import Channels, SaidPiece, Stops, TextDecoder
+from llmtune.inference.said import Channels, SaidPiece, Stops
+from llmtune.model.text_decoder import TextDecoder
 from llmtune.serving.models import ModelOffer
 
 
@@ -35,9 +36,8 @@ class Choice:
     @classmethod
     def of(cls, index: int, offer: ModelOffer, room: int, stops: Sequence[str], channels: Channels | None) -> Choice:
         """A new one."""
-        tokenizer, mark = offer.tokenizer, channels.format.mark if channels and channels.format else ""
-        kept = {at for at, token in tokenizer.added_tokens_decoder.items() if str(token) == mark}
-        decoder = TextDecoder(tokenizer, offer.config.skip_special_tokens, frozenset(kept))
+        kept = channels.format.tokens(offer.tokenizer) if channels and channels.format else frozenset()
+        decoder = TextDecoder(offer.tokenizer, offer.config.skip_special_tokens, kept)
         return cls(index, offer, room, Stops(stops), decoder, channels)
 
     def push(self, token: NewToken) -> Iterator[SaidPiece]:

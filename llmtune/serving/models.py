@@ -16,9 +16,9 @@ from llmtune.contract.generation import GenerateConfig, ServedModel
 from llmtune.contract.records import SwitchesOff
 from llmtune.data.render import Renderer
 from llmtune.data.tool_calls import CallFormat, call_format
-from llmtune.data.tool_format import read_tool_format
 from llmtune.inference.chat import generate_config
 from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
+from llmtune.inference.tools import chat_renderer
 from llmtune.model.edits import named_tensors
 from llmtune.model.generate import has_template, require_head, stop_tokens
 from llmtune.model.source import resolve_model
@@ -103,11 +103,7 @@ def _offer(recipe: Recipe, plan: ModelPlan, config: GenerateConfig, served: Serv
     data, tokenizer = recipe.data, plan.tokenizer
     renderer = None
     if has_template(tokenizer, data.template_variables):
-        renderer = Renderer(
-            tokenizer, template_kwargs=data.template_variables, default_system=config.default_system,
-            tool_format=read_tool_format(data.tool_format, recipe.base_dir),
-            split_special_tokens=data.split_special_tokens,
-        )  # fmt: skip
+        renderer = chat_renderer(recipe, tokenizer, config.default_system)
     return ModelOffer(
         served=served, tokenizer=tokenizer, model_config=plan.module.config, config=config, renderer=renderer,
         calls=None if renderer is None else call_format(renderer, data.tool_format),
