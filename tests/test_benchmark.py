@@ -113,6 +113,24 @@ def test_the_command_writes_beside_the_run(run: llmtune.Run, folder: Path, capsy
     assert f"Wrote {file}" in capsys.readouterr().out
     assert told["task"] == "tiny_multiple_choice" and 0 <= told["metrics"]["acc"] <= 1
     assert told["settings"]["limit"] == 3 and told["settings"]["n_shot"] is None
+    results = llmtune.runs(run.output_dir)[0].results
+    assert results.items() >= {f"tiny_multiple_choice {name}": value for name, value in told["metrics"].items()}.items()
+    assert main(["runs", "show", str(run.output_dir)]) == 0
+    assert f"tiny_multiple_choice acc {told['metrics']['acc']:.4g}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_evaluation_file_of_llama_factory_is_asked(
+    run: llmtune.Run, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, results = tmp_path / "eval.yaml", tmp_path / "results"
+    file.write_text(
+        f"model_name_or_path: {run.output_dir}\ntask: {folder / 'multiple_choice.yaml'}\ntemplate: fewshot\n"
+        f"n_shot: 2\nlang: en\nbatch_size: 3\nsave_dir: {results}\ntask_dir: elsewhere\n"
+    )
+    assert main(["eval", str(file), "device=cpu", "limit=4"]) == 0
+    told = json.loads((results / "tiny_multiple_choice.json").read_text())
+    assert told["metrics"] == asked(str(run.output_dir), str(folder), "multiple_choice", n_shot=2, limit=4, lang="en")
+    assert "llmtune: task_dir: it has LLaMA-Factory's own files" in capsys.readouterr().err
 
 
 def test_benchmarks_are_measured_during_training_and_change_nothing(folder: Path, tmp_path: Path) -> None:

@@ -46,13 +46,10 @@ def test_every_key_is_accounted_for_and_the_recipe_is_one(file: str, tmp_path: P
     assert not set(keys) - {*found.came, *found.idle, *found.lost}
     assert not set(found.lost) & {*found.came}
     assert all(len(why.split()) > 2 for why in (*found.lost.values(), *found.idle.values()))
-    if found.verb != "eval":
-        recipe = load_recipe(tmp_path / "recipe.yaml")
-        assert recipe.tree == {**found.recipe, **{key: {"name": value["name"]} for key, value in found.recipe.items()
-                                                  if isinstance(value, dict) and set(value) == {"name"}}}  # fmt: skip
-    assert (
-        found.command == f"llmtune {found.verb} {tmp_path}/recipe.yaml" or found.verb == "eval"
-    ) or " --nproc " in found.command
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.tree == {**found.recipe, **{key: {"name": value["name"]} for key, value in found.recipe.items()
+                                              if isinstance(value, dict) and set(value) == {"name"}}}  # fmt: skip
+    assert found.command == f"llmtune {found.verb} {tmp_path}/recipe.yaml" or " --nproc " in found.command
     if not file.endswith((".sh", ".json")):
         for comment in re.findall(r"(?:^|\s)#+ (.*)$", Path(file).read_text(), re.M):
             assert comment in found.text
@@ -112,7 +109,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "name": "galore", "layerwise": True, "target": "mlp,self_attn", "rank": 32, "scale": 2.0}},
     "llama_factory/badam.yaml": {"optim_config": {
         "name": "badam", "mode": "layer", "switch_mode": "ascending", "switch_interval": 20, "verbose": 2}},
-    "llama_factory/schedules.yaml": {"warmup_steps": 20,
+    "llama_factory/schedules.yaml": {"warmup_steps": 20, "save_strategy": "epoch",
                                      "lr_scheduler_config": {"name": "cosine_with_min_lr", "min_lr_rate": 0.04}},
     "llama_factory/hub_push.yaml": {"token": "${oc.env:HF_TOKEN}", "export_hub_model_id": "org/mine"},
     "llama_factory/train.json": {"template": "phi", "fp16": True, "device": "cpu", "dataset_dir": "sets"},
@@ -177,6 +174,14 @@ def test_values_mean_what_they_mean_there(file: str) -> None:
         ("llama_factory/predict.yaml", "predict org/tiny-chat-7b 'peft_config={name: lora, adapter_name_or_path: "
          "saves/lora_sft}' dataset=greetings template=llama3 cutoff_len=1024 max_samples=50 output_dir=saves/predict "
          "per_device_eval_batch_size=1"),
+        ("llama_factory/merge_quantised.yaml", "export org/tiny-chat-7b template=llama3 export_dir=output/few_bits "
+         "export_size=2 export_quantization_bit=4 export_quantization_dataset=data/c4_demo.jsonl "
+         "export_quantization_nsamples=64 export_quantization_maxlen=512 export_device=auto "
+         "export_legacy_format=false export_hub_model_id=org/few-bits"),
+        ("llama_factory/eval_mmlu.yaml", "eval org/tiny-chat-7b task=mmlu_test n_shot=5 lang=en batch_size=4 "
+         "save_dir=saves/eval 'peft_config={name: lora, adapter_name_or_path: saves/lora_sft}'"),
+        ("llama_factory/eval_ceval.yaml", "eval saves/full_sft task=ceval_validation n_shot=5 eval_config.seed=7 "
+         "download_mode=force_redownload apply_chat_template=true template=qwen"),
         ("llama_factory/train.sh", "train recipe.yaml --nproc 2"),
         ("trl/dpo.sh", "train recipe.yaml --nproc 4"),
     ],
@@ -209,6 +214,39 @@ def test_a_key_that_nobody_knows_is_lost_and_secrets_are_not_said(tmp_path: Path
     found = made(tmp_path, frobnicate=3, swanlab_api_key="abc123xyz")
     assert found.lost["frobnicate"] == "llmtune knows no such key of LLaMA-Factory"
     assert "abc123xyz" not in found.text
+
+
+def test_several_trackers_get_their_own_keys(tmp_path: Path) -> None:
+    found = made(
+        tmp_path, report_to=["wandb", "tensorboard", "trackio"], use_swanlab=True, swanlab_project="demo",
+        swanlab_mode="local", run_name="first", logging_dir="logs", trackio_space_id="me/space",
+    )  # fmt: skip
+    assert not found.lost
+    assert found.recipe["logger_config"] == [
+        {"name": "swanlab", "swanlab_run_name": "first", "swanlab_project": "demo", "swanlab_mode": "local"},
+        {"name": "wandb", "run_name": "first"}, {"name": "tensorboard", "log_dir": "logs"},
+        {"name": "trackio", "run_name": "first", "space_id": "me/space"},
+    ]  # fmt: skip
+    assert made(tmp_path, report_to="swanlab", use_swanlab=True).recipe["logger_config"] == {"name": "swanlab"}
+    assert "logger_config" not in made(tmp_path, report_to="none", run_name="first", swanlab_mode="local").recipe
+
+
+def test_what_a_yaml_file_of_v1_says_of_data_becomes_entries(tmp_path: Path) -> None:
+    (tmp_path / "sets.yaml").write_text(
+        "mine: {path: data/mine.json, source: local, converter: alpaca}\n"
+        "pairs: {path: org/pairs, split: train_prefs, converter: pair, size: 100, weight: 0.5}\n"
+        "old: {file_name: old.jsonl, dataset_dir: data, converter: other, weight: 2.0, streaming: false}\n"
+    )
+    keys = {"model": "m", "train_dataset": str(tmp_path / "sets.yaml"), "micro_batch_size": 1, "save_epochs": 1}
+    (tmp_path / "there.json").write_text(json.dumps(keys))
+    found = convert(tmp_path / "there.json")
+    assert found.recipe["dataset"] == [
+        {"path": "data/mine.json", "format": "alpaca"},
+        {"path": "hub:org/pairs", "format": "preference", "split": "train_prefs", "num_samples": 50},
+        {"path": "data/old.jsonl"},
+    ]
+    assert [lost.partition(": ")[2] for lost in found.lost] == ["old: converter", "old: weight"]
+    assert found.recipe["save_strategy"] == "epoch"
 
 
 def test_references_follow_their_keys(tmp_path: Path) -> None:

@@ -63,13 +63,16 @@ def test_a_summary_has_what_the_folder_tells(make: Make) -> None:
     (folder / "predict_results.json").write_text('{"eval_exact_match": 40.0, "predictions": 7}')
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "mmlu.json").write_text('{"task": "mmlu", "metrics": {"acc": 0.25, "why": "text"}}')
+    (folder / "benchmarks" / "step-00000002").mkdir()
+    (folder / "benchmarks" / "step-00000002" / "mmlu.json").write_text('{"task": "mmlu", "metrics": {"acc": 0.5}}')
     run = RunSummary.of(folder)
     assert (run.status, run.stage, run.method, run.step, run.steps) == ("done", "sft", "lora", 3, 10)
     assert (run.loss, run.eval_loss) == (2.0, 2.5)
     assert run.best_loss is not None and (run.best_loss.value, run.best_loss.step) == (1.0, 2)
     assert run.training_seconds == pytest.approx(1.5)  # 150 tokens, 100 a second
     assert run.tokens_per_second == pytest.approx(100.0)
-    assert run.results == {"eval_exact_match": 40.0, "predictions": 7, "mmlu acc": 0.25}
+    assert run.results == {"eval_exact_match": 40.0, "predictions": 7, "mmlu acc": 0.25,
+                           "mmlu acc of step-00000002": 0.5}  # fmt: skip
     text = str(run)
     for part in ("sft, lora", "3 of 10, 0:02 in steps", "3.00 GiB at most on a rank, 2.00 GiB planned", "2 ranks",
                  "2.0000, lowest 1.0000 at step 2", "mmlu acc 0.25", "eval loss"):  # fmt: skip

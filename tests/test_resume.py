@@ -211,6 +211,15 @@ def test_a_plan_beside_a_finished_run_is_shown_with_a_note(tiny_llama: str, chat
     assert plan.cost.device.name == "h100"
 
 
+def test_checkpoints_at_the_end_of_each_epoch(tiny_llama: str, chats: str, tmp_path: Path) -> None:
+    keys = recipe(tiny_llama, chats, tmp_path / "run", max_steps=7, save_strategy="epoch", save_steps=1)
+    llmtune.train(keys)
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [3, 6, 7]  # three steps an epoch; the last step is saved, too
+    llmtune.train({**keys, "output_dir": str(tmp_path / "none"), "max_steps": 1, "save_strategy": False})
+    assert not list((tmp_path / "none" / "checkpoints").iterdir())
+
+
 def test_retention_keeps_the_newest_and_the_best(tiny_llama: str, chats: str, tmp_path: Path) -> None:
     keys = recipe(
         tiny_llama, chats, tmp_path / "run", save_steps=1, save_total_limit=2, max_steps=6, learning_rate=0.5,

@@ -126,6 +126,7 @@ def test_a_changed_file_is_not_continued(tiny_llama: str, tmp_path: Path) -> Non
     [
         ({"max_steps": None}, "max_steps: not given, but streaming does not know how many rows an epoch has"),
         ({"eval_strategy": "epoch", "val_size": 4}, "eval_strategy: found epoch, whose end streaming does not know"),
+        ({"save_strategy": "epoch"}, "know; set save_strategy: steps and save_steps"),
         ({"per_device_train_batch_size": 64}, "the data have 60 rows, fewer than the 128 of a step"),
     ],
 )

@@ -307,6 +307,7 @@ def _kernels(draft: Draft) -> None:
 def _trackers(draft: Draft) -> None:
     """A project's name switches a tracker on."""
     names = [name for name, key in (("wandb", "wandb_project"), ("mlflow", "mlflow_tracking_uri"),
+                                    ("trackio", "trackio_project_name"),
                                     ("tensorboard", "use_tensorboard")) if draft.given.get(key)]  # fmt: skip
     inner = Draft({"report_to": names}, draft.trainer)
     trainer.reports(inner)

@@ -15,6 +15,7 @@ from llmtune.conversion.detect import trainer_of
 from llmtune.conversion.draft import Draft
 from llmtune.conversion.source import ForeignSource, read
 from llmtune.conversion.writer import recipe_yaml
+from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.recipe import recipe_errors
 
 _HEAD = "Converted by `llmtune convert` from"
@@ -34,7 +35,7 @@ class Conversion:
     trainer: str
     """Whose file it is."""
     verb: str
-    """What it is for: `train`, or the command that uses a model: `chat`, `export`, `predict`."""
+    """What it is for: `train`, or the command that uses a model: `chat`, `export`, `predict`, `eval`."""
     recipe: Mapping[str, Any]
     """The keys of llmtune; `text` is these with comments."""
     text: str
@@ -101,6 +102,16 @@ def convert(
     )
 
 
+def asked_by(source: str | os.PathLike[str]) -> Conversion | None:
+    """The conversion of another trainer's file that asks a benchmark; None where it is no such file."""
+    if Path(source).suffix.lower() not in (".yaml", ".yml", ".json") or not Path(source).is_file():
+        return None
+    given = read(source)
+    if trainer_of(given) != "LLaMA-Factory" or llama_factory.verb_of(given) != "eval":
+        return None
+    return convert(source)
+
+
 def offer(source: str | os.PathLike[str]) -> str | None:
     """The sentence for somebody who gives another trainer's file to `llmtune train`; None where it is no such file."""
     try:
@@ -126,13 +137,18 @@ def _command(recipe: Mapping[str, Any], verb: str, given: ForeignSource, output:
     if verb == "train":
         ranks = f" --nproc {given.ranks}" if given.ranks and given.ranks > 1 else ""
         return f"llmtune train {shlex.quote(output or 'recipe.yaml')}{ranks}"
-    if verb == "eval":
-        return "lm_eval (see what is not taken over)"
     if output is not None:
         return f"llmtune {verb} {shlex.quote(output)}"
-    used = [key for key in recipe if key != "model"]
-    words = [f"{key}={_word(recipe[key])}" for key in used]
+    words = [f"{key}={_word(value)}" for key, value in typed_keys(recipe).items()]
     return shlex.join(["llmtune", verb, str(recipe.get("model", "MODEL")), *words])
+
+
+def typed_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a command takes with the model: those of a benchmark stand by themselves, as far as they can."""
+    known, asked = top_level_keys(), {}
+    for key, value in recipe.get("eval_config", {}).items():
+        asked |= {} if key == "name" else {f"eval_config.{key}" if key in known else key: value}
+    return {**asked, **{key: value for key, value in recipe.items() if key not in ("model", "eval_config")}}
 
 
 def _word(value: Any) -> str:
@@ -150,7 +166,7 @@ def _word(value: Any) -> str:
 
 def _use(verb: str, command: str, output: str | os.PathLike[str] | None) -> str:
     """How a recipe is used, for its head; the long form of a command stands for one without a file."""
-    short = command if verb in ("train", "eval") or output is not None else f"llmtune {verb} recipe.yaml"
+    short = command if verb == "train" or output is not None else f"llmtune {verb} recipe.yaml"
     return f"Use it with: {short}"
 
 

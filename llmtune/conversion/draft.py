@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmtune.contract.errors import LlmtuneError
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.schema import field_types
 from llmtune.recipe.blocks import SEVERAL
@@ -39,10 +38,16 @@ class Draft:
     """Keys there that have no counterpart: the reason, and what to use instead."""
     check: list[str] = field(default_factory=list)
     """What the user should look at."""
+    registry: Registry = field(default_factory=Registry)
     left: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.left = dict(self.given)
+
+    def keys_of(self, point: str, name: str | None) -> Collection[str]:
+        """The keys of a plugin; none where no package offers it, or none is named."""
+        plugin = self.registry.offered(point, name) if name else None
+        return field_types(plugin.config) if plugin else ()
 
     def has(self, key: str) -> bool:
         """Whether the file gives the key a value that is not null."""
@@ -58,8 +63,7 @@ class Draft:
         """Write a dotted key of the recipe, because of these keys there (none: because of a default there)."""
         point, _, inner = here.partition(".")
         if inner:
-            block = self.recipe.setdefault(point, {})
-            block[inner] = value
+            self.recipe.setdefault(point, {})[inner] = value
         else:
             self.recipe[here] = value
         for source in sources:
@@ -83,7 +87,7 @@ class Draft:
             several = blocks if isinstance(blocks, list) else [blocks]
             if not any(block["name"] == name for block in several):
                 several = [*several, {"name": name}]
-            self.set(point, several, *sources, note=note)
+            self.set(point, several if len(several) > 1 else several[0], *sources, note=note)
             return
         rest = {key: value for key, value in (blocks or {}).items() if key != "name"}
         self.set(point, {"name": name, **rest}, *sources, note=note)
@@ -94,6 +98,19 @@ class Draft:
         """The plugin that is named so far."""
         block = self.recipe.get(point)
         return block.get("name") if isinstance(block, dict) else None
+
+    def set_in_blocks(self, point: str, keys: Mapping[str, str], source: str) -> bool:
+        """Write a key there into each chosen plugin that has it: `keys` are plugins and what they call it. Whether one
+        of them is chosen."""
+        value = self.given[source]
+        blocks = self.recipe.get(point) or []
+        several = [block for block in (blocks if isinstance(blocks, list) else [blocks]) if block["name"] in keys]
+        for block in several:
+            block[keys[block["name"]]] = value
+        if several:
+            self.left.pop(source, None)
+            self.came[source] = point if isinstance(blocks, list) else f"{point}.{keys[several[0]['name']]}"
+        return bool(several)
 
     def ask_nothing(self, *keys: str, why: str) -> None:
         """These keys ask for nothing here, as far as they are not accounted for otherwise."""
@@ -127,7 +144,7 @@ class Draft:
 
     def take_family(self, prefix: str, point: str) -> None:
         """Take the keys of a plugin that is named: `galore_rank` as `optim_config.rank`."""
-        known = keys_of(point, self.chosen(point))
+        known = self.keys_of(point, self.chosen(point))
         self.rename(
             {
                 key: f"{point}.{key.removeprefix(prefix)}"
@@ -172,7 +189,9 @@ class Draft:
             point, inner, named, own = block[1], block[2] or block[4], block[3], self.chosen(block[1])
             if value is None:
                 self.ask_nothing(key, why="null is the default")
-            elif own is None or (named and named != own) or inner not in (keys_of(point, own) or [inner]):
+            elif named and self.set_in_blocks(point, {named: inner}, key):
+                pass
+            elif own is None or (named and named != own) or inner not in (self.keys_of(point, own) or [inner]):
                 self.ask_nothing(key, why=f"counts only with {point}: {named or 'a plugin that has it'}")
             else:
                 self.set(f"{point}.{inner}", value, key)
@@ -207,22 +226,3 @@ class Draft:
 
 def _is_switch(key: str) -> bool:
     return key in foreign_keys() and _SWITCH.match(foreign_keys()[key].here) is not None
-
-
-def keys_of(point: str, name: str | None) -> Iterable[str]:
-    """The keys of a plugin; none where it is not installed, or not named."""
-    if name is None:
-        return ()
-    try:
-        return field_types(Registry().find(point, name).plugin.config)
-    except LlmtuneError:
-        return ()
-
-
-def has_plugin(point: str, name: str) -> bool:
-    """Whether a plugin of this name is installed."""
-    try:
-        Registry().find(point, name)
-    except LlmtuneError:
-        return False
-    return True

@@ -29,6 +29,9 @@ _BREAKS = (
 _LINE_BREAK = "LLaMA-Factory trains the line break after an answer's end, too, llmtune the end"
 _GENERATION = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 1024}
 
+_QUESTIONS = {"mmlu": ("test", "en"), "ceval": ("validation", "zh"), "cmmlu": ("test", "zh")}
+"""Tasks of LLaMA-Factory: which questions of theirs `llmtune eval` asks, and in which language."""
+
 
 def defaults() -> dict[str, Any]:
     """The official table's defaults: a key that has its own asks for nothing where it has no counterpart."""
@@ -72,6 +75,8 @@ def convert(draft: Draft, verb: str) -> None:
     training = verb == "train"
     _method(draft, training)
     _quantisation(draft, training)
+    if verb == "eval":
+        _benchmark(draft)
     _data(draft)
     if training:
         _stage(draft)
@@ -246,8 +251,27 @@ def _data(draft: Draft) -> None:
         draft.lose("dataset_dir", why="dataset_info.json is read from a folder; download it and name the folder")
     elif folder is not None:
         draft.set("dataset_dir", folder, "dataset_dir")
-    name = draft.take("template")
     pretrains = draft.given.get("stage") == "pt"
+    if "template" in draft.left:
+        _template(draft, pretrains)
+    if draft.given.get("neat_packing") is True and draft.given.get("packing") is None:
+        draft.set("packing", True, "packing", note="neat_packing packs there, too")
+    elif draft.given.get("packing") is True and not draft.given.get("neat_packing"):
+        draft.set("neat_packing", False, note="samples of a row see each other there; leave it out to keep them apart")
+        draft.take("neat_packing")
+        draft.ask_nothing("neat_packing", why="it is off, as written")
+    padded = not draft.given.get("packing") and not draft.given.get("neat_packing") and not pretrains
+    if draft.has("dataset") and padded and "group_by_length" not in draft.given:
+        draft.default("group_by_length", False, note="rows of any length meet in a step")
+    if draft.has("tokenized_path"):
+        draft.check.append(
+            "tokenized_path: what LLaMA-Factory wrote there is not read; name another folder, or leave it out"
+        )
+
+
+def _template(draft: Draft, pretrains: bool) -> None:
+    """The template by its name there, where llmtune has it."""
+    name = draft.take("template")
     if name is None or pretrains:
         draft.ask_nothing(
             "template", why="plain text has none" if pretrains else "the tokenizer's own template is taken"
@@ -263,19 +287,32 @@ def _data(draft: Draft) -> None:
             f"of {listed(template_names(), 40)})",
         )
         draft.check.append("the tokenizer's own chat template is taken: `llmtune data preview` shows what is trained")
-    if draft.given.get("neat_packing") is True and draft.given.get("packing") is None:
-        draft.set("packing", True, "packing", note="neat_packing packs there, too")
-    elif draft.given.get("packing") is True and not draft.given.get("neat_packing"):
-        draft.set("neat_packing", False, note="samples of a row see each other there; leave it out to keep them apart")
-        draft.take("neat_packing")
-        draft.ask_nothing("neat_packing", why="it is off, as written")
-    padded = not draft.given.get("packing") and not draft.given.get("neat_packing") and not pretrains
-    if draft.has("dataset") and padded and "group_by_length" not in draft.given:
-        draft.default("group_by_length", False, note="rows of any length meet in a step")
-    if draft.has("tokenized_path"):
-        draft.check.append(
-            "tokenized_path: what LLaMA-Factory wrote there is not read; name another folder, or leave it out"
-        )
+
+
+def _benchmark(draft: Draft) -> None:
+    """The questions of an evaluation file, put as they are there."""
+    subject, _, split = str(draft.take("task")).partition("_")
+    asked = _QUESTIONS.get(subject)
+    draft.name("eval_config", "benchmark")
+    draft.set("eval_config.task", f"{subject}_{asked[0]}" if asked else draft.given["task"], "task")
+    if asked and split != asked[0]:
+        draft.check.append(f"task: llmtune eval asks the {asked[0]} questions of {subject}, the file those of {split}")
+    shots = draft.take("n_shot", 5)
+    draft.set("eval_config.n_shot", shots, "n_shot", note="" if draft.has("n_shot") else "the default of LLaMA-Factory")
+    if (language := draft.given.get("lang")) is not None and asked and language != asked[1]:
+        draft.lose("lang", why=f"the questions of {subject} are put in {asked[1]} only")
+    draft.rename({key: f"eval_config.{key}" for key in ("lang", "batch_size", "seed", "save_dir", "download_mode")})
+    if draft.take("task_dir") not in (None, "evaluation"):
+        draft.lose("task_dir", why="it has LLaMA-Factory's own files; lm-evaluation-harness fetches the questions")
+    draft.ask_nothing("task_dir", why="lm-evaluation-harness fetches the questions")
+    if draft.given.get("template") in (None, "fewshot", "empty"):
+        draft.left.pop("template", None)
+        draft.ask_nothing("template", why="questions are plain text")
+    else:
+        draft.set("eval_config.apply_chat_template", True, note="as template asks there")
+    draft.check.append(
+        "figures: lm-evaluation-harness words questions and draws examples in its own way; compare with its own only"
+    )
 
 
 def _measuring(draft: Draft) -> None:

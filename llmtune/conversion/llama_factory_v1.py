@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import listed
 from llmtune.conversion import trainer_arguments as trainer
-from llmtune.conversion.draft import Draft, keys_of
-from llmtune.conversion.source import ForeignSource
+from llmtune.conversion.draft import Draft
+from llmtune.conversion.source import ForeignSource, read
 from llmtune.conversion.tables import table
 from llmtune.data.template import template_names, template_of
 
 _VERBS = {"chat": "chat", "merge": "export", "export": "export", "rm": "train", "dpo": "train"}
 _RENAMED = {"wd": "weight_decay", "adamw_betas": "betas", "adamw_eps": "eps", "rank": "r"}
+_CONVERTERS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "pair": "preference"}
+_FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".arrow")
 _SAMPLING = ("sample_backend", "sample_system", "sample_user")
 
 
@@ -29,11 +32,9 @@ def verb_of(source: ForeignSource) -> str:
 def convert(draft: Draft, verb: str) -> None:
     """Fill the draft from a v1 file."""
     draft.rename({"model": "model", "train_dataset": "dataset"})
-    if isinstance(data := draft.recipe.get("dataset"), str) and data.endswith((".yaml", ".yml")):
-        draft.check.append(
-            f"dataset: {data} describes data sets in v1's way; name the files themselves, or a name in "
-            "dataset_info.json"
-        )
+    for there, here in (("train_dataset", "dataset"), ("eval_dataset", "eval_dataset")):
+        if str(draft.given.get(there)).endswith((".yaml", ".yml")):
+            _described(draft, there, here)
     if (draft.given.get("model_class") or "llm") == "llm":
         draft.ask_nothing("model_class", why="llm is the default")
     draft.take_remote_code()
@@ -63,11 +64,54 @@ def convert(draft: Draft, verb: str) -> None:
             draft.ask_nothing("resume_from_checkpoint", why="an interrupted run in output_dir is continued anyway")
         else:
             draft.set("resume_from_checkpoint", draft.given["resume_from_checkpoint"], "resume_from_checkpoint")
-        epochs = draft.take("save_epochs")
-        if epochs is not None:
-            draft.lose("save_epochs", why="checkpoints are counted in steps; set save_steps")
+        if (epochs := draft.take("save_epochs")) == 1:
+            draft.set("save_strategy", "epoch", "save_epochs")
+        elif epochs is not None:
+            draft.lose("save_epochs", why="epochs are saved one by one (save_strategy: epoch); or set save_steps")
     trainer.precision(draft)
     draft.take_rest({})
+
+
+def _described(draft: Draft, there: str, here: str) -> None:
+    """The data sets that a YAML file of v1 describes, as entries of `dataset`."""
+    file = Path(str(draft.take(there))).expanduser()
+    if not file.is_file():
+        draft.set(here, str(file), there)
+        draft.check.append(
+            f"{here}: {file} is not there to be read; start in the folder where it is, or name the files themselves"
+        )
+        return
+    entries = [_entry(draft, f"{file}: {name}", dict(row)) for name, row in read(file).tree.items()]
+    draft.set(here, entries if len(entries) > 1 else entries[0], there, note=f"as {file} describes them")
+
+
+def _entry(draft: Draft, place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A data set; what its row says beyond a place, a form and a number of rows is listed."""
+    path, source = str(row.pop("path", None) or row.pop("file_name", "")), row.pop("source", None)
+    folder = row.pop("dataset_dir", None)
+    path = str(Path(folder) / path) if folder else path
+    local = source == "local" or Path(path).expanduser().exists() or Path(path).suffix in _FILES
+    entry: dict[str, Any] = {"path": path if local else f"hub:{path}"}
+    if source == "ms_hub":
+        draft.check.append(f"{place} is on ModelScope: set hub_config: modelscope (llmtune-hubs)")
+    converter = row.pop("converter", None)
+    if converter in _CONVERTERS:
+        entry["format"] = _CONVERTERS[converter]
+        if converter == "alpaca":
+            draft.check.append(f"{place}: v1 writes input right after instruction, llmtune in a line of its own")
+    elif converter is not None:
+        draft.lost[f"{place}: converter"] = f"there is no format {converter}; what rows look like decides"
+    if (split := row.pop("split", None)) not in (None, "train"):
+        entry["split"] = split
+    size, weight = row.pop("size", row.pop("num_samples", None)), row.pop("weight", None)
+    if size is not None:
+        entry["num_samples"] = int(size * (weight or 1))
+    elif weight not in (None, 1):
+        draft.lost[f"{place}: weight"] = f"write num_samples, {weight} times the rows of the set"
+    for key, value in row.items():
+        if value not in (None, False, [], {}):
+            draft.lost[f"{place}: {key}"] = "entries of dataset have no such key (docs/data.md lists them)"
+    return entry
 
 
 def _template(draft: Draft) -> None:
@@ -106,7 +150,7 @@ def _blocks(draft: Draft) -> None:
             if point == "peft_config" and block.get(key) is not None:
                 draft.set(key, block.pop(key), point)
         draft.name(point, name, point)
-        known = keys_of(point, name)
+        known = draft.keys_of(point, name)
         for key, value in block.items():
             here = _RENAMED.get(key, key)
             if here in known and value is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.conversion import trainer_arguments as trainer
-from llmtune.conversion.draft import Draft, keys_of
+from llmtune.conversion.draft import Draft
 from llmtune.conversion.source import ForeignSource
 from llmtune.conversion.tables import table
 from llmtune.recipe.text import leaves, show
@@ -247,7 +247,7 @@ def _optimiser(draft: Draft) -> None:
             "optimizer.weight_decay",
             note="" if draft.has("optimizer.weight_decay") else f"the default of {component}",
         )
-    known = keys_of("optim_config", draft.chosen("optim_config") or "adamw")
+    known = draft.keys_of("optim_config", draft.chosen("optim_config") or "adamw")
     for key in [key for key in draft.left if key.startswith("optimizer.")]:
         inner, value = key.partition(".")[2], draft.take(key)
         if inner in ("fused", "foreach", "weight_decay"):
@@ -261,7 +261,7 @@ def _optimiser(draft: Draft) -> None:
             draft.lose(key, why=f"optim_config: {draft.chosen('optim_config') or 'adamw'} has no such key")
     if draft.take("optimizer_in_bwd"):
         draft.chosen("optim_config") or draft.name("optim_config", "adamw")
-        if "layerwise" in keys_of("optim_config", draft.chosen("optim_config")):
+        if "layerwise" in draft.keys_of("optim_config", draft.chosen("optim_config")):
             draft.set("optim_config.layerwise", True, "optimizer_in_bwd")
             draft.set("max_grad_norm", 0, note="updates in the backward pass cannot be clipped")
         else:

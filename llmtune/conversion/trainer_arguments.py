@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmtune.conversion.draft import Draft, has_plugin, keys_of
+from llmtune.conversion.draft import Draft
 from llmtune.conversion.tables import table
+
+_RUN_NAMES = {"swanlab": "swanlab_run_name"} | dict.fromkeys(("wandb", "mlflow", "trackio"), "run_name")
+"""Trackers, and their key for the name of a run."""
 
 
 def precision(draft: Draft) -> None:
@@ -34,7 +37,7 @@ def optimiser(draft: Draft, key: str = "optim", *, default: str = "adamw") -> No
         value = draft.take(key)
         row = dict(table("optimisers").get(str(value), {}))
         note = row.pop("note", "")
-        if row and has_plugin("optim_config", row["name"]):
+        if row and draft.registry.offered("optim_config", row["name"]):
             plain = row == {"name": default} and not note
             (draft.ask_nothing(key, why=f"{default} is the default") if plain else None)
             if not plain:
@@ -63,7 +66,7 @@ def optimiser(draft: Draft, key: str = "optim", *, default: str = "adamw") -> No
             continue
         if draft.chosen("optim_config") is None:
             draft.name("optim_config", default)
-        if inner in keys_of("optim_config", draft.chosen("optim_config")):
+        if inner in draft.keys_of("optim_config", draft.chosen("optim_config")):
             draft.set(f"optim_config.{inner}", value, *names)
         else:
             draft.lose(*names, why=f"optim_config: {draft.chosen('optim_config')} has no {inner}")
@@ -87,7 +90,7 @@ def schedule(draft: Draft, key: str = "lr_scheduler_type", *, default: str = "li
     if name == "polynomial":
         options = {"lr_end": 1e-7, **options}
     renamed = {"min_lr": "min_lr_ratio" if name != "cosine_with_min_lr" else "min_lr_rate", "lr_end": "lr_end_ratio"}
-    known = keys_of("lr_scheduler_config", name)
+    known = draft.keys_of("lr_scheduler_config", name)
     for there, value in options.items():
         here = renamed.get(there, there)
         if here in known:
@@ -129,12 +132,11 @@ def saving_and_evaluating(draft: Draft) -> None:
     if saves == "no":
         draft.set("save_steps", None, "save_strategy")
         draft.ask_nothing("save_steps", why="save_strategy is no")
-    elif saves in ("epoch", "best"):
-        draft.lose(
-            "save_strategy",
-            why="checkpoints are counted in steps; save_steps is 500 unless set, and the result "
-            "is saved in any case; load_best_model_at_end keeps the best",
-        )
+    elif saves == "epoch":
+        draft.set("save_strategy", "epoch", "save_strategy")
+        draft.ask_nothing("save_steps", why="save_strategy is epoch")
+    elif saves == "best":
+        draft.lose("save_strategy", why="the best checkpoint is kept by load_best_model_at_end: true; steps is taken")
     else:
         draft.ask_nothing("save_strategy", why="steps is the default")
     share = draft.given.get("save_steps")
@@ -202,28 +204,32 @@ def checkpointing(draft: Draft, key: str = "gradient_checkpointing") -> None:
     )
 
 
-def reports(draft: Draft, key: str = "report_to") -> None:
-    """Trackers by the names they have there, as far as a plugin of that name is installed."""
-    if key not in draft.left:
-        return
-    given = draft.take(key)
+def reports(draft: Draft) -> None:
+    """Trackers by the names they have there, as far as a package offers a plugin of that name."""
+    for switch, name in (("use_swanlab", "swanlab"), ("use_wandb", "wandb")):
+        if draft.take(switch):
+            draft.name("logger_config", name, switch)
+        draft.ask_nothing(switch, why="it is off")
+    given = draft.take("report_to")
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given or [])
+    names = [name for name in names if name not in ("none", "None", "")]
     for name in names:
-        if name in ("none", "None", ""):
-            continue
-        if name != "all" and has_plugin("logger_config", name):
-            draft.name("logger_config", name, key)
+        if draft.registry.offered("logger_config", name):
+            draft.name("logger_config", name, "report_to")
         else:
             said = "name each tracker" if name == "all" else "no plugin of this name is installed"
-            draft.lost[f"{key}: {name}"] = f"{said}; metrics.jsonl in the run's folder holds every number"
-    if key not in draft.came and not any(lost.startswith(f"{key}: ") for lost in draft.lost):
-        draft.ask_nothing(key, why="no tracker is the default")
-    elif key not in draft.came:
-        draft.lose(key, why="see above")
-    if draft.has("logging_dir") and draft.chosen("logger_config") == "tensorboard":
-        draft.set("logger_config.log_dir", draft.take("logging_dir"), "logging_dir")
-    elif "logging_dir" in draft.left:
-        draft.ask_nothing("logging_dir", why="it is TensorBoard's folder")
+            draft.lost[f"report_to: {name}"] = f"{said}; metrics.jsonl in the run's folder holds every number"
+    if names and "report_to" not in draft.came:
+        draft.lose("report_to", why="see above")
+    draft.ask_nothing("report_to", why="no tracker is the default")
+    for key, called, why in (
+        ("run_name", _RUN_NAMES, "the trackers' name of the run"),
+        ("logging_dir", {"tensorboard": "log_dir"}, "TensorBoard's folder"),
+        ("project", {"trackio": "project"}, "trackio's project"),
+    ):
+        if not (draft.has(key) and draft.set_in_blocks("logger_config", called, key)):
+            draft.left.pop(key, None)
+            draft.ask_nothing(key, why=f"it is {why}")
 
 
 def spreading(draft: Draft) -> None:

@@ -30,7 +30,8 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     """metrics.jsonl, the numbers of each line, oldest first."""
     results: Mapping[str, float]
-    """What was measured after training: `predict_results.json`, and benchmarks as `TASK METRIC`."""
+    """What was measured after training: `predict_results.json`, and benchmarks as `TASK METRIC`, those of a
+    checkpoint as `TASK METRIC of CHECKPOINT`."""
     problems: list[str] = field(default_factory=list)
 
     @cached_property
@@ -100,11 +101,12 @@ def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _results(folder: Path, problems: list[str]) -> dict[str, float]:
     found = _mapping(folder / PREDICT_RESULTS, problems) if (folder / PREDICT_RESULTS).exists() else {}
-    for path in sorted((folder / BENCHMARKS).glob("*.json")):
+    for path in sorted((folder / BENCHMARKS).rglob("*.json")):
+        of = "" if path.parent.name == BENCHMARKS else f" of {path.parent.name}"
         content = _mapping(path, problems)
         task, metrics = content.get("task", path.stem), content.get("metrics")
         if isinstance(metrics, dict):
-            found |= {f"{task} {name}": value for name, value in metrics.items()}
+            found |= {f"{task} {name}{of}": value for name, value in metrics.items()}
     return {name: value for name, value in found.items() if is_number(value)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llmtune.contract.errors import LlmtuneError, PlanError, RecipeError, did_you_mean, listed, raise_all
 from llmtune.contract.generation import GenerateConfig
 from llmtune.contract.schema import field_types
-from llmtune.distributed.ranks import fail_together, first_does, join, ranks_from_environment, tell_the_others
+from llmtune.conversion.convert import Conversion, asked_by, typed_keys
+from llmtune.distributed.ranks import Ranks, fail_together, first_does, join, ranks_from_environment, tell_the_others
 from llmtune.folders import write_durably
 from llmtune.inference.chat import parts_of
 from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
@@ -29,16 +31,21 @@ if TYPE_CHECKING:
     from llmtune.recipe.recipe import Recipe
 
 POINT = "eval_config"
+_DOTTED = f"{POINT}."
 
 
 def evaluate(path: str | Path, /, **given: Any) -> dict[Path, dict[str, float]]:
     """Ask the model of `path` a benchmark, in this process, as one of the ranks that the environment names.
 
-    `given` are keys of the evaluator's block (`task=mmlu`) and of a recipe. Writes a JSON file for each benchmark into
-    `save_dir`, else into `benchmarks` of the run's folder. Returns the metrics by the files that have them.
+    `given` are keys of the evaluator's block (`task=mmlu`) and of a recipe; `path` may be an evaluation file of
+    LLaMA-Factory. Writes a JSON file for each benchmark into `save_dir`, else into `benchmarks` of the run's folder.
+    Returns the metrics by the files that have them.
     """
     ranks = ranks_from_environment()
     try:
+        if other := asked_by(path):
+            path, given = other.recipe["model"], {**typed_keys(other.recipe), **given}
+            _tell(other, ranks)
         keys = with_block(given)
         device = keys.pop("device", "auto")
         recipe = recipe_of(path, **keys)
@@ -65,6 +72,13 @@ def evaluate(path: str | Path, /, **given: Any) -> dict[Path, dict[str, float]]:
     return found
 
 
+def _tell(other: Conversion, ranks: Ranks) -> None:
+    """Say what of another trainer's file is not done, and what is done otherwise."""
+    if ranks.first:
+        for line in (*(f"{key}: {why}" for key, why in other.lost.items()), *other.check):
+            print(f"llmtune: {line}", file=sys.stderr)
+
+
 def with_block(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a recipe for those of a command: what is no key at the top level goes into the block of the evaluator
     that has it. Raises RecipeError for a key that neither has."""
@@ -72,6 +86,8 @@ def with_block(given: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in given.items() if key.partition(".")[0] not in known}
     if not own:
         return dict(given)
+    rest = {key: value for key, value in given.items() if key not in own}
+    own |= {key.removeprefix(_DOTTED): rest.pop(key) for key in list(rest) if key.startswith(_DOTTED)}
     rows = [row.plugin for row in Registry().listing() if row.plugin and row.point == POINT]
     fits = [plugin for plugin in rows if own.keys() <= field_types(plugin.config).keys()]
     if not fits:
@@ -80,7 +96,7 @@ def with_block(given: Mapping[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"command line  {strange}: no such key.{did_you_mean(strange, [*fields, *known])}")
     if len(fits) > 1:
         raise RecipeError(f"eval_config: {listed([plugin.name for plugin in fits])} have such keys; name one of them")
-    return {**{key: value for key, value in given.items() if key not in own}, POINT: {"name": fits[0].name, **own}}
+    return {**rest, POINT: {"name": fits[0].name, **own}}
 
 
 def _file(path: str | Path, recipe: Recipe, benchmark: str) -> Path:

@@ -67,7 +67,10 @@ def make_plan(
     ranks = arranged(ranks, parts, problems)
     doing.info("Reading the model's configuration and tokenizer")
     precision, pretrained = foundations(recipe, parts, ranks, device, problems, target=target, templated=False)
-    obstacles = unstreamable(recipe.data, recipe.train.max_steps, recipe.train.eval_strategy)
+    train = recipe.train
+    obstacles = unstreamable(
+        recipe.data, train.max_steps, eval_strategy=train.eval_strategy, save_strategy=train.save_strategy
+    )
     for stage in parts.at("stage_config"):
         obstacles += [PlanError(sentence) for sentence in streaming_objections(stage, recipe.data)]
     problems += obstacles

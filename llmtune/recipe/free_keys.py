@@ -13,8 +13,9 @@ from llmtune.contract.schema import field_types
 from llmtune.recipe.secrets import blank
 
 FREE = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
-    "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset", "eval_on_each_dataset", "plot_loss",
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_strategy", "save_steps",
+    "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size", "eval_dataset",
+    "eval_on_each_dataset", "plot_loss",
     "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "sample_prompts", "token", "cache_dir", "export_dir", "export_size", "export_hub_model_id",
     "export_format", "export_gguf_type", "export_quantization_bit", "export_quantization_dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -80,6 +81,17 @@ class Registry:
         if offer.source not in self._used:
             self._used.append(offer.source)
         return offer
+
+    def offered(self, point: str, name: str) -> Plugin | None:
+        """The plugin of this name, whether or not what it needs is installed; None where no package offers it."""
+        for source in self.sources:
+            with contextlib.suppress(PluginError):
+                if name in source.names:
+                    usable(source, name)
+                    plugins = self._module(source).plugins(point)
+                    if found := next((plugin for plugin in plugins if plugin.name == name), None):
+                        return found
+        return None
 
     def observers(self) -> list[Callable[[Event], object]]:
         """What watches a run: `observe` of the modules whose plugins `find` has given, and of those that

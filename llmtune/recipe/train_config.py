@@ -103,15 +103,20 @@ class TrainConfig:
     early_stopping_threshold: Annotated[float, Ge(0)] = 0.0
     """By how much the metric must improve to count."""
 
+    save_strategy: Literal["no", "steps", "epoch", False] = "steps"
+    """When to save a checkpoint: every `save_steps`, at the end of each epoch, or not but on request (SIGTERM). But
+    for `no`, the last step is saved, too. YAML reads a bare no as false, which means the same here."""
     save_steps: Annotated[int | float, Gt(0)] | None = 500
-    """Optimiser steps between checkpoints, or below 1 their share of all steps; null: none but on request (SIGTERM).
-    With a number, the last step is saved too."""
+    """Optimiser steps between checkpoints with `save_strategy: steps`, or below 1 their share of all steps; null: none
+    but on request."""
     save_total_limit: Annotated[int, Ge(1)] | None = None
     """Keep this many checkpoints, the newest and the best; null keeps all."""
 
     def __post_init__(self) -> None:
         if self.eval_strategy is False:
             object.__setattr__(self, "eval_strategy", "no")
+        if self.save_strategy is False:
+            object.__setattr__(self, "save_strategy", "no")
         if self.resume_from_checkpoint is True:
             object.__setattr__(self, "resume_from_checkpoint", "auto")
         if self.max_grad_norm is None:

@@ -103,11 +103,11 @@ class TrainingCallbacks:
 
     def end_step(self, step: int, last: bool) -> bool:
         """Save where it is time to. True if the run ends here."""
-        save_every = self.plan.every(self.plan.recipe.train.save_steps)
         # Asked on every step by every rank; at the last one there is nothing left to interrupt.
         self.interrupted = self.asked_to_stop() and (self.left_evaluation or not last)
         done = last or self.interrupted or self.stopped_early
-        regular = save_every is not None and (step % save_every == 0 or done)
+        every = save_interval(self.plan)
+        regular = every is not None and (step % every == 0 or done)
         if regular or self.interrupted or self._best_unsaved(step):
             self.save(step)
         return done
@@ -319,6 +319,16 @@ def eval_interval(plan: Plan) -> int | None:
     match train.eval_strategy:
         case "steps":
             return plan.every(train.eval_steps) or train.logging_steps
+        case "epoch":
+            return plan.data.batches.order.steps_per_epoch or plan.steps
+    return None
+
+
+def save_interval(plan: Plan) -> int | None:
+    """Steps from one checkpoint to the next, at the last step at the latest; None where none is saved unasked."""
+    match plan.recipe.train.save_strategy:
+        case "steps":
+            return plan.every(plan.recipe.train.save_steps)
         case "epoch":
             return plan.data.batches.order.steps_per_epoch or plan.steps
     return None

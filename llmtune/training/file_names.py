@@ -6,7 +6,7 @@ model/          what others read    trained.safetensors  the trained tensors of 
 checkpoints/    see llmtune.training.checkpoint        quarantine.jsonl  rows that cannot be used, and why
 loggers/NAME/   what the logger NAME wrote             chat_template.jinja  the template of the run's tokenizer
 generated_predictions.jsonl, predict_settings.json, predict_results.json  see llmtune.training.predict
-benchmarks/TASK.json  what a benchmark measured: {"task": ..., "metrics": {...}}
+benchmarks/TASK.json  what a benchmark measured: {"task": ..., "metrics": {...}}; of a checkpoint in benchmarks/STEP/
 """
 
 from __future__ import annotations

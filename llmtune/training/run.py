@@ -34,7 +34,7 @@ from llmtune.recipe.parts import collect
 from llmtune.terminal import doing, say
 from llmtune.training import checkpoint, resume, run_folder
 from llmtune.training.building import build_run, make_training
-from llmtune.training.callbacks import TrainingCallbacks, eval_interval
+from llmtune.training.callbacks import TrainingCallbacks, eval_interval, save_interval
 from llmtune.training.file_names import PREDICTIONS, QUARANTINE
 from llmtune.training.isolation import check_isolation, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
@@ -329,7 +329,7 @@ def start_loggers(
     milestones = Milestones(
         planned_memory_bytes=planned_memory_bytes,
         eval_every=eval_interval(plan),
-        save_every=plan.every(plan.recipe.train.save_steps),
+        save_every=save_interval(plan),
     )
     parts = plan.parts.at("logger_config")
     loggers = Loggers(

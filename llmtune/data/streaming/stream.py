@@ -187,8 +187,9 @@ def _tokenised(maker: PieceMaker, reports: Sequence[SourceReport], rows: list[St
     return made
 
 
-def unstreamable(config: DataConfig, max_steps: int | None = 1, eval_strategy: str | bool = "no") -> list[DataError]:
-    """What of a recipe does not go with data of unknown size, if they are streamed."""
+def unstreamable(config: DataConfig, max_steps: int | None = 1, **strategies: str | bool) -> list[DataError]:
+    """What of a recipe does not go with data of unknown size, if they are streamed. `strategies` are its keys that may
+    name the end of an epoch."""
     sentences = []
     if config.streaming and 0 < config.val_size < 1:
         sentences.append(
@@ -201,10 +202,9 @@ def unstreamable(config: DataConfig, max_steps: int | None = 1, eval_strategy: s
         sentences.append("dataset: not given; name a file, a hub:owner/name, or llmtune:quickstart")
     if config.streaming and not max_steps:
         sentences.append("max_steps: not given, but streaming does not know how many rows an epoch has; set max_steps")
-    if config.streaming and eval_strategy == "epoch":
-        sentences.append(
-            "eval_strategy: found epoch, whose end streaming does not know; set eval_strategy: steps and eval_steps"
-        )
+    for key in [key for key, value in strategies.items() if config.streaming and value == "epoch"]:
+        steps = f"{key.removesuffix('_strategy')}_steps"
+        sentences.append(f"{key}: found epoch, whose end streaming does not know; set {key}: steps and {steps}")
     return [DataError(sentence) for sentence in sentences]
 
 
