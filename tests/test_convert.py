@@ -33,10 +33,15 @@ def among_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "not-a-token")
 
 
+def made_of(folder: Path, given: dict[str, Any]) -> Conversion:
+    """The conversion of a file with these keys."""
+    (folder / "there.json").write_text(json.dumps(given))
+    return convert(folder / "there.json")
+
+
 def made(folder: Path, **keys: Any) -> Conversion:
     """The conversion of a classic file of LLaMA-Factory with these keys."""
-    (folder / "there.json").write_text(json.dumps({**BASE, **keys}))
-    return convert(folder / "there.json")
+    return made_of(folder, {**BASE, **keys})
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -128,11 +133,13 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "optim_config": {"name": "adamw_8bit"}, "cutoff_len": 2048, "num_train_epochs": 1, "val_size": 0.05},
     "axolotl/full_liger_fsdp.yml": {"template": "llama3", "kernel_config": {"name": "auto"}, "dataset": [{
         "path": "hub:org/talks", "format": "sharegpt", "tags": {"role_tag": "from", "content_tag": "value"},
-        "columns": {"messages": "conversations"}, "split": "train"}]},
+        "split": "train[:20%]"}], "eval_strategy": "steps", "eval_steps": 0.25, "cutoff_policy": "drop"},
+    "axolotl/completion.yml": {"stage_config": {"name": "pt"}, "save_strategy": "epoch", "cutoff_policy": None},
     "axolotl/dpo.yml": {"stage_config": {"name": "dpo", "pref_beta": 0.1}, "group_by_length": False,
                         "quant_config": {"name": "bnb", "quantization_bit": 4}},
     "axolotl/kto.yml": {"stage_config": {"name": "kto", "pref_beta": 0.5, "kto_chosen_weight": 0.2}},
-    "axolotl/pretrain.yml": {"stage_config": {"name": "pt"}, "streaming": True, "warmup_ratio": 0.03},
+    "axolotl/pretrain.yml": {"stage_config": {"name": "pt"}, "streaming": True, "warmup_ratio": 0.03,
+                             "pure_bf16": True},
     "torchtune/lora_single_device.yaml": {
         "model": "/models/tiny", "pure_bf16": True, "train_on_prompt": True, "max_grad_norm": None, "warmup_steps": 100,
         "peft_config": {"name": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": [
@@ -193,6 +200,21 @@ def test_the_command_to_type(file: str, command: str, capsys: pytest.CaptureFixt
     assert found.command == f"llmtune {command}"
     assert main(["convert", file]) == 0
     assert (capsys.readouterr().out == found.command + "\n") == (found.verb != "train")
+
+
+def test_share_of_steps_and_weights_of_the_others(tmp_path: Path) -> None:
+    assert made(tmp_path, save_steps=0.1).recipe["save_steps"] == 0.1
+    words = "trl sft --model_name_or_path m --dataset_name o/p --dtype bfloat16 --bf16 true"
+    found = convert(f"{words} --packing true --packing_strategy wrapped").recipe
+    assert (found["pure_bf16"], found["neat_packing"]) == (True, False)
+    assert "bf16" not in found and "bf16" in convert(f"{words} --use_peft").recipe
+    assert "cutoff_len" not in convert("trl grpo --model_name_or_path m --dataset_name o/p").recipe
+    epochs = {"model": "m", "train_dataset": "d.jsonl", "micro_batch_size": 1, "num_train_epochs": 4, "save_epochs": 2}
+    assert made_of(tmp_path, epochs).recipe["save_steps"] == 0.5
+    several = {"dataset": {"_component_": "torchtune.datasets.chat_dataset", "source": "json",
+                           "data_files": ["a.json", "b.json"]}}  # fmt: skip
+    found = made_of(tmp_path, several)
+    assert [entry["path"] for entry in found.recipe["dataset"]] == ["a.json", "b.json"]
 
 
 def test_what_is_lost_is_said_and_strict_makes_it_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

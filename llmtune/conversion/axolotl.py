@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import listed
@@ -13,49 +15,28 @@ from llmtune.data.template import template_names, template_of
 
 _STAGES = {"dpo": ("dpo", "sigmoid"), "ipo": ("dpo", "ipo"), "simpo": ("dpo", "simpo"), "orpo": ("dpo", "orpo"),
            "kto": ("kto", None), "grpo": ("grpo", None)}  # fmt: skip
-_FIELDS = {"split": "split", "name": "subset", "shards": None}
+_LOADERS = ("json", "csv", "parquet", "text", "arrow")
+"""What `path` is where `data_files` names the files."""
+_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+_OWN_TEXT = ("alpaca", "alpaca_chat", "alpaca_w_system", "instruction", "oasst")
+"""Types whose rows are written without a chat template there."""
+_WRITES = {"chatml": "chatml", "llama3": "llama3", "zephyr": "zephyr"}
+"""Types of pairs that write them with this template, whatever the tokenizer's is."""
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "roles_to_train": (["assistant"], ["gpt"]), "train_on_eos": ("turn",), "train_on_eot": ("turn",),
+}  # fmt: skip
+"""What trains in any case."""
+_ROLES = {"system", "user", "human", "assistant", "gpt", "tool", "observation", "function_call", "function"}
 _IDLE = (
-    "model_type",
-    "tokenizer_type",
-    "tokenizer_config",
-    "is_llama_derived_model",
-    "is_mistral_derived_model",
-    "strict",
-    "dataset_prepared_path",
-    "dataset_processes",
-    "eval_sample_packing",
-    "pad_to_sequence_len",
-    "tf32",
-    "debug",
-    "local_rank",
-    "special_tokens",
-    "lora_fan_in_fan_out",
-    "eval_table_size",
-    "eval_max_new_tokens",
-    "save_safetensors",
-    "logging_first_step",
-    "lora_mlp_kernel",
-    "lora_qkv_kernel",
-    "lora_o_kernel",
-    "sample_packing_eff_est",
-    "total_num_tokens",
-    "xformers_attention",
-    "sdp_attention",
-    "s2_attention",
-    "flash_attn_cross_entropy",
-    "flash_attn_rms_norm",
-    "flash_attn_fuse_mlp",
-    "flash_attn_fuse_qkv",
-    "auto_resume_from_checkpoints",
-    "wandb_watch",
-    "wandb_log_model",
-    "ddp_find_unused_parameters",
-    "loss_watchdog_threshold",
-    "loss_watchdog_patience",
-    "shuffle_merged_datasets",
-    "save_first_step",
-    "chat_template_jinja",
-)
+    "model_type", "tokenizer_type", "tokenizer_config", "is_llama_derived_model", "is_mistral_derived_model",
+    "strict", "debug", "tf32", "dataset_prepared_path", "dataset_processes", "eval_sample_packing",
+    "pad_to_sequence_len", "local_rank", "lora_fan_in_fan_out", "eval_table_size", "eval_max_new_tokens",
+    "save_safetensors", "logging_first_step", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
+    "sample_packing_eff_est", "sample_packing_group_size", "sample_packing_bin_size", "total_num_tokens",
+    "xformers_attention", "sdp_attention", "flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_mlp",
+    "flash_attn_fuse_qkv", "auto_resume_from_checkpoints", "ddp_find_unused_parameters", "save_first_step",
+    "fsdp_version", "fsdp_final_state_dict_type", "gc_steps",
+)  # fmt: skip
 """Keys that change no number here, or that llmtune settles itself."""
 
 
@@ -70,26 +51,27 @@ def convert(draft: Draft, verb: str) -> None:
     draft.take_remote_code()
     _adapter(draft, verb == "train")
     _stage(draft)
-    _datasets(draft)
     _template(draft)
+    _datasets(draft)
     if draft.given.get("learning_rate") is not None:
         rate = draft.take("learning_rate")
         draft.set("learning_rate", float(rate) if isinstance(rate, str) and "${" not in rate else rate, "learning_rate")
-    for there, here in (("num_epochs", "num_train_epochs"), ("sequence_len", "cutoff_len"), ("seed", "seed")):
-        if draft.given.get(there) is None and there != "seed":
-            draft.default(here, table("defaults")["Axolotl"][here])
+    draft.rename({"num_epochs": "num_train_epochs"})
+    for key, value in table("defaults")["Axolotl"].items():
+        draft.default(key, value)
     if verb == "train":
         trainer.optimiser(draft, "optimizer")
         if draft.given.get("warmup_steps") is None and draft.given.get("warmup_ratio") is None:
-            draft.default("warmup_ratio", 0.03)
+            draft.default("warmup_ratio", 0.03, note="at most 100 steps there")
         trainer.schedule(draft, "lr_scheduler", default="cosine")
-        _intervals(draft)
         draft.rename({"val_set_size": "val_size"})
         if draft.recipe.get("val_size") == 0:
             draft.recipe.pop("val_size")
             draft.came.pop("val_set_size")
             draft.ask_nothing("val_set_size", why="0 is the default")
+        _intervals(draft)
         trainer.saving_and_evaluating(draft)
+        _weights(draft)
     trainer.precision(draft)
     trainer.checkpointing(draft)
     _packing(draft)
@@ -98,7 +80,12 @@ def convert(draft: Draft, verb: str) -> None:
     trainer.pushing(draft)
     _kernels(draft)
     _trackers(draft)
+    _special(draft)
     draft.ask_nothing(*_IDLE, why="llmtune settles this itself, or it changes no number")
+    draft.ask_nothing("loss_watchdog_threshold", "loss_watchdog_patience", why="a loss that is no number stops a run")
+    draft.ask_nothing(
+        "wandb_watch", "wandb_log_model", why="trackers get numbers and texts, neither gradients nor files"
+    )
     draft.take_rest({})
 
 
@@ -169,9 +156,12 @@ def _stage(draft: Draft) -> None:
             "kto_undesirable_weight": "stage_config.kto_rejected_weight",
             "simpo_gamma": "stage_config.simpo_gamma",
             "rpo_alpha": "stage_config.pref_ftx",
+            "cpo_alpha": "stage_config.pref_ftx",
             "dpo_label_smoothing": "stage_config.dpo_label_smoothing",
         }
     )
+    if rl == "simpo":
+        draft.default("stage_config.pref_ftx", 1.0, note="cpo_alpha of TRL")
 
 
 def _datasets(draft: Draft) -> None:
@@ -181,88 +171,163 @@ def _datasets(draft: Draft) -> None:
         if not given:
             draft.ask_nothing(there, why="it is not set")
             continue
-        several = given if isinstance(given, list) else [given]
-        made = [_entry(draft, f"{there}[{number}]", each) for number, each in enumerate(several)]
+        several = enumerate(given if isinstance(given, list) else [given])
+        made = [entry for number, each in several for entry in _entries(draft, f"{there}[{number}]", each)]
         draft.set(here, made, there)
         if there == "pretraining_dataset":
             draft.set("streaming", True, note="as pretraining_dataset does; it needs max_steps")
+        elif "stage_config" not in draft.recipe and all(entry.get("format") == "text" for entry in made):
+            draft.name("stage_config", "pt", note="rows of plain text")
+    if policy := draft.take("excess_length_strategy"):
+        draft.set("cutoff_policy", {"raise": "error"}.get(policy, policy), "excess_length_strategy")
+    elif "stage_config" not in draft.recipe:
+        draft.default("cutoff_policy", "drop")
 
 
-def _entry(draft: Draft, place: str, given: Any) -> dict[str, Any]:
-    """One data set; what its entry says beyond a path, a type and columns is listed."""
+def _entries(draft: Draft, place: str, given: Any) -> list[dict[str, Any]]:
+    """A data set as one entry for each of its files; what it says beyond a path, a type and columns is listed."""
     row: dict[str, Any] = {"path": given} if isinstance(given, str) else dict(given)
-    files = row.pop("data_files", None)
-    path = str((files[0] if isinstance(files, list) and files else files) or row.pop("path", ""))
-    row.pop("path", None)
-    local = path.startswith((".", "/", "~")) or path.endswith((".json", ".jsonl", ".parquet", ".csv", ".txt"))
-    entry: dict[str, Any] = {"path": path if local or path.startswith("hub:") else f"hub:{path}"}
-    kind = row.pop("type", None)
-    columns: dict[str, str] = {}
-    if isinstance(kind, dict):
-        columns = {key: kind.get(f"field_{key}", key) for key in ("instruction", "input", "output")}
-        kind = "alpaca"
-    found = dict(table("axolotl_types").get(str(kind).split(".")[0].split(":")[0], {"format": "auto"})) if kind else {}
-    if lost := found.pop("lost", None):
-        draft.lost[f"{place}.type"] = lost
-    entry |= {key: value for key, value in found.items() if value != "auto"}
-    if kind == "completion" and (column := row.pop("field", None)):
-        columns = {"text": column}
-    if messages := row.pop("field_messages", None):
-        columns["messages"] = messages
-        entry["format"] = "openai"
-    mapping = row.pop("message_property_mappings", None) or {}
-    old = {"role": row.pop("message_field_role", None), "content": row.pop("message_field_content", None)}
-    tags = {f"{key}_tag": name for key in ("role", "content") if (name := mapping.get(key) or old[key])}
-    if tags:
-        entry["format"] = "sharegpt" if tags.get("role_tag") == "from" else "openai"
-        if "messages" in columns:
-            columns = {**columns, "messages": columns["messages"]}
-        entry["tags"] = tags
-    if columns:
-        entry["columns"] = columns
-    for key, here in _FIELDS.items():
-        value = row.pop(key, None)
-        if key == "split" and "[" in str(value):
-            value, cut = str(value).partition("[")[0], value
-            draft.lost[f"{place}.split"] = f"{cut} is part of a split; num_samples in the entry takes a number of rows"
-        if value is not None and here:
-            entry[here] = value
-    for key in ("ds_type", "train_on_split", "roles", "revision", "roles_to_train", "train_on_eos", "train_on_eot"):
+    paths, entry = _paths(draft, place, row), _read_as(draft, place, row)
+    split, subset = row.pop("split", None) or row.pop("train_on_split", None), row.pop("name", None)
+    if "[" in str(split) and not paths[0].startswith("hub:"):
+        draft.lost[f"{place}.split"] = f"{split} is part of a file; num_samples in the entry takes a number of rows"
+        split = None
+    entry |= {key: value for key, value in (("split", split), ("subset", subset)) if value is not None}
+    if row.pop("ds_type", None):
+        draft.idle[f"{place}.ds_type"] = "files tell their kind"
+    for key, usual in _USUAL.items():
         if (value := row.pop(key, None)) is not None:
-            draft.idle[f"{place}.{key}"] = "files tell their kind, and the assistant's turns train with their ends"
+            said = "the assistant's turns train with their ends"
+            if value in usual:
+                draft.idle[f"{place}.{key}"] = said
+            else:
+                draft.lost[f"{place}.{key}"] = f"{said}; a message's own weight says otherwise (docs/data.md)"
+    roles = row.pop("roles", None) or {}
+    if strange := [name for names in roles.values() for name in names if name not in _ROLES]:
+        draft.lost[f"{place}.roles"] = f"{listed(strange)}: tags in the entry name roles (user_tag, assistant_tag, ...)"
+    elif roles:
+        draft.idle[f"{place}.roles"] = "these roles are known"
     for key, value in row.items():
         if value not in (None, False, [], {}):
             draft.lost[f"{place}.{key}"] = "entries of dataset have no such key (docs/data.md lists them)"
-    return entry
+    return [{"path": path, **entry} for path in paths]
+
+
+def _paths(draft: Draft, place: str, row: dict[str, Any]) -> list[str]:
+    """Where the rows are: files, a folder, or a set on the hub."""
+    path, files = str(row.pop("path", None) or ""), row.pop("data_files", None)
+    names = [str(file) for file in (files if isinstance(files, list) else [files] if files else [])]
+    if names and path in ("", *_LOADERS):
+        return names
+    local = path.startswith((".", "/", "~", "hub:")) or path.endswith(_ENDINGS) or Path(path).expanduser().exists()
+    if names and local:
+        return [f"{path.rstrip('/')}/{name}" for name in names]
+    if names:
+        draft.lost[f"{place}.data_files"] = "a set on the hub is read whole; download the files and name those"
+    return [path if local else f"hub:{path}"]
+
+
+def _read_as(draft: Draft, place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The format of the rows, with its columns and tags."""
+    kind, columns = row.pop("type", None), {}
+    if isinstance(kind, dict):
+        names = ("system", "instruction", "input", "output")
+        columns = {key: name for key in names if (name := kind.get(f"field_{key}"))}
+        for key in ("system_prompt", "system_format", "format", "no_input_format"):
+            if kind.get(key):
+                said = "the chat template writes rows; a text of your own is a template (docs/data.md)"
+                draft.lost[f"{place}.type.{key}"] = said
+        kind = "alpaca"
+    word = re.split(r"[.:]", str(kind))[0]
+    found = dict(table("axolotl_types").get(word, {"format": "auto"})) if kind else {}
+    if lost := found.pop("lost", None):
+        draft.lost[f"{place}.type"] = lost
+    if word in _OWN_TEXT:
+        draft.check.append(
+            f"{place}: Axolotl writes rows of type {word} as a text of its own (### Instruction: ...), here the chat "
+            "template writes them; template: alpaca is nearest to it"
+        )
+    if word in _WRITES:
+        draft.default("template", _WRITES[word], note=f"of the type {kind}")
+    entry = {key: value for key, value in found.items() if value != "auto"}
+    if kind == "completion" and (column := row.pop("field", None)):
+        columns = {"text": column}
+    mapping, tags = row.pop("message_property_mappings", None) or {}, {}
+    for key in ("role", "content"):
+        old = row.pop(f"message_field_{key}", None)
+        if name := mapping.get(key) or old:
+            tags[f"{key}_tag"] = name
+    messages, tools = row.pop("field_messages", None), row.pop("field_tools", None)
+    if tags or messages:
+        entry["format"] = "sharegpt" if tags.get("role_tag") == "from" else "openai"
+    if messages and messages != (own := "conversations" if entry["format"] == "sharegpt" else "messages"):
+        columns[own] = messages
+    if tools:
+        columns["tools"] = tools
+    return entry | ({"tags": tags} if tags else {}) | ({"columns": columns} if columns else {})
 
 
 def _template(draft: Draft) -> None:
-    name = draft.take("chat_template")
-    if name in (None, "tokenizer_default") or str(name).startswith("tokenizer_default"):
+    name, own = draft.take("chat_template"), draft.take("chat_template_jinja")
+    if own and str(own).endswith((".jinja", ".jinja2", ".j2")):
+        draft.set("template", own, "chat_template_jinja")
+        draft.ask_nothing("chat_template", why="chat_template_jinja is the template")
+    elif own:
+        draft.lose("chat_template_jinja", why="write the text into a file and name that: template: mine.jinja")
+        draft.ask_nothing("chat_template", why="chat_template_jinja would be the template")
+    elif name in (None, "tokenizer_default") or str(name).startswith("tokenizer_default"):
         draft.ask_nothing("chat_template", why="the tokenizer's own template is taken")
     elif template_of(name) in template_names():
         draft.set("template", template_of(name), "chat_template")
     else:
         draft.ask_nothing("chat_template", why="llmtune has no template of this name; the tokenizer's own is taken")
         draft.check.append("the tokenizer's own chat template is taken: `llmtune data preview` shows what is trained")
+    draft.ask_nothing("chat_template_jinja", why="it is not set")
 
 
 def _intervals(draft: Draft) -> None:
-    """How often an epoch is saved and evaluated."""
-    if (times := draft.take("evals_per_epoch")) is not None:
-        if times > 1:
-            draft.lose(
-                "evals_per_epoch",
-                why="evaluations are counted in steps or epochs; set eval_strategy: steps "
-                "with eval_steps (an epoch's steps are on the plan)",
-            )
-        draft.ask_nothing(*(["evals_per_epoch"] if times <= 1 else []), why="after each epoch is the default")
-        if times >= 1 and (draft.given.get("val_set_size") or draft.given.get("test_datasets")):
-            draft.set("eval_strategy", "epoch", note=f"{times} times there")
-    if (times := draft.take("saves_per_epoch")) is not None:
-        draft.lose(
-            "saves_per_epoch", why="checkpoints are counted in steps; set save_steps (an epoch's steps are on the plan)"
+    """How often a run is saved and evaluated: so many times an epoch are a share of all steps there, too."""
+    evaluates = "eval_dataset" in draft.recipe or draft.recipe.get("val_size")
+    epochs = draft.recipe["num_train_epochs"]
+    for there, here in (("evals_per_epoch", "eval_steps"), ("saves_per_epoch", "save_steps")):
+        times = draft.take(there)
+        if not times or (here == "eval_steps" and not evaluates):
+            draft.ask_nothing(there, why="it is not set" if not times else "there is nothing to evaluate on")
+        elif not isinstance(epochs, int | float):
+            draft.lose(there, why=f"num_epochs is {epochs}, so that it is no share of all steps; set {here}")
+        elif times == 1:
+            draft.set(here.replace("steps", "strategy"), "epoch", there)
+        elif share := trainer.share_of_steps(times * epochs):
+            draft.set(here, share, there, note=f"of all steps: {times} times an epoch")
+        else:
+            draft.lose(there, why="it asks for less than once in the run")
+    if "eval_strategy" not in draft.given and ("eval_steps" in draft.recipe or (evaluates and draft.has("eval_steps"))):
+        draft.set("eval_strategy", "steps", note="as eval_steps says")
+
+
+def _weights(draft: Draft) -> None:
+    """Without an adapter, weights and the optimiser's states are bfloat16 there where computing is."""
+    if "peft_config" in draft.recipe:
+        return
+    if draft.given.get("bf16") is True:
+        draft.set(
+            "pure_bf16", True, "bf16", note="weights are kept in bfloat16 there; bf16: true keeps them in float32"
         )
+    elif draft.given.get("bf16", "auto") in ("auto", None) and not draft.given.get("fp16"):
+        draft.check.append(
+            "weights train in float32 here, and in bfloat16 there where the GPU has it: pure_bf16: true takes half the "
+            "memory"
+        )
+
+
+def _special(draft: Draft) -> None:
+    """Special tokens that are given other meanings."""
+    draft.rename({"s2_attention": "shift_attn"})
+    others = {key: value for key, value in (draft.take("special_tokens") or {}).items() if key != "pad_token"}
+    draft.ask_nothing("special_tokens", why="the tokenizer's own are taken")
+    if others:
+        named = ", ".join(f"{key} {value}" for key, value in others.items())
+        draft.check.append(f"special_tokens: {named}: the tokenizer's own are taken; `llmtune data preview` shows them")
 
 
 def _packing(draft: Draft) -> None:
@@ -311,6 +376,7 @@ def _trackers(draft: Draft) -> None:
                                     ("tensorboard", "use_tensorboard")) if draft.given.get(key)]  # fmt: skip
     inner = Draft({"report_to": names}, draft.trainer)
     trainer.reports(inner)
+    draft.lost |= {key: why for key, why in inner.lost.items() if key != "report_to"}
     if loggers := inner.recipe.get("logger_config"):
         draft.set("logger_config", loggers, "use_tensorboard")
     draft.ask_nothing("use_tensorboard", why="tensorboard is chosen, or it is off")

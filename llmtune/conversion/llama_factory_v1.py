@@ -66,8 +66,12 @@ def convert(draft: Draft, verb: str) -> None:
             draft.set("resume_from_checkpoint", draft.given["resume_from_checkpoint"], "resume_from_checkpoint")
         if (epochs := draft.take("save_epochs")) == 1:
             draft.set("save_strategy", "epoch", "save_epochs")
-        elif epochs is not None:
-            draft.lose("save_epochs", why="epochs are saved one by one (save_strategy: epoch); or set save_steps")
+        elif epochs and draft.has("save_steps"):
+            draft.lose("save_epochs", why="checkpoints are counted in one way; save_steps is taken")
+        elif epochs:
+            share = trainer.share_of_steps(draft.given.get("num_train_epochs", 3) / epochs)
+            draft.set("save_steps", share, "save_epochs", note="of all steps" if share else "the end alone")
+        draft.ask_nothing("save_epochs", why="it is not set")
     trainer.precision(draft)
     draft.take_rest({})
 

@@ -108,6 +108,8 @@ def _model(draft: Draft) -> None:
     draft.ask_nothing(
         "resume_from_checkpoint", why="an interrupted run in output_dir is continued anyway" if resumed else "it is off"
     )
+    if draft.take("tokenizer.prompt_template"):
+        draft.lose("tokenizer.prompt_template", why="a text around rows is a chat template of your own (docs/data.md)")
     draft.ask_nothing(
         *(key for key in draft.left if key.startswith("checkpointer.")),
         "tokenizer._component_",
@@ -166,8 +168,9 @@ def _dataset(draft: Draft, block: str, here: str) -> None:
     builder = str(draft.take(f"{block}.{_COMPONENT}", "")).rpartition(".")[2]
     entry = dict(table("torchtune_datasets").get(builder, {"format": "auto"}))
     source, files = draft.take(f"{block}.source"), draft.take(f"{block}.data_files")
-    if files:
-        entry["path"] = files if isinstance(files, str) else files[0]
+    several = files if isinstance(files, list) else [files] if files else []
+    if several:
+        entry["path"] = several[0]
     elif source and source not in ("json", "csv", "parquet", "text"):
         entry["path"] = f"hub:{source}"
     if not entry.get("path"):
@@ -203,8 +206,14 @@ def _dataset(draft: Draft, block: str, here: str) -> None:
     draft.ask_nothing(f"{block}.packed", f"{block}.train_on_input", f"{block}.add_eos", why="as the default")
     style = draft.take(f"{block}.conversation_style")
     draft.ask_nothing(f"{block}.conversation_style", why=f"{style} rows are told by what they look like")
+    if "alpaca" in builder:
+        draft.check.append(
+            f"{block}: {builder} puts its own text around a row (### Instruction: ...), and the chat template around "
+            "that; here there is the chat template alone"
+        )
     told = (*draft.idle, *draft.came, *draft.left)
-    draft.set(here, entry, *(key for key in names if key not in told), f"{block}.{_COMPONENT}")
+    whole_set = [{**entry, "path": file} for file in several] if len(several) > 1 else entry
+    draft.set(here, whole_set, *(key for key in names if key not in told), f"{block}.{_COMPONENT}")
 
 
 def _sizes(draft: Draft) -> None:

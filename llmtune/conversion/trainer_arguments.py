@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def precision(draft: Draft) -> None:
             draft.ask_nothing(key, why="bfloat16 is chosen here, too, on GPUs that have it")
         elif value is None or (value is False and (kinds or key != "bf16")):
             draft.ask_nothing(key, why="it is off")
-        elif key == "bf16" and "pure_bf16" in kinds:
+        elif key == "bf16" and ("pure_bf16" in kinds or "pure_bf16" in draft.recipe):
             draft.ask_nothing(key, why="pure_bf16 says it")
         else:
             draft.set(key, value, key, note="computes in float32" if value is False else "")
@@ -126,6 +127,12 @@ def warm_up(draft: Draft, *, off: bool = False) -> None:
         draft.ask_nothing("warmup_ratio", why="warmup_steps goes before it" if steps else "no warm-up is the default")
 
 
+def share_of_steps(times: float) -> float | None:
+    """What happens so many times in a run, as a share of all steps; None where that is the end of the run alone."""
+    # Rounded down, as steps are rounded up.
+    return math.floor(1e6 / times) / 1e6 if times > 1 else None
+
+
 def saving_and_evaluating(draft: Draft) -> None:
     """When checkpoints and evaluations happen, how long a run is, and where it goes on."""
     saves = draft.take("save_strategy")
@@ -139,10 +146,7 @@ def saving_and_evaluating(draft: Draft) -> None:
         draft.lose("save_strategy", why="the best checkpoint is kept by load_best_model_at_end: true; steps is taken")
     else:
         draft.ask_nothing("save_strategy", why="steps is the default")
-    share = draft.given.get("save_steps")
-    if isinstance(share, float) and 0 < share < 1:
-        draft.lose("save_steps", why="a share of all steps has no counterpart; write the number of steps")
-    when = draft.take("eval_strategy", draft.take("evaluation_strategy"))
+    when = draft.take("eval_strategy", draft.take("evaluation_strategy")) or draft.recipe.get("eval_strategy")
     names = [key for key in ("eval_strategy", "evaluation_strategy") if key in draft.given]
     evaluates = any(draft.has(key) for key in ("eval_dataset", "val_size")) or "eval_dataset" in draft.recipe
     end = draft.take("do_eval")

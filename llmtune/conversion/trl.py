@@ -59,7 +59,7 @@ def convert(draft: Draft, verb: str) -> None:
     if not draft.has("learning_rate"):
         draft.default("learning_rate", row["learning_rate"])
     for key, value in table("defaults")["TRL"].items():
-        if key not in draft.recipe and key not in draft.given:
+        if key not in draft.given and not (key == "cutoff_len" and script == "grpo"):  # which cuts no prompt
             draft.default(key, value)
     trainer.optimiser(draft)
     trainer.schedule(draft)
@@ -70,6 +70,8 @@ def convert(draft: Draft, verb: str) -> None:
     trainer.spreading(draft)
     trainer.pushing(draft)
     if draft.given.get("packing"):
+        if draft.given.get("packing_strategy") == "wrapped":
+            draft.set("neat_packing", False, "packing_strategy", note="wrapped: rows of one length, cut anywhere")
         draft.ask_nothing("packing_strategy", "eval_packing", why="whole samples are laid into rows where they fit")
     elif row["stage"] == "sft":
         draft.default("group_by_length", False, note="rows of any length meet in a step")
@@ -174,6 +176,8 @@ def _adapter(draft: Draft) -> None:
         draft.set("flash_attn", table("attention").get(kind, "auto"), "attn_implementation")
     draft.ask_nothing("attn_implementation", why="it is not set")
     kind = draft.take("torch_dtype", draft.take("dtype"))
+    if kind == "bfloat16" and not draft.given.get("use_peft"):
+        draft.set("pure_bf16", True, "torch_dtype", "dtype", note="weights are kept in bfloat16")
     draft.ask_nothing("torch_dtype", "dtype", why=f"{kind}: the run's type follows from bf16, fp16 or pure_bf16")
 
 
@@ -222,8 +226,11 @@ def _stage(draft: Draft, stage: str) -> None:
                 True,
                 "assistant_only_loss",
                 "completion_only_loss",
-                note="TRL trains on all tokens of a conversation unless assistant_only_loss; remove it for rows "
-                "of prompt and completion",
+                note="TRL trains on all tokens of a conversation unless assistant_only_loss",
+            )
+            draft.check.append(
+                "train_on_prompt: TRL trains on whole conversations, but of rows of prompt and completion on the "
+                "completion alone; for those remove the key"
             )
         draft.ask_nothing("assistant_only_loss", "completion_only_loss", why="only the assistant's tokens train")
 
