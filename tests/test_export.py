@@ -20,6 +20,7 @@ from llmtune.contract.errors import PlanError
 from llmtune.inference import export
 from llmtune.inference.gguf_export import TYPES, allowed_error, write_gguf
 from llmtune.inference.modelfile import go_template
+from llmtune.model.gguf import gguf_folder
 from llmtune.testing import tiny_model, tiny_tokenizer
 from tests.runs import recipe
 
@@ -261,3 +262,18 @@ def test_gptq_runs_in_a_python_of_its_own(
     with pytest.raises(PlanError, match="gptqmodel failed"):
         run.export(tmp_path / "failed", export_quantization_bit=4, **keys)
     assert not (tmp_path / "failed").exists()
+
+
+@pytest.mark.parametrize("more", [{"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                   "original_max_position_embeddings": 64}, {"rope_type": "linear"}])  # fmt: skip
+def test_stretched_positions_of_a_gguf_file_are_read(more: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model("llama", rope_parameters={"rope_theta": 10000.0, "factor": 8.0, **more})
+    write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf", "f32", [2], {"name": "tiny"})
+    found = AutoModelForCausalLM.from_pretrained(gguf_folder(tmp_path / "model.gguf", tmp_path / "cache"))
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_logits_that_are_no_numbers_are_not_alike() -> None:
+    one, none = torch.ones(1, 2, 3), torch.full((1, 2, 3), torch.nan)
+    with pytest.raises(PlanError, match="does not answer like base plus adapter"):
+        export.compare(none, none, one)

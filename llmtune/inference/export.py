@@ -211,7 +211,7 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
     """Fail loudly on the two silent ways a merge goes wrong: it changed the answers, or it changed nothing."""
     scale = trained.abs().max()
     error = ((merged - trained).abs().max() / scale).item()
-    if error > 1e-3:
+    if not error <= 1e-3:  # nor if it is no number
         raise PlanError(
             f"the merged model does not answer like base plus adapter: logits differ by {error:.1e} of their size"
         )

@@ -83,7 +83,7 @@ def hub_name(recipe: Recipe, run: Path | None) -> str | None:
 def license_of(folder: Path) -> str | None:
     """The license that the card in a model's folder names; None without one."""
     card = folder / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
     try:
         found = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:

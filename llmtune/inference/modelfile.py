@@ -65,4 +65,4 @@ def go_template(tokenizer: Any, variables: Mapping[str, Any]) -> tuple[str, str]
     talk = (system, user, answer, user)
     by_hand = "".join(said[role][0] + text + said[role][1] for role, text in talk) + asked
     plain = by_hand == write(*talk, ask=True) and implied == (before_system + own + after_system if own else "")
-    return (_TURNS % words, own) if plain and not any("{{" in word or '"""' in word for word in words) else None
+    return (_TURNS % words, own) if plain and not any("{{" in word or '"""' in word for word in (*words, own)) else None

@@ -29,6 +29,9 @@ from llmtune.model.skeleton import config_value
 _LAYOUT = 1
 """Part of every cached folder's name; to be raised when the conversion changes its result."""
 
+FREQUENCIES = "rope_freqs.weight"
+"""The tensor of a GGUF file with what each frequency of its positions is divided by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufPackage:
@@ -97,7 +100,9 @@ def gguf_folder(gguf: Path, cache: Path) -> Path:
     if not start.startswith(b"GGUF"):
         cause = "a Git LFS pointer; run `git lfs pull`" if start.startswith(b"version https://git-lfs") else "damaged"
         raise LoadError(f"{gguf} is no GGUF file: it starts with {start[:8]!r} instead of b'GGUF'. It may be {cause}")
-    target = _target(cache, gguf.stem, size_and_hash(gguf)[1])
+    # Stretched positions were not read before: what was kept of such a file is another model.
+    name = gguf.stem + ("-stretched" if _mentions(gguf, FREQUENCIES) else "")
+    target = _target(cache, name, size_and_hash(gguf)[1])
     with converting(target) as ready:
         if not ready:
             _convert(gguf, target)
@@ -178,6 +183,8 @@ def _convert(gguf: Path, target: Path) -> None:
             raise LoadError(
                 f"{gguf.name} cannot be converted: {text}. Fetch it again, or use a safetensors model"
             ) from error
+        if _mentions(gguf, FREQUENCIES):
+            model.config.rope_parameters = stretched(gguf, model.config.rope_parameters)
         length = config_value(model.config, "max_position_embeddings")
         if length and tokenizer.model_max_length > length:
             tokenizer.model_max_length = length
@@ -199,6 +206,31 @@ def read_tokenizer(gguf: Path) -> Any:
         before = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(before)
     return tokenizer
+
+
+def stretched(gguf: Path, rope: dict[str, Any]) -> dict[str, Any]:
+    """How the model's positions are written, with what the file divides each frequency by, which transformers passes
+    over: as `linear`, or as `llama3` with the shares that all of Llama 3 has. Raises LoadError for another way."""
+    import numpy as np
+    from gguf import GGUFReader
+
+    factors = next(np.array(each.data) for each in GGUFReader(gguf).tensors if each.name == FREQUENCIES)
+    most, half = float(factors.max()), len(factors)
+    if factors.min() == most:
+        return rope if most == 1 else {**rope, "rope_type": "linear", "factor": most}
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(half) / half)
+    for length in (2**power for power in range(5, 20)):
+        share = ((length / waves - 1) / 3).clip(0, 1)
+        if np.allclose(1 / ((1 - share) / most + share), factors, rtol=1e-3):
+            return {**rope, "rope_type": "llama3", "factor": most, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": length}  # fmt: skip
+    raise LoadError(f"{gguf.name} stretches its positions in a way that is not known; use the safetensors of the model")
+
+
+def _mentions(gguf: Path, name: str) -> bool:
+    """Whether the file's head, which lists its tensors, has a name."""
+    with gguf.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(name.encode(), 0, 1 << 26) >= 0
 
 
 def _splitting(gguf: Path) -> str | None:
