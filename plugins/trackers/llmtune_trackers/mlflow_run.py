@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 STATES: Mapping[RunStatus, str] = {"done": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 MOST_PARAMS = 100
 """So many a request takes."""
+_REFUSED = re.compile(r"[^\w\-. :/]")
+"""Characters that no name of a metric has at MLflow, which refuses the whole request for one."""
 LONGEST_PARAM = 500
 """Characters that every MLflow server takes as the value of a parameter; the recipe is there as a file, too."""
 
@@ -35,10 +38,11 @@ class MlflowRun(TrackerRun):
 
     def check(self, context: RunContext, model: nn.Module) -> Iterable[str]:
         """Objections to an address that would be written down with its password."""
-        if self.config.tracking_uri and urlsplit(self.config.tracking_uri).password:
+        given = urlsplit(self.config.tracking_uri or "")
+        if given.password or (given.username and given.scheme.startswith("http")):  # where it may be a token
             yield (
-                "logger_config.tracking_uri: holds a password; leave it out and set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD"
+                "logger_config.tracking_uri: holds a password or a name; leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
 
     def open_run(self, start: LoggerStart, known: bool) -> str:
@@ -69,7 +73,9 @@ class MlflowRun(TrackerRun):
         now = int(time.time() * 1000)
         # A database would keep an infinite value as the largest number, which is one: NaN is none.
         finite = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}
-        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in finite.items()])
+        self.client.log_batch(self.id, metrics=[
+            Metric(_REFUSED.sub("_", name), value, now, step) for name, value in finite.items()
+        ])  # fmt: skip
 
     def log_samples(self, step: int, samples: Sequence[SampleAnswer]) -> None:
         """A file of Markdown."""

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,3 +261,15 @@ def test_no_client_is_imported_before_a_run_begins() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_mlflow_takes_names_of_benchmarks_and_no_token_in_an_address() -> None:
+    validation = pytest.importorskip("mlflow.utils.validation")
+    sent: list[Any] = []
+    logger = MlflowRun(MlflowConfig(tracking_uri="https://token@there:5000"))
+    logger.client = SimpleNamespace(log_batch=lambda _, metrics: sent.extend(metrics))  # type: ignore[assignment]
+    logger.send(3, {"eval/exact_match (strict)": 0.5, "eval/pass@1": 0.25})
+    for metric in sent:
+        validation._validate_metric_name(metric.key)
+    assert [metric.key for metric in sent] == ["eval/exact_match _strict_", "eval/pass_1"]
+    assert "holds a password or a name" in next(iter(logger.check(None, None)))  # type: ignore[arg-type]
