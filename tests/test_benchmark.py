@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lm_eval.tasks import TaskManager
 import llmtune
 from llmtune.cli import main
 from llmtune.contract.errors import PlanError, RecipeError
-from llmtune.inference.evaluate import evaluate
+from llmtune.inference.evaluate import _file, evaluate
 from llmtune.testing import in_ranks, tiny_recipe
 
 TASK = """
@@ -160,3 +161,9 @@ def test_what_cannot_be_asked_is_said_before_weights_are_read(
 ) -> None:
     with pytest.raises(error, match=said):
         evaluate(run.output_dir, device="cpu", **keys)
+
+
+def test_each_benchmark_has_its_own_folder() -> None:
+    places = [_file("no-run", SimpleNamespace(config=SimpleNamespace(save_dir=each)), "mmlu")  # type: ignore[arg-type]
+              for each in ("one", "two", None)]  # fmt: skip
+    assert [str(place) for place in places] == ["one/mmlu.json", "two/mmlu.json", "benchmarks/no-run/mmlu.json"]

@@ -58,3 +58,8 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install llmtune[plot]" in (drawing.plotting_problem() or "")
     with pytest.raises(PlanError, match=r"matplotlib, which is not installed; run `pip install llmtune\[plot\]`"):
         plot.plot_metrics(METRICS)
+
+
+def test_no_metric_is_told() -> None:
+    with pytest.raises(PlanError, match="metrics: none is given; .* Logged are loss"):
+        plot.plot_runs({"a": [{"step": 1, "loss": 1.0}]}, metrics=[])

@@ -28,7 +28,7 @@ from llmtune.training.measure import measured_model, of_models
 from llmtune.training.predict import predictor_of
 
 if TYPE_CHECKING:
-    from llmtune.recipe.recipe import Recipe
+    from llmtune.recipe.parts import BuiltPlugin
 
 POINT = "eval_config"
 _DOTTED = f"{POINT}."
@@ -66,7 +66,7 @@ def evaluate(path: str | Path, /, **given: Any) -> dict[Path, dict[str, float]]:
     found: dict[Path, dict[str, float]] = {}
     for part in evaluators:
         results = measured_model(part, SpreadModel(predictor, plan.module.config))
-        target = _file(path, recipe, next(iter(results)))
+        target = _file(path, part, next(iter(results)))
         first_does(lambda results=results, target=target, part=part: _write(target, results, part.built.settings))
         found[target] = dict(next(iter(results.values())))
     return found
@@ -99,11 +99,11 @@ def with_block(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, POINT: {"name": fits[0].name, **own}}
 
 
-def _file(path: str | Path, recipe: Recipe, benchmark: str) -> Path:
-    """Where the results of a benchmark go: beside the run, and of a checkpoint in a folder of its name."""
+def _file(path: str | Path, part: BuiltPlugin, benchmark: str) -> Path:
+    """Where the results of a benchmark go: into its own folder, else beside the run, and of a checkpoint in a folder of
+    its name."""
     name, saved = _as_name(benchmark) + ".json", saved_at(path)
-    (block,) = [block for block in recipe.blocks[POINT] if "save_dir" in block[1]] or [("", {})]
-    if folder := block[1].get("save_dir"):
+    if folder := getattr(part.config, "save_dir", None):
         return Path(folder).expanduser() / name
     if saved is None:
         return Path("benchmarks") / _as_name(Path(path).name) / name

@@ -56,6 +56,8 @@ def plot_runs(
     run has logged, and without matplotlib.
     """
     known = {name for rows in runs.values() for row in rows for name in row} - {"step"}
+    if not metrics:
+        raise PlanError(f"metrics: none is given; name one or several, with commas between. {_logged(known)}")
     for metric in metrics:
         if not known & {metric, f"eval_{metric}"}:
             raise PlanError(f'metrics: no run has logged "{metric}".{did_you_mean(metric, known)} {_logged(known)}')
