@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from llmtune.conversion.convert import _word
 from llmtune.inference.inspect import check_data
+from llmtune.recipe.recipe import parse_overrides
 from tests.test_convert import made_of
 
 AXOLOTL = {"base_model": "m", "datasets": [{"path": "rows.jsonl", "type": "chat_template"}], "learning_rate": 1e-4,
@@ -94,3 +96,10 @@ def test_converted_entries_are_read(tmp_path: Path) -> None:
     ]  # fmt: skip
     for entry in made_of(tmp_path, {**AXOLOTL, "datasets": data}).recipe["dataset"]:
         assert not check_data(entry).reasons, entry
+
+
+def test_values_of_a_typed_command_are_read_as_they_are() -> None:
+    given = {"name": "lora", "adapter_name_or_path": "a,b", "of": ["x, y", "1", 2, None, True, "no: {way}"]}
+    assert parse_overrides([f"peft_config={_word(given)}", f"template={_word('null')}"]) == {
+        "peft_config": given, "template": "null"
+    }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from llmtune.conversion.detect import trainer_of
 from llmtune.conversion.draft import Draft
 from llmtune.conversion.source import ForeignSource, read
 from llmtune.conversion.writer import recipe_yaml
+from llmtune.recipe import text as recipe_text
 from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.recipe import recipe_errors
 
@@ -151,17 +154,23 @@ def typed_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked, **{key: value for key, value in recipe.items() if key not in ("model", "eval_config")}}
 
 
-def _word(value: Any) -> str:
-    """A value as it is written after `key=`."""
+def _word(value: Any, inside: bool = False) -> str:
+    """A value as it is written after `key=`, or `inside` of brackets there: text in quotes where it would be read as
+    something else."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_word(item, True)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_word, value)) + "]"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, int) or isinstance(value, bool)
-        else str(value)
-    )
+        return "[" + ", ".join(_word(item, True) for item in value) + "]"
+    if isinstance(value, str) and not (inside and re.search(r"[,\[\]{}]", value)) and _is_read_as(value, value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_read_as(text: str, value: Any) -> bool:
+    try:
+        return bool(recipe_text.parse_value(text, "value") == value)
+    except RecipeError:
+        return False
 
 
 def _use(verb: str, command: str, output: str | os.PathLike[str] | None) -> str:
