@@ -13,6 +13,7 @@ import torch
 
 from llmtune import Answer, ContextFull, DivergedError, GenerateConfig, generate
 from llmtune.distributed.fsdp2 import reshard
+from llmtune.model.generate import alike_up_to
 from llmtune.testing.running import build, start, tiny_recipe
 from tests.spawn import in_ranks
 from tests.test_parity import METHODS, recipe
@@ -264,3 +265,15 @@ def test_ranks_read_prompts_together_whatever_each_has(tmp_path: Path) -> None:
     first, second = in_ranks(2, tmp_path / "ranks", unequal, tiny_recipe(tmp_path))
     assert first[0] == first[1] and len(set(first[0])) > 1
     assert second[0] == [] and len(second[1]) == 1
+
+
+def test_positions_that_stretch_with_the_longest_row_do_not_stretch_those_beside_it(tokenizer: Any) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4,
+            "original_max_position_embeddings": 32}  # fmt: skip
+    model = tiny_model("phi3", vocab_size=len(tokenizer), initializer_range=0.5, rope_parameters=rope,
+                       original_max_position_embeddings=32).eval()  # fmt: skip
+    assert alike_up_to(model.config) == 32
+    config = GenerateConfig(do_sample=False, max_new_tokens=8)
+    prompts = [[5, 6, 7, 8, 9, 10], list(range(20, 60))]
+    alone = [generate(model, tokenizer, [prompt], config)[0].ids for prompt in prompts]
+    assert [answer.ids for answer in generate(model, tokenizer, prompts, config)] == alone

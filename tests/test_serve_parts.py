@@ -25,7 +25,11 @@ from llmtune.model.continuous import AnswerRow, RowBatch, require_joinable
 from llmtune.model.generation import GenerateConfig
 from llmtune.model.text_decoder import TextDecoder
 from llmtune.serving import answering
-from llmtune.serving.config import serve_config
+from llmtune.serving.answering import Server
+from llmtune.serving.bodies import TextRequest
+from llmtune.serving.config import ServeConfig, serve_config
+from llmtune.serving.errors import Refused
+from llmtune.serving.guard import Guard
 from llmtune.serving.models import offers
 from tests.tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
@@ -157,3 +161,32 @@ def test_a_client_that_leaves_ends_the_work() -> None:
         return found, ended.is_set()
 
     assert asyncio.run(tried()) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "host", "status"),
+    [(None, b"localhost:8000", 200), (None, b"[::1]:8000", 200), (None, b"evil.example:8000", 403),
+     (None, b"[broken", 403), ("k", b"evil.example", 401)],
+)  # fmt: skip
+def test_a_server_without_a_key_answers_to_this_machines_names(key: str | None, host: bytes, status: int) -> None:
+    said: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        said.append(message.get("status", 0))
+
+    scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", host)]}
+    asyncio.run(Guard(app, key, 1000)(scope, receive, send))
+    assert said[0] == status
+
+
+def test_far_too_many_prompts_are_refused_before_they_are_read() -> None:
+    server = Server([], SimpleNamespace(), ServeConfig(max_concurrent=2))  # type: ignore[arg-type]
+    body = TextRequest(model="m", prompt=["a"] * 3)
+    with pytest.raises(Refused, match="asks for 3 answers, the server gives 2 at a time"):
+        server.text_prompts(SimpleNamespace(), body)  # type: ignore[arg-type]

@@ -64,7 +64,9 @@ def generate(
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
     # Beams that are sampled are drawn from one generator, so each prompt has a batch of its own.
-    size = 1 if config.num_beams > 1 and config.do_sample else max(1, len(rows))
+    most = alike_up_to(model.config)
+    alone = most is not None and any(len(row.ids) + row.room > most for row in rows)
+    size = 1 if alone or (config.num_beams > 1 and config.do_sample) else max(1, len(rows))
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     if spread:  # whoever has no rows left computes along, as the others gather its shards
         batches += [[]] * (max(from_all(len(batches))) - len(batches))
@@ -221,6 +223,15 @@ def limit_of(model_config: Any, config: GenerateConfig) -> int | None:
     made_for = config_value(model_config.get_text_config(), "max_position_embeddings")
     wanted = None if config.max_new_tokens else config.max_length
     return min((limit for limit in (made_for, wanted) if limit), default=None)
+
+
+def alike_up_to(model_config: Any) -> int | None:
+    """Most tokens of rows that may share a batch; None where any may. Beyond them transformers takes other frequencies
+    for all rows of a batch (rope type longrope), so that an answer would depend on what stands beside it."""
+    rope = config_value(model_config.get_text_config(), "rope_parameters") or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    found = [each["original_max_position_embeddings"] for each in kinds if each.get("rope_type") == "longrope"]
+    return min(found, default=None)
 
 
 def room_of(model_config: Any, prompt_tokens: int, config: GenerateConfig) -> int:

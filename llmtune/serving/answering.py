@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from llmtune.contract.examples import BadRow, Conversation
 from llmtune.contract.generation import AnswerRequest, GenerateConfig, NewToken, Serving
 from llmtune.data.formats.chats import OpenAi
 from llmtune.inference.said import THINK, Channels, SaidPiece
-from llmtune.model.generate import ContextFull, room_of
+from llmtune.model.generate import ContextFull, alike_up_to, room_of
 from llmtune.model.generation import plain_ids
 from llmtune.serving.bodies import ChatRequest, TextRequest
 from llmtune.serving.choices import Choice
@@ -58,9 +58,8 @@ class Server:
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
         """Room for so many answers, or 429."""
+        self.check_count(count)
         most = self.config.max_concurrent
-        if count > most:
-            raise Refused(400, f"the request asks for {count} answers, the server gives {most} at a time", param="n")
         if self.taken + count > most:
             raise Refused(
                 429, f"{self.taken} of {most} answers are being made; come again", code="too_many_requests",
@@ -71,6 +70,11 @@ class Server:
             yield
         finally:
             self._take(-count)
+
+    def check_count(self, count: int) -> None:
+        """Refuse more answers than the server ever gives at a time; before its prompts are read, as that takes long."""
+        if count > (most := self.config.max_concurrent):
+            raise Refused(400, f"the request asks for {count} answers, the server gives {most} at a time", param="n")
 
     def _take(self, count: int) -> None:
         self.taken += count
@@ -99,6 +103,7 @@ class Server:
         """The prompts of texts, or of lists of tokens."""
         given = body.prompt
         many: Sequence[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        self.check_count(len(many) * (body.n or 1))
         words = offer.model_config.get_text_config().vocab_size
         try:
             found = [plain_ids(offer.tokenizer, each)[0].tolist() if isinstance(each, str) else each for each in many]
@@ -134,7 +139,7 @@ class Server:
                 room = room_of(offer.model_config, len(prompt.ids), config)
             except ContextFull as error:
                 raise Refused(400, f"{error}", param="messages", code="context_length_exceeded") from None
-            room = min(room, limit or room)
+            room = min(room, limit or room, *_beside(offer, len(prompt.ids)))
             for number in range(body.n or 1):
                 channels = None if prompt.channels is None else prompt.channels()
                 request = AnswerRequest(
@@ -143,6 +148,16 @@ class Server:
                 )  # fmt: skip
                 found.append((request, Choice.of(len(found), offer, room, body.stops, channels)))
         return Answering(self, found)
+
+
+def _beside(offer: ModelOffer, prompt_tokens: int) -> list[int]:
+    """The tokens that are left where an answer beyond some length would depend on others beside it. Raises Refused."""
+    if (most := alike_up_to(offer.model_config)) is None:
+        return []
+    if prompt_tokens >= most:
+        said = f"the prompt has {prompt_tokens} tokens, and {offer.name} is served up to {most}"
+        raise Refused(400, said, param="messages", code="context_length_exceeded")
+    return [most - prompt_tokens]
 
 
 def _drawn(config: GenerateConfig, body: ChatRequest | TextRequest) -> GenerateConfig:
@@ -172,7 +187,7 @@ class Answering:
         asked, said = sum(prompts.values()), sum(choice.tokens for choice in self.choices)
         return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
-    async def pieces(self) -> AsyncIterator[tuple[Choice, Sequence[SaidPiece]]]:
+    async def pieces(self) -> AsyncGenerator[tuple[Choice, Sequence[SaidPiece]]]:
         """Each answer's pieces as they come; its last ones once it has `ended`. Leaving early ends all answers.
 
         Raises Refused where an answer cannot be made, or takes too long.

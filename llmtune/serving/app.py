@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from llmtune import __version__
 from llmtune.inference.said import SaidPiece
-from llmtune.model.generate import limit_of
+from llmtune.model.generate import alike_up_to, limit_of
 from llmtune.serving.answering import Answering, Server, while_there
 from llmtune.serving.bodies import Answered, ChatRequest, ErrorBody, Model, ModelList, TextRequest
 from llmtune.serving.choices import Choice
@@ -86,7 +86,10 @@ def make_app(server: Server) -> FastAPI:
 
 
 def _told(server: Server, offer: ModelOffer) -> Model:
-    return Model(id=offer.name, created=server.started, max_model_len=limit_of(offer.model_config, offer.config))
+    return Model(id=offer.name, created=server.started, max_model_len=min(
+        (each for each in (limit_of(offer.model_config, offer.config), alike_up_to(offer.model_config)) if each),
+        default=None,
+    ))  # fmt: skip
 
 
 class ChatForm:
@@ -177,14 +180,15 @@ async def _respond(
 class EventStream(StreamingResponse):
     """A stream of events that has its places until it ends, or its client has gone."""
 
-    def __init__(self, events: AsyncIterator[str], places: AbstractContextManager[None]) -> None:
+    def __init__(self, events: AsyncGenerator[str], places: AbstractContextManager[None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.places = places
+        self.events, self.places = events, places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            await self.events.aclose()  # a client may leave between two events
             self.places.__exit__(None, None, None)
 
 
@@ -196,15 +200,16 @@ async def _whole(answering: Answering, form: ChatForm | TextForm) -> dict[str, A
     return {**form.head, "object": form.whole, "choices": choices, "usage": answering.usage}
 
 
-async def _events(answering: Answering, form: ChatForm | TextForm, usage: bool) -> AsyncIterator[str]:
+async def _events(answering: Answering, form: ChatForm | TextForm, usage: bool) -> AsyncGenerator[str]:
     head = {**form.head, "object": form.piece}
     try:
         for choice in answering.choices:
             for each in form.first(choice):
                 yield _event({**head, "choices": [each]})
-        async for choice, pieces in answering.pieces():
-            for each in form.told(choice, list(pieces)):
-                yield _event({**head, "choices": [each]})
+        async with aclosing(answering.pieces()) as found:
+            async for choice, pieces in found:
+                for each in form.told(choice, list(pieces)):
+                    yield _event({**head, "choices": [each]})
         if usage:
             yield _event({**head, "choices": [], "usage": answering.usage})
     except Refused as refused:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from llmtune.serving.config import is_loopback
 from llmtune.serving.errors import Refused
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Guard:
             return
         headers = dict(scope["headers"])
         try:
+            self._check_host(headers.get(b"host", b""))
             self._check_key(scope["path"].removeprefix(scope.get("root_path", "")), headers.get(b"authorization", b""))
             body = await asyncio.wait_for(self._body(headers.get(b"content-length", b""), receive), ARRIVES_S)
         except TimeoutError:
@@ -49,6 +52,18 @@ class Guard:
             return whole.pop() if whole else await receive()
 
         await self.app(scope, replay, send)
+
+    def _check_host(self, sent: bytes) -> None:
+        """Without a key the server answers to this machine's own names: a page of another name, pointed at this
+        address, may not ask it in a browser's name."""
+        if self.api_key is not None or not sent:
+            return
+        try:
+            host = urlsplit(f"//{sent.decode('latin-1')}").hostname or ""
+        except ValueError:
+            host = ""
+        if not is_loopback(host):
+            raise Refused(403, "a server without a key answers to this machine's own names alone; set API_KEY")
 
     def _check_key(self, path: str, sent: bytes) -> None:
         if self.api_key is None or path in OPEN:
