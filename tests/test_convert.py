@@ -196,7 +196,9 @@ def test_values_mean_what_they_mean_there(file: str) -> None:
 def test_the_command_to_type(file: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = convert(file)
     if found.verb == "predict":
-        command = command.replace(" dataset=greetings template=llama3", " template=llama3 dataset=greetings")
+        command = command.replace(
+            " dataset=greetings template=llama3", " template=llama3 'eval_config={name: generate}' dataset=greetings"
+        )
     assert found.command == f"llmtune {command}"
     assert main(["convert", file]) == 0
     assert (capsys.readouterr().out == found.command + "\n") == (found.verb != "train")
@@ -215,6 +217,16 @@ def test_share_of_steps_and_weights_of_the_others(tmp_path: Path) -> None:
                            "data_files": ["a.json", "b.json"]}}  # fmt: skip
     found = made_of(tmp_path, several)
     assert [entry["path"] for entry in found.recipe["dataset"]] == ["a.json", "b.json"]
+
+
+def test_texts_of_templates_are_kept(tmp_path: Path) -> None:
+    """What a template there says of itself is written, and one that writes texts of its own is not taken for another."""
+    found = made(tmp_path, template="alpaca")
+    assert found.recipe["default_system"].startswith("Below is an instruction that describes a task.")
+    assert made(tmp_path, template="alpaca", default_system="Be brief.").recipe["default_system"] == "Be brief."
+    assert made(tmp_path, template="smollm").recipe["template"] == "chatml"  # llmtune's smollm2 has a system message
+    found = made(tmp_path, template="default")
+    assert "texts of its own" in found.lost["template"] and "template" not in found.recipe
 
 
 def test_what_is_lost_is_said_and_strict_makes_it_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,7 +149,10 @@ def _command(recipe: Mapping[str, Any], verb: str, given: ForeignSource, output:
 def typed_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that a command takes with the model: those of a benchmark stand by themselves, as far as they can."""
     known, asked = top_level_keys(), {}
-    for key, value in recipe.get("eval_config", {}).items():
+    evaluator = recipe.get("eval_config", {})
+    if evaluator.get("name") != "benchmark":
+        return {key: value for key, value in recipe.items() if key != "model"}
+    for key, value in evaluator.items():
         asked |= {} if key == "name" else {f"eval_config.{key}" if key in known else key: value}
     return {**asked, **{key: value for key, value in recipe.items() if key not in ("model", "eval_config")}}
 

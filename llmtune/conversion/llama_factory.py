@@ -89,6 +89,8 @@ def convert(draft: Draft, verb: str) -> None:
         _measuring(draft)
     else:
         draft.take("stage")
+        if verb == "predict" and draft.take("predict_with_generate"):
+            draft.name("eval_config", "generate", "predict_with_generate")
         draft.ask_nothing("stage", "do_eval", "predict_with_generate", why="the command says what is done")
         draft.ask_nothing("do_predict", why="the command says it")
         if verb == "predict":
@@ -272,14 +274,23 @@ def _data(draft: Draft) -> None:
 def _template(draft: Draft, pretrains: bool) -> None:
     """The template by its name there, where llmtune has it."""
     name = draft.take("template")
+    here = {"smollm": "chatml"}.get(name, template_of(name))
     if name is None or pretrains:
         draft.ask_nothing(
             "template", why="plain text has none" if pretrains else "the tokenizer's own template is taken"
         )
-    elif template_of(name) in template_names():
-        notes = [f"there {name}"] if template_of(name) != name else []
-        notes += [_LINE_BREAK] if template_of(name) in _BREAKS else []
-        draft.set("template", template_of(name), "template", note="; ".join(notes))
+    elif here in template_names():
+        notes = [f"there {name}"] if here != name else []
+        notes += [_LINE_BREAK] if here in _BREAKS else []
+        draft.set("template", here, "template", note="; ".join(notes))
+        if (system := table("system_messages").get(name)) and not draft.has("default_system"):
+            draft.set("default_system", system, note=f"what {name} says there where a row has none")
+    elif name in ("default", "fewshot", "empty"):
+        draft.lose(
+            "template",
+            why=f"LLaMA-Factory writes texts of its own for {name}, without control tokens; the tokenizer's own "
+            "template is taken (template: FILE.jinja names another)",
+        )
     else:
         draft.ask_nothing(
             "template",
