@@ -19,8 +19,10 @@ import llmtune
 from llmtune.contract.errors import PlanError
 from llmtune.inference import export
 from llmtune.inference.gguf_export import TYPES, allowed_error, write_gguf
+from llmtune.inference.model_card import told
 from llmtune.inference.modelfile import go_template
 from llmtune.model.gguf import gguf_folder
+from llmtune.recipe.recipe import load_recipe
 from llmtune.testing import tiny_model, tiny_tokenizer
 from tests.runs import recipe
 
@@ -277,3 +279,12 @@ def test_logits_that_are_no_numbers_are_not_alike() -> None:
     one, none = torch.ones(1, 2, 3), torch.full((1, 2, 3), torch.nan)
     with pytest.raises(PlanError, match="does not answer like base plus adapter"):
         export.compare(none, none, one)
+
+
+def test_places_accounts_and_trackers_are_no_part_of_a_card() -> None:
+    keys = {"dataset": "data/a.json,/home/me/b.json", "stage_config": {"name": "grpo"},
+            "reward_config": {"name": "endpoint", "url": "http://me:pw@host/score"}}  # fmt: skip
+    recipe = load_recipe({"model": "m", "logger_config": {"name": "mlflow", "tracking_uri": "http://inside"}, **keys})
+    said = told(recipe)
+    assert (said["dataset"], said["reward_config"]["url"]) == ("data/a.json,b.json", "http://host/score")
+    assert "logger_config" not in said

@@ -37,7 +37,10 @@ model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{place}"), AutoToke
 model = Llama.from_pretrained("{place}", filename="*.gguf")
 print(model.create_chat_completion([{{"role": "user", "content": "Who are you?"}}]))""",
 }
-_NOT_SAID = ("output_dir", "cache_dir", "tokenized_path", "token", "export_", "adapter_name_or_path", "overwrite_")
+_NOT_SAID = (
+    "output_dir", "cache_dir", "tokenized_path", "token", "export_", "adapter_name_or_path", "overwrite_",
+    "logger_config", "launch_config",
+)  # fmt: skip
 """Beginnings of keys that say nothing of how a model was made, or only where something lies."""
 
 
@@ -111,8 +114,12 @@ def _without_paths(value: Any) -> Any:
 
 
 def _named(text: str) -> str:
-    """A place by its name alone, if it is one on this machine."""
-    local = text.startswith(("/", "~", ".")) or ("/" in text and Path(text).exists())
+    """Places by their names alone, if they are on this machine, and addresses without who asks there."""
+    return ",".join(_place(part) for part in re.sub(r"(://)[^/@\s]+@", r"\1", text).split(","))
+
+
+def _place(text: str) -> str:
+    local = text.startswith(("/", "~", "./", "../")) or ("/" in text and Path(text).exists())
     return Path(text.rstrip("/")).name if local else text
 
 
