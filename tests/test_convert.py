@@ -220,7 +220,7 @@ def test_share_of_steps_and_weights_of_the_others(tmp_path: Path) -> None:
 
 
 def test_texts_of_templates_are_kept(tmp_path: Path) -> None:
-    """What a template there says of itself is written, and one that writes texts of its own is not taken for another."""
+    """What a template there says of itself is written; one that writes texts of its own is not taken for another."""
     found = made(tmp_path, template="alpaca")
     assert found.recipe["default_system"].startswith("Below is an instruction that describes a task.")
     assert made(tmp_path, template="alpaca", default_system="Be brief.").recipe["default_system"] == "Be brief."
