@@ -12,7 +12,14 @@ version = release = __version__
 
 extensions = ["myst_parser"]
 myst_heading_anchors = 4
-include_patterns = ["*.md", "docs/**.md", "plugins/*/README.md", "tests/guards.md", "benchmarks/results/*.md"]
+include_patterns = [
+    "*.md",
+    "docs/**.md",
+    "notebooks/*.md",
+    "plugins/*/README.md",
+    "tests/guards.md",
+    "benchmarks/results/*.md",
+]
 exclude_patterns = [".*", "**/__pycache__", "runs", "site"]
 root_doc = "docs/index"
 
@@ -23,6 +30,5 @@ html_extra_path = ["site"]  # index.html, which leads to the start page
 
 
 def setup(app: Sphinx) -> None:
-    """Blocks that Pygments cannot colour are shown as text."""
-    for language in ("csv", "mermaid"):
-        app.add_lexer(language, TextLexer)
+    """Blocks of a kind that Pygments cannot colour are shown as text."""
+    app.add_lexer("csv", TextLexer)

@@ -120,11 +120,12 @@ class Run:
 
         from llmtune.training.loss_table import loss_table
 
-        answers = "".join(
-            f"<tr><td>{escape(question)}</td><td>{escape(before)}</td><td>{escape(after)}</td></tr>"
-            for question, before, after in self.answers
-        )
-        table = f"<table><tr><th>question</th><th>before</th><th>after</th></tr>{answers}</table>" if answers else ""
+        # Notebooks put what is in cells, mostly numbers, to the right.
+        rows = [
+            "".join(f'<{cell} style="text-align: left; vertical-align: top">{escape(text)}</{cell}>' for text in texts)
+            for cell, texts in [("th", ("question", "before", "after")), *(("td", texts) for texts in self.answers)]
+        ]
+        table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>" if self.answers else ""
         return f"<b>{escape(repr(self))}</b>{table}{preformatted(loss_table(self.metrics))}"
 
 
@@ -182,6 +183,7 @@ def _train_in_processes(recipe: Recipe, launcher: Launcher, nproc: int | None) -
 
     from llmtune.distributed.launch import LaunchError, write_temporary_recipe
     from llmtune.distributed.stopping import EXIT_INTERRUPTED
+    from llmtune.training.follow import growing_curve
 
     if not launcher.waits:
         name = recipe.blocks["launch_config"][0][0]
@@ -193,7 +195,8 @@ def _train_in_processes(recipe: Recipe, launcher: Launcher, nproc: int | None) -
     with tempfile.TemporaryDirectory() as scratch:
         path = write_temporary_recipe({**recipe.tree, "output_dir": str(folder)}, Path(scratch))
         words = [str(path), *(["--fresh"] if recipe.fresh else [])]
-        code = launcher.launch(launch_request(recipe, words, ranks=nproc))
+        with growing_curve(folder):
+            code = launcher.launch(launch_request(recipe, words, ranks=nproc))
     if code not in (0, EXIT_INTERRUPTED):
         raise LaunchError(f"a rank of the run failed with exit code {code}; its message is above")
     return Run(folder, trust_remote_code=recipe.model.trust_remote_code)

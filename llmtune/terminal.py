@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import shutil
 import sys
@@ -17,6 +18,9 @@ from typing import TextIO
 NOTEBOOK_COLUMNS = 80
 """Columns of text in a notebook; in the page that is exported from one, longer lines are broken inside of words."""
 
+FROM_NOTEBOOK = "LLMTUNE_FROM_NOTEBOOK"
+"""The variable by which the ranks that a notebook starts know that their lines are shown there."""
+
 doing = logging.getLogger("llmtune.doing")
 """Whatever takes more than a moment is announced here. Nothing is shown before `show_doing`."""
 
@@ -28,9 +32,14 @@ def in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
+def shown_in_notebook() -> bool:
+    """Whether what this process prints stands in a notebook: it is the kernel, or a rank that one has started."""
+    return in_notebook() or FROM_NOTEBOOK in os.environ
+
+
 def columns(stream: TextIO) -> int | None:
     """The width of a terminal or a notebook. Files and pipes have none: their lines stay whole, for other programs."""
-    if in_notebook():
+    if shown_in_notebook():
         return NOTEBOOK_COLUMNS
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
@@ -83,7 +92,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 class DoingLines(logging.Handler):
-    """Prints each announcement as a line on standard error, with the seconds since the handler was made."""
+    """Prints each announcement as a line on standard error, in a notebook, where that looks like an error, on standard
+    output, with the seconds since the handler was made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +101,8 @@ class DoingLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line; the stream is the present one, which a progress bar may have replaced by its own."""
-        say(f"{record.created - self.start:6.1f} s  {record.getMessage()}", sys.stderr)
+        stream = sys.stdout if shown_in_notebook() else sys.stderr
+        say(f"{record.created - self.start:6.1f} s  {record.getMessage()}", stream)
 
 
 def show_doing() -> None:
@@ -123,5 +134,5 @@ class Shown:
 
 def preformatted(text: str) -> str:
     """HTML whose lines are not broken, as Jupyter does with long ones: columns would no longer be any."""
-    style = "white-space: pre; word-break: normal; overflow-x: auto"
+    style = "font-family: monospace; white-space: pre; word-break: normal; overflow-x: auto"
     return f'<pre style="{style}">{escape(text)}</pre>'

@@ -23,7 +23,8 @@ from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.registry import Registry
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "plugins").glob("*/README.md")]
+FOLDERS = ("*.md", "docs/**/*.md", "notebooks/*.md", "plugins/*/README.md")
+PAGES = [page for pattern in FOLDERS for page in ROOT.glob(pattern)]
 OTHERS = {"hpz_partition_size", "lr_end", "report_to"}
 """Keys of DeepSpeed and of transformers that the pages compare with."""
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -156,7 +158,14 @@ def test_what_is_no_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(choose_view(Terminal()), TerminalBar)
 
 
-def test_notebook_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notebook_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+
+    def display(data: dict[str, str], **_: Any) -> Any:
+        shown.append(data)
+        return SimpleNamespace(update=display)
+
+    monkeypatch.setattr(pytest.importorskip("IPython.display"), "display", display)
     bar = NotebookBar()
     bar.start(5, 20)
     bar.report(10, "loss 1.5000", eta="0:10", evaluation=False)
@@ -164,10 +173,10 @@ def test_notebook_bar(capsys: pytest.CaptureFixture[str]) -> None:
     bar.report(20, "loss 1.2500", eta="0:00", evaluation=False)
     bar.finish()
     out, err = capsys.readouterr()
-    assert "step 10  eval_loss 2.0000" in out
-    assert "20/20" in err
-    assert "loss 1.2500" in err
-    assert "eta" not in err
+    assert out == "step 10/20  eval_loss 2.0000\n" and err == ""
+    assert shown[0]["text/plain"].strip() == "step  5/20"
+    assert shown[-1]["text/plain"] == "step 20/20  loss 1.2500"
+    assert 'value="20" max="20"' in shown[-1]["text/html"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (40.4, "0:40"), (725, "12:05"), (3723, "1:02:03")])

@@ -29,7 +29,7 @@ def send(*numbers: signal.Signals) -> None:
 
 
 def test_a_request_raises_where_nothing_has_to_be_saved() -> None:
-    before = signal.getsignal(signal.SIGTERM)  # a launcher that ran in this process leaves its own
+    before = signal.getsignal(signal.SIGTERM)
     for number in (signal.SIGTERM, signal.SIGINT):
         with pytest.raises(Stopped, match="stopped while planning; run the same command again"), StopRequest() as stop:
             stop.doing = "while planning"

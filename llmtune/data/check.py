@@ -25,7 +25,7 @@ from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.reading import Chunk, HubAccess, Row, chunks, find, first_rows, separated
 from llmtune.data.report import Bad, Losses, counts_text
 from llmtune.data.workers import in_order
-from llmtune.terminal import Shown
+from llmtune.terminal import NOTEBOOK_COLUMNS, Shown, fit, preformatted
 
 if TYPE_CHECKING:
     from llmtune.data.tokenise import Tokeniser
@@ -166,6 +166,9 @@ class DataCheck(Shown, RowCounts):
         if hidden := self.reasons.total() - len(self.bad):
             lines.append(f"    ... and {hidden:,} more (--all shows them, --quarantine FILE writes them)")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return preformatted(fit(str(self), NOTEBOOK_COLUMNS))  # sentences, unlike tables, may be broken
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         good = self.rows - self.reasons.total()

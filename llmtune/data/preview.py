@@ -27,7 +27,7 @@ _MOST = 100_000
 """Characters of one sequence that are shown."""
 _TRAINED = "#0b3d1a on #c9ecd0"
 """Both colours are named, so that it is readable whatever the page or the terminal looks like."""
-_PRE = '<pre style="white-space: pre-wrap">{code}</pre>'
+_PRE = '<pre style="font-family: monospace; white-space: pre-wrap">{code}</pre>'
 _PAGE = (
     '<!doctype html><meta charset="utf-8"><title>llmtune data preview</title>'
     f'<body style="max-width: 60em; margin: 2em auto">{_PRE}</body>\n'

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from llmtune.contract.errors import LlmtuneError, RecipeError
 from llmtune.contract.launching import LaunchRequest, Machines
 from llmtune.distributed.stopping import EXIT_INTERRUPTED
+from llmtune.terminal import FROM_NOTEBOOK, in_notebook
 
 
 def under_launcher() -> bool:
@@ -106,9 +109,11 @@ def start(command: Sequence[str], ranks: int, machines: Machines = _ALONE, resta
     from torch.distributed.launcher.api import elastic_launch
 
     quiet_launcher()
-    with tempfile.TemporaryDirectory(prefix="llmtune-") as logs:
+    with process_as_it_was(), tempfile.TemporaryDirectory(prefix="llmtune-") as logs:
         threads = max(1, (os.cpu_count() or 1) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        if in_notebook():
+            os.environ[FROM_NOTEBOOK] = "1"
         try:
             elastic_launch(_launch_config(ranks, machines, restarts, logs), command[0])(*command[1:])
         except ChildFailedError as failure:
@@ -122,6 +127,24 @@ def start(command: Sequence[str], ranks: int, machines: Machines = _ALONE, resta
                 "on every machine, and look whether they reach that address"
             ) from error
     return 0
+
+
+@contextmanager
+def process_as_it_was() -> Iterator[None]:
+    """Afterwards, this process has the environment and the handlers of signals that it had before: torch's launcher
+    leaves its own, and a notebook or a program goes on with the next run."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) != handler:
+                    signal.signal(number, handler)
 
 
 def quiet_launcher() -> None:

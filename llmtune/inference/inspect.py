@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import DataError, LlmtuneError, RecipeError, raise_all
 from llmtune.contract.examples import KINDS
+from llmtune.terminal import quiet_imports
 
 if TYPE_CHECKING:
     from llmtune.data import DataReport, Prepared
@@ -78,6 +79,7 @@ def check_recipe(
 def render_facts(recipe: Recipe) -> dict[str, Any]:
     """What `check` needs to render rows as a run of `recipe` would: keywords of it. Where the model cannot be had, the
     error stands in for the tokeniser."""
+    quiet_imports()
     from llmtune.data.making import Making
     from llmtune.data.template import choose_template
     from llmtune.model.source import load_tokenizer, resolve_model
@@ -192,6 +194,7 @@ def _losses(report: DataReport, policy: str) -> Iterator[str]:
 
 def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     """Samples and tokenizer as a run of `recipe` has them, without its model."""
+    quiet_imports()
     from llmtune.model.source import load_tokenizer, resolve_model
     from llmtune.planning.data_plan import prepare_for
     from llmtune.recipe.parts import clashes, find_parts, hub_of

@@ -9,11 +9,10 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from llmtune.terminal import columns, fit, in_notebook
+from llmtune.terminal import NOTEBOOK_COLUMNS, columns, fit, in_notebook, preformatted
 from llmtune.training.status import Milestones, Status
 
 if TYPE_CHECKING:
@@ -166,33 +165,51 @@ class TerminalBar(PlainLines):
 
 
 class NotebookBar(PlainLines):
-    """tqdm's bar: a widget where Jupyter has them, text where not."""
+    """A bar that the browser draws, in one place of the cell: an exported page has its last state, without widgets."""
 
-    bar: Any = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.figures, self.eta = 0, "", ""
+        self.display: Any = None
+        self.drawn = 0.0
 
     def start(self, done: int, total: int) -> None:
         """Draw the bar."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tqdm asks for ipywidgets, without which it works as well
-            from tqdm.auto import tqdm
-        self.bar = tqdm(total=total, initial=done, unit="step")
+        self.step, self.total = done, total
+        self._draw()
 
     def move(self, step: int, eta: str) -> None:
-        """Move the bar; tqdm shows the time left itself."""
-        self.bar.update(step - self.bar.n)
+        """Move the bar."""
+        self.step, self.eta = step, eta
+        if time.monotonic() - self.drawn > 0.1:  # fast steps would flood the browser
+            self._draw()
 
     def report(self, step: int, figures: str, eta: str, evaluation: bool) -> None:
         """Show figures beside the bar; those of an evaluation become a line of their own."""
-        self.move(step, eta)
         if evaluation:
-            self.bar.write(f"step {step}  {figures}")
+            print(fit_figures(step_text(step, self.total), figures, NOTEBOOK_COLUMNS), file=self.stream, flush=True)
         else:
-            self.bar.set_postfix_str(figures)
+            self.figures = figures
+            self.move(step, eta)
 
     def finish(self) -> None:
         """Leave the last state of the bar in sight."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.display is not None:
+            self.eta = ""
+            self._draw()
+
+    def _draw(self) -> None:
+        from IPython.display import display
+
+        figures = self.figures + (f"  eta {self.eta}" if self.eta else "")
+        text = fit_figures(step_text(self.step, self.total), figures, NOTEBOOK_COLUMNS)
+        bar = f'<progress style="width: 40em; max-width: 100%" value="{self.step}" max="{self.total}"></progress>'
+        shown = {"text/plain": text, "text/html": bar + preformatted(text)}
+        if self.display is None:
+            self.display = display(shown, raw=True, display_id=True)
+        else:
+            self.display.update(shown, raw=True)
+        self.drawn = time.monotonic()
 
 
 def step_text(step: int, total: int) -> str:

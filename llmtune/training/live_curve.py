@@ -17,15 +17,19 @@ class LiveCurve:
     """Shows the loss below the progress bar, and draws it anew while training goes on."""
 
     def __init__(self, metrics: Sequence[Mapping[str, Any]]) -> None:
-        self.metrics = list(metrics)
+        self.metrics: list[Mapping[str, Any]] = list(metrics)
         self._display: Any = None
         self._next = 0.0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add what was logged; draw where it is time to."""
         self.metrics.append({"step": step, **metrics})
-        if time.monotonic() >= self._next and len(self.metrics) > 1:
+        if self.due() and len(self.metrics) > 1:
             self.draw()
+
+    def due(self) -> bool:
+        """Whether drawing again would take no more than its share of the time."""
+        return time.monotonic() >= self._next
 
     def draw(self) -> None:
         """Draw all that there is, in the place of the last picture."""
