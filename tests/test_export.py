@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from gguf import GGUFReader
+from gguf import GGUFReader, RopeScalingType
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 import llmtune
-from llmtune.contract.errors import PlanError
+from llmtune.contract.errors import LoadError, PlanError
 from llmtune.inference import export
 from llmtune.inference.gguf_export import TYPES, allowed_error, write_gguf
 from llmtune.inference.model_card import told
@@ -288,3 +288,16 @@ def test_places_accounts_and_trackers_are_no_part_of_a_card() -> None:
     said = told(recipe)
     assert (said["dataset"], said["reward_config"]["url"]) == ("data/a.json,b.json", "http://host/score")
     assert "logger_config" not in said
+
+
+def test_stretched_positions_that_nobody_reads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = write_gguf.__globals__["_write_config"]
+
+    def stretching(writer: Any, config: Any) -> None:
+        usual(writer, config)
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+
+    monkeypatch.setitem(write_gguf.__globals__, "_write_config", stretching)
+    write_gguf(tiny_model("qwen2"), tiny_tokenizer(), tmp_path / "model.gguf", "f32", [2], {"name": "tiny"})
+    with pytest.raises(LoadError, match="stretches its positions in the way yarn"):
+        gguf_folder(tmp_path / "model.gguf", tmp_path / "cache")

@@ -32,6 +32,9 @@ _LAYOUT = 1
 FREQUENCIES = "rope_freqs.weight"
 """The tensor of a GGUF file with what each frequency of its positions is divided by."""
 
+_HEAD = 1 << 26
+"""Bytes in which a file's keys and the list of its tensors end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufPackage:
@@ -185,6 +188,12 @@ def _convert(gguf: Path, target: Path) -> None:
             ) from error
         if _mentions(gguf, FREQUENCIES):
             model.config.rope_parameters = stretched(gguf, model.config.rope_parameters)
+        way = _text_of(gguf, b".rope.scaling.type") or ("longrope" if _mentions(gguf, "rope_factors_long") else "none")
+        if way != "none" and (config_value(model.config, "rope_parameters") or {}).get("rope_type") == "default":
+            raise LoadError(
+                f"{gguf.name} stretches its positions in the way {way}, which transformers does not read from such a "
+                "file; use the safetensors of the model"
+            )
         length = config_value(model.config, "max_position_embeddings")
         if length and tokenizer.model_max_length > length:
             tokenizer.model_max_length = length
@@ -230,14 +239,19 @@ def stretched(gguf: Path, rope: dict[str, Any]) -> dict[str, Any]:
 def _mentions(gguf: Path, name: str) -> bool:
     """Whether the file's head, which lists its tensors, has a name."""
     with gguf.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(name.encode(), 0, 1 << 26) >= 0
+        return content.find(name.encode(), 0, _HEAD) >= 0
 
 
 def _splitting(gguf: Path) -> str | None:
-    """The file's `tokenizer.ggml.pre`. Searched for, as the gguf package takes 2 s to list a vocabulary of 49k."""
-    key = b"tokenizer.ggml.pre" + (8).to_bytes(4, "little")  # 8 is the type of a string
+    """The file's `tokenizer.ggml.pre`."""
+    return _text_of(gguf, b"tokenizer.ggml.pre")
+
+
+def _text_of(gguf: Path, name: bytes) -> str | None:
+    """The text of the first key that ends so. Searched for: the gguf package takes 2 s to list a vocabulary of 49k."""
+    key = name + (8).to_bytes(4, "little")  # 8 is the type of a string
     with gguf.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = content.find(key) + len(key)
+        at = content.find(key, 0, _HEAD) + len(key)
         if at < len(key):
             return None
         length = int.from_bytes(content[at : at + 8], "little")
