@@ -16,6 +16,7 @@ CORE = sorted((ROOT / "llmtune").rglob("*.py"))
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 CONTRACT = {
     "llmtune.contract.records",
+    "llmtune.contract.shipped",
     "llmtune.contract.stages",
     "llmtune.contract.examples",
     "llmtune.contract.environment",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from llmtune.cli.arguments import add_command, add_model, add_overrides
 from llmtune.cli.libraries import load_libraries
 from llmtune.contract.errors import PlanError
-from llmtune.contract.generation import GenerateConfig
 
 
 def add_commands(commands: Any) -> None:
@@ -24,6 +22,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _serve(options: Any) -> None:
+    from dataclasses import fields
+
+    from llmtune.contract.generation import GenerateConfig
     from llmtune.recipe.keys import require_no_slip
     from llmtune.recipe.recipe import parse_overrides
     from llmtune.serving.config import ServeConfig, serve_config

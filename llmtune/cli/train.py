@@ -60,17 +60,7 @@ def _train(options: Any) -> int:
 
 
 def _train_or_launch(options: Any) -> int:
-    from dataclasses import replace
-
-    from llmtune.api import launch_request
-    from llmtune.cli.environment import taken_from_environment
-    from llmtune.contract.environment import remarks
-    from llmtune.distributed.launch import parse_machines, under_launcher
     from llmtune.distributed.ranks import leave, tell_the_others
-    from llmtune.distributed.stopping import EXIT_INTERRUPTED
-    from llmtune.recipe.parts import launcher_of
-    from llmtune.recipe.registry import Registry
-    from llmtune.recipe.secrets import hidden
     from llmtune.recipe.train_config import TrainConfig
 
     try:
@@ -78,6 +68,17 @@ def _train_or_launch(options: Any) -> int:
     except (LlmtuneError, OSError) as error:
         tell_the_others(error, TrainConfig.ddp_timeout)
         raise
+    from dataclasses import replace
+
+    from llmtune.api import launch_request  # imports torch, which the first mistake in a recipe need not wait for
+    from llmtune.cli.environment import taken_from_environment
+    from llmtune.contract.environment import remarks
+    from llmtune.distributed.launch import parse_machines, under_launcher
+    from llmtune.distributed.stopping import EXIT_INTERRUPTED
+    from llmtune.recipe.parts import launcher_of
+    from llmtune.recipe.registry import Registry
+    from llmtune.recipe.secrets import hidden
+
     if not under_launcher():
         for line in [*taken_from_environment(options), *remarks()]:
             say(f"llmtune: {line}", sys.stderr)

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
+
+from llmtune.contract.shipped import shipped
 
 _ON = ("1", "true", "yes", "y", "on")
 
@@ -45,11 +46,8 @@ class Variable:
 @cache
 def variables() -> Mapping[str, Variable]:
     """All of them by name, in the order of `environment.yaml`."""
-    import yaml  # most of what imports this module needs no table
-
-    text = resources.files("llmtune.contract").joinpath("environment.yaml").read_text(encoding="utf-8")
     found: dict[str, Variable] = {}
-    for subject, rows in yaml.safe_load(text).items():
+    for subject, rows in shipped("llmtune.contract", "environment.yaml").items():
         for names, row in rows.items():
             made = Variable(subject=subject, **(row if isinstance(row, dict) else {"about": row}))
             found |= dict.fromkeys(names.split(", "), made)

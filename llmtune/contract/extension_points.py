@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
 from llmtune.contract.environment import named_plugins
@@ -28,6 +27,7 @@ from llmtune.contract.records import (
     Schedule,
 )
 from llmtune.contract.rewards import Reward
+from llmtune.contract.shipped import shipped
 from llmtune.contract.stages import Stage
 
 
@@ -223,6 +223,4 @@ def default_plugins() -> Mapping[str, str]:
 
 @cache
 def _shipped_defaults() -> Mapping[str, str]:
-    import yaml  # most of what imports this module needs no defaults
-
-    return yaml.safe_load(resources.files("llmtune.contract").joinpath("defaults.yaml").read_text(encoding="utf-8"))
+    return shipped("llmtune.contract", "defaults.yaml")

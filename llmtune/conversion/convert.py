@@ -19,7 +19,7 @@ from llmtune.conversion.source import ForeignSource, read
 from llmtune.conversion.writer import recipe_yaml
 from llmtune.recipe import text as recipe_text
 from llmtune.recipe.keys import top_level_keys
-from llmtune.recipe.recipe import recipe_errors
+from llmtune.recipe.recipe import errors_of, recipe_errors
 
 _HEAD = "Converted by `llmtune convert` from"
 _CONVERTERS: dict[str, tuple[Callable[[Draft, str], None], Callable[[ForeignSource], str]]] = {
@@ -83,7 +83,7 @@ def convert(
     draft = Draft(keys, trainer, script=given.verb)
     fill(draft, verb)
     draft.follow_references()
-    draft.check += _objections(draft.recipe)
+    draft.check += _objections(draft)
     if strict and draft.lost:
         raise ErrorList([RecipeError(f"{given.origin}  {key}: {why}") for key, why in draft.lost.items()])
     target = Path(output).expanduser() if output is not None else None
@@ -128,10 +128,10 @@ def offer(source: str | os.PathLike[str]) -> str | None:
     return f"{name} is a file of {trainer}; `llmtune convert {name} -o recipe.yaml` writes it as a recipe"
 
 
-def _objections(recipe: Mapping[str, Any]) -> list[str]:
+def _objections(draft: Draft) -> list[str]:
     """What `llmtune train` would say of the recipe; the environment may be another then."""
-    plain = {key: value for key, value in recipe.items() if key != "trust_remote_code"}
-    errors = [str(error) for error in recipe_errors(plain)]
+    plain = {key: value for key, value in draft.recipe.items() if key != "trust_remote_code"}
+    errors = [str(error) for error in errors_of(plain, {}, draft.registry)]
     return [error for error in errors if "Environment variable" not in error]
 
 

@@ -107,9 +107,9 @@ def find_named(registry: Registry, places: Places, point: str, index: int, block
         raise PluginError(f"{places.of(at)}  {error}") from error
 
 
-def wrong_blocks(blocks: Blocks, places: Places) -> list[RecipeError | PluginError]:
+def wrong_blocks(blocks: Blocks, places: Places, registry: Registry) -> list[RecipeError | PluginError]:
     """All that is wrong with plugins' names and keys, for a recipe that is not read on for other mistakes."""
-    registry, problems = Registry(), []
+    problems: list[RecipeError | PluginError] = []
     for point, several in blocks.items():
         for index in range(len(several)):
             try:

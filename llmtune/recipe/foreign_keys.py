@@ -6,13 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmtune.contract.environment import variables
+from llmtune.contract.shipped import shipped
 
 ENVIRONMENT = "Environment variables"
 """The subject of those, which have a page of their own."""
@@ -45,9 +43,8 @@ class ForeignKey:
 @cache
 def foreign_keys() -> Mapping[str, ForeignKey]:
     """Every key of another trainer that llmtune has an answer to, in the order of `foreign_keys.yaml`."""
-    text = resources.files("llmtune.recipe").joinpath("foreign_keys.yaml").read_text(encoding="utf-8")
     found: dict[str, ForeignKey] = {}
-    for subject, answers in yaml.safe_load(text).items():
+    for subject, answers in shipped("llmtune.recipe", "foreign_keys.yaml").items():
         for keys, answer in answers.items():
             said: dict[str, Any] = answer if isinstance(answer, dict) else {"reason": answer}
             made = ForeignKey(subject, **said)

@@ -12,7 +12,6 @@ from packaging.utils import canonicalize_name
 from llmtune import __version__
 from llmtune.contract.errors import PluginError
 from llmtune.contract.schema import split_names
-from llmtune.data.formats.builtin import FORMATS
 
 GROUP = "llmtune"
 """Entry point group; an entry's name is the name of a plugin that its module offers."""
@@ -43,7 +42,8 @@ class PackageSource:
 
 CORE = PackageSource(
     module="llmtune.recipe.builtin", distribution="llmtune", version=__version__,
-    names=("fsdp2", "huggingface", "torchrun", *(plugin.name for plugin in FORMATS)),
+    names=("fsdp2", "huggingface", "torchrun", "auto", "alpaca", "sharegpt", "openai", "completion", "preference",
+           "kto", "prompt", "text", "tokens"),
 )  # fmt: skip
 """What ships with the core, without entry points."""
 

@@ -12,14 +12,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from llmtune.contract.generation import GenerateConfig
 from llmtune.contract.schema import defaults, document, field_types
+from llmtune.contract.shipped import shipped
 from llmtune.recipe.foreign_keys import foreign_keys, told
 from llmtune.recipe.keys import CONFIGS
 from llmtune.recipe.text import plain
@@ -43,8 +41,7 @@ class OfficialKey:
 @cache
 def official_keys() -> Mapping[str, OfficialKey]:
     """Every key of the official table, in its order."""
-    text = resources.files("llmtune.recipe").joinpath("official_keys.yaml").read_text(encoding="utf-8")
-    sections = yaml.safe_load(text).items()
+    sections = shipped("llmtune.recipe", "official_keys.yaml").items()
     return {name: OfficialKey(section=section, **row) for section, rows in sections for name, row in rows.items()}
 
 

@@ -28,6 +28,7 @@ from llmtune.recipe.export_config import ExportConfig
 from llmtune.recipe.free_keys import environment
 from llmtune.recipe.keys import CONFIGS, about_unknown, top_level_keys
 from llmtune.recipe.places import Places
+from llmtune.recipe.registry import Registry
 from llmtune.recipe.secrets import blank, blank_text, escaped
 from llmtune.recipe.text import RecipeText, leaves, show, split
 from llmtune.recipe.train_config import TrainConfig
@@ -131,7 +132,7 @@ def load_recipe(
     if None not in configs:
         problems += _nothing_to_evaluate(configs[1], configs[2], places)
     if problems:
-        raise_all([*problems, *wrong_blocks(blocks, places)])
+        raise_all([*problems, *wrong_blocks(blocks, places, Registry())])
     model, data, train, generation, export = configs
     model = _from_other_keys(model, data, train)
     name = _name(source, model)
@@ -149,13 +150,18 @@ def load_recipe(
 def recipe_errors(source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> list[LlmtuneError]:
     """Everything that is wrong with a recipe's text, keys and blocks, as `llmtune train` would say it first; none where
     it can be planned. Nothing is read but the recipe, and no torch is imported."""
+    return errors_of(source, overrides, Registry())
+
+
+def errors_of(source: Any, overrides: Mapping[str, Any], registry: Registry) -> list[LlmtuneError]:
+    """What `recipe_errors` gives, with plugins of this registry."""
     try:
         recipe = load_recipe(source, overrides)
     except ErrorList as several:
         return several.errors
     except LlmtuneError as error:
         return [error]
-    return [*wrong_blocks(recipe.blocks, recipe.places)]
+    return [*wrong_blocks(recipe.blocks, recipe.places, registry)]
 
 
 def _given(key: str, strange: Mapping[str, str]) -> bool:
