@@ -54,8 +54,8 @@ BAD_ROWS: dict[str, bytes] = {
     "an answer is empty": lines(GOOD, chat(("user", "a"), ("assistant", ""))),
     "content is null": lines(GOOD, chat(("user", None), ("assistant", "b"))),
     "arguments of a tool call are not JSON": lines(GOOD, called("{a: 1}")),
-    "a row has a picture": lines(GOOD, {**GOOD, "images": ["a.jpg"]}),
-    "a message has a part that is a picture": lines(GOOD, chat(("user", [{"type": "image_url"}]), ("assistant", "b"))),
+    "a row has a picture, and the model reads text only": lines(GOOD, {**GOOD, "images": ["a.jpg"]}),
+    "a message has a part of another type": lines(GOOD, chat(("user", [{"type": "file"}]), ("assistant", "b"))),
 }
 """Files that stop a run."""
 

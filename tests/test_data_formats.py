@@ -191,12 +191,12 @@ OK = ("assistant", "b")
         ),
         ("openai", {"mesages": []}, "misspelt column", 'Did you mean "messages"'),
         ("openai", {"messages": turns(("user", "a"), OK), "tools": "{"}, "bad tools", "not JSON"),
-        ("openai", {"messages": turns(("user", "a"), OK), "images": ["a.jpg"]}, "not only text", "images"),
+        ("openai", {"messages": turns(("user", "a"), OK), "images": ["a.jpg"]}, "not only text", "1 image"),
         (
             "openai",
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, *turns(OK)]},
-            "not only text",
-            "message 1 holds parts of type image_url, allowed are reasoning, text, tool_call",
+            {"messages": [{"role": "user", "content": [{"type": "file"}]}, *turns(OK)]},
+            "unknown part",
+            "message 1 holds parts of type file, allowed are reasoning, text, tool_call",
         ),
         (
             "openai",

@@ -16,6 +16,7 @@ import llmtune
 from llmtune.cli.commands import parser
 from llmtune.recipe.recipe import load_recipe
 from llmtune.training.console import figure
+from tests.tiny_media import draw, llava
 
 ROOT = Path(__file__).parents[1]
 TASKS = sorted((ROOT / "docs" / "how-to").glob("*.md"))
@@ -43,6 +44,9 @@ def desk(chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("chats.jsonl", "more.jsonl"):
         shutil.copy(chats, tmp_path / name)
     (tmp_path / "faq.csv").write_text(files_of(ROOT / "docs" / "how-to" / "my-csv.md")["faq.csv"], encoding="utf-8")
+    (tmp_path / "scenes").mkdir()
+    for number in (1, 2, 3):
+        draw(tmp_path / "scenes" / f"{number}.png", "blue", "circle", (32, 32))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -52,7 +56,8 @@ def test_the_recipe_of_a_task_can_be_planned(page: Path, desk: Path, tiny_llama:
     for name, text in files_of(page).items():
         (desk / name).write_text(text, encoding="utf-8")
         if name.endswith(".yaml"):
-            plan = llmtune.plan(desk / name, model=tiny_llama, device="cpu")
+            model = str(llava(desk / "llava")) if page.stem == "pictures" else tiny_llama
+            plan = llmtune.plan(desk / name, model=model, device="cpu")
             assert plan.steps > 0
 
 

@@ -20,8 +20,8 @@ DOCUMENTED = [
     if not line.startswith("#")
 ]
 LOOKALIKES = {
-    "train_mm_proj_only": "train_on_prompt", "pref_loss": "plot_loss", "ppo_buffer_size": "buffer_size",
-    "ref_model": "model", "badam_update_ratio": "warmup_ratio", "media_dir": "dataset_dir",
+    "pref_loss": "plot_loss", "ppo_buffer_size": "buffer_size",
+    "ref_model": "model", "badam_update_ratio": "warmup_ratio",
     "use_unsloth_gc": "use_reentrant_gc", "vllm_config": "optim_config",
     "task_dir": "dataset_dir", "save_dir": "cache_dir",
     "ray_num_workers": "preprocessing_num_workers",

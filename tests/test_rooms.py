@@ -21,6 +21,7 @@ ROOMS = {
     "contract": "All that a plugin may import: records, protocols, hooks, errors, the reader of dataclasses.",
     "distributed": "Who this process is and which piece of a tensor it holds; every kind of parallelism; launching.",
     "model": "Files become an edited, filled model; and text comes out of it.",
+    "media": "Pictures, video and sound: found, opened, and given to a model's own processor.",
     "data": "Rows become batches.",
     "recipe": "YAML becomes typed keys and found plugins.",
     "conversion": "Files of other trainers become recipes.",
@@ -46,6 +47,8 @@ TOKENIZER_FILES = {
     f"llmtune.{name}"
     for name in (
         "inference.inspect",
+        "media.opening",
+        "media.processor",
         "model.source",
         "model.gguf",
         "model.hub",
@@ -56,6 +59,8 @@ TOKENIZER_FILES = {
 }
 """Files outside of `data` that looking at data takes."""
 MAY_BE_ABSENT = {
+    "PIL",
+    "av",
     "matplotlib",
     "rich",
     "tqdm",

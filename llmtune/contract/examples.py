@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 Message: TypeAlias = dict[str, Any]
-"""OpenAI's shape: `role` (system, user, assistant, tool) and `content` (text). Optional: `reasoning_content` (text),
+"""OpenAI's shape: `role` (system, user, assistant, tool) and `content` (text, or a list of parts of type text, image,
+image_url, video, video_url, audio, input_audio). Optional: `reasoning_content` (text),
 `tool_calls` (list of `{type: function, function: {name, arguments}}`, arguments an object), `name`, `tool_call_id`,
 and on assistant messages `weight` (a number >= 0: what each of its tokens counts in the loss; 1 where absent)."""
+
+
+MEDIA_KINDS = ("image", "video", "audio")
 
 
 class BadRow(Exception):
@@ -18,6 +22,15 @@ class BadRow(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}")
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture, a video or a sound that a message shows."""
+
+    kind: Literal["image", "video", "audio"]
+    path: str | tuple[str, ...]
+    """The file; of a video that comes in pictures, their files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +42,8 @@ class Conversation:
     """OpenAI's shape: `{type: function, function: {name, description, parameters}}`."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the chat template, of this row alone (`enable_thinking`); they win over the recipe's."""
+    media: Sequence[Media] = ()
+    """What the messages show, in the order in which they do. llmtune fills it in; a format leaves it empty."""
     kind: ClassVar[str] = "conversation"
 
 
@@ -45,6 +60,8 @@ class Preference:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What else a stage may want of the row: `margin`, by how much the first answer is better."""
+    media: Sequence[Media] = ()
+    """What the messages show, in the order in which they do. llmtune fills it in; a format leaves it empty."""
     kind: ClassVar[str] = "preference"
 
 
@@ -57,6 +74,8 @@ class UnpairedPreference:
     label: bool
     tools: list[dict[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    media: Sequence[Media] = ()
+    """What the messages show, in the order in which they do. llmtune fills it in; a format leaves it empty."""
     kind: ClassVar[str] = "labelled"
 
 
@@ -70,6 +89,8 @@ class Prompt:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, such as a reference answer that a reward is computed from: what JSON can hold."""
+    media: Sequence[Media] = ()
+    """What the messages show, in the order in which they do. llmtune fills it in; a format leaves it empty."""
     kind: ClassVar[str] = "prompt"
 
 

@@ -91,6 +91,9 @@ class RunContext:
     """Type in which parameters travel between ranks. Packed storage of this type is never cast."""
     capabilities: frozenset[str] = frozenset()
     """Capability words that all plugins of the recipe give together."""
+    frozen: frozenset[str] = frozenset()
+    """Names of modules whose own parameters the recipe keeps as they are (`freeze_vision_tower` and its like), so that
+    an edit of all layers leaves them out."""
     learning_rate: float = 0.0
     """The recipe's; 0 where nothing trains."""
     rewards: tuple[str, ...] = ()

@@ -86,6 +86,9 @@ class Batch:
     """For each sample the columns of its row that are not tokens: of prompts all, of preferences `margin`, if given."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What a stage that `Prepares` has put here; from one that `Precomputes`, its (sequences,) numbers of each."""
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the model is given of pictures, video and sound, by the names of its own arguments, as its processor makes
+    it: `pixel_values`, `image_grid_thw`, `mm_token_type_ids`."""
     sample_ids: tuple[int, ...] = ()
     """Numbers of the samples among those trained on, for error messages."""
 
@@ -119,7 +122,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments for a transformers model, document bounds included where there are any."""
-        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False, **self.media}
         if self.position_ids is not None:
             inputs["position_ids"] = self.position_ids
         if self.attention_mask is not None:

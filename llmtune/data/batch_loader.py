@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmtune.data.config import DataConfig
     from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
+    from llmtune.media.processor import MediaProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +36,25 @@ class UnitBatches:
     micro_steps: int
     flat: bool
     pad_id: int
+    media: MediaProcessor | None = None
+    """What reads what samples show; None where the model reads text only."""
     reads: int = 1
     """Parts of a step that are dealt apart, so that micro-batches of one part have the same units however it is split:
     an update of a stage that `RollsOut` learns from one part."""
 
     def batches(self, units: Sequence[int], device: torch.device) -> list[Batch]:
         """This rank's micro-batches of the units of a step."""
+        return [to_device(self.batch(*each), device) for each in self.shares(units)]
+
+    def shares(self, units: Sequence[int]) -> list[tuple[list[int], Mapping[int, int]]]:
+        """The units of each of this rank's micro-batches of a step, and the `other_answers` of the step."""
         micro_steps, ranks = self.micro_steps // self.reads, self.ranks.batch_ranks
         others = other_answers(self.samples, [sample for unit in units for sample in self.units[unit]])
-        mine = []
+        mine: list[Any] = []
         for part in cut(units, self.reads):
             part = deal(part, self._lengths, padded=not self.flat, pieces=micro_steps * ranks)
             mine += split(part, self.ranks.batch_rank, ranks, micro_steps)
-        return [to_device(self.batch(units, others), device) for units in mine]
+        return [(list(units), others) for units in mine]
 
     def batch(self, units: Sequence[int], others: Mapping[int, int] | None = None) -> Batch:
         """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split. `others` are the
@@ -61,7 +68,9 @@ class UnitBatches:
             )
         chosen = [piece.sample for unit in pieces for piece in unit]
         others = other_answers(self.samples, chosen) if others is None else others
-        return sample_batch(self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks, others=others)
+        return sample_batch(
+            self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks, others=others, media=self.media
+        )
 
     def origin(self, sample: int) -> str:
         """Where a sample of a batch comes from."""
@@ -82,8 +91,8 @@ class BatchLoader(UnitBatches):
     @classmethod
     def make(
         cls, samples: TokenSamples, config: DataConfig, *, per_device: int, micro_steps: int, ranks: Ranks, seed: int,
-        flat: bool, pad_id: int, reads: int = 1,
-    ) -> BatchLoader:  # fmt: skip
+        flat: bool, pad_id: int, reads: int = 1, media: MediaProcessor | None = None, **more: Any,
+    ) -> Self:  # fmt: skip
         """`per_device` units in each of `micro_steps` micro-batches of a rank."""
         units = make_units(samples, config, seed)
         # Whatever the layout: a kernel that needs no padding must not change which rows meet in a step.
@@ -92,6 +101,7 @@ class BatchLoader(UnitBatches):
         return cls(
             samples=samples, units=units, order=Order(len(units), batch, seed, not config.disable_shuffling, lengths),
             ranks=ranks, micro_steps=micro_steps, flat=flat or units.kind == "pack", pad_id=pad_id, reads=reads,
+            media=media, **more,
         )  # fmt: skip
 
     def with_rows(self, rows: int, micro_steps: int) -> BatchLoader:
@@ -166,15 +176,19 @@ def mismatched(samples: TokenSamples, sample: int, other: int) -> TokenSequence:
 
 def sample_batch(
     samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pad_id: int, ranks: Ranks,
-    others: Mapping[int, int] = MappingProxyType({}),
+    others: Mapping[int, int] = MappingProxyType({}), media: MediaProcessor | None = None,
 ) -> Batch:  # fmt: skip
     """Whole samples as one batch; this rank's piece of it where rows are split. Labelled ones come with each prompt's
     `mismatched` answer."""
     ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
     parts = [part for sample in chosen for part in samples.sequences(sample)]
+    media = media if samples.media_kinds else None
+    shown = [] if media is None else [each for sample in chosen for each in samples.shown(sample)]
+    blank = [] if media is None else media.fillers(samples.media_kinds, shown)
     batch = collate(
         [TokenSequence(ids[part], mask[part], None if weights is None else weights[part]) for part in parts],
         flat=flat,
+        fillers=[TokenSequence(tokens, np.zeros(len(tokens), bool)) for tokens, _ in blank],
         pad_id=pad_id,
         sample_ids=chosen,
         width=samples.width,
@@ -183,6 +197,9 @@ def sample_batch(
     )
     if samples.columns is not None:
         batch.columns = tuple(samples.row(sample) for sample in chosen)
+    if media is not None:
+        tokens = [*(ids[part] for part in parts), *(tokens for tokens, _ in blank)]
+        batch.media = media.tensors([*shown, *(filler for _, filler in blank)], tokens, flat)
     spots = [sample * samples.width + part for sample in chosen for part in range(samples.width)]
     batch.extra = {name: torch.tensor(values[spots]) for name, values in samples.precomputed.items()}
     if samples.labels is not None:
@@ -221,6 +238,7 @@ def evaluation_batches(
     pad_id: int,
     device: torch.device,
     chosen: np.ndarray | None = None,
+    media: MediaProcessor | None = None,
 ) -> Iterator[Batch]:
     """Every one of the `chosen` samples (all, if None) once, over all ranks, each seen alone; each rank gets the same
     number of batches, the last ones maybe empty. Longest first, so that little is padded."""
@@ -230,5 +248,5 @@ def evaluation_batches(
     for start in range(0, len(order), per_device * ranks.batch_ranks):
         first = start + ranks.batch_rank * per_device
         part = order[first : first + per_device]
-        batch = sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks, others=others)
+        batch = sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks, others=others, media=media)
         yield to_device(batch, device)

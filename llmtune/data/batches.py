@@ -30,6 +30,7 @@ def collate(
     width: int = 1,
     desirable: Sequence[bool] | None = None,
     counts_samples: bool = False,
+    fillers: Sequence[TokenSequence] = (),
 ) -> Batch:
     """Lay documents out as one batch on the CPU.
 
@@ -40,10 +41,11 @@ def collate(
         width: documents of a sample.
         desirable: whether each document is an answer to learn or to avoid (KTO).
         counts_samples: the batch weighs as much as it has samples, not as much as its tokens that count.
+        fillers: documents after the others that are no samples and from which nothing is learnt.
     """
     rows = [each if isinstance(each, TokenSequence) else TokenSequence(*each) for each in documents]
     sequences = len(rows)
-    rows = rows or [TokenSequence(np.full(2, pad_id, dtype=np.int64), np.zeros(2, dtype=bool))]
+    rows = [*rows, *fillers] or [TokenSequence(np.full(2, pad_id, dtype=np.int64), np.zeros(2, dtype=bool))]
     labels = [_labels(row) for row in rows]
     batch = _flat(rows, labels) if flat else _padded(rows, labels, pad_id)
     batch.sample_ids = tuple(sample_ids) if sequences else ()
@@ -182,5 +184,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if batch.mismatched is not None:
         changes["mismatched"] = to_device(batch.mismatched, device)
     changes["extra"] = {name: moved(value) for name, value in batch.extra.items()}
+    changes["media"] = {name: moved(value) for name, value in batch.media.items()}
     changes["weight_groups"] = tuple((weight, moved(spots)) for weight, spots in batch.weight_groups)
     return replace(batch, **changes)

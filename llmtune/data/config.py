@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.schema import Commas, Ge, Gt, NullIs, decode, split_names
+from llmtune.media.config import MediaConfig
 
 TEMPLATE_ARGUMENTS = frozenset({
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
@@ -43,7 +44,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(MediaConfig):
     """What is learnt from: data sets, how they become tokens, and how long a sample may be."""
 
     dataset: str | dict[str, Any] | tuple[str | dict[str, Any], ...] | None = None
@@ -127,6 +128,7 @@ class DataConfig:
     """Whether all machines of a run see the same cache, so that one of them tokenises for all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         limit = self.max_samples
         _require(limit is None or limit == -1 or limit >= 1, "max_samples", limit, "1 or more, or -1 or null for all")
         whole = self.val_size < 1 or float(self.val_size).is_integer()

@@ -7,6 +7,7 @@ special tokens can be told from them; what stands between those is then tokenise
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from llmtune.contract.examples import BadRow, Conversation
@@ -29,7 +30,7 @@ class Literal:
         messages = [self._guarded(message) for message in conversation.messages]
         if messages == conversation.messages:
             return conversation
-        return Conversation(messages=messages, tools=conversation.tools, template_kwargs=conversation.template_kwargs)
+        return replace(conversation, messages=messages)
 
     def restored(self, text: str) -> str:
         """The text with what the stand-ins stand for."""

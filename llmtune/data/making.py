@@ -27,6 +27,8 @@ from llmtune.data.tokens import TokenSamples
 from llmtune.data.tool_format import read_tool_format
 from llmtune.data.workers import in_order, progress
 from llmtune.folders import cache_root
+from llmtune.media.files import MediaFiles
+from llmtune.media.processor import MediaProcessor
 
 VERSION = 2
 """Counts up when the same data and keys give other tokens than before."""
@@ -57,15 +59,32 @@ class Making:
     writes: bool = True
     """Whether `tokenized_path` may be written to."""
     access: HubAccess | None = None
+    media: MediaProcessor | None = None
+    """The model's processor of media; None where it reads text only."""
 
     @cached_property
     def tokeniser(self) -> Tokeniser:
         tool_format = read_tool_format(self.config.tool_format, self.base_dir)
-        return Tokeniser(self.config, self.tokenizer, tool_format, prompts=answers_prompts(self.learns))
+        return Tokeniser(
+            self.config, self.tokenizer, tool_format, prompts=answers_prompts(self.learns), media=self.media
+        )
 
     def find(self, entries: Sequence[Source]) -> list[Dataset]:
         """The data sets, wherever they are. Raises DataError where one is not."""
         return [find(entry, self.base_dir, self.config.dataset_dir, self.access) for entry in entries]
+
+    def chosen(self, dataset: Dataset, rows: Sequence[Any], learns: Sequence[str]) -> Chosen:
+        """The format of a data set whose first readable rows are `rows`, and where its media are."""
+        chosen = self.formats.of(dataset, rows, learns)
+        return chosen if self.media is None else replace(chosen, media=self._media_files(dataset))
+
+    def _media_files(self, dataset: Dataset) -> MediaFiles:
+        config = self.config
+        if config.media_dir is not None:
+            folder = self.base_dir / Path(config.media_dir).expanduser()
+        else:
+            folder = dataset.files[0].parent if dataset.files else self.base_dir
+        return MediaFiles(folder=folder, fetches=config.media_from_network)
 
     def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
         """The data sets of one key, from the cache or made now."""
@@ -133,6 +152,7 @@ class Making:
             "concatenated": self.tokeniser.cutoff is None,
             "prompts": self.tokeniser.prompts,
             "day": date.today().isoformat() if dated else None,
+            "media": None if self.media is None else self.media.facts(),
             **{key: vars(config)[key] for key in _KEYS},
         }
 
@@ -162,7 +182,7 @@ class Making:
                     report.rows += 1
                     report.add_bad(Bad(f"{first[0].origin}{row.number}", "unreadable", row.problem or "", None))
             return
-        chosen = self.formats.of(dataset, readable, self.learns)
+        chosen = self.chosen(dataset, readable, self.learns)
         report.format, report.kind = chosen.name, kind_for(self.learns, chosen.format.kind)
         report.why = chosen.why + separated(dataset)
         check_kind(report.kind, self.learns, self.stage, dataset.spelling, self.formats)

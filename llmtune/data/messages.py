@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from llmtune.contract.errors import listed
 from llmtune.contract.examples import BadRow
+from llmtune.media.marks import MARKS, kinds_in
 
 _KINDS = {
     type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
@@ -31,10 +32,17 @@ class Content(NamedTuple):
     reasoning: str = ""
     calls: tuple[Any, ...] = ()
     """Tool calls as they are written: objects, or their JSON text."""
+    media: tuple[Any, ...] = ()
+    """For each mark in the text what says which file it means; None where a column of the row does."""
 
 
 _PARTS = ("reasoning", "text", "tool_call")
 """Types of the parts of a content, in the order in which templates write them."""
+_MEDIA = {
+    "image": "image", "image_url": "image", "video": "video", "video_url": "video", "audio": "audio",
+    "audio_url": "audio", "input_audio": "audio",
+}  # fmt: skip
+"""Types of parts that show something, and what: transformers' and OpenAI's names. They may stand amid text."""
 
 
 def content_of(value: Any, place: str) -> Content:
@@ -44,18 +52,37 @@ def content_of(value: Any, place: str) -> Content:
         BadRow: `value` is neither, a part is of another type, or the parts stand in an order that no template writes.
     """
     if isinstance(value, str):
-        return Content(value)
+        return Content(_unmarked(value, place))
     if not isinstance(value, list) or not all(isinstance(part, Mapping) and "type" in part for part in value):
         raise BadRow("content is not text", f"{place} is {kind(value)}, allowed is text")
-    if other := sorted({str(part["type"]) for part in value} - set(_PARTS)):
-        raise BadRow("not only text", f"{place} holds parts of type {listed(other)}, allowed are {listed(_PARTS)}")
+    if other := sorted({str(part["type"]) for part in value} - set(_PARTS) - set(_MEDIA)):
+        allowed = listed((*_PARTS, *_MEDIA))
+        raise BadRow("unknown part", f"{place} holds parts of type {listed(other)}, allowed are {allowed}")
+    shown = tuple(_source(part, _MEDIA[part["type"]]) for part in value if part["type"] in _MEDIA)
+    value = [{"type": "text", "text": MARKS[_MEDIA[part["type"]]]} if part["type"] in _MEDIA
+             else {**part, "text": _unmarked(part["text"], place)} if isinstance(part.get("text"), str) else part
+             for part in value]  # fmt: skip
     parts = [(part["type"], _said(part, f"part {at} of {place}")) for at, part in enumerate(value, start=1)]
     order = [name for name, said in parts if not isinstance(said, str) or said.strip()]
     if order != sorted(order, key=_PARTS.index):
         what = f"{place} has parts in the order {listed(order)}, allowed is {listed(_PARTS)}"
         raise BadRow("parts out of order", what)
     found = {name: [said for own, said in parts if own == name] for name in _PARTS}
-    return Content("".join(found["text"]), "".join(found["reasoning"]), tuple(found["tool_call"]))
+    return Content("".join(found["text"]), "".join(found["reasoning"]), tuple(found["tool_call"]), shown)
+
+
+def _unmarked(text: str, place: str) -> str:
+    if kinds_in(text):
+        raise BadRow("private-use characters", f"{place} holds U+E010 to U+E012, which stand for media")
+    return text
+
+
+def _source(part: Mapping[str, Any], shows: str) -> Any:
+    """What says which file a part means: `image: path`, `url`, `path`, `image_url: {url}`, `input_audio: {data}`."""
+    value = next((part[key] for key in (part["type"], shows, "url", "path", "base64") if part.get(key)), None)
+    if isinstance(value, Mapping) and part["type"] == "input_audio" and isinstance(value.get("data"), str):
+        return f"data:audio/{value.get('format', 'wav')};base64,{value['data']}"
+    return value
 
 
 def _said(part: Mapping[str, Any], place: str) -> Any:
@@ -71,8 +98,8 @@ def _said(part: Mapping[str, Any], place: str) -> Any:
 def text_of(value: Any, place: str) -> str:
     """Text, or the joined text parts of a content that has no other parts."""
     found = content_of(value, place)
-    if found.reasoning or found.calls:
-        raise BadRow("not only text", f"{place} holds parts of reasoning or tool calls, allowed is text")
+    if found.reasoning or found.calls or found.media:
+        raise BadRow("not only text", f"{place} holds parts of reasoning, tool calls or media, allowed is text")
     return found.text
 
 

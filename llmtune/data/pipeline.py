@@ -22,6 +22,7 @@ from llmtune.data.report import DataReport, PartReport
 from llmtune.data.streaming.stream import Stream, open_stream
 from llmtune.data.template import choose_template, missing_tokens
 from llmtune.data.tokens import TokenSamples
+from llmtune.media.processor import MediaProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,14 @@ def prepare(
     stage: str = "the stage",
     writes: bool = True,
     access: HubAccess | None = None,
+    media: MediaProcessor | None = None,
 ) -> Prepared:
     """Read, render and tokenise what `config` names, or take it from the cache.
 
     The tokenizer gets the recipe's template, so that saving it and chatting use the one that was trained. Relative
     paths count from `base_dir`, else from the current folder. `learns` are the kinds of rows that `stage` can use.
-    Data sets of the hub are fetched with `access`. Unless it `writes`, the folder `tokenized_path` is read and never
-    written to, and the cache is used instead.
+    Data sets of the hub are fetched with `access`; rows may show what `media` reads. Unless it `writes`, the folder
+    `tokenized_path` is read and never written to, and the cache is used instead.
 
     Raises:
         DataError: something cannot be read or used; all bad rows of a data set are counted in one message.
@@ -75,7 +77,7 @@ def prepare(
     if config.template is not None:
         choose_template(config.template, tokenizer, folder)
     make = Making(
-        config, tokenizer, folder, formats or builtin_formats(), tuple(learns), stage, seed, writes, access
+        config, tokenizer, folder, formats or builtin_formats(), tuple(learns), stage, seed, writes, access, media
     )  # fmt: skip
     if config.streaming:
         opened = open_stream(make, seed)

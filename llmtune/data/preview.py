@@ -27,6 +27,8 @@ _MOST = 100_000
 """Characters of one sequence that are shown."""
 _TRAINED = "#0b3d1a on #c9ecd0"
 """Both colours are named, so that it is readable whatever the page or the terminal looks like."""
+_MANY = 4
+"""Special tokens in a row that are shown once, with their number."""
 _PRE = '<pre style="font-family: monospace; white-space: pre-wrap">{code}</pre>'
 _PAGE = (
     '<!doctype html><meta charset="utf-8"><title>llmtune data preview</title>'
@@ -102,7 +104,7 @@ class Preview:
             for sequence in sample.sequences:
                 if sequence.name:
                     yield Text(f"- {sequence.name}", "underline")
-                text = Text.assemble(*drawn(_shortened(sequence.spans)))
+                text = Text.assemble(*drawn(_shortened(_counted(sequence.spans))))
                 text.rstrip()
                 yield text
         yield Text("\n".join(["", *(f"note: {note}" for note in self.notes)]))
@@ -203,7 +205,21 @@ def _titled(name: str, samples: TokenSamples, index: int, sequences: Sequence[Sh
         facts.insert(2, samples.set_names[samples.set_of(index)])
     if samples.labels is not None:
         facts.append("wanted" if samples.labels[index] else "not wanted")
+    if samples.media_kinds and (names := samples.media_names(index)):
+        facts.append(f"shows {listed(names)}")
     return ShownSample(title=", ".join(fact for fact in facts if fact), sequences=sequences)
+
+
+def _counted(spans: Sequence[Span]) -> list[Span]:
+    """The spans, a special token that stands many times in a row, as those of a picture do, once with their number."""
+    found: list[Span] = []
+    for _, alike in groupby(spans, lambda span: (span.text, span.special, span.trained, span.weight)):
+        same = list(alike)
+        if len(same) < _MANY or not same[0].special:
+            found += same
+        else:
+            found.append(replace(same[0], text=f"{same[0].text}\u00d7{len(same):,}", tokens=len(same)))
+    return found
 
 
 def _shortened(spans: Sequence[Span]) -> list[Span]:

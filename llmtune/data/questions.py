@@ -72,7 +72,7 @@ class QuestionReader:
             for row in rows:
                 report.add_bad(Bad(f"{dataset.spelling}:{row.number}", "unreadable", row.problem or "", None))
             check_bad_rows(self.make.config, report)
-        chosen = self.make.formats.of(dataset, readable, KINDS)
+        chosen = self.make.chosen(dataset, readable, KINDS)
         if chosen.format.kind not in KINDS:
             raise DataError(
                 f"{dataset.spelling}: holds {NOUNS[chosen.format.kind]}, which ask nothing; answers are predicted to "
@@ -107,7 +107,7 @@ class QuestionReader:
             label = (self._control.sub("", text) if self.skip_special_tokens else text).strip()
         if all(message["role"] == "system" for message in asked):
             raise BadRow("no question", "nothing is asked before the answer")
-        ids = renderer.prompt(replace(conversation, messages=asked)).tolist()
+        ids = renderer.prompt(replace(conversation, messages=asked)).ids.tolist()
         if self.most_tokens is not None and len(ids) > self.most_tokens:
             what = f"the prompt has {len(ids):,} tokens, and the model has room for {self.most_tokens:,} and an answer"
             raise BadRow("too long", what)
@@ -156,4 +156,7 @@ def _conversation(example: Example) -> tuple[Conversation, bool]:
     messages = messages[: answers[-1] + 1] if answered else messages
     if isinstance(example, UnpairedPreference) and not example.label:
         messages, answered = messages[:-1], False
-    return Conversation(messages=messages, tools=example.tools, template_kwargs=example.template_kwargs), answered
+    asked = Conversation(
+        messages=messages, tools=example.tools, template_kwargs=example.template_kwargs, media=example.media
+    )
+    return asked, answered

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ from llmtune.data.sequence import TokenSequence
 from llmtune.data.shapes import Shapes
 from llmtune.data.tool_format import with_tools_as_text
 from llmtune.data.turns import Script, Special, Turn, check_texts, common, without_thinking
+from llmtune.media.marks import as_parts, kinds_in
+from llmtune.media.processor import MediaProcessor, ShownText
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -38,6 +40,7 @@ class Rendering(NamedTuple):
 
 
 _NOTHING = Rendering("")
+_PROBE = "Which?"
 
 
 class Renderer:
@@ -53,8 +56,9 @@ class Renderer:
         mask_history: bool = False,
         tool_format: str | None = None,
         split_special_tokens: bool = False,
+        media: MediaProcessor | None = None,
     ) -> None:
-        """`tool_format` is the text of one; see `tool_format.with_tools_as_text`."""
+        """`tool_format` is the text of one (`tool_format.with_tools_as_text`); `media` encodes rows that show any."""
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(tokenizer).__name__} cannot tell where tokens stand in the text, which the loss mask needs; "
@@ -64,7 +68,7 @@ class Renderer:
         self.template_kwargs = dict(template_kwargs or {})
         self.default_system = default_system
         self.train_on_prompt, self.mask_history = train_on_prompt, mask_history
-        self.tool_format, self.split_special_tokens = tool_format, split_special_tokens
+        self.tool_format, self.split_special_tokens, self.media = tool_format, split_special_tokens, media
         self.special = Special(tokenizer)
         self._literal = Literal(tokenizer) if split_special_tokens else None
         self._segments, self._shapes = Segments(tokenizer, self.special, self._literal), Shapes(self.special)
@@ -74,6 +78,7 @@ class Renderer:
         asked = [self._asked(conversation) for conversation in conversations]
         results: list[list[TokenSequence] | BadRow] = [[] for _ in asked]
         waiting: list[tuple[int, str, list[Turn]]] = []  # to be tokenised in one call
+        masked = partial(_masked, special=self.special.ids if not self.train_on_prompt else ())
         for row, (conversation, full) in enumerate(zip(asked, self._renderings(asked), strict=True)):
             try:
                 if isinstance(conversation, BadRow):
@@ -81,7 +86,11 @@ class Renderer:
                 if isinstance(full, BadRow):
                     raise full
                 check_texts(conversation, full.text)
-                waiting += [(row, text, turns) for text, turns in self._trained(conversation, full)]
+                found = self._trained(conversation, full)
+                if conversation.media:
+                    results[row] = [self._encode_shown(conversation, *each, masked) for each in found]
+                else:
+                    waiting += [(row, text, turns) for text, turns, _ in found]
             except BadRow as bad:
                 results[row] = bad
         spans = [[(turn.start, turn.stop) for turn in turns] for _, _, turns in waiting]
@@ -89,16 +98,42 @@ class Renderer:
         for (row, _, turns), (ids, tokens) in zip(waiting, encoded, strict=True):
             kept = results[row]
             assert isinstance(kept, list)
-            kept.append(_masked(ids, tokens, turns, self.special.ids if not self.train_on_prompt else ()))
+            kept.append(masked(ids, tokens, turns))
         return results
 
-    def prompt(self, conversation: Conversation) -> np.ndarray:
-        """(tokens,) of a conversation up to where the assistant begins to speak. BadRow where it cannot be rendered."""
+    def _encode_shown(
+        self,
+        conversation: Conversation,
+        text: str,
+        turns: list[Turn],
+        length: int,
+        masked: Callable[..., TokenSequence],
+    ) -> TokenSequence:
+        """The first `length` messages of a conversation that shows media, of which `text` is the rendering."""
+        shown = self._shown(conversation, text, length)
+        assert self.media is not None
+        ids, tokens = self.media.encode(shown, [(turn.start, turn.stop) for turn in turns])
+        sequence = masked(ids, tokens, turns)
+        sequence.mask[np.isin(ids, self.media.placeholders)] = False  # which stand for media and are never said
+        return sequence._replace(shown=shown)
+
+    def _shown(self, conversation: Conversation, text: str, length: int) -> ShownText:
+        """A rendering of the first `length` messages, with the media that these show."""
+        count = sum(len(kinds_in(message["content"])) for message in conversation.messages[:length])
+        return ShownText(text, tuple(conversation.media[:count]))
+
+    def prompt(self, conversation: Conversation) -> TokenSequence:
+        """A conversation up to where the assistant begins to speak, nothing of which trains. BadRow where it cannot be
+        rendered."""
         conversation = self._written(self._with_system(self._thought(conversation)))
         text = self.render(conversation, conversation.messages, prompt=True)
         check_texts(conversation, text)
+        if conversation.media and self.media is not None:
+            shown = self._shown(conversation, text, len(conversation.messages))
+            ids, _ = self.media.encode(shown, [])
+            return TokenSequence(ids, np.zeros(len(ids), bool), shown=shown)
         ((ids, _),) = self._segments.encode([text], [[]])
-        return ids
+        return TokenSequence(ids, np.zeros(len(ids), bool))
 
     def answer(self, conversation: Conversation) -> str:
         """What the template writes of the last message, the assistant's, after the prompt that asks for it. BadRow
@@ -156,7 +191,8 @@ class Renderer:
             texts, marks = render(
                 # apply_chat_template, which gives no positions, drops what is None, too
                 conversations=[
-                    [{k: v for k, v in m.items() if v is not None} for m in each.messages] for each in group
+                    [{k: v for k, v in m.items() if v is not None} for m in self._for_template(each.messages)]
+                    for each in group
                 ],
                 tools=first.tools,
                 chat_template=self._template(first.tools),
@@ -167,16 +203,17 @@ class Renderer:
             raise _refused(error) from error
         return [Rendering(text, tuple(own)) for text, own in zip(texts, marks, strict=True)]
 
-    def _trained(self, conversation: Conversation, rendering: Rendering) -> list[tuple[str, list[Turn]]]:
-        """The texts of a conversation with their trained turns: one, or several where the template needs it."""
-        full = rendering.text
+    def _trained(self, conversation: Conversation, rendering: Rendering) -> list[tuple[str, list[Turn], int]]:
+        """The texts of a conversation with their trained turns and the number of messages in them: one, or several
+        where the template needs it."""
+        full, length = rendering.text, len(conversation.messages)
         if self.train_on_prompt:
-            return [(full, [Turn(start=0, stop=len(full), ended=False)])]
+            return [(full, [Turn(start=0, stop=len(full), ended=False)], length)]
         if rendering.marks is not None:
-            return [(full, self._marked_turns(conversation, full, rendering.marks))]
+            return [(full, self._marked_turns(conversation, full, rendering.marks), length)]
         pending = _learnt(conversation.messages, self.mask_history)
         if quick := self._shapes.turns(conversation, full, pending):
-            return [(full, quick)]
+            return [(full, quick, length)]
         script = Script(conversation, partial(self.render, conversation), self.special, full)
         found = script.renderings(pending, "add_generation_prompt" in self._template(conversation.tools))
         self._shapes.learn(conversation, script, pending, found)
@@ -236,10 +273,28 @@ class Renderer:
 
     def _apply(self, conversation: Conversation, messages: Sequence[Any], **options: Any) -> Any:
         variables = self._variables(conversation)
+        batch = bool(messages) and not isinstance(messages[0], Mapping)
+        messages = [self._for_template(each) for each in messages] if batch else self._for_template(messages)
         try:
             return self.tokenizer.apply_chat_template(messages, tools=conversation.tools, **options, **variables)
         except Exception as error:
             raise _refused(error) from error
+
+    def _for_template(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, those that show media with parts for their content; all of them where the template reads
+        nothing else."""
+        if self.media is None:
+            return messages
+        return [as_parts(each) if self._only_parts or kinds_in(each["content"]) else each for each in messages]
+
+    @cached_property
+    def _only_parts(self) -> bool:
+        """Whether the template writes nothing of a content that is one text."""
+        try:
+            written = self.tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], tokenize=False)
+        except Exception:  # it raises whatever it likes
+            return True
+        return _PROBE not in written
 
 
 def _refused(error: Exception) -> BadRow:
@@ -260,7 +315,7 @@ def _learnt(messages: Sequence[Message], last_only: bool) -> list[int]:
 
 
 def _masked(
-    ids: np.ndarray, tokens: Sequence[tuple[int, int]], turns: Sequence[Turn], special: Collection[int]
+    ids: np.ndarray, tokens: Sequence[tuple[int, int]], turns: Sequence[Turn], *, special: Collection[int]
 ) -> TokenSequence:
     """The turns' tokens marked, with their weights."""
     mask = np.zeros(len(ids), bool)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from llmtune.media.processor import ShownText
 
 
 class TokenSequence(NamedTuple):
@@ -20,6 +23,8 @@ class TokenSequence(NamedTuple):
     """The last trained token of each turn that closes with a special token."""
     cuts: tuple[int, ...] = ()
     """Numbers of tokens after which a turn of the assistant is whole: where a sample may be cut."""
+    shown: ShownText | None = None
+    """The text that the tokens were made from with its media, where there are any; such a sequence is never cut."""
 
     @property
     def all_weights(self) -> np.ndarray:

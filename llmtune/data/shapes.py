@@ -18,8 +18,8 @@ from llmtune.data.turns import Script, Special, Turn, thinking_of
 
 _PROVED = 4
 """Conversations that are looked at both ways before the quick one is trusted with a kind of turn."""
-Found = Sequence[tuple[str, list[Turn]]]
-"""Texts in which turns train, and those turns."""
+Found = Sequence[tuple[str, list[Turn], int]]
+"""Texts in which turns train, those turns, and how many messages each has."""
 
 
 @dataclass

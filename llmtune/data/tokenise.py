@@ -27,9 +27,12 @@ from llmtune.data.render import Renderer
 from llmtune.data.report import SHOWN, Bad
 from llmtune.data.sequence import TokenSequence
 from llmtune.data.template import require_template
+from llmtune.data.tokens import MEDIA_COLUMN
+from llmtune.media.rows import NAMES
 
 if TYPE_CHECKING:
     from llmtune.data.config import DataConfig
+    from llmtune.media.processor import MediaProcessor
 
 CHATS = (Conversation, Preference, UnpairedPreference, Prompt)
 """What a chat template renders."""
@@ -39,10 +42,11 @@ class Tokeniser:
     """Encodes rows as a recipe's data keys say."""
 
     def __init__(
-        self, config: DataConfig, tokenizer: Any, tool_format: str | None = None, prompts: bool = False
-    ) -> None:
+        self, config: DataConfig, tokenizer: Any, tool_format: str | None = None, prompts: bool = False,
+        media: MediaProcessor | None = None,
+    ) -> None:  # fmt: skip
         """With `prompts` a conversation becomes the prompt of its last answer."""
-        self.config, self.tokenizer, self.prompts = config, tokenizer, prompts
+        self.config, self.tokenizer, self.prompts, self.media = config, tokenizer, prompts, media
         self.renderer = Renderer(
             tokenizer,
             template_kwargs=config.template_variables,
@@ -51,6 +55,7 @@ class Tokeniser:
             mask_history=config.mask_history,
             tool_format=tool_format,
             split_special_tokens=config.split_special_tokens,
+            media=media,
         )
         whole = config.packing and not config.neat_packing
         self.cutoff = None if whole else config.cutoff_len  # concatenated samples are cut into rows later
@@ -108,10 +113,10 @@ class Tokeniser:
 
     def _prompt(self, example: Prompt) -> TokenSequence:
         conversation = Conversation(
-            messages=example.messages, tools=example.tools, template_kwargs=example.template_kwargs
-        )
-        ids = self.renderer.prompt(conversation)
-        return TokenSequence(ids, np.zeros(len(ids), bool))
+            messages=example.messages, tools=example.tools, template_kwargs=example.template_kwargs,
+            media=example.media,
+        )  # fmt: skip
+        return self.renderer.prompt(conversation)
 
     def _tokens(self, example: Tokens) -> TokenSequence:
         ids = np.asarray(example.input_ids, np.int64)
@@ -134,7 +139,8 @@ class Tokeniser:
             piece.width = len(sample)
             piece.sequences += sample
             piece.labels += [example.label] if isinstance(example, UnpairedPreference) else []
-            piece.columns += [as_json(example.extra)] if isinstance(example, Preference | Prompt) else []
+            if self.media is not None or isinstance(example, Preference | Prompt):
+                piece.columns.append(as_json(_kept(example, sample)))
             piece.rows.append(len(piece.numbers))
         if kept:
             piece.numbers.append(row.number)
@@ -151,7 +157,8 @@ class Tokeniser:
             raise BadRow("too long", f"has {longest:,} tokens, allowed are cutoff_len={self.cutoff:,}")
         if isinstance(example, Text) and policy == "truncate":
             return [[sample[0].part(at, at + self.cutoff)] for at in range(0, longest, self.cutoff)]
-        if policy == "drop" or isinstance(example, Preference | Prompt):
+        # Between the marks of a picture no sample can be cut, and what a cut leaves of its text is another text.
+        if policy == "drop" or isinstance(example, Preference | Prompt) or sample[0].shown is not None:
             losses.too_long += 1
             losses.tokens_cut += sum(len(each.ids) for each in sample)
             return []
@@ -170,10 +177,20 @@ def asked(conversation: Conversation, row: Mapping[str, Any]) -> Prompt:
     if at is None:
         raise BadRow("no question", "the conversation has no user or tool message that could be answered")
     said = next((each["content"] for each in conversation.messages[at + 1 :] if each["role"] == "assistant"), None)
+    messages = conversation.messages[: at + 1]
+    columns = {name: value for name, value in row.items() if name not in NAMES}
     return Prompt(
-        messages=conversation.messages[: at + 1], tools=conversation.tools,
-        template_kwargs=conversation.template_kwargs, extra={**({} if said is None else {"answer": said}), **row},
+        messages=messages, tools=conversation.tools, template_kwargs=conversation.template_kwargs,
+        extra={**({} if said is None else {"answer": said}), **columns}, media=conversation.media,
     )  # fmt: skip
+
+
+def _kept(example: Example, sample: Sequence[TokenSequence]) -> Mapping[str, Any]:
+    """The columns that a sample keeps."""
+    extra = example.extra if isinstance(example, Preference | Prompt) else {}
+    if all(each.shown is None for each in sample):
+        return extra
+    return {**extra, MEDIA_COLUMN: [each.shown and each.shown.as_json() for each in sample]}
 
 
 def as_json(columns: Mapping[str, Any]) -> bytes:
@@ -191,12 +208,17 @@ def _conversations(example: Example) -> list[Conversation]:
                 messages=[*_history(example.prompt), *answer],
                 tools=example.tools,
                 template_kwargs=example.template_kwargs,
+                media=example.media,
             )
             for answer in (example.chosen, example.rejected)
         ]
     assert isinstance(example, UnpairedPreference)
     messages = [*_history(example.messages[:-1]), example.messages[-1]]
-    return [Conversation(messages=messages, tools=example.tools, template_kwargs=example.template_kwargs)]
+    return [
+        Conversation(
+            messages=messages, tools=example.tools, template_kwargs=example.template_kwargs, media=example.media
+        )
+    ]
 
 
 def _history(messages: Sequence[Message]) -> list[Message]:

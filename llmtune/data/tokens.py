@@ -6,9 +6,16 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+
+from llmtune.contract.examples import MEDIA_KINDS
+from llmtune.media.processor import ShownText
+
+MEDIA_COLUMN = "llmtune.media"
+"""The column in which a sample keeps the texts and the media of its sequences, where it shows any."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,8 +166,26 @@ class TokenSamples:
         """The columns of a sample's row that are not tokens; none where none were kept."""
         if self.columns is None or self.column_stops is None:
             return {}
-        start, stop = self.column_stops[index]
+        start, stop = self.column_stops[index].tolist()
         return json.loads(self.columns[start:stop].tobytes())
+
+    @cached_property
+    def media_kinds(self) -> tuple[str, ...]:
+        """The kinds of media that samples show."""
+        if self.columns is None or MEDIA_COLUMN.encode() not in self.columns.tobytes():
+            return ()
+        shown = {each.kind for index in range(len(self)) for one in self.shown(index) for each in one.media}
+        return tuple(kind for kind in MEDIA_KINDS if kind in shown)
+
+    def shown(self, index: int) -> list[ShownText]:
+        """What each sequence of a sample shows; nothing where the sample shows no media."""
+        return [ShownText.read(held) for held in self.row(index).get(MEDIA_COLUMN, [None] * self.width)]
+
+    def media_names(self, index: int) -> list[str]:
+        """The names of the files that a sample shows, each once."""
+        paths = [medium.path for one in self.shown(index) for medium in one.media]
+        first = [path if isinstance(path, str) else path[0] for path in paths]
+        return list(dict.fromkeys(path.rpartition("/")[2] for path in first))
 
     def set_of(self, index: int) -> int:
         """The number of the data set that a sample comes from."""

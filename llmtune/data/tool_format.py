@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -66,7 +67,7 @@ def with_tools_as_text(conversation: Conversation, text: str) -> Conversation:
             found[0] = {**found[0], "content": f"{found[0]['content']}\n\n{told}" if found[0]["content"] else told}
         else:
             found.insert(0, {"role": "system", "content": told})
-    return Conversation(messages=found, template_kwargs=conversation.template_kwargs)
+    return replace(conversation, messages=found, tools=None)
 
 
 def _write(text: str, **parts: Any) -> str:

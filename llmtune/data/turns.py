@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.contract.examples import BadRow, Conversation, Message
+from llmtune.media.marks import texts_between
 
 _STAND_IN = "\ue000answer\ue000"  # private-use characters, which no text of a data set should hold
 _APART = ("reasoning_content", "thinking")
@@ -76,8 +77,9 @@ class Script:
     def full(self) -> str:
         return self.upto(len(self.messages))
 
-    def renderings(self, pending: list[int], has_prompt: bool) -> list[tuple[str, list[Turn]]]:
-        """Texts in which the turns `pending` train: one, or several where the template needs it.
+    def renderings(self, pending: list[int], has_prompt: bool) -> list[tuple[str, list[Turn], int]]:
+        """Texts in which the turns `pending` train, with those and the number of messages that are in it: one, or
+        several where the template needs it.
 
         Templates that write earlier turns otherwise than the latest (thinking removed, say) show a turn as the model
         has to produce it only while it is the latest. Such a turn trains in a rendering that ends there, together
@@ -88,7 +90,7 @@ class Script:
             text = self.upto(length)
             turns = {at: turn for at in pending if (turn := self._turn(at, text, has_prompt))}
             if turns:
-                found.append((text, list(turns.values())))
+                found.append((text, list(turns.values()), length))
             pending = [at for at in pending if at not in turns]
             length = pending[-1] + 1 if pending else 0
         return found
@@ -179,13 +181,14 @@ def check_texts(conversation: Conversation, full: str) -> None:
     of_tools = "; the template writes no tools. Set `tool_format: hermes`, or choose another `template`"
     place = 0  # most templates write messages in their order, so that each is looked for from where the last one stood
     for number, message in enumerate(conversation.messages, start=1):
-        text = answer_of(message).strip()
-        found = full.find(text, place)
-        if found >= 0:
-            place = found + len(text)
-        elif not _shows(full, text):
-            what = f"the text of message {number} ({message['role']})"
-            raise BadRow("text not rendered", f"{what} is not in the rendering{hint}")
+        for text in texts_between(answer_of(message)) or [""]:  # how a template writes media is not compared
+            text = text.strip()
+            found = full.find(text, place)
+            if found >= 0:
+                place = found + len(text)
+            elif not _shows(full, text):
+                what = f"the text of message {number} ({message['role']})"
+                raise BadRow("text not rendered", f"{what} is not in the rendering{hint}")
         for call in message.get("tool_calls", ()):
             if call["function"]["name"] not in full:
                 what = f"the tool call in message {number}"

@@ -24,6 +24,7 @@ from llmtune.inference.model_card import license_of, model_card
 from llmtune.inference.modelfile import modelfile
 from llmtune.inference.quantised_export import gptq_python, quantise
 from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
+from llmtune.media.processor import copy_processor
 from llmtune.model.generate import stop_tokens, turn_ends
 from llmtune.model.generation import encode, has_template, plain_ids
 from llmtune.model.huggingface import HuggingFace
@@ -142,6 +143,7 @@ def copy_adapter(path: str | Path, recipe: Recipe, folder: Path, overrides: Mapp
     shutil.copytree(found, folder, dirs_exist_ok=True)
     files = resolve_model(recipe.model, hub_of(recipe), weights=False)
     open_plan(path, **overrides).tokenizer.save_pretrained(folder)
+    copy_processor(files.folder, folder)
     return files.folder
 
 
@@ -240,3 +242,4 @@ def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig)
     else:
         model.save_pretrained(target, max_shard_size=size)
     plan.tokenizer.save_pretrained(target)
+    copy_processor(plan.files.folder, target)

@@ -82,18 +82,23 @@ def render_facts(recipe: Recipe) -> dict[str, Any]:
     quiet_imports()
     from llmtune.data.making import Making
     from llmtune.data.template import choose_template
+    from llmtune.media.processor import media_processor
     from llmtune.model.source import load_tokenizer, resolve_model
     from llmtune.planning.data_plan import access_of
     from llmtune.recipe.parts import hub_of, known_formats
 
     formats, access = known_formats(recipe), access_of(recipe)
     try:
-        tokenizer = load_tokenizer(resolve_model(recipe.model, hub_of(recipe), weights=False), recipe.model)
+        files = resolve_model(recipe.model, hub_of(recipe), weights=False)
+        tokenizer = load_tokenizer(files, recipe.model)
         if recipe.data.template is not None:
             choose_template(recipe.data.template, tokenizer, recipe.base_dir)
     except LlmtuneError as error:
         return {"formats": formats, "access": access, "no_model": error}
-    making = Making(recipe.data, tokenizer, recipe.base_dir, formats, KINDS, "", recipe.train.seed, access=access)
+    media = media_processor(files.folder, tokenizer, recipe.data, recipe.model.trust_remote_code)
+    making = Making(
+        recipe.data, tokenizer, recipe.base_dir, formats, KINDS, "", recipe.train.seed, access=access, media=media
+    )
     return {"formats": formats, "access": access, "tokeniser": making.tokeniser}
 
 
@@ -195,6 +200,7 @@ def _losses(report: DataReport, policy: str) -> Iterator[str]:
 def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     """Samples and tokenizer as a run of `recipe` has them, without its model."""
     quiet_imports()
+    from llmtune.media.processor import media_processor
     from llmtune.model.source import load_tokenizer, resolve_model
     from llmtune.planning.data_plan import prepare_for
     from llmtune.recipe.parts import clashes, find_parts, hub_of
@@ -205,8 +211,11 @@ def prepare_data(recipe: Recipe) -> tuple[Prepared, Any]:
     parts = find_parts(recipe, registry, problems, ("stage_config", "data_config"))
     unmet = {str(clash) for clash in clashes(parts.all)}  # what these two need of parts that data do not
     raise_all([problem for problem in problems if str(problem) not in unmet])
-    tokenizer = load_tokenizer(resolve_model(recipe.model, hub_of(recipe), weights=False), recipe.model)
-    return prepare_for(recipe, parts, registry, tokenizer, KINDS), tokenizer  # what no stage here learns from, too
+    files = resolve_model(recipe.model, hub_of(recipe), weights=False)
+    tokenizer = load_tokenizer(files, recipe.model)
+    media = media_processor(files.folder, tokenizer, recipe.data, recipe.model.trust_remote_code)
+    # What the stage does not learn from can be looked at, too.
+    return prepare_for(recipe, parts, registry, tokenizer, KINDS, media=media), tokenizer
 
 
 def _unstreamed(recipe: Recipe) -> tuple[Recipe, list[str]]:

@@ -47,7 +47,7 @@ class OfferedTools:
     def prompt(self, messages: list[Message]) -> list[int]:
         """The tokens of a conversation up to the answer. Raises DataError where the template cannot write it."""
         try:
-            return self.renderer.prompt(Conversation(messages=messages, tools=self.tools)).tolist()
+            return self.renderer.prompt(Conversation(messages=messages, tools=self.tools)).ids.tolist()
         except BadRow as bad:
             raise DataError(str(bad)) from bad
 

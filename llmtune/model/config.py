@@ -51,6 +51,15 @@ class ModelConfig:
     or float16."""
     upcast_lmhead_output: bool = False
     """Logits are made float32 before the loss in any case; the key is here so that a recipe may say so."""
+    freeze_vision_tower: bool = True
+    """Keep the towers that read pictures, video and sound as they are; `target_modules: all` of an adapter leaves them
+    out, too. No tower, no effect."""
+    freeze_multi_modal_projector: bool = True
+    """Keep what maps the towers' results to the language model's input as it is."""
+    freeze_language_model: bool = False
+    """Keep the language model as it is, as where a tower or the projector alone is to learn."""
+    train_mm_proj_only: bool = False
+    """Train the projector alone: the same as `freeze_multi_modal_projector: false` with the two others true."""
     print_param_status: bool = False
     """List every parameter in the plan, with its type, its shape, and whether it trains."""
     new_special_tokens: str | tuple[str, ...] | None = None

@@ -6,7 +6,7 @@ followed by object identity, so a plugin may wrap a module without saying so, bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -238,15 +238,19 @@ def _moves(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[st
     return moved
 
 
-def set_trainable(model: nn.Module, ledger: Ledger, dtype: torch.dtype) -> list[str]:
-    """Mark which parameters train and store those in `dtype`. Returns their names, tied ones once.
+def set_trainable(
+    model: nn.Module, ledger: Ledger, dtype: torch.dtype, frozen: Collection[str] = frozenset()
+) -> list[str]:
+    """Mark which parameters train and store those in `dtype`. Returns their names, tied ones once. `frozen` do not,
+    unless an edit names them.
 
     Raises EditError if nothing trains, or if a packed (quantised) parameter would.
     """
     packed = ledger.packed()
     chosen = []
     for name, parameter in model.named_parameters():
-        trains = name in ledger.aside or ledger.trainable is None or ledger.trainable(name)
+        chooses = ledger.trainable or (lambda name: name not in frozen)
+        trains = name in ledger.aside or chooses(name)
         trains = trains and parameter.dtype.is_floating_point
         if trains and name in packed:
             raise EditError(

@@ -12,6 +12,7 @@ from llmtune.data import prepare
 from llmtune.data.batch_loader import BatchLoader
 from llmtune.data.config import sources
 from llmtune.data.making import Making
+from llmtune.data.media_loader import MediaLoader
 from llmtune.data.mixing import counts, mixed
 from llmtune.data.questions import KINDS, QuestionReader
 from llmtune.data.reading import HubAccess
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from llmtune.data.questions import Question
     from llmtune.data.units import Units
     from llmtune.distributed.ranks import Ranks
+    from llmtune.media.processor import MediaProcessor
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
 
@@ -54,7 +56,7 @@ class DataPlan:
 
 def prepare_for(
     recipe: Recipe, parts: Parts, registry: Registry, tokenizer: Any, learns: Sequence[str] | None = None,
-    writes: bool = False,
+    writes: bool = False, media: MediaProcessor | None = None,
 ) -> Prepared:  # fmt: skip
     """The recipe's data as tokens, if they are of the kinds `learns`; None: of those that its stage learns from.
     Only a run `writes` to the folder that the recipe keeps tokens in."""
@@ -62,6 +64,7 @@ def prepare_for(
     made = prepare(
         recipe.data, tokenizer, seed=recipe.train.seed, base_dir=recipe.base_dir, formats=formats_of(parts, registry),
         learns=learns or learns_of(stage.built), stage=stage.plugin.name, writes=writes, access=access_of(recipe),
+        media=media,
     )  # fmt: skip
     return made.counting(stage.built.counts) if isinstance(stage.built, Counts) else made
 
@@ -92,8 +95,12 @@ def access_of(recipe: Recipe) -> HubAccess:
     return HubAccess(cache_dir=None if cache is None else str(cache), token=recipe.model.token, hub=hub_of(recipe))
 
 
-def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool, stage: Stage) -> DataPlan:
-    """Order `prepared` into steps of `stage`; `flat` lays documents end to end instead of padding rows."""
+def plan_data(
+    recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, flat: bool, stage: Stage,
+    media: MediaProcessor | None = None,
+) -> DataPlan:  # fmt: skip
+    """Order `prepared` into steps of `stage`; `flat` lays documents end to end instead of padding rows. `media` reads
+    what rows show."""
     train, data = recipe.train, recipe.data
     reads = stage.reads if isinstance(stage, RollsOut) else 1
     micro_steps = train.gradient_accumulation_steps * reads
@@ -107,9 +114,10 @@ def plan_data(recipe: Recipe, prepared: Prepared, ranks: Ranks, tokenizer: Any, 
         return DataPlan(prepared=prepared, batches=batches, notes=_without_bare(batches.units, "the first "))
     samples = mixed(prepared.train, data, train.seed)
     notes = [f"an epoch is mixed from {listed(found)}" for found in [counts(samples, prepared.train)] if found]
-    batches = BatchLoader.make(
+    more = {"workers": data.preprocessing_num_workers} if media is not None and samples.media_kinds else {}
+    batches = (MediaLoader if more else BatchLoader).make(
         samples, data, per_device=train.per_device_train_batch_size, micro_steps=micro_steps,
-        ranks=ranks, seed=train.seed, flat=flat, pad_id=pad, reads=reads,
+        ranks=ranks, seed=train.seed, flat=flat, pad_id=pad, reads=reads, media=media, **more,
     )  # fmt: skip
     notes += _without_bare(batches.units)
     units, rows = len(batches.units), batches.order.batch

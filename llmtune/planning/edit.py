@@ -14,11 +14,13 @@ from llmtune.contract.records import Amends, Edit, RunContext
 from llmtune.contract.stages import WithoutDropout
 from llmtune.contract.structure import transformer_layers
 from llmtune.data import choose_template
+from llmtune.media.processor import MediaProcessor, media_processor
 from llmtune.model.added_layers import layer_sources
 from llmtune.model.config import ModelConfig
 from llmtune.model.dropout import switch_off
 from llmtune.model.edits import Ledger, set_trainable
 from llmtune.model.loading import only_first_reads
+from llmtune.model.modalities import frozen_parameters
 from llmtune.model.new_rows import enter, grow
 from llmtune.model.precision import Precision, stored_dtype
 from llmtune.model.shifted_attention import shift_attention
@@ -66,6 +68,10 @@ class Pretrained:
     tokenizer: Any
     vocabulary: Vocabulary | None
 
+    def media(self, recipe: Recipe) -> MediaProcessor | None:
+        """What reads pictures and sound in rows; None where the model reads text only."""
+        return media_processor(self.files.folder, self.tokenizer, recipe.data, recipe.model.trust_remote_code)
+
 
 def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bool, templated: bool) -> Pretrained:
     """Find the model and read its config and tokenizer, which gets the recipe's new tokens; no weights.
@@ -102,19 +108,19 @@ def plan_model(
     mode: Mode,
 ) -> ModelPlan:  # fmt: skip
     """Build the skeleton and let the plugins edit it, in their order, each edit checked. Raises all objections."""
+    recipe = replace(recipe, model=pretrained.keys)
+    ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
+    module: Any = ledger.model
+    frozen = frozen_parameters(module, recipe.model)
     context = RunContext(
         mode="infer" if mode in ("infer", "reopen") else "train", device="cuda" if device.type == "cuda" else "cpu",
-        ranks=ranks.size, dims=ranks.dims, compute_dtype=precision.compute,
-        trainable_dtype=precision.trainable,
-        rewards=tuple(reward_names(parts.at("reward_config"))),
-        gather_dtype=precision.compute, capabilities=parts.capabilities,
+        ranks=ranks.size, dims=ranks.dims, compute_dtype=precision.compute, trainable_dtype=precision.trainable,
+        rewards=tuple(reward_names(parts.at("reward_config"))), gather_dtype=precision.compute,
+        frozen=frozenset(name.rpartition(".")[0] for name in frozen), capabilities=parts.capabilities,
         learning_rate=recipe.train.learning_rate if mode == "train" else 0.0,
         autocast=precision.autocast, model_name=recipe.model.model, revision=pretrained.files.revision,
         cache_dir=recipe.model.cache_dir, token=recipe.model.token, hub=parts.one("hub_config").built,
     )  # fmt: skip
-    recipe = replace(recipe, model=pretrained.keys)
-    ledger, vocabulary = make_skeleton(recipe.model, pretrained, precision)
-    module: Any = ledger.model
     if mode in ("train", "build") and recipe.model.upcast_layernorm:
         ledger.upcast |= upcast_norms(module)
     problems: list[LlmtuneError] = []
@@ -131,7 +137,7 @@ def plan_model(
     else:
         wish = next((change.store_trainable for _, change in ledger.changes if change.store_trainable), None)
         with collect(problems):
-            trainable = set_trainable(module, ledger, stored_dtype(precision, wish))
+            trainable = set_trainable(module, ledger, stored_dtype(precision, wish), frozen)
     if vocabulary is not None and not problems:
         learning = tuple(trainable) if mode in ("train", "build") else None
         if sentence := vocabulary_objection(vocabulary, ledger, module, learning, parts):

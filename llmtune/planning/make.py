@@ -23,6 +23,7 @@ from llmtune.planning.objections import (
     batch_objections,
     evaluator_notes,
     label_objections,
+    media_objections,
     metric_objections,
     optimizer_objections,
     plugin_objections,
@@ -80,7 +81,9 @@ def make_plan(
     recipe, narrowed = answerable(recipe, parts.one("stage_config").built, pretrained.config)
     doing.info("Reading and tokenising the data")
     with collect(problems):
-        prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer, writes=writes)
+        prepared = prepare_for(
+            recipe, parts, registry, pretrained.tokenizer, writes=writes, media=pretrained.media(recipe)
+        )
     raise_all(problems)
     assert prepared is not None and precision is not None
     model: ModelPlan | None = None
@@ -97,6 +100,7 @@ def make_plan(
     ]
     samples = prepared.train
     found = [*batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)]
+    found += media_objections(samples, recipe.data, ranks)
     found += reward_objections(parts, (samples, prepared.evaluation))
     problems += [PlanError(sentence) for sentence in found]
     questions: list[Question] = []
@@ -109,7 +113,8 @@ def make_plan(
     assert model is not None
     further = plan_further(recipe, registry, parts, model)
     flat = model.end_to_end or recipe.data.isolates
-    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, parts.one("stage_config").built)
+    stage, media = parts.one("stage_config").built, pretrained.media(recipe)
+    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, stage, media)
     data = replace(data, questions=questions)
     notes = (*parts.notes, *narrowed, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)

@@ -93,7 +93,7 @@ class Server:
             asked: Conversation = OpenAi().convert(row)
             if all(message["role"] == "system" for message in asked.messages):
                 raise BadRow("no question", "nothing is asked: there are system messages only")
-            ids = offer.renderer.prompt(asked).tolist()
+            ids = offer.renderer.prompt(asked).ids.tolist()
         except BadRow as bad:
             raise Refused(400, f"messages: {bad.reason}: {bad.detail}", param="messages") from None
         begun = str(offer.tokenizer.decode(ids[-8:])).rstrip().endswith(THINK)

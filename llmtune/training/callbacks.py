@@ -159,7 +159,7 @@ class TrainingCallbacks:
         samples, feed = plan.data.prepared.evaluation, plan.data.batches
         batches = partial(
             evaluation_batches, samples, per_device=train.per_device_eval_batch_size, ranks=plan.ranks,
-            flat=plan.data.batches.flat, pad_id=feed.pad_id, device=plan.device,
+            flat=plan.data.batches.flat, pad_id=feed.pad_id, device=plan.device, media=feed.media,
         )  # fmt: skip
         sets = samples.by_set() if plan.recipe.data.eval_on_each_dataset else {"": None}
         parts = {name: partial(batches, chosen=chosen) for name, chosen in sets.items()}

@@ -4,6 +4,8 @@ row must come to what the row comes to. Every model is asked, because some canno
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llmtune.contract.errors import PlanError
+from llmtune.data.batch_loader import BatchLoader, sample_batch
 from llmtune.data.batches import collate, split_row, to_device
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 FIRST, SECOND = 9, 7
 """Tokens of the two documents."""
+_LOOKED_AT = 1000
+"""Samples among which some that show media, and some that show none, are looked for."""
 
 
 def check_isolation(objective: Objective, device: torch.device, packing: bool) -> None:
@@ -41,6 +46,33 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
         found = f"a document's hidden states change by {max(leak, shift):.0e} of their size with what stands before it"
         fix = "set packing: false, or neat_packing: false" if packing else "leave packed_attention out of kernel_config"
         raise PlanError(f"packing: {type(objective.model).__name__} cannot keep documents apart ({found}); {fix}")
+
+
+def check_media_isolation(objective: Objective, device: torch.device, loader: BatchLoader) -> None:
+    """The same of samples that show media, where the data have any, which have to come to what they come to in a row
+    of their own: masks and positions of pictures follow rules of their own. Collective; some small forwards."""
+    samples = loader.samples
+    if not loader.flat or not samples.media_kinds:
+        return
+    shows = [any(each.media for each in samples.shown(at)) for at in range(min(len(samples), _LOOKED_AT))]
+    some = {wanted: list(islice((at for at, own in enumerate(shows) if own == wanted), 3)) for wanted in (True, False)}
+    chosen = [at for pair in zip_longest(some[True], some[False]) for at in pair if at is not None]
+    made = partial(sample_batch, samples, pad_id=loader.pad_id, ranks=loader.ranks, media=loader.media)
+    batches = [made(order, flat=True) for order in (chosen, chosen[::-1])]
+    found = _hidden_states(objective, [*batches, *(made([at], flat=False) for at in chosen)], device)
+    alone = dict(zip(chosen, found[2:], strict=True))
+    shift = 0.0
+    for order, packed in zip((chosen, chosen[::-1]), found[:2], strict=True):
+        lengths = [int(samples.lengths[at]) for at in order]
+        for at, own in zip(order, packed[: sum(lengths)].split(lengths), strict=True):
+            expected = alone[at][: len(own)]
+            shift = max(shift, ((own - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item())
+    if shift > _rounding(objective):
+        raise PlanError(
+            f"packing: {type(objective.model).__name__} reads documents beside ones that show media otherwise in a "
+            f"packed row than in rows of their own (hidden states change by {shift:.0e} of their size); set packing: "
+            "false"
+        )
 
 
 def check_split(objective: Objective, ranks: Ranks, device: torch.device) -> None:

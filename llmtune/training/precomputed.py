@@ -66,6 +66,7 @@ def precomputed(plan: Plan, context: Context, run: Callable[[Callable[[], Any]],
         for batch in evaluation_batches(
             samples, per_device=max(train.per_device_train_batch_size, train.per_device_eval_batch_size),
             ranks=plan.ranks, flat=plan.data.batches.flat, pad_id=plan.data.batches.pad_id, device=plan.device,
+            media=plan.data.batches.media,
         ):  # fmt: skip
             with torch.no_grad():
                 said = run(partial(stage.precompute, batch, context))

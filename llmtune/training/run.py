@@ -36,7 +36,7 @@ from llmtune.training import checkpoint, resume, run_folder
 from llmtune.training.building import build_run, make_training
 from llmtune.training.callbacks import TrainingCallbacks, eval_interval, save_interval
 from llmtune.training.file_names import PREDICTIONS, QUARANTINE
-from llmtune.training.isolation import check_isolation, check_split
+from llmtune.training.isolation import check_isolation, check_media_isolation, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
 from llmtune.training.log import Loggers, read_metrics
 from llmtune.training.loop import train
@@ -193,6 +193,7 @@ def _run(
     training = make_training(plan, objective, optimizer, first_step)
     if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)
+        check_media_isolation(objective, plan.device, plan.data.batches)
     if plan.ranks.dims.context > 1:
         check_split(objective, plan.ranks, plan.device)
     before = sample_answers(plan, objective, "before")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from llmtune.contract.errors import blaming
 from llmtune.distributed.placement import full
 from llmtune.folders import publish, size_and_hash
+from llmtune.media.processor import copy_processor
 from llmtune.model.edits import named_tensors
 from llmtune.training.file_names import TRAINED
 
@@ -87,6 +88,7 @@ def write_result(plan: ModelPlan, folder: Path) -> dict[str, Any]:
     if not plan.ranks.first:
         return facts
     plan.tokenizer.save_pretrained(partial)  # with the chat template that the run was trained with
+    copy_processor(plan.files.folder, partial)
     publish(partial, folder)
     written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {**facts, "result": [str(path.relative_to(run)) for path in written]}

@@ -116,6 +116,7 @@ class Reader:
         if calls and role != "assistant":
             raise BadRow("tool calls outside assistant", f"message {number} ({role}) has tool_calls")
         message: Message = {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
+        message |= {"media": said.media} if said.media else {}
         kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
         return message | _weight(turn, role, number) | _texts(kept, number) | _reasoning(turn, said, role, number)
 

@@ -10,8 +10,8 @@ from llmtune.contract.errors import DataError, blaming, listed
 from llmtune.contract.examples import BadRow, Conversation, DataFormat, Example, Preference, Prompt, UnpairedPreference
 from llmtune.data.messages import check_conversation, kind
 from llmtune.data.misspelt import as_names, misspelt
-
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+from llmtune.media.files import MediaFiles
+from llmtune.media.rows import NAMES, columns_in, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Chosen:
     """The format's columns and what they are called here."""
     exclusive: bool = False
     """Whether columns that `columns` does not name are as if they were not there."""
+    media: MediaFiles | None = None
+    """Where the data set's media are; None where the model reads text only."""
 
 
 def read_row(chosen: Chosen, data: Any) -> Example:
@@ -39,8 +41,8 @@ def read_row(chosen: Chosen, data: Any) -> Example:
         needed = listed(chosen.format.required or chosen.format.columns)
         raise BadRow("not an object", f"the row is {kind(data)}, allowed is an object with {needed}")
     row = _renamed(chosen, data)
-    if media := [name for name in _MEDIA if row.get(name)]:
-        raise BadRow("not only text", f'the column "{media[0]}" holds media, allowed is text only')
+    files = columns_in(row)
+    row = {column: value for column, value in row.items() if column not in NAMES}
     _check_columns(chosen, row)
     with blaming(f"data_config: {chosen.name}", f"convert of {listed(row, 6)}", but=BadRow):
         example = chosen.format.convert(row)
@@ -48,7 +50,7 @@ def read_row(chosen: Chosen, data: Any) -> Example:
         what = f"says its rows become {chosen.format.kind}, and made {type(example).__name__} of one"
         raise DataError(f"format {chosen.name} {what}; the package that offers it has to be mended")
     check_example(example)
-    return example
+    return shown(example, files, chosen.media)
 
 
 def _renamed(chosen: Chosen, row: Mapping[str, Any]) -> dict[str, Any]:

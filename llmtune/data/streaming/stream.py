@@ -162,7 +162,7 @@ class _Look:
             for each in rows:
                 self.report.add_bad(Bad(each.place, "unreadable", each.row.problem or "", None))
             check_bad_rows(make.config, self.report)
-        chosen = make.formats.of(dataset, readable, make.learns)
+        chosen = make.chosen(dataset, readable, make.learns)
         self.report.format, self.report.why, self.report.kind = (
             chosen.name,
             chosen.why,

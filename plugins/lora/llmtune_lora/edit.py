@@ -138,7 +138,9 @@ class Lora:
         saved = saved_modules(model, recipe.modules_to_save)
         saved += [head for head in classification_heads(model) if head not in saved]
         named_all = "all" in split_names(recipe.target_modules)
-        layers, left_out = expressible(model, adapted_layers(model, recipe.target_modules, saved), named_all)
+        layers, left_out = expressible(
+            model, adapted_layers(model, recipe.target_modules, saved, context.frozen), named_all
+        )
         parameters = adapted_parameters(model, recipe.target_parameters)
         stacks = [name for name in stacked_weights(model) if name not in parameters] if named_all else []
         config = LoraConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +38,20 @@ def short(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def adapted_layers(model: nn.Module, target_modules: str | Sequence[str], saved: Sequence[str]) -> list[str]:
-    """Full names of the layers that get an adapter, in model order.
+def adapted_layers(
+    model: nn.Module, target_modules: str | Sequence[str], saved: Sequence[str], frozen: Collection[str] = ()
+) -> list[str]:
+    """Full names of the layers that get an adapter, in model order; none of the `frozen` ones.
 
     `saved` are full names of modules trained in full, which `all` leaves out. Raises PlanError for a name that matches
     nothing, or a layer that is named for both.
     """
     wanted = split_names(target_modules)
-    possible = [name for name, module in model.named_modules() if adaptable(module)]
+    possible = [name for name, module in model.named_modules() if adaptable(module) and name not in frozen]
     chosen: set[str] = set()
     for name in wanted:
         if name == "all":
-            chosen |= {
-                layer for layer, module in linear_layers(model) if adaptable(module) and not _within(layer, saved)
-            }
+            chosen |= {layer for layer, _ in linear_layers(model) if layer in possible and not _within(layer, saved)}
             continue
         hits = named(possible, name)
         if not hits:

@@ -18,7 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from llmtune import ModelEdit, ParameterRole, PlanError, RunContext, output_heads, peft_folder, split_names
+from llmtune import (
+    ModelEdit,
+    ParameterRole,
+    PlanError,
+    RunContext,
+    linear_layers,
+    output_heads,
+    peft_folder,
+    split_names,
+)
 
 from . import files
 from .kinds import ON_QUANTISED, config_class, named_type, require_trainable
@@ -61,7 +70,7 @@ class Tuner:
         """Insert the tuner's parts. Raises PlanError or LoadError where recipe, adapter files and model do not fit."""
         place = self.config.adapter_name_or_path
         folder = peft_folder(place, context, key=files.KEY) if place else None
-        config = self._wanted(model, folder)
+        config = self._wanted(model, folder, context)
         before = {id(tensor) for tensor in tensors_of(model).values()}
         start = TunerStart(copy.deepcopy(model), copy.deepcopy(config))
         self.tuner = inject(model, config, low_cpu_mem_usage=True)
@@ -137,7 +146,7 @@ class Tuner:
             for module, off in zip(tuned, before, strict=True):
                 module._disable_adapters = off
 
-    def _wanted(self, model: nn.Module, folder: Path | None) -> PeftConfig:
+    def _wanted(self, model: nn.Module, folder: Path | None, context: RunContext) -> PeftConfig:
         """PEFT's config, as the recipe says it or the adapter in `folder`. Raises PlanError for what does not fit."""
         if folder is not None:
             config = PeftConfig.from_pretrained(str(folder))
@@ -164,7 +173,9 @@ class Tuner:
             raise PlanError(f"peft_config.options: PEFT's {kind} does not take them: {error}") from error
         wanted = getattr(config, "target_modules", None)
         if wanted == "all":
-            config.target_modules = "all-linear"
+            held = [name for name, _ in linear_layers(model) if name in context.frozen]
+            own = [name for name, _ in linear_layers(model) if name not in context.frozen]
+            config.target_modules = own if held else "all-linear"
         for name in wanted if isinstance(wanted, (list, set, tuple)) else ():
             if not any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules()):
                 raise PlanError(

@@ -1,0 +1,72 @@
+"""Batches whose pictures and sound are opened and processed by other processes, ahead of the step that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtune.data.batch_loader import BatchLoader
+from llmtune.data.batches import to_device
+from llmtune.data.workers import WorkerPool, rank_workers
+
+if TYPE_CHECKING:
+    from llmtune.contract.stages import Batch
+
+
+@dataclass(kw_only=True)
+class BatchesAhead:
+    """Batches that are being made."""
+
+    pool: WorkerPool
+    step: int = -1
+    """The step that comes next."""
+    batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaLoader(BatchLoader):
+    """Batches of a training run on rows that show media."""
+
+    workers: int | None = None
+    """Processes that make batches; None: this rank's share of the processors."""
+    _ahead: list[BatchesAhead] = field(default_factory=list)
+    """Once processes were started; then one."""
+
+    def start_workers(self) -> None:
+        """Start the processes; best before this one joins others."""
+        if not self._ahead:
+            self._ahead.append(BatchesAhead(pool=WorkerPool(self._made, self.workers or rank_workers())))
+
+    def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None, bad_rows: Path | None = None) -> None:
+        """Begin to make batches."""
+        self.start_workers()
+        self._begin(self._ahead[0], first_step)
+
+    def close(self) -> None:
+        """End the processes."""
+        for ahead in self._ahead:
+            ahead.pool.close()
+        self._ahead.clear()
+
+    def step(self, step: int, device: torch.device) -> list[Batch]:
+        """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""
+        if not self._ahead:  # a batch that is looked at before a run
+            return super().step(step, device)
+        (ahead,) = self._ahead
+        if step != ahead.step:
+            self._begin(ahead, step)
+        ahead.step += 1
+        return [to_device(batch, device) for batch in islice(ahead.batches, self.micro_steps)]
+
+    def _begin(self, ahead: BatchesAhead, step: int) -> None:
+        items = (share for number in count(step) for share in self.shares(self.order.step_units(number)))
+        ahead.step, ahead.batches = step, ahead.pool.in_order(items)
+
+    def _made(self, share: tuple[list[int], Mapping[int, int]]) -> Batch:
+        torch.set_num_threads(1)  # others compute at the same time, and threads of a forked process may hang
+        return self.batch(*share)

@@ -1,0 +1,119 @@
+"""Which file a row means. Nothing is opened here, and nothing outside of the data's own folder is looked at."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from llmtune.contract.examples import BadRow, Media
+from llmtune.folders import cache_root
+
+LARGEST_DOWNLOAD = 2**28
+"""Bytes of a file that is fetched from an address: 256 MiB."""
+_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaFiles:
+    """Where a data set's media are."""
+
+    folder: Path
+    """What relative paths count from, and what no path may lead out of, through links neither."""
+    key: str = "media_dir"
+    """The recipe key that says so."""
+    fetches: bool = False
+    """Whether `https` and `http` addresses are fetched."""
+
+    def find(self, kind: str, source: Any) -> Media:
+        """The file that `source` means: a path, an address, a data URL, bytes, or the mapping that data sets of the hub
+        hold; of a video also a list of pictures. BadRow where there is none."""
+        if kind == "video" and isinstance(source, list | tuple):
+            if not source:
+                raise BadRow("missing media", "a video is an empty list, allowed are the files of its pictures")
+            return Media("video", tuple(self._file("image", each) for each in source))
+        return Media(cast(Literal["image", "video", "audio"], kind), self._file(kind, source))
+
+    def _file(self, kind: str, source: Any) -> str:
+        if isinstance(source, Mapping):
+            source = next((source[key] for key in ("bytes", "path", "url", "data") if source.get(key)), None)
+        if isinstance(source, bytes):
+            return _kept(source)
+        if not isinstance(source, str) or not source:
+            what = "a path, an address, a data URL, or bytes"
+            raise BadRow("bad media", f"{_with_article(kind)} is {type(source).__name__}, allowed is {what}")
+        scheme = source.partition(":")[0].lower() if ":" in source[:8] else ""
+        if scheme == "data":
+            return _kept(_decoded(source, kind))
+        if scheme in ("http", "https"):
+            return self._fetched(source)
+        return self._inside(urllib.parse.unquote(source.partition("://")[2]) if scheme == "file" else source)
+
+    def _inside(self, path: str) -> str:
+        folder = self.folder.resolve()
+        found = (folder / Path(path).expanduser()).resolve()
+        if not found.is_relative_to(folder):
+            what = f"{path} is {found}, outside of {folder}"
+            raise BadRow("media outside of media_dir", f"{what}; name a folder that holds all files with {self.key}")
+        if not found.is_file():
+            raise BadRow("missing media", f"there is no file {found}; paths count from {self.key}, which is {folder}")
+        return str(found)
+
+    def _fetched(self, address: str) -> str:
+        if not self.fetches:
+            raise BadRow(
+                "media on the network", f"{address[:80]} is an address; set media_from_network: true to fetch it"
+            )
+        place = _place(hashlib.sha256(address.encode()).hexdigest())
+        if not place.exists():
+            try:
+                with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
+                    content = answer.read(LARGEST_DOWNLOAD + 1)
+            except (OSError, ValueError, urllib.error.URLError) as error:
+                raise BadRow("media cannot be fetched", f"{address[:80]}: {error}") from None
+            if len(content) > LARGEST_DOWNLOAD:
+                raise BadRow("media cannot be fetched", f"{address[:80]} has more than {LARGEST_DOWNLOAD:,} bytes")
+            _write(place, content)
+        return str(place)
+
+
+def _with_article(kind: str) -> str:
+    return f"a{'n' if kind[0] in 'aeiou' else ''} {kind}"
+
+
+def _decoded(url: str, kind: str) -> bytes:
+    head, comma, content = url.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(content, validate=True)
+    except (ValueError, binascii.Error):
+        what = f"{_with_article(kind)} is {url[:40]!r}..., allowed is data:TYPE;base64,CONTENT"
+        raise BadRow("bad data URL", what) from None
+
+
+def _place(name: str) -> Path:
+    return cache_root() / "media" / name[:2] / name
+
+
+def _kept(content: bytes) -> str:
+    """The file in the cache that holds this content, so that samples can name it."""
+    place = _place(hashlib.sha256(content).hexdigest())
+    if not place.exists():
+        _write(place, content)
+    return str(place)
+
+
+def _write(place: Path, content: bytes) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f"{place.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    beside.replace(place)

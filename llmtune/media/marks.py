@@ -1,0 +1,47 @@
+"""Where media stand in a message: a private-use character for each, so that a content stays one text until a template
+asks for its parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from llmtune.contract.examples import MEDIA_KINDS, Message
+
+MARKS = {kind: chr(0xE010 + number) for number, kind in enumerate(MEDIA_KINDS)}
+"""The character that stands for a medium of each kind."""
+_KIND = {mark: kind for kind, mark in MARKS.items()}
+_ANY = re.compile("([" + "".join(_KIND) + "])")
+
+
+def kinds_in(text: str) -> list[str]:
+    """The kinds of the media that stand in a text, in their order."""
+    return [_KIND[found] for found in _ANY.findall(text)]
+
+
+def texts_between(text: str) -> list[str]:
+    """What a text says before, between and after its media, without what is empty."""
+    return [part for part in _ANY.split(text) if part and part not in _KIND]
+
+
+def with_marks(text: str, spelled: str, kind: str) -> str:
+    """The text with marks of a kind where it spells them, as in `<image>`."""
+    return text.replace(spelled, MARKS[kind])
+
+
+def as_parts(message: Message) -> Message:
+    """The message with a list of parts for its content, as transformers' templates of models that read media want it:
+    `{type: text, text: ...}`, `{type: image}`."""
+    parts: list[dict[str, Any]] = [
+        {"type": _KIND[part]} if part in _KIND else {"type": "text", "text": part}
+        for part in _ANY.split(message["content"])
+        if part
+    ]
+    return {**message, "content": parts}
+
+
+def counted(kinds: Sequence[str]) -> str:
+    """How many there are of each kind, in words: `2 images and 1 video`."""
+    counts = [(kind, kinds.count(kind)) for kind in MEDIA_KINDS if kind in kinds]
+    return " and ".join(f"{count} {kind}{'s' if count > 1 and kind != 'audio' else ''}" for kind, count in counts)

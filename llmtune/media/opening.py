@@ -1,0 +1,126 @@
+"""Files of pictures, video and sound become arrays: decoded, of a sane size, sampled in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from llmtune.contract.errors import DataError
+from llmtune.contract.examples import BadRow
+from llmtune.media.config import MediaConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_PIXELS = 2**27
+"""Pixels of a picture that is still opened: 134 million, 400 MB once it is decoded. A file of some kilobytes may claim
+more."""
+
+
+class Video(NamedTuple):
+    """Pictures of a video."""
+
+    frames: np.ndarray
+    """(pictures, height, width, 3) uint8."""
+    fps: float
+    """Pictures a second of the whole video."""
+    indices: list[int]
+    """The numbers of these pictures among those of the whole video."""
+    total: int
+    """Pictures of the whole video."""
+
+
+def open_image(path: str, most: int | None, least: int | None) -> Image:
+    """A picture as RGB, turned as its EXIF data say, with `least` to `most` pixels. BadRow if it cannot be read."""
+    from PIL import Image, ImageOps
+
+    with _reading(path), Image.open(path) as image:
+        if image.width * image.height > MOST_PIXELS:
+            what = f"{path} has {image.width:,} x {image.height:,} pixels"
+            raise BadRow("huge media", f"{what}, allowed are {MOST_PIXELS:,} in all; make it smaller")
+        return resized(ImageOps.exif_transpose(image).convert("RGB"), most, least)
+
+
+def resized(image: Image, most: int | None, least: int | None) -> Image:
+    """The picture, or one of the same shape with about `most` or `least` pixels."""
+    pixels = image.width * image.height
+    wanted = most if most is not None and pixels > most else least if least is not None and pixels < least else None
+    if wanted is None:
+        return image
+    factor = math.sqrt(wanted / pixels)
+    rounded = math.floor if wanted < pixels else math.ceil
+    return image.resize((max(1, rounded(image.width * factor)), max(1, rounded(image.height * factor))))
+
+
+def open_video(path: str | tuple[str, ...], config: MediaConfig) -> Video:
+    """Pictures of a video, `video_fps` a second and at most `video_maxlen`. BadRow if it cannot be read."""
+    most, least = config.video_max_pixels, config.video_min_pixels
+    if not isinstance(path, str):  # pictures that somebody has taken already
+        taken = _spread(len(path), config.video_maxlen)
+        images = [open_image(path[at], most, least) for at in taken]
+        return Video(_stacked(images), config.video_fps, taken, len(path))
+    av = _library()
+    with _reading(path), av.open(path) as container:
+        if not container.streams.video:
+            raise BadRow("broken media", f"{path} holds no video")
+        stream = container.streams.video[0]
+        total = stream.frames or sum(1 for packet in container.demux(stream) if packet.pts is not None)
+        fps = float(stream.average_rate or stream.guessed_rate or 24)
+        wanted = min(config.video_maxlen, max(1, math.floor(total / fps * config.video_fps)))
+        taken = _spread(total, wanted)
+        container.seek(0)
+        found = [_small(frame, most, least) for at, frame in enumerate(container.decode(stream)) if at in set(taken)]
+    if not found:
+        raise BadRow("broken media", f"{path} holds no picture that can be decoded")
+    return Video(_stacked(found), fps, taken[: len(found)], total)
+
+
+def open_audio(path: str, sampling_rate: int) -> np.ndarray:
+    """(samples,) float32 of a sound in one channel. BadRow if it cannot be read."""
+    av = _library()
+    with _reading(path), av.open(path) as container:
+        if not container.streams.audio:
+            raise BadRow("broken media", f"{path} holds no sound")
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
+        frames = [part for frame in container.decode(container.streams.audio[0]) for part in resampler.resample(frame)]
+        parts = [frame.to_ndarray().reshape(-1) for frame in [*frames, *resampler.resample(None)]]
+    if not sum(map(len, parts)):
+        raise BadRow("broken media", f"{path} holds no sound that can be decoded")
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _small(frame: Any, most: int | None, least: int | None) -> Image:
+    return resized(frame.to_image(), most, least)
+
+
+def _stacked(images: list[Image]) -> np.ndarray:
+    size = images[0].size
+    return np.stack([np.asarray(each if each.size == size else each.resize(size)) for each in images])
+
+
+def _spread(total: int, wanted: int) -> list[int]:
+    """Numbers of at most `wanted` of `total` pictures, evenly spaced, the first and the last among them."""
+    return sorted({int(at) for at in np.linspace(0, total - 1, min(total, wanted))})
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BadRow:
+        raise
+    except Exception as error:  # decoders raise whatever they like, from OSError to SyntaxError
+        said = str(error) or type(error).__name__
+        raise BadRow("broken media", f"{path} cannot be read ({said})") from None
+
+
+def _library() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise DataError("video and sound are decoded by PyAV; run pip install 'llmtune[media]'") from None
+    return av

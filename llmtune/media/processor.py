@@ -1,0 +1,263 @@
+"""What a model's own processor makes of a rendered text and its media: token ids, and the tensors of a batch.
+
+Every answer is a call of the processor itself, so that all it does (tiles, grids, time stamps, marks for masks) is as
+transformers has it for every kind of model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.contract.errors import DataError
+from llmtune.contract.examples import BadRow, Media
+from llmtune.media.config import MediaConfig
+from llmtune.media.opening import Video, open_audio, open_image, open_video
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""What a model that reads media has at least one of."""
+ARGUMENT = {"image": "images", "video": "videos", "audio": "audio"}
+"""What a processor calls a list of media of each kind."""
+BLANK = ""
+"""The path of a medium that shows nothing."""
+_ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
+"""What of its answer is no tensor that only media need."""
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """A rendered text with a place for each medium, and the media."""
+
+    text: str
+    media: Sequence[Media] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return {"text": self.text, "media": [[each.kind, each.path] for each in self.media]}
+
+    @staticmethod
+    def read(held: Mapping[str, Any] | None) -> ShownText:
+        """What `as_json` gave; None is a text without media."""
+        if held is None:
+            return ShownText("")
+        media = [Media(kind, path if isinstance(path, str) else tuple(path)) for kind, path in held["media"]]
+        return ShownText(held["text"], tuple(media))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaProcessor:
+    """A model's processor, read when the first row with media comes."""
+
+    folder: Path
+    """The model's files."""
+    tokenizer: Any
+    """The run's tokenizer, which takes the place of the processor's own."""
+    config: MediaConfig = field(default_factory=MediaConfig)
+    trust_remote_code: bool = False
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers' processor. DataError where there is none."""
+        from transformers import AutoProcessor, ProcessorMixin
+
+        try:
+            found: Any = AutoProcessor.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # of a package that is not there, AttributeError as well as ImportError
+            said = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"model: its processor of pictures and sound cannot be made ({type(error).__name__}: {said}); most "
+                "need pip install pillow, those of models that see video torchvision, too"
+            ) from error
+        if not isinstance(found, ProcessorMixin):
+            raise DataError(f"model: {self.folder} has no processor of pictures or sound; its rows can hold text only")
+        found.tokenizer = self.tokenizer
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What tokens depend on, besides the files: what the processor's own files say, and the recipe's keys."""
+        said = [path.read_text("utf-8") for path in map(self.folder.joinpath, PROCESSOR_FILES) if path.is_file()]
+        return {"processor": said, **asdict(self.config), "media_dir": None}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The kinds of media that the model takes."""
+        parts = {"image": self._part("image_processor"), "video": self._part("video_processor"), "audio": self._hears}
+        return tuple(kind for kind, part in parts.items() if part is not None)
+
+    def _part(self, name: str) -> Any:
+        return vars(self.processor).get(name)
+
+    @property
+    def _hears(self) -> Any:
+        return self._part("feature_extractor") or self._part("audio_processor")
+
+    @cached_property
+    def placeholders(self) -> list[int]:
+        """The ids of tokens that stand for media."""
+        own = self.processor
+        found = [*own.image_token_ids, *own.video_token_ids, *own.audio_token_ids]
+        return [int(token) for token in found if token is not None]
+
+    def encode(self, shown: ShownText, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """(tokens,) int32 of a text with its media, and for each span of its characters the tokens (first, stop) that
+        share one with it. BadRow where media cannot be read, or the text has no place for each."""
+        out = self._called([shown], return_offsets_mapping=True, return_text_replacement_offsets=True)
+        offsets = [tuple(each) for each in out["offset_mapping"][0]]
+        replaced = (out.get("text_replacement_offsets") or [[]])[0]
+        ends = [each["span"][1] for each in replaced]
+        gained = [0, *(each["new_span"][1] - each["span"][1] for each in replaced)]
+        starts, stops = [start for start, _ in offsets], [stop for _, stop in offsets]
+        found = []
+        for span in spans:
+            start, stop = (at + gained[bisect_right(ends, at)] for at in span)
+            found.append((bisect_right(stops, start), bisect_left(starts, stop)))
+        return np.asarray(out["input_ids"][0], np.int32), found
+
+    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> list[tuple[np.ndarray, ShownText]]:
+        """(tokens,) int32 of a document with a blank medium, and the document, of each of `kinds` that no row shows.
+
+        A tower that takes part in one rank's batch and not in another's would leave them waiting for each other; and
+        weights of a tower would decay in steps of one rank that they do not in those of several.
+        """
+        there = {medium.kind for row in rows for medium in row.media}
+        return [self._blank(kind) for kind in kinds if kind not in there]
+
+    def _blank(self, kind: str) -> tuple[np.ndarray, ShownText]:
+        if kind not in self._blanks:
+            content = [{"type": kind}, {"type": "text", "text": ""}]
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            shown = ShownText(text, (Media(kind, BLANK),))  # type: ignore[arg-type]
+            self._blanks[kind] = self.encode(shown, [])[0], shown
+        return self._blanks[kind]
+
+    @cached_property
+    def _blanks(self) -> dict[str, tuple[np.ndarray, ShownText]]:
+        return {}
+
+    def tensors(self, rows: Sequence[ShownText], ids: Sequence[np.ndarray], flat: bool) -> Mapping[str, Tensor]:
+        """What the model is given of a batch besides its tokens; nothing where no row shows any media.
+
+        Raises:
+            DataError: the processor gives other tokens than when the data were tokenised, as where a file has changed.
+        """
+        import torch
+
+        if not any(row.media for row in rows):
+            return {}
+        try:
+            out = self._called(rows, padding=True, padding_side="right", return_tensors="pt")
+        except BadRow as bad:
+            raise DataError(f"media: {bad}; it could be read when the data were tokenised") from bad
+        made, mask = out["input_ids"], out["attention_mask"].bool()
+        for row, wanted, own, real in zip(rows, ids, made, mask, strict=True):
+            if row.media and own[real].tolist() != wanted.tolist():
+                raise DataError(
+                    f"media: {row.media[0].path} has changed since the data were tokenised, or its processor has; set "
+                    "overwrite_cache: true"
+                )
+        given = {name: value for name, value in out.items() if name not in _ROWS and isinstance(value, torch.Tensor)}
+        lengths = [len(each) for each in ids]
+        return {
+            name: _laid_out(value, lengths, flat) if value.shape[:2] == made.shape else value
+            for name, value in given.items()
+        }
+
+    def _called(self, rows: Sequence[ShownText], **options: Any) -> Any:
+        """The processor's answer for some texts with their media."""
+        opened = [[self.opened(medium) for medium in row.media] for row in rows]
+        given: dict[str, Any] = {}
+        for kind in {medium.kind for row in rows for medium in row.media}:
+            own = [[one for one, medium in zip(some, row.media, strict=True) if medium.kind == kind]
+                   for some, row in zip(opened, rows, strict=True)]  # fmt: skip
+            given[ARGUMENT[kind]] = own if kind == "image" else [one for some in own for one in some]
+        if "videos" in given:
+            given["video_metadata"] = [_metadata(video) for video in given["videos"]]
+            given["videos"] = [video.frames for video in given["videos"]]
+            given["do_sample_frames"] = False
+        if "audio" in given:
+            given["sampling_rate"] = self.sampling_rate
+        bos = self.tokenizer.bos_token
+        begins = bool(bos) and rows[0].text.startswith(bos)
+        try:
+            return self.processor(
+                text=[row.text for row in rows], **given, **options, **({"add_special_tokens": False} if begins else {})
+            )
+        except Exception as error:  # processors raise ValueError, IndexError, StopIteration, TypeError
+            raise BadRow("processor refuses", f"{type(self.processor).__name__} says: {error}") from error
+
+    def opened(self, medium: Media) -> Any:
+        """What a processor is given of a medium. BadRow if it cannot be read, or the model reads none of its kind."""
+        if medium.kind not in self.reads:
+            taken = f"{type(self.processor).__name__} takes {' and '.join(self.reads)}"
+            raise BadRow("media the model cannot read", f"{taken}, and a message shows {medium.kind}")
+        if medium.path == BLANK:
+            return self._opened_blank(medium.kind)
+        if medium.kind == "video":
+            return open_video(medium.path, self.config)
+        assert isinstance(medium.path, str)
+        if medium.kind == "audio":
+            return open_audio(medium.path, self.sampling_rate)
+        return open_image(medium.path, self.config.image_max_pixels, self.config.image_min_pixels)
+
+    def _opened_blank(self, kind: str) -> Any:
+        from PIL import Image
+
+        if kind == "video":
+            return Video(np.zeros((2, 32, 32, 3), np.uint8), self.config.video_fps, [0, 1], 2)
+        return np.zeros(self.sampling_rate, np.float32) if kind == "audio" else Image.new("RGB", (32, 32))
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second that the model's sound has."""
+        return int(self._hears.sampling_rate)
+
+
+def _metadata(video: Video) -> dict[str, Any]:
+    height, width = video.frames.shape[1:3]
+    return {
+        "total_num_frames": video.total, "fps": video.fps, "duration": video.total / video.fps,
+        "frames_indices": video.indices, "height": height, "width": width,
+    }  # fmt: skip
+
+
+def _laid_out(value_BT: Tensor, lengths: Sequence[int], flat: bool) -> Tensor:
+    """A number for each token as the batch lays tokens out: padded to the longest row, or end to end."""
+    import torch
+
+    if (missing := max(lengths) - value_BT.shape[1]) > 0:
+        value_BT = torch.cat([value_BT, value_BT.new_zeros(len(value_BT), missing, *value_BT.shape[2:])], 1)
+    if not flat:
+        return value_BT
+    return torch.cat([value[:length] for value, length in zip(value_BT, lengths, strict=True)])[None]
+
+
+def media_processor(
+    folder: Path, tokenizer: Any, config: MediaConfig, trust_remote_code: bool
+) -> MediaProcessor | None:
+    """The processor of the model in `folder`; None where it reads text only."""
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return None
+    names = {key.name for key in fields(MediaConfig)}
+    keys = {name: value for name, value in vars(config).items() if name in names}
+    return MediaProcessor(
+        folder=folder, tokenizer=tokenizer, config=MediaConfig(**keys), trust_remote_code=trust_remote_code
+    )
+
+
+def copy_processor(folder: Path, target: Path) -> None:
+    """Put the files of the processor in `folder`, where there are any, beside a model that was trained from it."""
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)

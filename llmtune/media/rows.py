@@ -1,0 +1,119 @@
+"""What the messages of a row show: marks in their texts, parts of their contents, and the row's columns of files become
+marks and files that fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llmtune.contract.examples import (
+    MEDIA_KINDS,
+    BadRow,
+    Conversation,
+    Example,
+    Media,
+    Message,
+    Preference,
+    Prompt,
+    UnpairedPreference,
+)
+from llmtune.media.files import MediaFiles
+from llmtune.media.marks import MARKS, counted, kinds_in
+
+COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
+"""Columns of files, by what they hold."""
+NAMES = tuple(name for names in COLUMNS.values() for name in names)
+
+
+def columns_in(row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The files that a row's columns name, by their kind. BadRow where two columns name files of one kind."""
+    found: dict[str, list[Any]] = {}
+    for kind, names in COLUMNS.items():
+        filled = [name for name in names if row.get(name)]
+        if len(filled) > 1:
+            raise BadRow("two columns of media", f"the row has {' and '.join(filled)}, allowed is one of them")
+        for name in filled:
+            value = row[name]
+            found[kind] = list(value) if isinstance(value, list | tuple) else [value]
+    return found
+
+
+def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> Example:
+    """The example with marks in its messages and the files they stand for.
+
+    A mark is a part of a content (`{type: image, ...}`), which may name its file, or the text `<image>` in a row that
+    has a column of such files. Where messages hold neither, the columns' files stand at the beginning of the first
+    question. BadRow where marks and files do not match, or the model reads text only (`files` is None).
+    """
+    if not isinstance(example, Conversation | Preference | UnpairedPreference | Prompt):
+        if columns:
+            raise BadRow("media without messages", f"the row holds {_all(columns)} beside plain text or tokens")
+        return example
+    asked = example.prompt if isinstance(example, Preference) else example.messages
+    answers = [*example.chosen, *example.rejected] if isinstance(example, Preference) else []
+    if not columns and not any(kinds_in(message["content"]) for message in [*asked, *answers]):
+        return example
+    if files is None:
+        held = _all(columns) or counted([kind for message in asked for kind in kinds_in(message["content"])])
+        raise BadRow("not only text", f"the row holds {held}, and what reads it here reads text only")
+    asked = [_spelt(message, columns) for message in asked]
+    for number, message in enumerate([*asked, *(_spelt(each, columns) for each in answers)], start=1):
+        if message["role"] == "assistant" and (kinds := kinds_in(message["content"])):
+            what = f"message {number} (assistant) shows {counted(kinds)}"
+            raise BadRow("media in an answer", f"{what}, allowed is text; models answer in text")
+    asked = _led(asked, columns)
+    messages, media = _matched(asked, columns, files)
+    if isinstance(example, Preference):
+        return replace(example, media=tuple(media), prompt=messages)
+    return replace(example, media=tuple(media), messages=messages)
+
+
+def _spelt(message: Message, columns: Mapping[str, Any]) -> Message:
+    content = message["content"]
+    for kind in columns:
+        content = content.replace(f"<{kind}>", MARKS[kind])
+    return message if content == message["content"] else {**message, "content": content}
+
+
+def _led(messages: list[Message], columns: Mapping[str, Sequence[Any]]) -> list[Message]:
+    """The messages, the first question led by marks for files of a kind that no mark stands for."""
+    there = {kind for message in messages for kind in kinds_in(message["content"])}
+    marks = "".join(MARKS[kind] * len(columns[kind]) for kind in MEDIA_KINDS if kind in columns and kind not in there)
+    first = next((at for at, message in enumerate(messages) if message["role"] == "user"), None)
+    if not marks or first is None:
+        return messages
+    led = {**messages[first], "content": marks + messages[first]["content"]}
+    return [*messages[:first], led, *messages[first + 1 :]]
+
+
+def _matched(
+    messages: Sequence[Message], columns: Mapping[str, Sequence[Any]], files: MediaFiles
+) -> tuple[list[Message], list[Media]]:
+    """The messages without their own lists of files, and the file of each mark."""
+    waiting = {kind: list(sources) for kind, sources in columns.items()}
+    bare, media, marks = [], [], dict.fromkeys(columns, 0)
+    for message in messages:
+        own = iter(message.get("media", ()))
+        for kind in kinds_in(message["content"]):
+            source = next(own, None)
+            if source is None:
+                marks[kind] = marks.get(kind, 0) + 1
+                source = waiting[kind].pop(0) if waiting.get(kind) else None
+            if source is not None:
+                media.append(files.find(kind, source))
+        bare.append({key: value for key, value in message.items() if key != "media"})
+    for kind, count in marks.items():
+        given = len(columns.get(kind, ()))
+        if count != given:
+            what = f"the messages have {count} marks <{kind}> and the row names {given} {_plural(kind)}"
+            raise BadRow("marks and files differ", f"{what}; each mark needs a file, and each file a mark")
+    return bare, media
+
+
+def _plural(kind: str) -> str:
+    return {"audio": "sounds"}.get(kind, f"{kind}s")
+
+
+def _all(columns: Mapping[str, Sequence[Any]]) -> str:
+    return counted([kind for kind, sources in columns.items() for _ in sources])

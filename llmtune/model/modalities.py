@@ -1,0 +1,65 @@
+"""The parts of a model that reads pictures or sound: towers, projector, language model; and which of them train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmtune.contract.structure import output_heads
+
+if TYPE_CHECKING:
+    from llmtune.model.config import ModelConfig
+
+Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
+_PROJECTORS = ("merger", "deepstack_merger_list", "merger_list")
+"""What models whose projector is a part of the tower call it: Qwen's."""
+
+
+def parts_of(model: Any) -> dict[str, Part]:
+    """The part of a transformers model that each of its parameters is in, by the parameter's name.
+
+    Towers and the language model are where transformers' own `get_encoder` and `get_decoder` find them; what lies
+    between them is the projector. A model that reads text alone is a language model.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()}
+    towers = [tower for modality in ("image", "audio") if (tower := _tower(model, modality, inside)) is not None]
+    if not towers:
+        return dict.fromkeys((name for name, _ in model.named_parameters(remove_duplicate=False)), "language_model")
+    heads = output_heads(model)
+    in_towers = {id(module) for tower in towers for module in tower.modules()}
+    found: dict[str, Part] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        owner = name.rpartition(".")[0]
+        if id(modules[owner]) in inside or owner in heads:
+            found[name] = "language_model"
+        elif id(modules[owner]) in in_towers and not set(owner.split(".")) & set(_PROJECTORS):
+            found[name] = "vision_tower"
+        else:
+            found[name] = "multi_modal_projector"
+    return found
+
+
+def _tower(model: Any, modality: str, inside: set[int]) -> Any:
+    """The encoder of a modality; None where the model has none: transformers then gives the model itself."""
+    try:
+        found = model.get_encoder(modality=modality)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    around = any(id(module) in inside for module in found.modules())
+    return None if around else found
+
+
+def frozen_parameters(model: Any, keys: ModelConfig) -> frozenset[str]:
+    """Names of the parameters that the recipe's keys keep as they are."""
+    return frozenset(name for name, part in parts_of(model).items() if part in _frozen(keys))
+
+
+def _frozen(keys: ModelConfig) -> set[Part]:
+    if keys.train_mm_proj_only:
+        return {"vision_tower", "language_model"}
+    frozen: dict[Part, bool] = {
+        "vision_tower": keys.freeze_vision_tower, "multi_modal_projector": keys.freeze_multi_modal_projector,
+        "language_model": keys.freeze_language_model,
+    }  # fmt: skip
+    return {part for part, kept in frozen.items() if kept}

@@ -1,0 +1,237 @@
+"""Rows that show media: which files they mean, where marks and files do not match, what cannot be opened; and ids and
+tensors that are the processor's own."""
+
+from __future__ import annotations
+
+import base64
+import random
+import struct
+import wave
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmtune.contract.examples import BadRow, Conversation
+from llmtune.data.config import DataConfig
+from llmtune.data.formats import Chosen, read_row
+from llmtune.data.formats.chats import Alpaca, OpenAi, ShareGpt
+from llmtune.data.formats.pairs import PreferencePairs
+from llmtune.data.render import Renderer
+from llmtune.media.config import MediaConfig
+from llmtune.media.files import MediaFiles
+from llmtune.media.marks import texts_between
+from llmtune.media.opening import open_audio, open_image, open_video
+from llmtune.media.processor import MediaProcessor, ShownText
+from tests.tiny_media import MODELS, draw
+
+pytest.importorskip("PIL")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("media") / "inside"
+    made.mkdir()
+    for number, (color, shape) in enumerate((("red", "circle"), ("blue", "square"))):
+        draw(made / f"{number}.png", color, shape, (32, 24))
+    (made.parent / "outside.png").write_bytes((made / "0.png").read_bytes())
+    (made / "link.png").symlink_to(made.parent / "outside.png")
+    (made / "broken.png").write_bytes((made / "0.png").read_bytes()[:60])
+    return made
+
+
+def read(folder: Path, row: dict[str, Any], form: Any = None, **files: Any) -> Any:
+    chosen = Chosen(format=form or OpenAi(), name="openai", why="", media=MediaFiles(folder=folder, **files))
+    return read_row(chosen, row)
+
+
+def asks(content: Any, answer: str = "A circle.") -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def names(example: Conversation) -> list[str]:
+    return [Path(str(medium.path)).name for medium in example.media]
+
+
+def test_marks_in_texts_take_the_files_of_the_columns_in_their_order(folder: Path) -> None:
+    row = asks("<image>What is <image>this?") | {"images": ["1.png", "0.png"]}
+    found = read(folder, row)
+    assert names(found) == ["1.png", "0.png"]
+    assert texts_between(found.messages[0]["content"]) == ["What is ", "this?"]
+    sharegpt = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A"}]}
+    assert names(read(folder, {**sharegpt, "image": "0.png"}, ShareGpt())) == ["0.png"]
+    alpaca = {"instruction": "<image>What?", "input": "", "output": "A", "images": ["0.png"]}
+    assert names(read(folder, alpaca, Alpaca())) == ["0.png"]
+    pair = {"prompt": "<image>What?", "chosen": "A", "rejected": "B", "images": ["1.png"]}
+    assert names(read(folder, pair, PreferencePairs())) == ["1.png"]
+
+
+def test_parts_of_a_content_name_their_files(folder: Path) -> None:
+    data = "data:image/png;base64," + base64.b64encode((folder / "0.png").read_bytes()).decode()
+    parts = [
+        {"type": "text", "text": "See"}, {"type": "image", "image": "0.png"},
+        {"type": "image_url", "image_url": {"url": data}}, {"type": "image", "path": str(folder / "1.png")},
+    ]  # fmt: skip
+    found = read(folder, asks(parts))
+    assert [Path(str(medium.path)).read_bytes() for medium in found.media] == [
+        (folder / name).read_bytes() for name in ("0.png", "0.png", "1.png")
+    ]
+    bare = asks([{"type": "image"}, {"type": "text", "text": "What?"}]) | {"images": [{"bytes": None, "path": "1.png"}]}
+    assert names(read(folder, bare)) == ["1.png"]
+
+
+def test_files_without_marks_lead_the_first_question(folder: Path) -> None:
+    found = read(folder, asks("What?") | {"images": ["0.png"]})
+    assert names(found) == ["0.png"]
+    assert found.messages[0]["content"].endswith("What?")
+    assert len(found.messages[0]["content"]) == len("What?") + 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "said"),
+    [
+        (asks("<image><image>") | {"images": ["0.png"]}, "marks and files differ", "2 marks <image> and .* 1 images"),
+        (asks("<image>") | {"images": ["0.png", "1.png"]}, "marks and files differ", "1 marks <image> and .* 2 images"),
+        (asks("<image>") | {"images": ["none.png"]}, "missing media", "no file .*none.png; paths count from media_dir"),
+        (asks("<image>") | {"images": ["../outside.png"]}, "media outside of media_dir", "outside of .*inside"),
+        (asks("<image>") | {"images": ["link.png"]}, "media outside of media_dir", "outside of .*inside"),
+        (asks("<image>") | {"images": ["https://a.b/c.png"]}, "media on the network", "media_from_network: true"),
+        (asks("<image>") | {"images": ["data:image/png;base64,%%"]}, "bad data URL", "data:TYPE;base64,CONTENT"),
+        (asks("<image>") | {"images": [7]}, "bad media", "an image is int"),
+        (asks("What?", "<image>") | {"images": ["0.png"]}, "media in an answer", "message 2 .* shows 1 image"),
+        (asks("<image>") | {"images": ["0.png"], "image": "1.png"}, "two columns of media", "images and image"),
+        (asks("a \ue010 b"), "private-use characters", "U\\+E010"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_sentence(folder: Path, row: dict[str, Any], reason: str, said: str) -> None:
+    with pytest.raises(BadRow, match=said) as caught:
+        read(folder, row)
+    assert caught.value.reason == reason
+
+
+def test_a_model_that_reads_text_only_is_told_so(folder: Path) -> None:
+    with pytest.raises(BadRow, match="the row holds 1 image, and .* reads text only"):
+        read_row(Chosen(format=OpenAi(), name="openai", why=""), asks("<image>") | {"images": ["0.png"]})
+
+
+def test_pictures_are_opened_upright_in_rgb_and_of_a_sane_size(folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    turned = Image.new("RGB", (40, 20))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(str(tmp_path / "turned.jpg"), None, None).size == (20, 40)
+    Image.new("P", (40, 20)).save(tmp_path / "palette.png")
+    small = open_image(str(tmp_path / "palette.png"), 200, None)
+    assert (small.mode, small.size) == ("RGB", (20, 10))
+    assert open_image(str(tmp_path / "palette.png"), None, 3200).size == (80, 40)
+    with pytest.raises(BadRow, match=r"broken.png cannot be read") as caught:
+        open_image(str(folder / "broken.png"), None, None)
+    assert caught.value.reason == "broken media"
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 1, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    with pytest.raises(BadRow, match="bomb.png"):
+        open_image(str(tmp_path / "bomb.png"), None, None)
+
+
+def test_videos_and_sounds_are_sampled(folder: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / "video.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for shade in range(0, 200, 10):  # two seconds
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    video = open_video(str(tmp_path / "video.mp4"), MediaConfig(video_fps=2.0, video_min_pixels=None))
+    assert (video.indices, video.total, video.fps, video.frames.shape) == ([0, 6, 12, 19], 20, 10.0, (4, 48, 64, 3))
+    shades = video.frames.mean((1, 2, 3))
+    assert np.abs(shades - np.array([0, 60, 120, 190])).max() < 12
+    few = open_video(str(tmp_path / "video.mp4"), MediaConfig(video_fps=10.0, video_maxlen=3, video_max_pixels=768))
+    assert few.frames.shape == (3, 24, 32, 3)
+    taken = open_video((str(folder / "0.png"), str(folder / "1.png")), MediaConfig(video_min_pixels=None))
+    assert taken.frames.shape == (2, 24, 32, 3)
+    tone = np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+    with wave.open(str(tmp_path / "tone.wav"), "wb") as sound:
+        sound.setnchannels(1), sound.setsampwidth(2), sound.setframerate(8000)
+        sound.writeframes((tone * 32767).astype("<i2").tobytes())
+    heard = open_audio(str(tmp_path / "tone.wav"), 16000)
+    assert abs(len(heard) - 16000) < 64
+    assert int(np.abs(np.fft.rfft(heard[:16000])).argmax()) == 440
+    with pytest.raises(BadRow, match="broken.png"):
+        open_audio(str(folder / "broken.png"), 16000)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "gemma3", "idefics3"])
+def test_ids_and_tensors_are_those_of_the_processor(
+    name: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of random conversations with pictures in every place, one by one and as a batch."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    model = MODELS[name](tmp_path_factory.mktemp(name))
+    processor = AutoProcessor.from_pretrained(model)
+    processor.tokenizer.padding_side = "right"
+    media = MediaProcessor(folder=model, tokenizer=processor.tokenizer, config=MediaConfig(image_min_pixels=None))
+    renderer, draw = Renderer(processor.tokenizer, media=media), random.Random(3)
+    rows, theirs = [], []
+    for _ in range(6):
+        ours: list[dict[str, Any]] = []
+        conversation, images = [], []
+        for role in ("user", "assistant") * draw.randint(1, 3):
+            parts: list[dict[str, Any]] = []
+            while not parts or draw.random() < 0.5:
+                if role == "user" and draw.random() < 0.5:
+                    images.append(f"{draw.randint(0, 1)}.png")
+                    parts.append({"type": "image", "image": images[-1]})
+                else:
+                    parts.append({"type": "text", "text": draw.choice(("hello ", " world", "\n<b>é</b>", "in the"))})
+            if not any(part["type"] == "text" and part["text"].strip() for part in parts):
+                parts.append({"type": "text", "text": "what"})
+            ours.append({"role": role, "content": parts})
+            opened = [{**p, "image": Image.open(folder / p["image"])} if "image" in p else p for p in parts]
+            conversation.append({"role": role, "content": opened})
+        rows.append(read(folder, {"messages": ours}))
+        theirs.append(conversation)
+    found = [result[0] for result in renderer.encode(rows) if not isinstance(result, BadRow)]
+    assert len(found) == len(rows)
+    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    for ours_made, conversation in zip(found, theirs, strict=True):
+        alone = processor.apply_chat_template(conversation, **how)
+        assert ours_made.ids.tolist() == alone["input_ids"][0].tolist()
+        said = processor.tokenizer.decode(ours_made.ids[ours_made.mask])
+        answers = [turn["content"] for turn in conversation if turn["role"] == "assistant"]
+        assert said == "".join("".join(part["text"] for part in answer) + "<|im_end|>" for answer in answers)
+    batch = processor.apply_chat_template(theirs, processor_kwargs={"padding": True}, **how)
+    shown = [each.shown or ShownText("") for each in found]
+    tensors = media.tensors(shown, [each.ids for each in found], flat=False)
+    expected = {key: value for key, value in batch.items() if key not in ("input_ids", "attention_mask")}
+    assert tensors.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(tensors[key], value, rtol=0, atol=0)
+
+
+def test_a_picture_that_changed_is_found(folder: Path, tmp_path: Path) -> None:
+    model = MODELS["llava_next"](tmp_path / "model")
+    from transformers import AutoTokenizer
+
+    media = MediaProcessor(folder=model, tokenizer=AutoTokenizer.from_pretrained(model))
+    changing = draw(tmp_path / "changing.png", "red", "circle", (32, 16))
+    shown = ShownText("<image>\nwhat", tuple(read(tmp_path, asks("<image>") | {"images": ["changing.png"]}).media))
+    ids, _ = media.encode(shown, [])
+    draw(changing, "red", "circle", (16, 64))
+    with pytest.raises(
+        Exception, match=r"changing.png has changed since the data were tokenised.*overwrite_cache: true"
+    ):
+        media.tensors([shown], [ids], flat=False)
+
+
+def test_the_keys_of_sizes_fit_each_other() -> None:
+    with pytest.raises(ValueError, match="image_min_pixels: found 100, allowed is at most image_max_pixels 10"):
+        DataConfig(dataset="a", image_min_pixels=100, image_max_pixels=10)

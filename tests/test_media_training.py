@@ -1,0 +1,255 @@
+"""Models that read pictures learn from rows that show some what a loop in transformers and PEFT teaches them, which
+takes ids and tensors from the processor's own `apply_chat_template`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmtune
+from llmtune.testing.ranks import in_ranks
+from tests.tiny_media import MODELS, rows
+
+pytest.importorskip("PIL")
+NAMES = ("llava", "llava_next", "gemma3", "idefics3")
+"""Those whose processors need no torchvision, of which there is no build for CPUs alone."""
+RATE, STEPS = 1e-2, 2
+TRAINED = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+"""Towers and projector train, too."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    rows(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(place: Path) -> Any:
+    return cache(lambda name: MODELS[name](place / name))
+
+
+def conversations(place: Path) -> Iterator[list[dict[str, Any]]]:
+    """The rows as transformers wants them."""
+    from PIL import Image
+
+    for row in json.loads((place / "rows.json").read_text()):
+        files, found = iter(row.get("images", ())), []
+        for message in row["messages"]:
+            parts: list[dict[str, Any]] = []
+            for number, text in enumerate(message["content"].split("<image>")):
+                if number:
+                    parts.append({"type": "image", "image": Image.open(place / next(files)).convert("RGB")})
+                parts += [{"type": "text", "text": text}] if text else []
+            found.append({"role": message["role"], "content": parts})
+        yield found
+
+
+def inputs_by_hand(folder: Path, place: Path) -> tuple[dict[str, Any], torch.Tensor]:
+    """(what the model is given, labels (B, T) with -100 where nothing is learnt)."""
+    from transformers import AutoProcessor
+
+    processor, rows = AutoProcessor.from_pretrained(folder), list(conversations(place))
+    processor.tokenizer.padding_side = "right"
+
+    def made(rows: Any, **options: Any) -> Any:
+        return processor.apply_chat_template(
+            rows, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}, **options
+        )
+
+    batch = dict(made(rows))
+    labels = torch.full_like(batch["input_ids"], -100)
+    for number, row in enumerate(rows):
+        for at, message in enumerate(row):
+            if message["role"] == "assistant":  # what follows the generation prompt, less the line break at the end
+                start = made([row[:at]], add_generation_prompt=True)["input_ids"].shape[1]
+                stop = made([row[: at + 1]])["input_ids"].shape[1] - 1
+                labels[number, start:stop] = batch["input_ids"][number, start:stop]
+    return batch, labels
+
+
+def by_hand(
+    folder: Path, place: Path, frozen: tuple[str, ...] = (), adapter: Path | None = None
+) -> list[tuple[float, float]]:
+    """(loss, norm of the gradients) of each step; with `adapter` that alone is trained, else all but the `frozen`."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    batch, labels = inputs_by_hand(folder, place)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, found = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0), []
+    for _ in range(STEPS):
+        logits = model(**batch, use_cache=False).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        found.append((loss.item(), torch.nn.utils.get_total_norm(gradients).item()))
+        optimizer.step()
+    return found
+
+
+def learnt(folder: Path, place: Path, run: Path, **keys: Any) -> list[tuple[float, float]]:
+    """The same of a run of llmtune that takes all rows in each step."""
+    llmtune.train(recipe(folder, place, run, **keys))
+    return losses(run)
+
+
+def recipe(folder: Path, place: Path, run: Path, **keys: Any) -> dict[str, Any]:
+    return {
+        "model": str(folder), "dataset": str(place / "rows.json"), "output_dir": str(run), "stage_config": "sft",
+        "max_steps": STEPS, "per_device_train_batch_size": 8, "cutoff_len": 1024, "learning_rate": RATE,
+        "lr_scheduler_config": "constant", "optim_config": {"name": "adamw", "weight_decay": 0.0}, "logging_steps": 1,
+        "max_grad_norm": 0, "image_max_pixels": None, "image_min_pixels": None, "preprocessing_num_workers": 1, **keys,
+    }  # fmt: skip
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(step["loss"], step["grad_norm"]) for step in found if "loss" in step]
+
+
+def same(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    assert len(found) == STEPS
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_trains_learns_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
+    """In one batch, and in batches of one row each, some of which show nothing."""
+    expected = by_hand(models(name), place)
+    same(learnt(models(name), place, tmp_path / "whole", **TRAINED), expected)
+    rowwise = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    same(learnt(models(name), place, tmp_path / "rowwise", **TRAINED, **rowwise), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parts_stay_and_the_rest_learns_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
+    frozen = ("vision", "projector", "connector", "image_newline")
+    same(learnt(models(name), place, tmp_path / "run"), by_hand(models(name), place, frozen))
+    from safetensors.torch import load_file
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (models(name), tmp_path / "run" / "model"))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert not [key for key in changed if any(part in key for part in frozen)]
+    assert (tmp_path / "run" / "model" / "processor_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["llava_next", "gemma3"])
+def test_an_adapter_learns_as_in_peft_on_one_rank_and_on_two(
+    name: str, place: Path, models: Any, tmp_path: Path
+) -> None:
+    """It adapts the language model alone. On two ranks one of a step's batches shows nothing."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    new = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+    llmtune.train(recipe(models(name), place, tmp_path / "new", peft_config=new, max_steps=1))
+    own = json.loads((tmp_path / "new" / "model" / "adapter_config.json").read_text())["target_modules"]
+    torch.manual_seed(1)
+    base = AutoModelForImageTextToText.from_pretrained(models(name), dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=own, init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(base, config)
+    layers = {key.rpartition(".lora_A")[0] for key, _ in adapted.named_parameters() if ".lora_A" in key}
+    assert layers
+    assert all("language_model" in layer for layer in layers)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = by_hand(models(name), place, adapter=tmp_path / "adapter")
+    keys = {"peft_config": {**new, "adapter_name_or_path": str(tmp_path / "adapter")}}
+    same(learnt(models(name), place, tmp_path / "one", **keys), expected)
+    two = {**keys, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    in_ranks(2, tmp_path / "ranks", _train, recipe(models(name), place, tmp_path / "two", **two))
+    same(losses(tmp_path / "two"), expected)
+
+
+def test_towers_learn_on_two_ranks_what_they_learn_on_one(place: Path, models: Any, tmp_path: Path) -> None:
+    """A rank whose batch shows nothing takes part in what the towers exchange."""
+    keys = {
+        **TRAINED,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "init_config": "init_on_meta",
+    }
+    in_ranks(2, tmp_path / "ranks", _train, recipe(models("idefics3"), place, tmp_path / "two", **keys))
+    same(losses(tmp_path / "two"), by_hand(models("idefics3"), place))
+
+
+def _train(keys: dict[str, Any]) -> None:
+    llmtune.train(keys)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3"])
+def test_packed_rows_teach_what_rows_of_their_own_teach(name: str, place: Path, models: Any, tmp_path: Path) -> None:
+    packed = learnt(models(name), place, tmp_path / "packed", packing=True, **TRAINED)
+    same(packed, learnt(models(name), place, tmp_path / "whole", **TRAINED))
+
+
+def test_a_model_that_cannot_keep_packed_pictures_apart_is_found_before_training(
+    place: Path, models: Any, tmp_path: Path
+) -> None:
+    """transformers marks Gemma 3's pictures, which see themselves in both directions, wrongly in some packed rows."""
+    with pytest.raises(llmtune.PlanError, match="packing: Gemma3.* reads documents beside ones that show media otherw"):
+        llmtune.train(recipe(models("gemma3"), place, tmp_path / "run", packing=True))
+
+
+@pytest.mark.parametrize("name", ["llava_next"])
+def test_answers_about_pictures_are_preferred_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
+    """SimPO (arXiv 2405.14734, equation 6): means of log-probabilities, compared pair by pair."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    asked = [
+        ("<image>what is in the picture", ["0.png"]),
+        ("hello", []),
+        ("how <image> and <image> differ", ["1.png", "2.png"]),
+    ]
+    pairs = [("red square", "blue"), ("world", "how many"), ("blue", "red circle")]
+    written = [
+        {"prompt": text, "chosen": better, "rejected": worse, **({"images": images} if images else {})}
+        for (text, images), (better, worse) in zip(asked, pairs, strict=True)
+    ]
+    (place / "pairs.json").write_text(json.dumps(written))
+    processor = AutoProcessor.from_pretrained(models(name))
+    model: Any = AutoModelForImageTextToText.from_pretrained(models(name), dtype=torch.float32)
+
+    def mean_logp(text: str, images: list[str], answer: str) -> torch.Tensor:
+        files, parts = iter(images), []
+        for number, piece in enumerate(text.split("<image>")):
+            parts += [{"type": "image", "image": Image.open(place / next(files))}] if number else []
+            parts += [{"type": "text", "text": piece}] if piece else []
+        turns = [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        start = processor.apply_chat_template(turns[:1], add_generation_prompt=True, **how)["input_ids"].shape[1]
+        batch = processor.apply_chat_template(turns, **how)
+        ids, logps = batch["input_ids"][0], model(**batch).logits[0].float().log_softmax(-1)
+        return torch.stack([logps[at - 1, ids[at]] for at in range(start, len(ids) - 1)]).mean()
+
+    losses_by_hand = [
+        -torch.nn.functional.logsigmoid(2.0 * (mean_logp(*each, better) - mean_logp(*each, worse)) - 0.5).item()
+        for each, (better, worse) in zip(asked, pairs, strict=True)
+    ]
+    stage = {"name": "dpo", "pref_loss": "simpo", "pref_beta": 2.0, "simpo_gamma": 0.5}
+    keys = {
+        "dataset": str(place / "pairs.json"),
+        "stage_config": stage,
+        "per_device_train_batch_size": 3,
+        "max_steps": 1,
+    }
+    llmtune.train(recipe(models(name), place, tmp_path / "run", **keys))
+    assert losses(tmp_path / "run")[0][0] == pytest.approx(sum(losses_by_hand) / 3, rel=1e-5)

@@ -1,0 +1,230 @@
+"""Tiny models that read pictures and sound, of their real classes with random weights, and the processors that go with
+them; and rows to train them on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+WORDS = "hello world what is in the picture red blue circle square how many user assistant system"
+TEXT: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 448, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def tokenizer(special: tuple[str, ...] = (), **named: str) -> Any:
+    """A tokenizer that reads all texts; `named` are special tokens that have a name of their own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made: Any = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    tokens = ["<pad>", "<|im_start|>", "<|im_end|>", *special, *named.values()]
+    made.train_from_iterator(
+        [WORDS] * 3,
+        trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=tokens
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=named
+    )
+
+
+def template(image: str = "", video: str = "", audio: str = "", only_parts: bool = False) -> str:
+    """A chat template that writes these for a medium; `only_parts`: it reads no content that is one text."""
+    parts = (
+        "{% for c in m.content %}{% if c.type == 'image' %}" + image + "{% elif c.type == 'video' %}" + video
+        + "{% elif c.type == 'audio' %}" + audio + "{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+    )  # fmt: skip
+    content = parts if only_parts else "{% if m.content is string %}{{ m.content }}{% else %}" + parts + "{% endif %}"
+    turn = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + content + "<|im_end|>\n{% endfor %}"
+    return turn + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def _ids(found: Any, **names: str) -> dict[str, int]:
+    return {key: found.convert_tokens_to_ids(token) for key, token in names.items()}
+
+
+def _saved(folder: Path, config: Any, model_class: str, processor: Any) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).float()
+    for parameter in model.parameters():  # some kinds start with zeros, which would hide what is not attended to
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _qwen(folder: Path, name: str, vision: Mapping[str, Any], patch: int = 4) -> Path:
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    held = tokenizer(("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"))
+    sizes = {"patch_size": patch, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
+    video_name = "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
+    mark = "<|vision_start|>{}<|vision_end|>"
+    processor = getattr(transformers, f"{name}Processor")(
+        image_processor=Qwen2VLImageProcessorPil(**sizes), tokenizer=held,
+        video_processor=getattr(transformers, video_name)(**sizes),
+        chat_template=template(mark.format("<|image_pad|>"), mark.format("<|video_pad|>")),
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, "rope_parameters": rope, "bos_token_id": None, "eos_token_id": held.eos_token_id,
+            "pad_token_id": held.pad_token_id}  # fmt: skip
+    marks = _ids(
+        held, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>",
+    )  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config={**vision, "patch_size": patch}, tie_word_embeddings=False, **marks
+    )
+    return _saved(folder, config, f"{name}ForConditionalGeneration", processor)
+
+
+def qwen2_vl(folder: Path) -> Path:
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    return _qwen(folder, "Qwen2VL", vision)
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+              "window_size": 16, "fullatt_block_indexes": [1]}  # fmt: skip
+    return _qwen(folder, "Qwen2_5_VL", vision)
+
+
+def qwen3_vl(folder: Path) -> Path:
+    vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+              "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}  # fmt: skip
+    return _qwen(folder, "Qwen3VL", vision)
+
+
+def _clip(size: int = 16) -> dict[str, Any]:
+    return {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": size, "patch_size": 4, "projection_dim": 16}  # fmt: skip
+
+
+def _text(held: Any, **more: Any) -> dict[str, Any]:
+    ends = {"bos_token_id": None, "eos_token_id": held.eos_token_id, "pad_token_id": held.pad_token_id}
+    return {**TEXT, **ends, **more}
+
+
+def llava(folder: Path) -> Path:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    held = tokenizer(("<image>",))
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(
+        image_processor=images, tokenizer=held, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template("<image>\n", only_parts=True),
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**_clip()), text_config=LlamaConfig(**_text(held)),
+        image_token_id=held.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="default",
+    )  # fmt: skip
+    return _saved(folder, config, "LlavaForConditionalGeneration", processor)
+
+
+def llava_next(folder: Path) -> Path:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    held, pinpoints = tokenizer(("<image>",)), [[16, 32], [32, 16], [32, 32]]
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=pinpoints
+    )
+    processor = LlavaNextProcessor(
+        image_processor=images, tokenizer=held, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template("<image>\n"),
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_clip()), text_config=LlamaConfig(**_text(held)),
+        image_token_id=held.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="default",
+        image_grid_pinpoints=pinpoints,
+    )  # fmt: skip
+    return _saved(folder, config, "LlavaNextForConditionalGeneration", processor)
+
+
+def gemma3(folder: Path) -> Path:
+    from transformers import Gemma3Config, Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    held = tokenizer(boi_token="<start_of_image>", image_token="<image_soft_token>", eoi_token="<end_of_image>")
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16}, do_pan_and_scan=False)
+    processor = Gemma3Processor(
+        image_processor=images, tokenizer=held, image_seq_length=4, chat_template=template("<start_of_image>")
+    )
+    text = _text(held, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
+    vision = {**_clip(), "vision_use_head": False}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4,
+        **_ids(held, boi_token_index="<start_of_image>", eoi_token_index="<end_of_image>",
+               image_token_id="<image_soft_token>"),
+    )  # fmt: skip
+    return _saved(folder, config, "Gemma3ForConditionalGeneration", processor)
+
+
+def idefics3(folder: Path, name: str = "Idefics3") -> Path:
+    import transformers
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    rows = tuple(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5))
+    held = tokenizer(("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows))
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    processor = getattr(transformers, f"{name}Processor")(
+        image_processor=images, tokenizer=held, image_seq_len=4, chat_template=template("<image>")
+    )
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 4}  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(
+        text_config={"model_type": "llama", **_text(held)}, vision_config=vision, scale_factor=2,
+        image_token_id=held.convert_tokens_to_ids("<image>"), pad_token_id=held.pad_token_id,
+    )  # fmt: skip
+    return _saved(folder, config, f"{name}ForConditionalGeneration", processor)
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava": llava, "llava_next": llava_next,
+    "gemma3": gemma3, "idefics3": idefics3,
+}  # fmt: skip
+
+
+def draw(path: Path, color: str, shape: str, size: tuple[int, int]) -> Path:
+    """A picture of a coloured shape."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(image)
+    (pen.ellipse if shape == "circle" else pen.rectangle)((4, 4, 16, 16), fill=color)
+    image.save(path)
+    return path
+
+
+def rows(folder: Path, count: int = 8) -> Path:
+    """Rows of pictures of several sizes with questions, some of two pictures, some of text alone."""
+    found: list[dict[str, Any]] = []
+    for at in range(count):
+        color, shape = ("red", "blue")[at % 2], ("circle", "square")[at % 3 == 0]
+        draw(folder / f"{at}.png", color, shape, (24 + 8 * (at % 3), 20 + 4 * (at % 4)))
+        messages = [
+            {"role": "user", "content": "<image>what is in the picture"},
+            {"role": "assistant", "content": f"{color} {shape}"},
+        ]
+        images = [f"{at}.png"]
+        if at % 4 == 3:
+            messages, images = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}], []
+        elif at % 3 == 0:
+            messages += [{"role": "user", "content": "and <image> here"}, {"role": "assistant", "content": "blue"}]
+            images *= 2
+        found.append({"messages": messages, **({"images": images} if images else {})})
+    place = folder / "rows.json"
+    place.write_text(json.dumps(found))
+    return place
