@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from llmtune.contract.schema import Ge, Gt, Le
@@ -148,6 +149,10 @@ class ServedModel:
     """The folder, or the hub's id, of the model's files; of its base's, where there is an adapter."""
     adapter: str | None = None
     """The folder of an adapter as PEFT writes it."""
+    dtype: str = "auto"
+    """torch's name of the type that it is computed in, such as `bfloat16`; `auto` is that of its files."""
+    differs: str | None = None
+    """What of it these files lack, as half a sentence; None where they are all of it."""
     load: Callable[[], tuple[Any, Callable[[], AbstractContextManager[Any]]]]
     """Reads the weights: the model, and blocks in which it answers as this one."""
 
@@ -171,4 +176,26 @@ class Serves(Protocol):
 
     def serve(self, models: Sequence[ServedModel]) -> Serving:
         """Make the models ready. Raises PlanError where it cannot serve them."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """Optional on an `Engine`: it reads a model from files, in a process of its own. `generate` looks at the config of
+    the model that it is given, and whether what trains of it has changed, and needs no weights of it else."""
+
+    def open(self, model: ServedModel, write: Callable[[Path], object] | None = None) -> None:
+        """Let `generate` answer as `model`, until `close`.
+
+        With `write` as the model in memory, which is `model` with an adapter that trains: it writes the adapter, as it
+        is then, to a folder, as PEFT does. Collective, `write` too. Raises PlanError where it cannot.
+        """
+        ...
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """A block in which `generate` answers as the model without its adapter."""
+        ...
+
+    def close(self) -> None:
+        """Let the model go."""
         ...

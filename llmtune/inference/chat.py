@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, RecipeError, raise_all
+from llmtune.contract.generation import ReadsFiles
 from llmtune.contract.records import SwitchesOff
 from llmtune.contract.schema import decode, field_types
-from llmtune.inference.reopen import fill, open_plan, recipe_of
+from llmtune.inference.reopen import filled_for, open_plan, recipe_of
 from llmtune.inference.tools import OfferedTools, read_tools
 from llmtune.model.generate import require_head
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
@@ -21,7 +22,7 @@ from llmtune.recipe.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe.parts import Parts
+    from llmtune.recipe.parts import BuiltPlugin, Parts
     from llmtune.recipe.recipe import Recipe
 
 
@@ -38,12 +39,19 @@ def conversation_for(
 ) -> ChatSession:
     """A conversation as the recipe's samples were rendered in training; plain text is continued where the tokenizer has
     no chat template."""
+    return _conversation(recipe, model, tokenizer, config, parts_of(recipe, ("engine_config",)).one("engine_config"))
+
+
+def _conversation(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig,
+    engine: BuiltPlugin,
+) -> ChatSession:  # fmt: skip
     require_head(model)
     variables = recipe.data.template_variables
     completes = not has_template(tokenizer, variables)
-    engine = parts_of(recipe, ("engine_config",)).one("engine_config").built
     offer = None if completes else partial(OfferedTools.of, tokenizer, recipe)
-    return ChatSession(model, tokenizer, variables, config, completes=completes, generate=engine.generate, offer=offer)
+    generate = engine.built.generate
+    return ChatSession(model, tokenizer, variables, config, completes=completes, generate=generate, offer=offer)
 
 
 def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
@@ -61,8 +69,10 @@ def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
     recipe = recipe_of(model, **others)
     config = generate_config(recipe, {key: value for key, value in keys.items() if key in names})
     plan = open_plan(model, **others)
-    fill(plan, model)
-    conversation = conversation_for(recipe, plan.module, plan.tokenizer, config)
+    require_head(plan.module)
+    engine = parts_of(recipe, ("engine_config",)).one("engine_config")
+    filled_for(plan, model, engine)
+    conversation = _conversation(recipe, plan.module, plan.tokenizer, config, engine)
     if tools is not None:
         if conversation.offer is None:
             raise RecipeError("tools: the tokenizer has no chat template, which writes them; name one: template=chatml")
@@ -70,7 +80,8 @@ def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
     conversation.seed = keys.get("seed")
     switches = [part.built for part in plan.parts.at("peft_config") if isinstance(part.built, SwitchesOff)]
     if len(switches) == 1:
-        conversation.base = partial(switches[0].disabled, plan.module)
+        reads = isinstance(engine.built, ReadsFiles)
+        conversation.base = engine.built.without_adapter if reads else partial(switches[0].disabled, plan.module)
     return conversation
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, RecipeError, did_you_mean, listed, raise_all
-from llmtune.contract.generation import GenerateConfig
+from llmtune.contract.generation import GenerateConfig, ReadsFiles
 from llmtune.contract.schema import field_types
 from llmtune.conversion.convert import Conversion, asked_by, typed_keys
 from llmtune.distributed.ranks import Ranks, fail_together, first_does, join, ranks_from_environment, tell_the_others
 from llmtune.folders import write_durably
 from llmtune.inference.chat import parts_of
-from llmtune.inference.reopen import fill, open_plan, recipe_of, saved_at
+from llmtune.inference.reopen import fill, filled_for, open_plan, recipe_of, saved_at
 from llmtune.model.generate import require_head
+from llmtune.planning.engine import close_engine
 from llmtune.planning.objections import plugin_objections
 from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.registry import Registry
@@ -62,13 +63,17 @@ def evaluate(path: str | Path, /, **given: Any) -> dict[Path, dict[str, float]]:
     join(plan.ranks, plan.device, recipe.train.ddp_timeout)
     fail_together(None)
     config = GenerateConfig(**vars(recipe.generation))
-    predictor = predictor_of(recipe, plan, parts.one("engine_config"), fill(plan, path), config)
+    engine = parts.one("engine_config")
+    if isinstance(engine.built, ReadsFiles):  # completes texts; how likely they are, the model in memory tells
+        filled_for(plan, path, engine)
+    predictor = predictor_of(recipe, plan, engine, fill(plan, path), config)
     found: dict[Path, dict[str, float]] = {}
     for part in evaluators:
         results = measured_model(part, SpreadModel(predictor, plan.module.config))
         target = _file(path, part, next(iter(results)))
         first_does(lambda results=results, target=target, part=part: _write(target, results, part.built.settings))
         found[target] = dict(next(iter(results.values())))
+    close_engine(parts)
     return found
 
 

@@ -23,11 +23,12 @@ from llmtune.distributed.ranks import (
 )
 from llmtune.folders import size_and_hash
 from llmtune.inference.chat import generate_config, parts_of
-from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
+from llmtune.inference.reopen import adapter_folder, filled_for, open_plan, recipe_of, saved_at
 from llmtune.model.fingerprint import fingerprint
 from llmtune.model.generate import require_head
 from llmtune.model.source import resolve_model
 from llmtune.planning.data_plan import questions_of
+from llmtune.planning.engine import close_engine
 from llmtune.planning.objections import label_objections
 from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.parts import known_formats
@@ -127,13 +128,15 @@ def predict(path: str | Path, /, **given: Any) -> Predictions:
     try:
         first_does(lock.take)
         doing.info("Loading the weights")
-        predictor = predictor_of(recipe, plan, parts.one("engine_config"), fill(plan, path), request.config)
+        engine = parts.one("engine_config")
+        predictor = predictor_of(recipe, plan, engine, filled_for(plan, path, engine), request.config)
         facts = first_does(lambda: _facts(path, plan, recipe))
         doing.info("Answering %s", counted(len(questions), "row"))
         found = predict_to(request.folder, predictor, questions, facts, replaces=request.replaces)
         write_results(request.folder, of_answers(parts), found)
     finally:
         lock.release()
+        close_engine(parts)
     return Predictions(request.folder)
 
 

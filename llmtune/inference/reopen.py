@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors.torch import load_file
 
 from llmtune.contract.errors import CheckpointError, LoadError, PlanError
+from llmtune.contract.generation import ReadsFiles, ServedModel
 from llmtune.contract.records import Reopens
 from llmtune.distributed.placement import put
 from llmtune.distributed.ranks import Ranks, pick_device
@@ -18,18 +20,21 @@ from llmtune.folders import size_and_hash
 from llmtune.model.fingerprint import base_fingerprint
 from llmtune.model.precision import torch_dtype
 from llmtune.model.source import load_model_config, resolve_model
+from llmtune.planning.engine import Load, served_model
 from llmtune.planning.make import make_model_plan
 from llmtune.recipe.parts import find_parts, hub_of
 from llmtune.recipe.recipe import load_recipe
 from llmtune.recipe.registry import Registry
+from llmtune.terminal import doing
 from llmtune.training import checkpoint, run_folder, step_folders
-from llmtune.training.building import build_objective
+from llmtune.training.building import build_objective, make_objective
 from llmtune.training.manifest import verify
 
 if TYPE_CHECKING:
     import torch
 
     from llmtune.planning.model_plan import ModelPlan
+    from llmtune.recipe.parts import BuiltPlugin
     from llmtune.recipe.recipe import Recipe
     from llmtune.training.objective import Objective
 
@@ -209,6 +214,29 @@ def fill(plan: ModelPlan, path: str | Path) -> Objective:
     if saved is not None:
         restore_trained(plan, saved_tensors(saved))
     return objective.eval()
+
+
+def filled_for(plan: ModelPlan, path: str | Path, engine: BuiltPlugin) -> Objective:
+    """The model as `fill` has it, or without weights where the engine reads them itself. Collective."""
+    if not isinstance(engine.built, ReadsFiles):
+        return fill(plan, path)
+    saved = saved_at(path) if plan.mode == "reopen" else None
+    if saved is not None:
+        check_base(plan, saved)
+    doing.info("Waiting for engine_config %s", engine.plugin.name)
+    engine.built.open(on_disk(plan, path, "model", lambda: (plan.module, nullcontext)))
+    return make_objective(plan).eval()
+
+
+def on_disk(plan: ModelPlan, path: str | Path, name: str, load: Load) -> ServedModel:
+    """What is at `path`, as its files have it."""
+    saved, adapter = saved_at(path) if plan.mode == "reopen" else None, None
+    if saved is not None:
+        adapter = adapter_folder(saved)
+    elif (Path(path) / "adapter_config.json").exists():
+        adapter = Path(path)
+    found = adapter is not None and (adapter / "adapter_config.json").exists()
+    return served_model(plan, name, str(adapter) if found else None, load)
 
 
 def check_base(plan: ModelPlan, saved: SavedRun) -> None:

@@ -17,6 +17,7 @@ from llmtune.model.sizes import sizes_of
 from llmtune.planning.data_plan import plan_data, prepare_for, questions_of
 from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
+from llmtune.planning.engine import asks_engine, engine_objections
 from llmtune.planning.further_models import plan_further
 from llmtune.planning.model_plan import Mode, ModelPlan
 from llmtune.planning.objections import (
@@ -109,6 +110,10 @@ def make_plan(
             questions = evaluated(recipe, parts, registry, model, prepared.evaluation)
     for part in parts.at("optim_config") if model is not None else ():
         problems += optimizer_objections(part, recipe.train, model, parts.one("stage_config"))
+    if model is not None and asks_engine(recipe.train, parts):
+        found = [*engine_objections(recipe.train, parts, model)]
+        problems += [PlanError(sentence) for sentence in found]
+        problems += [] if found else plugin_objections(parts.one("engine_config"), model.context, model.module)
     raise_all(problems)
     assert model is not None
     further = plan_further(recipe, registry, parts, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,10 @@ from llmtune.contract.records import SwitchesOff
 from llmtune.data.render import Renderer
 from llmtune.data.tool_calls import CallFormat, call_format
 from llmtune.inference.chat import generate_config
-from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
+from llmtune.inference.reopen import fill, on_disk, open_plan, recipe_of, saved_at
 from llmtune.inference.tools import chat_renderer
 from llmtune.model.edits import named_tensors
 from llmtune.model.generate import has_template, require_head, stop_tokens
-from llmtune.model.source import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,18 +62,18 @@ def offers(
     if config.num_beams > 1:
         raise PlanError(f"num_beams: found {config.num_beams}, allowed is 1: requests are answered token by token")
     name, loaded = name or _name(path), cache(partial(_load, plan, path))
-    found = [_offer(recipe, plan, config, _served(name, path, plan, loaded))]
+    found = [_offer(recipe, plan, config, on_disk(plan, path, name, loaded))]
     switches = [part.built for part in plan.parts.at("peft_config") if isinstance(part.built, SwitchesOff)]
     if len(switches) == 1:
         around = partial(switches[0].disabled, plan.module)
-        base = ServedModel(name=BASE, folder=found[0].served.folder, load=lambda: (loaded()[0], around))
+        base = replace(found[0].served, name=BASE, adapter=None, load=lambda: (loaded()[0], around))
         found.append(_offer(recipe, plan, config, base))
     for other, folder in adapters.items():
         its_keys = {key: value for key, value in keys.items() if not key.startswith("peft_config")}
         its_recipe, its_plan = recipe_of(folder, **its_keys), open_plan(folder, **its_keys)
         its = partial(_load_over, its_plan, folder, other, lambda: (loaded()[0], plan))
         config = generate_config(its_recipe, generation)
-        found.append(_offer(its_recipe, its_plan, config, _served(other, folder, its_plan, its)))
+        found.append(_offer(its_recipe, its_plan, config, on_disk(its_plan, folder, other, its)))
     names = [each.name for each in found]
     if twice := sorted({each for each in names if names.count(each) > 1}):
         raise PlanError(f"adapters: {listed(twice)} would name several models; choose other names, or model_name=NAME")
@@ -87,15 +86,6 @@ def _name(path: str) -> str:
     if saved is not None:
         return saved.run.name
     return file.stem if file.suffix in (".yaml", ".yml", ".json", ".gguf") else file.name
-
-
-def _served(name: str, path: str, plan: ModelPlan, load: Callable[[], tuple[Any, Any]]) -> ServedModel:
-    saved = saved_at(path) if plan.mode == "reopen" else None
-    adapter = adapter_folder(saved) if saved is not None else None
-    if saved is None and (Path(path) / "adapter_config.json").exists():
-        adapter = Path(path)
-    folder = str(resolve_model(plan.keys, plan.hub, weights=False).folder)
-    return ServedModel(name=name, folder=folder, adapter=None if adapter is None else str(adapter), load=load)
 
 
 def _offer(recipe: Recipe, plan: ModelPlan, config: GenerateConfig, served: ServedModel) -> ModelOffer:

@@ -64,6 +64,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch | Callable[[], Any]) -> Any:
         device = next(self.model.parameters()).device.type
+        device = "cpu" if device == "meta" else device  # without weights, where the engine reads them itself
         # Without autocast's cache of cast weights: it would hold them all through the forward pass, and what a
         # checkpointed layer computes again would not be what it computed first.
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):

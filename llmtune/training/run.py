@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.contract.errors import LlmtuneError, PlanError, RewardError, blaming, counted, raise_all
+from llmtune.contract.generation import ReadsFiles
 from llmtune.contract.loggers import SampleAnswer
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
@@ -27,6 +29,7 @@ from llmtune.distributed.ranks import (
 from llmtune.distributed.stopping import StopRequest
 from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.planning.decisions import as_decided, decided
+from llmtune.planning.engine import asks_engine, close_engine, served_model
 from llmtune.planning.make import make_plan
 from llmtune.planning.memory_formulas import estimate_memory
 from llmtune.planning.micro_batch import largest
@@ -48,7 +51,7 @@ from llmtune.training.out_of_memory import explain_out_of_memory
 from llmtune.training.outcome import Outcome
 from llmtune.training.plot import plot_metrics
 from llmtune.training.predict import predict_to, predictor_of, write_results
-from llmtune.training.save import write_result
+from llmtune.training.save import write_adapter, write_result
 from llmtune.training.status import Milestones
 
 if TYPE_CHECKING:
@@ -188,6 +191,7 @@ def _run(
     first_step = found[1].step if found else 0
     stop.doing = "while weights were loaded, before this start has learnt anything"
     plan, objective, read = _build(plan, found, cost)
+    open_engine(plan)
     with blaming(plan.parts.one("optim_config").full_label, "create"):
         optimizer = make_optimizer(plan)
     training = make_training(plan, objective, optimizer, first_step)
@@ -211,6 +215,7 @@ def _run(
         status = _ended_by(error, stop)
         raise
     finally:
+        close_engine(plan.parts)
         if loggers is not None:
             with stop.finishing(lambda: "closing the loggers"):
                 loggers.finish(status)
@@ -268,6 +273,15 @@ def _build(
     if plan.ranks.first:
         run_folder.write_status(plan.output_dir, "running", model_fingerprint=read[WEIGHTS])
     return plan, objective, read
+
+
+def open_engine(plan: Plan) -> None:
+    """Let an engine that reads files answer as the model that trains. Collective."""
+    part = plan.parts.one("engine_config")
+    if isinstance(part.built, ReadsFiles) and asks_engine(plan.recipe.train, plan.parts):
+        doing.info("Waiting for engine_config %s", part.plugin.name)
+        served = served_model(plan.model, "trained", None, lambda: (plan.model.module, nullcontext))
+        part.built.open(served, partial(write_adapter, plan.model))
 
 
 def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Callable[..., Any]) -> Outcome:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmtune.contract.generation import Answer, GenerateConfig
+from llmtune.contract.generation import Answer, GenerateConfig, ReadsFiles, ServedModel
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.testing import running
 from llmtune.testing.contract import Broken, Check, Subject
@@ -33,7 +34,7 @@ def laws(subject: Subject) -> list[Check]:
 
 def takes_the_likeliest_token(subject: Subject, folder: Path) -> None:
     """Without sampling each token is the likeliest one after all that stand before it."""
-    model, tokenizer = _model(subject)
+    model, tokenizer = _model(subject, folder)
     model.eval()
     for prompt, answer in zip(PROMPTS, _answers(subject, model, tokenizer, GREEDY, PROMPTS, SEEDS), strict=True):
         ids = list(prompt)
@@ -49,7 +50,7 @@ def takes_the_likeliest_token(subject: Subject, folder: Path) -> None:
 
 def answers_alone_as_in_a_batch(subject: Subject, folder: Path) -> None:
     """A prompt with its seed has one answer, whatever prompts stand beside it and wherever it stands."""
-    model, tokenizer = _model(subject)
+    model, tokenizer = _model(subject, folder)
     for config in (GREEDY, SAMPLED, replace(SAMPLED, repetition_penalty=1.5)):
         alone = [
             _answers(subject, model, tokenizer, config, [prompt], [seed])[0]
@@ -67,7 +68,7 @@ def answers_alone_as_in_a_batch(subject: Subject, folder: Path) -> None:
 
 def draws_by_its_seed(subject: Subject, folder: Path) -> None:
     """The same seed draws the same tokens, other seeds draw others, and torch's generator is not used."""
-    model, tokenizer = _model(subject)
+    model, tokenizer = _model(subject, folder)
     before = torch.get_rng_state()
     first, again = (_answers(subject, model, tokenizer, SAMPLED, [PROMPTS[0]] * 8, range(8)) for _ in range(2))
     if not torch.equal(before, torch.get_rng_state()):
@@ -80,7 +81,7 @@ def draws_by_its_seed(subject: Subject, folder: Path) -> None:
 
 def ends_where_it_should(subject: Subject, folder: Path) -> None:
     """A stop token is the answer's last, and otherwise the answer is cut at its limit; prompt and text are told."""
-    model, tokenizer = _model(subject)
+    model, tokenizer = _model(subject, folder)
     whole = _answers(subject, model, tokenizer, GREEDY, PROMPTS, SEEDS, stop=())
     for answer in whole:
         if len(answer.ids) != 8 or not answer.cut:
@@ -98,7 +99,7 @@ def ends_where_it_should(subject: Subject, folder: Path) -> None:
 
 def tells_each_token(subject: Subject, folder: Path) -> None:
     """`watch` gets the new token of every answer after each step, None for one that has ended, and True ends all."""
-    model, tokenizer = _model(subject)
+    model, tokenizer = _model(subject, folder)
     seen: list[Sequence[int | None]] = []
     stop = [_answers(subject, model, tokenizer, GREEDY, PROMPTS[:1], SEEDS[:1], stop=())[0].ids[1]]
     made = _answers(subject, model, tokenizer, GREEDY, PROMPTS, SEEDS, stop, lambda new: bool(seen.append(new)))
@@ -112,7 +113,7 @@ def tells_each_token(subject: Subject, folder: Path) -> None:
 
 def leaves_the_model_as_it_was(subject: Subject, folder: Path) -> None:
     """Weights, and whether each module trains, are what they were; no gradient is recorded."""
-    model, tokenizer = _model(subject)
+    model, tokenizer = _model(subject, folder)
     model.train()
     model.lm_head.eval()
     modes = [module.training for module in model.modules()]
@@ -147,15 +148,25 @@ def _on_rank(subject: Subject, keys: dict[str, Any]) -> list[Answer]:
     return found
 
 
-def _model(subject: Subject) -> tuple[Any, Any]:
+def _model(subject: Subject, folder: Path) -> tuple[Any, Any]:
     tokenizer = tiny_tokenizer()
     # Weights large enough for earlier tokens to decide the answer.
     values: dict[str, Any] = {"vocab_size": len(tokenizer), "initializer_range": 0.5, **subject.sizes}
-    return tiny_model(subject.family, **values), tokenizer
+    model = tiny_model(subject.family, **values)
+    if isinstance(subject.built(), ReadsFiles):
+        model.name_or_path = str(folder / "model")
+        if not (folder / "model").exists():
+            model.save_pretrained(folder / "model")
+    return model, tokenizer
 
 
 def _answers(
     subject: Subject, model: Any, tokenizer: Any, config: GenerateConfig, prompts: Any, seeds: Any, stop: Any = None,
     watch: Any = None,
 ) -> list[Answer]:  # fmt: skip
-    return subject.built().generate(model, tokenizer, prompts, config, seeds=list(seeds), stop=stop, watch=watch)
+    engine = subject.built()
+    if not isinstance(engine, ReadsFiles):
+        return engine.generate(model, tokenizer, prompts, config, seeds=list(seeds), stop=stop, watch=watch)
+    engine.open(ServedModel(name="model", folder=model.name_or_path, load=lambda: (model, nullcontext)))
+    with closing(engine):
+        return engine.generate(model, tokenizer, prompts, config, seeds=list(seeds), stop=stop, watch=watch)
