@@ -145,8 +145,8 @@ def test_what_cannot_be_used_is_told(base: Path, adapters: list[Path], tmp_path:
             open_model(path, **keys)
         return str(caught.value)
 
-    told = refused(written(tmp_path, base, infer_backend="vllm", export_quantization_bit=4, loraplus_lr_ratio=2))
-    assert f"{tmp_path / 'theirs.yaml'}:5:1  infer_backend: no such key: chat generates with transformers" in told
+    told = refused(written(tmp_path, base, sglang_maxlen=8, export_quantization_bit=4, loraplus_lr_ratio=2))
+    assert f"{tmp_path / 'theirs.yaml'}:8:1  sglang_maxlen: no such key: SGLang is not called by llmtune" in told
     assert "export_quantization_bit: no such key" in told and "loraplus_lr_ratio: no such key; here it is peft" in told
     told = refused(written(tmp_path, base, adapters[0], model=base))
     assert told.endswith(
@@ -156,6 +156,9 @@ def test_what_cannot_be_used_is_told(base: Path, adapters: list[Path], tmp_path:
     told = refused(written(tmp_path, base, adapters[0], quantization_bit=3))
     assert "theirs.yaml:8:1  quant_config.quantization_bit: found 3" in told
     quant = {"quantization_bit": 4, "double_quantization": "false", "quantization_device_map": "auto"}
+    made = recipe_of(written(tmp_path, base, adapters[0], infer_backend="vllm", vllm_maxlen=64, vllm_config="null"))
+    assert made.blocks["engine_config"] == [("vllm", {"vllm_maxlen": 64})]
+    assert "engine_config" not in recipe_of(written(tmp_path, base, adapters[0], vllm_maxlen=64)).blocks
     made = recipe_of(written(tmp_path, base, adapters[0], quantization_method="bitsandbytes", **quant))
     assert made.blocks["quant_config"] == [("bnb", {"quantization_bit": 4, "double_quantization": False})]
     made = recipe_of(written(tmp_path, base, adapters[0], quantization_bit=3, quantization_method="hqq"))

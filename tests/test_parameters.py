@@ -91,6 +91,7 @@ def test_a_key_that_is_converted_means_what_it_says(name: str) -> None:
         "bnb_4bit_quant_type": "nf4",
         "quantization_type": "fp4",
         "quantization_method": "hqq",
+        "infer_backend": "vllm",
     }
     value = False if "double" in name else chosen.get(name, "some/model")
     base = {} if foreign.use == "model" else {"model": "m"}

@@ -122,7 +122,7 @@ def test_the_core_does_not_spell_a_plugins_name() -> None:
     # Words that mean other things too, such as shapes of rows, libraries, keys of recipes and of tool calls.
     common = {
         "auto", "linear", "cosine", "constant", "pt", "kto", "transformers", "model", "function", "generate",
-        "accuracy", "peft",
+        "accuracy", "peft", "vllm",
     }  # fmt: skip
     texts = {
         path: {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}

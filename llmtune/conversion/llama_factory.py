@@ -95,12 +95,28 @@ def convert(draft: Draft, verb: str) -> None:
         draft.ask_nothing("do_predict", why="the command says it")
         if verb == "predict":
             draft.rename({"eval_dataset": "dataset"})
+    _engine(draft, training)
     trainer.precision(draft)
     trainer.checkpointing(draft)
     trainer.reports(draft)
     trainer.spreading(draft)
     trainer.pushing(draft)
     _rest(draft)
+
+
+def _engine(draft: Draft, training: bool) -> None:
+    """`infer_backend`, which nothing but chat and its like looks at there."""
+    own = ("vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager", "vllm_max_lora_rank", "vllm_config")
+    if training or draft.given.get("infer_backend", "huggingface") != "vllm":
+        if training or draft.given.get("infer_backend") == "huggingface":
+            draft.ask_nothing("infer_backend", why="training asks no engine" if training else "it is the default")
+        draft.ask_nothing(*own, why="vLLM is not asked")
+        return
+    draft.take("infer_backend")
+    draft.name("engine_config", "vllm", "infer_backend", note="it needs vllm_command: where vLLM's executable is")
+    for key in own:
+        if draft.has(key):
+            draft.set(f"engine_config.{key}", draft.take(key), key)
 
 
 def _method(draft: Draft, training: bool) -> None:

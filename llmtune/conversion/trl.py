@@ -55,6 +55,7 @@ def convert(draft: Draft, verb: str) -> None:
     _adapter(draft)
     if row["stage"] != "sft":
         draft.name("stage_config", row["stage"], note=f"trl {script}")
+    _engine(draft)
     _stage(draft, row["stage"])
     if not draft.has("learning_rate"):
         draft.default("learning_rate", row["learning_rate"])
@@ -127,6 +128,30 @@ def _entry(name: str, subset: str | None, split: str) -> Any:
     local = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
     entry = {"path": name if local else f"hub:{name}"}
     return entry | ({"subset": subset} if subset else {}) | ({"split": split} if split != "train" else {})
+
+
+def _engine(draft: Draft) -> None:
+    """`use_vllm`: its server follows an adapter, and no other training."""
+    own = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization", "vllm_max_model_length")
+    if not draft.take("use_vllm"):
+        draft.ask_nothing("use_vllm", *own, why="vLLM is not asked")
+        return
+    if draft.chosen("peft_config") != "lora":
+        draft.lose(
+            "use_vllm", *own, why="vLLM reads weights from files and follows an adapter (peft_config: lora) only"
+        )
+        return
+    draft.name("engine_config", "vllm", "use_vllm", note="it needs vllm_command: where vLLM's executable is")
+    draft.take("vllm_mode")
+    draft.ask_nothing("vllm_mode", why="vLLM is always a server here, which llmtune starts unless there is one")
+    if draft.has("vllm_server_base_url"):
+        url = draft.take("vllm_server_base_url")
+        draft.set("engine_config.vllm_server_base_url", url, "vllm_server_base_url", note="of `vllm serve`, not of trl")
+    share = draft.take("vllm_gpu_memory_utilization", 0.3)
+    said = "" if draft.has("vllm_gpu_memory_utilization") else "the default of TRL"
+    draft.set("engine_config.vllm_gpu_util", share, "vllm_gpu_memory_utilization", note=said)
+    if draft.has("vllm_max_model_length"):
+        draft.set("engine_config.vllm_maxlen", draft.take("vllm_max_model_length"), "vllm_max_model_length")
 
 
 def _adapter(draft: Draft) -> None:

@@ -22,7 +22,8 @@ def own_keys(
     asked = {**tree, **changes}
 
     def sets(foreign: ForeignKey, value: Any) -> bool:
-        alone = bool(foreign.beside) and asked.get(foreign.beside) is None
+        other = asked.get(foreign.beside)
+        alone = bool(foreign.beside) and (other is None or is_done_anyway(foreign_keys()[foreign.beside], other))
         return bool(foreign.use) and value is not None and not alone and not is_done_anyway(foreign, value)
 
     made, keys, overridden = {**tree}, {**places.keys}, {**places.overridden}

@@ -46,7 +46,7 @@ class VllmEngine:
         self.config = config
         self.client: Client | None = None
         self.most_tokens = 0
-        self.policy: Policy | None = None
+        self.trained: TrainedAdapter | None = None
         self._name = ""
         """What the server calls the model that answers."""
         self._base = ""
@@ -80,7 +80,7 @@ class VllmEngine:
         except BaseException:
             self.close()
             raise
-        self.policy = None if write is None else Policy(write, self._max_rank)
+        self.trained = None if write is None else TrainedAdapter(write, self._max_rank)
 
     @property
     def _max_rank(self) -> int:
@@ -97,12 +97,12 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the server, if there is one."""
-        if self.policy is not None:
-            self.policy.close()
+        if self.trained is not None:
+            self.trained.close()
         if self.client is not None:
             self.client.close()
             self.client.server.close()
-        self.client = self.policy = None
+        self.client = self.trained = None
         self.most_tokens = 0
 
     def generate(
@@ -115,8 +115,8 @@ class VllmEngine:
                 "engine_config: vllm answers as models that lie on disk, and none was opened; use llmtune's commands, "
                 "or engine_config: transformers for a model in memory"
             )
-        if self.policy is not None:
-            self._name = self.policy.name(model, self.client)
+        if self.trained is not None:
+            self._name = self.trained.name(model, self.client)
         ends = frozenset(stop_tokens(model, tokenizer) if stop is None else stop)
         if seeds is None:
             seeds = torch.randint(2**62, (len(prompts),)).tolist()
@@ -268,7 +268,7 @@ def _new(said: Sequence[list[int]], step: int) -> list[int | None]:
     return [ids[step - 1] if len(ids) >= step else None for ids in said]
 
 
-class Policy:
+class TrainedAdapter:
     """The adapter that trains, as the server has it: written and loaded again where it has changed."""
 
     def __init__(self, write: Callable[[Path], object], max_rank: int) -> None:
