@@ -152,7 +152,7 @@ def test_what_cannot_be_used_is_told(base: Path, adapters: list[Path], tmp_path:
     assert told.endswith(
         "theirs.yaml:2:1  model_name_or_path: found beside model, which is the same; remove one of the two"
     )
-    assert "there is no folder /nowhere" in refused(written(tmp_path, Path("/nowhere")))
+    assert "there is no folder /nowhere/else" in refused(written(tmp_path, Path("/nowhere/else")))
     told = refused(written(tmp_path, base, adapters[0], quantization_bit=3))
     assert "theirs.yaml:8:1  quant_config.quantization_bit: found 3" in told
     quant = {"quantization_bit": 4, "double_quantization": "false", "quantization_device_map": "auto"}

@@ -180,7 +180,7 @@ class Serves(Protocol):
 
 
 @runtime_checkable
-class ReadsFiles(Protocol):
+class ReadsFiles(Engine, Protocol):
     """Optional on an `Engine`: it reads a model from files, in a process of its own. `generate` looks at the config of
     the model that it is given, and whether what trains of it has changed, and needs no weights of it else."""
 
