@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Container, Iterable, Sequence
 from html import escape
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 NOTEBOOK_COLUMNS = 80
 """Columns of text in a notebook; in the page that is exported from one, longer lines are broken inside of words."""
@@ -125,11 +125,14 @@ def quiet_imports() -> None:
 class Shown:
     """A result that is shown as its text: in the interpreter, too, and in a notebook with its columns kept."""
 
+    folds: ClassVar[bool] = False
+    """Whether its lines are sentences, which a notebook may break, and not those of a table."""
+
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return preformatted(str(self))
+        return preformatted(fit(str(self), NOTEBOOK_COLUMNS if self.folds else None))
 
 
 def preformatted(text: str) -> str:

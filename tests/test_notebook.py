@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +134,13 @@ def test_what_is_printed_fits_a_page(cells: list[Cell], text: str) -> None:
     printed = one(cells, text).streamed.splitlines()
     assert len(printed) > 20
     assert [line for line in printed if len(line) > 80 and " " in line.strip() and "/" not in line] == []
+
+
+@pytest.mark.parametrize("text", ["llmtune.plan(recipe)", 'llmtune.check_data("chats.jsonl")'])
+def test_sentences_that_are_shown_fit_a_page(cells: list[Cell], text: str) -> None:
+    block = re.search("<pre[^>]*>(.*?)</pre>", one(cells, text).shown("text/html"), re.S)
+    assert block and len(lines := block[1].splitlines()) > 8
+    assert [line for line in lines if len(unescape(line)) > 80 and "/" not in line] == []
 
 
 def test_an_error_is_its_message(cells: list[Cell]) -> None:

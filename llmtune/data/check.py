@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from llmtune.data.formats.builtin import builtin_formats
 from llmtune.data.reading import Chunk, HubAccess, Row, chunks, find, first_rows, separated
 from llmtune.data.report import Bad, Losses, counts_text
 from llmtune.data.workers import in_order
-from llmtune.terminal import NOTEBOOK_COLUMNS, Shown, fit, preformatted
+from llmtune.terminal import Shown
 
 if TYPE_CHECKING:
     from llmtune.data.tokenise import Tokeniser
@@ -111,6 +111,7 @@ class DataCheck(Shown, RowCounts):
     """What a data set is, and what is wrong with it. Print it to see it; false where rows are bad, or where the model
     that was to be asked cannot be had."""
 
+    folds: ClassVar[bool] = True
     name: str
     format: str = ""
     why: str = ""
@@ -166,9 +167,6 @@ class DataCheck(Shown, RowCounts):
         if hidden := self.reasons.total() - len(self.bad):
             lines.append(f"    ... and {hidden:,} more (--all shows them, --quarantine FILE writes them)")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return preformatted(fit(str(self), NOTEBOOK_COLUMNS))  # sentences, unlike tables, may be broken
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         good = self.rows - self.reasons.total()

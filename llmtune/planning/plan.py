@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmtune import __version__
 from llmtune.planning.show import data_lines, edit_lines, epoch_text, further_lines, model_lines, parameter_lines
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 class Plan(Shown):
     """A recipe, resolved for training."""
 
+    folds: ClassVar[bool] = True
     recipe: Recipe
     parts: Parts
     """All plugins of the recipe."""
