@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +26,10 @@ peft_config: lora
 cutoff_len: 512
 """
 """What a new recipe begins with."""
+
+
+LIBRARIES: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "libraries"}
+"""Of what loads models and templates: transformers keeps the number type of the moment for all threads."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ class Desk:
         usual = given if given and given != "null" else f"runs/{safe_name(Path(name).stem)}"
         return self.folder.shown(self.folder.path(usual))
 
+    def runs(self) -> dict[str, Any]:
+        """The runs below the folder by their names, as `llmtune.runs` reads them; the one written to last first."""
+        found = [run for folder in self.folder.run_folders() if (run := _run_in(folder)) is not None]
+        found.sort(key=lambda run: run.updated or "", reverse=True)
+        return {self.folder.shown(run.folder): run for run in found}
+
     def model(self, name: str) -> str:
         """A run, a model's folder or a recipe inside of the folder by its path, anything else as a name on the hub.
 
@@ -82,6 +94,22 @@ class Desk:
         if path.suffix in (".yaml", ".yml") and path.is_file() and (outside := self.folder.outside(path.read_text())):
             raise PlanError("\n".join(outside))
         return str(path) if path.exists() else name
+
+
+def _run_in(folder: Path) -> Any:
+    """The run in a folder, read again where a file of it was written; None where it holds none."""
+    try:
+        written = max(entry.stat().st_mtime_ns for entry in os.scandir(folder))
+    except (OSError, ValueError):  # it is being deleted
+        return None
+    run = _read(folder, written)
+    # Whether the process of one that runs is still there, no file tells.
+    return _read.__wrapped__(folder, written) if run is not None and run.status == "running" else run
+
+
+@lru_cache(maxsize=1024)
+def _read(folder: Path, written: int) -> Any:
+    return next(iter(llmtune.runs(folder)), None)
 
 
 def word(path: str) -> str:

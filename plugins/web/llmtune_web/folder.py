@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from llmtune import PlanError
 
 OWN = ".llmtune-web"
 """Where the page keeps what it knows of the processes that it started."""
+_RECORD = "run.json"
 _DEEPEST = 4
 _RECIPES = (".yaml", ".yml")
 _WRITTEN = ("output_dir", "export_dir", "tokenized_path", "cache_dir")
@@ -62,20 +62,22 @@ class Folder:
         found = (path for path in self._walk() if path.suffix in _RECIPES)
         return sorted(map(self.shown, found), key=lambda name: (name.count("/"), name))
 
-    def runs(self) -> list[str]:
-        """Folders of runs, the one that changed last first."""
-        found = [path for path in self._walk() if path.name == "run.json"]
-        return [self.shown(path.parent) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+    def run_folders(self) -> list[Path]:
+        """Folders in which a run may have been written."""
+        return [path.parent for path in self._walk() if path.name == _RECORD]
 
     def _walk(self) -> Iterator[Path]:
         """Files down to a few levels; of a run's folder only the record."""
         waiting = [(self.root, 0)]
         while waiting:
             folder, depth = waiting.pop()
-            with os.scandir(folder) as entries:
-                here = [entry for entry in entries if not entry.name.startswith(".")]
-            if any(entry.name == "run.json" for entry in here):
-                yield folder / "run.json"
+            try:
+                with os.scandir(folder) as entries:
+                    here = [entry for entry in entries if not entry.name.startswith(".")]
+            except OSError:  # of another user, or gone by now
+                continue
+            if any(entry.name == _RECORD for entry in here):
+                yield folder / _RECORD
                 continue
             for entry in here:
                 if entry.is_dir(follow_symlinks=False):
@@ -93,7 +95,7 @@ class Folder:
     def write_recipe(self, name: str, text: str) -> Path:
         """Write a recipe's file, in one step. Raises PlanError for another kind of file, or one that lies outside."""
         path = self.path(name)
-        kept = path.is_relative_to(self.root / OWN) or any((above / "run.json").exists() for above in path.parents)
+        kept = path.is_relative_to(self.root / OWN) or any((above / _RECORD).exists() for above in path.parents)
         if path.suffix not in _RECIPES or kept:
             raise PlanError(
                 f'{name or "no name"}: a recipe is saved under a name that ends in .yaml, in no run; try "recipe.yaml"'
@@ -102,13 +104,6 @@ class Folder:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(f"{text.rstrip()}\n", encoding="utf-8")
         os.replace(partial, path)
-        return path
-
-    def run_path(self, name: str) -> Path:
-        """The folder of a run. Raises PlanError where there is none, or it lies outside."""
-        path = self.path(name)
-        if not (path / "run.json").is_file():
-            raise PlanError(f"{name}: found no run")
         return path
 
     def outside(self, text: str) -> list[str]:
@@ -146,15 +141,6 @@ def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, tree
     for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         yield from _texts(value, f"{key}.{name}" if key else str(name))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; an empty one where there is none, or it is being written."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def safe_name(text: str) -> str:

@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llmtune import PlanError
-from llmtune_web.folder import OWN, Folder, read_json, safe_name
+from llmtune_web.folder import OWN, Folder, safe_name
 
 _SECRET = ("LLMTUNE_WEB_PASSWORD", "LLMTUNE_WEB_USER")
 _LOG = 20_000
@@ -33,6 +35,8 @@ class Job:
     pid: int
     born: str
     """When the system started the process, in its own units: a number may be given again to another process."""
+    started: float
+    """The same in seconds since 1970."""
 
 
 class Jobs:
@@ -60,7 +64,7 @@ class Jobs:
                     env={**environment, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"},
                 )  # fmt: skip
             self._children[child.pid] = child
-            job = Job(name, tuple(words), output, child.pid, _born(child.pid))
+            job = Job(name, tuple(words), output, child.pid, _born(child.pid), time.time())
             partial = self.at / f".{name}.partial"
             partial.write_text(json.dumps(asdict(job)), encoding="utf-8")
             os.replace(partial, self.at / f"{name}.json")
@@ -72,10 +76,12 @@ class Jobs:
 
     def all(self) -> list[Job]:
         """All that were started, the newest first."""
-        found = [read_json(path) for path in sorted(self.at.glob("*.json"), reverse=True)]
-        return [
-            Job(each["name"], tuple(each["words"]), each["output"], each["pid"], each["born"]) for each in found if each
-        ]
+        found: list[Job] = []
+        for path in sorted(self.at.glob("*.json"), reverse=True):
+            with suppress(OSError, ValueError, TypeError):  # one that a crash of the machine has emptied
+                told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                found.append(Job(**told | {"words": tuple(told["words"])}))
+        return found
 
     def runs(self, job: Job) -> bool:
         """Whether the process still runs."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 import gradio as gr
 
 import llmtune
-from llmtune_web.desk import Desk, shown
+from llmtune import PlanError
+from llmtune_web.desk import LIBRARIES, Desk, shown
 from llmtune_web.recipe_tab import RecipeParts, check_box
 
 GIB = 2**30
@@ -24,7 +26,7 @@ def data_tab(desk: Desk, recipe: RecipeParts) -> None:
             label="Rows", placeholder="first ones; or 5, 17, chats.jsonl:5", scale=4, min_width=200, elem_id="lt-rows"
         )
         packs = check_box("Packed rows", "lt-packs", 130)
-        look = gr.Button("Show samples", variant="primary", scale=1, min_width=140, elem_id="lt-look")
+        look = gr.Button("Show samples", variant="primary", scale=1, min_width=150, elem_id="lt-look")
     samples = gr.HTML(
         '<p class="lt-note">Samples as the model sees them, with the tokens that are trained on in colour.</p>',
         elem_id="lt-samples", min_height=120,
@@ -36,7 +38,7 @@ def data_tab(desk: Desk, recipe: RecipeParts) -> None:
             return f'<div class="lt-samples">{llmtune.preview(path, int(n or 3), chosen, packed)._repr_html_()}</div>'
 
     inputs = [recipe.name, recipe.text, count, rows, packs]
-    look.click(shown(preview), inputs, samples, api_name="preview", concurrency_id="libraries")
+    look.click(shown(preview), inputs, samples, api_name="preview", **LIBRARIES)
 
 
 def plan_tab(desk: Desk, recipe: RecipeParts) -> None:
@@ -49,22 +51,25 @@ def plan_tab(desk: Desk, recipe: RecipeParts) -> None:
             min_width=200,
             elem_id="lt-device",
         )
-        ranks = gr.Number(None, label="Ranks", minimum=0, precision=0, min_width=110, scale=1, elem_id="lt-ranks")
+        count = gr.Textbox(label="Ranks", placeholder="as here", min_width=110, scale=1, elem_id="lt-ranks")
         make = gr.Button("Plan", variant="primary", scale=1, min_width=140, elem_id="lt-make-plan")
     planned = gr.HTML(
         '<p class="lt-note">What a run would do, whether it fits and how long it takes. No weights are read.</p>',
         elem_id="lt-plan", min_height=120,
     )  # fmt: skip
 
-    def plan(name: str, text: str, described: str, number: float | None) -> str:
+    def plan(name: str, text: str, described: str, number: str) -> str:
+        number = number.strip()
+        if number and not (number.isdecimal() and int(number)):
+            raise PlanError(f'ranks: found "{number}", allowed is a whole number >= 1')
+        ranks = int(number) if number else None
         with desk.recipe_file(name, text) as path:
             # output_dir as a run of this recipe has it, as the file of the moment has another name
             keys: dict[str, Any] = {"output_dir": desk.output_dir(name, text)}
-            found = llmtune.plan(path, device=described.strip() or None, ranks=int(number) if number else None, **keys)
-            return plan_html(found)
+            return plan_html(llmtune.plan(path, device=described.strip() or None, ranks=ranks, **keys))
 
-    inputs = [recipe.name, recipe.text, device, ranks]
-    make.click(shown(plan), inputs, planned, api_name="plan", concurrency_id="libraries")
+    inputs = [recipe.name, recipe.text, device, count]
+    make.click(shown(plan), inputs, planned, api_name="plan", **LIBRARIES)
 
 
 def plan_html(plan: Any) -> str:
@@ -80,17 +85,24 @@ def plan_html(plan: Any) -> str:
         "Time": (duration(seconds * plan.steps), f"{seconds:.3g} s a step") if seconds
         else ("not known", "for this kind of device"),
     }  # fmt: skip
+    text = escape(f"{plan}\n\n{cost.quick_text}\n{cost.detail_text}")
+    return f'{cards_html(cards)}<pre class="lt-pre">{text}</pre>'
+
+
+def cards_html(cards: Mapping[str, tuple[str, str]]) -> str:
+    """Figures by their titles, each with a word on it."""
     shown_cards = "".join(
         f'<div class="lt-card{" lt-bad" if value == "no" else ""}"><span>{title}</span><b>{escape(value)}</b>'
         f"<small>{escape(more)}</small></div>"
         for title, (value, more) in cards.items()
     )
-    text = escape(f"{plan}\n\n{cost.quick_text}\n{cost.detail_text}")
-    return f'<div class="lt-cards">{shown_cards}</div><pre class="lt-pre">{text}</pre>'
+    return f'<div class="lt-cards">{shown_cards}</div>'
 
 
 def duration(seconds: float) -> str:
-    """`90` as `1 min 30 s`."""
+    """`90` as `1 min 30 s`, without seconds from ten minutes on."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    if hours or minutes >= 10:
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -7,11 +7,12 @@ from typing import Any
 
 import gradio as gr
 
+from llmtune_web.chat_tab import chat_tab
 from llmtune_web.desk import STARTER, Desk
+from llmtune_web.export_tab import export_tab
 from llmtune_web.look_tabs import data_tab, plan_tab
 from llmtune_web.recipe_tab import recipe_tab
-from llmtune_web.runs_tab import run_names, runs_tab
-from llmtune_web.use_tabs import chat_tab, export_tab
+from llmtune_web.runs_tab import runs_tab
 
 
 def make_page(desk: Desk) -> gr.Blocks:
@@ -42,21 +43,16 @@ def make_page(desk: Desk) -> gr.Blocks:
             text = desk.folder.read_recipe(name) if names else STARTER
             return gr.Dropdown(choices=names, value=name), text, *recipe.told(name, text)
 
-        def finished(*chosen: str | None) -> Any:
-            names = [name for name in run_names(desk) if (desk.folder.root / name / "run.json").exists()]
+        def talked_to(*chosen: str | None) -> Any:
+            names = list(desk.runs())
             first, *rest = [gr.Dropdown(choices=names, value=value or None) for value in chosen]
             if not chosen[0] and names:
                 first = gr.Dropdown(choices=names, value=names[0])
             return [first, *rest] if rest else first
 
-        page.load(
-            opened,
-            None,
-            [recipe.name, recipe.text, recipe.form, recipe.problems],
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        running.select(look, *looked, show_progress="hidden", api_visibility="private")
-        talking.select(finished, talkers, talkers, show_progress="hidden", api_visibility="private")
-        exporting.select(finished, exported, exported, show_progress="hidden", api_visibility="private")
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        page.load(opened, None, [recipe.name, recipe.text, recipe.form, recipe.problems], **quiet)
+        running.select(look, *looked, **quiet)
+        talking.select(talked_to, talkers, talkers, **quiet)
+        exporting.select(talked_to, exported, exported, **quiet)
     return page

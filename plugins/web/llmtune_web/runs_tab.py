@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas
 
 import llmtune
 from llmtune import LlmtuneError
-from llmtune_web.desk import Desk, error_html, word
-from llmtune_web.folder import read_json
+from llmtune_web.desk import Desk, error_html, shown, word
 from llmtune_web.jobs import Job
-from llmtune_web.look_tabs import duration
+from llmtune_web.look_tabs import GIB, cards_html, duration
 from llmtune_web.recipe_tab import RecipeParts
+from llmtune_web.yaml_text import quoted
 
 _SELECT = """
 element.addEventListener("click", (event) => {
@@ -33,13 +33,13 @@ element.addEventListener("keydown", (event) => {
   trigger("select", {run: row.dataset.run});
 });
 """
-_METRICS = {
-    "loss": "Loss",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_second": "Tokens a second",
-}
-_CONTINUES = ("interrupted", "failed")
+_CONTINUES = ("interrupted", "failed", "killed")
+NONE = "–"
+"""In the place of a figure that a run does not have."""
+_NO_CURVE = ("epoch", "tokens")
+"""Metrics that only count."""
+VIEW = 11
+"""Parts of the page that a look fills."""
 _LOOKS_S = 2.0
 """Between two looks at the runs."""
 
@@ -49,49 +49,37 @@ class ShownRun:
     """A run as the page shows it."""
 
     name: str
-    status: str
-    """`starting`, `running`, `stopping`, `done`, `interrupted` or `failed`."""
-    metrics: Sequence[dict[str, Any]]
+    summary: Any
+    """What its folder tells, as `llmtune.runs` reads it; None as long as there is none."""
     job: Job | None
-    record: dict[str, Any]
-    progress: str = ""
-    """`12/60`, as the log has it."""
+    """The process, if the page has started it."""
+    alive: bool
+    """Whether that process runs."""
 
     @property
-    def loss(self) -> float | None:
-        """The last one that was logged."""
-        return next((row["loss"] for row in reversed(self.metrics) if isinstance(row.get("loss"), float)), None)
-
-    @property
-    def ends(self) -> bool:
-        """Whether no process of the page writes it."""
-        return self.status not in ("starting", "running")
-
-
-def state_of(desk: Desk, name: str) -> ShownRun:
-    """What is known of a run: by its folder, and by the process if the page has started one."""
-    folder = desk.folder.path(name)
-    record = read_json(folder / "run.json")
-    jobs = [job for job in desk.jobs.all() if job.output == name and job.words[0] == "train"]
-    job = jobs[0] if jobs else None
-    try:
-        metrics = llmtune.load(folder).metrics if record else []
-    except LlmtuneError:
-        metrics = []
-    status = str(record.get("status", "failed"))
-    steps = re.findall(r"step (\d+/\d+)", desk.jobs.log(job)) if job else []
-    if job is not None and desk.jobs.runs(job):
-        status = "running" if record.get("status") == "running" and metrics else "starting"
-    elif job is not None and status == "running":
-        status = "failed"  # it was killed before it could say so
-    return ShownRun(name, status, metrics, job, record, steps[-1] if steps else "")
+    def status(self) -> str:
+        """As `llmtune runs list` has it, and `starting` until the process has made the folder its own."""
+        if self.alive and self.job is not None:
+            began = self.summary.started if self.summary else None  # in whole seconds
+            if began is None or datetime.fromisoformat(began).timestamp() < int(self.job.started):
+                return "starting"
+        return self.summary.status if self.summary else "failed"
 
 
-def run_names(desk: Desk) -> list[str]:
-    """All runs of the folder, those that are starting included; the newest first."""
-    started = [job.output for job in desk.jobs.all() if job.words[0] == "train"]
-    known = desk.folder.runs()
-    return list(dict.fromkeys([*(name for name in started if name not in known), *known]))
+def shown_runs(desk: Desk) -> dict[str, ShownRun]:
+    """All runs of the folder by their names, those that are starting first, then the newest.
+
+    Of those without a folder that have ended, which failed at once or were deleted, the last one that was started.
+    """
+    jobs: dict[str, Job] = {}
+    for job in desk.jobs.all():
+        if job.words[0] == "train":
+            jobs.setdefault(job.output, job)
+    alive = {name for name, job in jobs.items() if desk.jobs.runs(job)}  # before their folders are read: it may end
+    known = desk.runs()
+    fresh = [name for at, name in enumerate(jobs) if name not in known and (at == 0 or name in alive)]
+    names = [*fresh, *known]
+    return {name: ShownRun(name, known.get(name), jobs.get(name), name in alive) for name in names}
 
 
 class RunsView:
@@ -100,52 +88,50 @@ class RunsView:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
 
-    def look(self, name: str, shown: str, beside: list[str]) -> tuple[Any, ...]:
+    def look(self, name: str, metric: str, beside: list[str]) -> tuple[Any, ...]:
         """The runs, and the one that is chosen; the newest where none is."""
-        names = run_names(self.desk)
-        name = name if name in names else names[0] if names else ""
-        state = state_of(self.desk, name) if name else None
-        frame = curves([state_of(self.desk, each) for each in [name, *beside] if each in names], shown)
+        runs = shown_runs(self.desk)
+        run = runs.get(name) or next(iter(runs.values()), None)
+        name = run.name if run else ""
+        seen = {each: runs[each].summary for each in [name, *beside] if each in runs and runs[each].summary}
         return (
-            name, listing_html([state_of(self.desk, each) for each in names], name), about_html(state),
-            gr.Button(visible=state is not None and not state.ends),
-            gr.Button(visible=state is not None and state.job is not None and state.status in _CONTINUES),
-            gr.Dropdown(choices=[each for each in names if each != name]),
-            gr.LinePlot(frame, y_title=_METRICS[shown], visible=not frame.empty), log_html(self.desk, state),
+            name, listing_html(runs.values(), name), about_html(run),
+            gr.Button(visible=run is not None and run.alive),
+            gr.Button(visible=run is not None and run.job is not None and not run.alive and run.status in _CONTINUES),
+            gr.Dropdown(choices=logged(seen.values())),
+            gr.Dropdown(choices=[each for each in runs if each != name]),
+            shown(curves_html)(seen, metric), compared_html(seen), log_html(self.desk, run), details_html(run),
         )  # fmt: skip
 
-    def begin(self, file: str, text: str, fresh: bool, shown: str, beside: list[str]) -> tuple[Any, ...]:
+    def begin(self, file: str, text: str, fresh: bool, metric: str, beside: list[str]) -> tuple[Any, ...]:
         """Save the recipe and start its run."""
         try:
             if problems := self.desk.problems(file, text):
                 raise llmtune.PlanError("\n".join(problems))
             path = self.desk.folder.shown(self.desk.folder.write_recipe(file, text))
             output = self.desk.output_dir(file, text)
-            words = ["train", word(path), f"output_dir={output}", *(["--fresh"] if fresh else [])]
+            words = ["train", word(path), f"output_dir={quoted(output)}", *(["--fresh"] if fresh else [])]
             self.desk.jobs.start(words, output)
         except (LlmtuneError, OSError) as error:
-            return gr.skip(), error_html(error), *[gr.skip()] * 8
-        return (
-            gr.Tabs(selected="runs"),
-            gr.skip(),
-            *self.look(output, shown, [each for each in beside if each != output]),
-        )
+            return gr.skip(), error_html(error), *[gr.skip()] * (VIEW + 1)
+        beside = [each for each in beside if each != output]
+        return gr.Tabs(selected="runs"), gr.skip(), output, *self.look(output, metric, beside)
 
-    def select(self, event: gr.EventData, shown: str, beside: list[str]) -> tuple[Any, ...]:
+    def select(self, event: gr.EventData, metric: str, beside: list[str]) -> tuple[Any, ...]:
         """Another run is chosen."""
         name = str(event._data["run"])
-        return self.look(name, shown, [each for each in beside if each != name])
+        return name, *self.look(name, metric, [each for each in beside if each != name])
 
     def end(self, name: str) -> str:
         """Ask a run's process to save and end."""
-        job = state_of(self.desk, name).job
+        job = self._job(name)
         asked = job is not None and self.desk.jobs.stop(job)
         said = "Asked to save and stop; it ends after the step that it is at." if asked else "It has ended already."
         return f'<p class="lt-ok" role="status">{said}</p>'
 
     def go_on(self, name: str) -> str:
         """Start the command of a run again, which continues it."""
-        job = state_of(self.desk, name).job
+        job = self._job(name)
         if job is None:
             return error_html(f"{name}: was not started here; run the same command again")
         try:
@@ -154,10 +140,15 @@ class RunsView:
             return error_html(error)
         return '<p class="lt-ok" role="status">Continues from its last checkpoint.</p>'
 
+    def _job(self, name: str) -> Job | None:
+        run = shown_runs(self.desk).get(name)
+        return run.job if run else None
+
 
 def runs_tab(desk: Desk, recipe: RecipeParts, tabs: Any) -> tuple[Any, tuple[list[Any], list[Any]]]:
     """Draw the part; what looks at the runs, with what it reads and what it shows."""
-    chosen = gr.Textbox("", visible=False, label="Run")
+    # What is shown follows what is chosen: a look that began before a choice must not take it back.
+    chosen, seen = (gr.Textbox("", visible=False, label=label) for label in ("Chosen", "Run"))
     with gr.Row(elem_classes="lt-panes"):
         with gr.Column(scale=4, min_width=300):
             listing = gr.HTML("", js_on_load=_SELECT, elem_id="lt-runs", apply_default_css=False)
@@ -166,58 +157,51 @@ def runs_tab(desk: Desk, recipe: RecipeParts, tabs: Any) -> tuple[Any, tuple[lis
             with gr.Row(elem_classes="lt-bar"):
                 stop = gr.Button("Save and stop", variant="stop", visible=False, min_width=130, elem_id="lt-stop")
                 again = gr.Button("Continue", visible=False, min_width=130, elem_id="lt-again")
+            note = gr.HTML("", elem_id="lt-run-note")
             with gr.Row(elem_classes="lt-bar", equal_height=True):
                 metric = gr.Dropdown(
-                    [(title, key) for key, title in _METRICS.items()],
-                    value="loss",
-                    label="Curve",
-                    min_width=150,
-                    scale=1,
-                )
+                    ["loss"], value="loss", label="Curve", min_width=150, scale=1, elem_id="lt-metric",
+                    interactive=True, allow_custom_value=True,
+                )  # fmt: skip
                 others = gr.Dropdown(
-                    [],
-                    value=[],
-                    label="Compare with",
-                    multiselect=True,
-                    min_width=200,
-                    scale=3,
-                    elem_id="lt-compare",
-                    allow_custom_value=True,
-                )
-            curve = gr.LinePlot(
-                None, x="step", y="value", color="curve", height=270, show_label=False, elem_id="lt-curve",
-                x_title="Step", y_title="Loss", color_title=" ",
-            )  # fmt: skip
+                    [], value=[], label="Compare with", multiselect=True, min_width=200, scale=3, elem_id="lt-compare",
+                    interactive=True, allow_custom_value=True,
+                )  # fmt: skip
+            curve = gr.HTML("", elem_id="lt-curve")
+            compared = gr.HTML("", elem_id="lt-compared")
             log = gr.HTML("", elem_id="lt-log", autoscroll=True)
-    note = gr.HTML("", elem_id="lt-run-note")
+            with gr.Accordion("About this run", open=False):
+                details = gr.HTML("", elem_id="lt-details")
     timer = gr.Timer(_LOOKS_S)
 
     does = RunsView(desk)
-    view = [chosen, listing, about, stop, again, others, curve, log]
+    view = [seen, listing, about, stop, again, metric, others, curve, compared, log, details]
+    inputs = [chosen, metric, others]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    timer.tick(does.look, [chosen, metric, others], view, **quiet, api_name="runs")
-    metric.input(does.look, [chosen, metric, others], view, **quiet, api_visibility="private")
-    others.input(does.look, [chosen, metric, others], view, **quiet, api_visibility="private")
-    listing.select(does.select, [metric, others], view, **quiet, api_visibility="private")
-    stop.click(does.end, chosen, note, **quiet, api_name="stop")
-    again.click(does.go_on, chosen, note, **quiet, api_name="continue")
+    private: dict[str, Any] = {**quiet, "api_visibility": "private"}
+    timer.tick(does.look, inputs, view, **quiet, api_name="runs")
+    gr.on([metric.input, others.input], does.look, inputs, view, **private)
+    listing.select(does.select, [metric, others], [chosen, *view], **private)
+    listing.select(lambda: "", None, note, **private)
+    stop.click(does.end, seen, note, **quiet, api_name="stop")
+    again.click(does.go_on, seen, note, **quiet, api_name="continue")
     recipe.start.click(
-        does.begin, [recipe.name, recipe.text, recipe.fresh, metric, others], [tabs, recipe.problems, *view], **quiet,
-        api_name="start",
+        does.begin, [recipe.name, recipe.text, recipe.fresh, metric, others],
+        [tabs, recipe.problems, chosen, *view], **quiet, api_name="start",
     )  # fmt: skip
-    return does.look, ([chosen, metric, others], view)
+    return does.look, (inputs, view)
 
 
-def listing_html(states: Sequence[ShownRun], chosen: str) -> str:
+def listing_html(runs: Iterable[ShownRun], chosen: str) -> str:
     """Runs as a table to choose from."""
-    if not states:
-        return '<p class="lt-note">No runs yet. A recipe is started with “Start run”.</p>'
     rows = "".join(
-        f'<tr data-run="{escape(state.name)}" tabindex="0"{" class=lt-chosen" if state.name == chosen else ""}>'
-        f'<td title="{escape(state.name)}">{escape(state.name.removeprefix("runs/"))}</td><td>{pill(state.status)}</td>'
-        f"<td>{_step(state)}</td><td>{_number(state.loss)}</td></tr>"
-        for state in states
+        f'<tr data-run="{escape(run.name)}" tabindex="0"{" class=lt-chosen" if run.name == chosen else ""}>'
+        f'<td title="{escape(run.name)}">{escape(run.name.removeprefix("runs/"))}</td><td>{pill(run.status)}</td>'
+        f"<td>{_step(run.summary)}</td><td>{_loss(run.summary, 'loss')}</td></tr>"
+        for run in runs
     )
+    if not rows:
+        return '<p class="lt-note">No runs yet. A recipe is started with “Start run”.</p>'
     return (
         f"<table class=lt-table><thead><tr><th>Run<th>Status<th>Step<th>Loss</tr></thead><tbody>{rows}</tbody></table>"
     )
@@ -228,55 +212,75 @@ def pill(status: str) -> str:
     return f'<span class="lt-pill lt-{escape(status)}">{escape(status)}</span>'
 
 
-def about_html(state: ShownRun | None) -> str:
+def about_html(run: ShownRun | None) -> str:
     """A run's title, with its figures."""
-    if state is None:
+    if run is None:
         return '<p class="lt-note">Choose a run to see its curve and its log.</p>'
-    memory = _last(state, "peak_memory_bytes")  # evaluations have none
+    title, found = f'<h3 class="lt-title">{escape(run.name)} {pill(run.status)}</h3>', run.summary
+    if found is None:
+        return title
     facts = {
-        "Step": _step(state), "Loss": _number(state.loss), "Evaluated": _number(_last(state, "eval_loss")),
-        "Tokens/s": f"{_last(state, 'tokens_per_second') or 0:,.0f}",
-        "Memory": f"{memory / 2**30:.2f} GiB" if memory else "–",
-        "Took": duration(state.record["seconds"]) if "seconds" in state.record else "–",
+        "Step": _step(found), "Loss": _loss(found, "loss"), "Evaluated": _loss(found, "eval_loss"),
+        "Tokens/s": f"{found.tokens_per_second:,.0f}" if found.tokens_per_second else NONE,
+        "Memory": f"{found.peak_memory_bytes / GIB:.2f} GiB" if found.peak_memory_bytes else NONE,
+        "In steps": duration(found.training_seconds) if found.training_seconds else NONE,
     }  # fmt: skip
-    cards = "".join(f'<div class="lt-card"><span>{name}</span><b>{value}</b></div>' for name, value in facts.items())
-    error = state.record.get("error")
-    said = error_html(str(error.get("message", error) if isinstance(error, dict) else error)) if error else ""
-    return (
-        f'<h3 class="lt-title">{escape(state.name)} {pill(state.status)}</h3><div class="lt-cards">{cards}</div>{said}'
-    )
+    said = "".join(error_html(each) for each in [found.error, *found.problems] if each and not run.alive)
+    return title + cards_html({name: (value, "") for name, value in facts.items()}) + said
 
 
-def log_html(desk: Desk, state: ShownRun | None) -> str:
-    """What the run's process has printed."""
-    if state is None:
+def logged(runs: Iterable[Any]) -> list[str]:
+    """The metrics that runs have logged, without those of evaluations, which stand beside their own."""
+    names = dict.fromkeys(["loss", *(name for run in runs for name in run.metrics)])
+    return [name for name in names if not name.startswith("eval_") and name not in _NO_CURVE]
+
+
+def compared_html(runs: Mapping[str, Any]) -> str:
+    """The settings in which runs differ, and their results."""
+    if len(runs) < 2:
         return ""
-    if state.job is None:
+    found = llmtune.runs(*(run.folder for run in runs.values()))
+    return f'<pre class="lt-pre lt-wide">{escape(str(found.compare()))}</pre>'
+
+
+def details_html(run: ShownRun | None) -> str:
+    """What `llmtune runs show` says."""
+    return "" if run is None or run.summary is None else f'<pre class="lt-pre lt-wide">{escape(str(run.summary))}</pre>'
+
+
+def log_html(desk: Desk, run: ShownRun | None) -> str:
+    """What the run's process has printed."""
+    if run is None:
+        return ""
+    if run.job is None:
         return '<p class="lt-note">Started elsewhere: its log is where it was started.</p>'
-    return f'<pre class="lt-pre lt-log">{escape(desk.jobs.log(state.job)) or "…"}</pre>'
+    return f'<pre class="lt-pre lt-log">{escape(desk.jobs.log(run.job)) or "…"}</pre>'
 
 
-def curves(states: Sequence[ShownRun], metric: str) -> pandas.DataFrame:
-    """One metric of runs, evaluations of it as curves of their own."""
-    rows = []
-    for state in states:
-        label = Path(state.name).name if len(states) > 1 else "training"
-        for key, name in (
-            (metric, label),
-            (f"eval_{metric}", f"{label} (evaluation)" if len(states) > 1 else "evaluation"),
-        ):
-            found = [(row["step"], row[key]) for row in state.metrics if isinstance(row.get(key), (int, float))]
-            rows += [{"step": step, "value": value, "curve": name} for step, value in found if math.isfinite(value)]
-    return pandas.DataFrame(rows, columns=["step", "value", "curve"])
+def curves_html(runs: Mapping[str, Any], metric: str) -> str:
+    """One metric of runs and of their evaluations, drawn as `llmtune runs plot` does; nothing where none has it yet."""
+    if not any({metric, f"eval_{metric}"} & set(run.metrics) for run in runs.values()):
+        return ""
+    return _drawn(tuple((run.folder, len(run.files.metrics)) for run in runs.values()), metric)
 
 
-def _step(state: ShownRun) -> str:
-    return state.progress or (str(state.metrics[-1]["step"]) if state.metrics else "–")
+@lru_cache(maxsize=64)
+def _drawn(runs: tuple[tuple[Path, int], ...], metric: str) -> str:
+    """The picture of runs that have logged so many lines."""
+    from matplotlib import rc_context
+
+    figure, file = llmtune.runs(*(folder for folder, _ in runs)).plot(metrics=[metric]), io.StringIO()
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):  # text stays text
+        figure.savefig(file, format="svg", transparent=True)
+    return f'<div class="lt-curve">{file.getvalue()[file.getvalue().index("<svg") :]}</div>'
 
 
-def _last(state: ShownRun, key: str) -> float | None:
-    return next((row[key] for row in reversed(state.metrics) if isinstance(row.get(key), (int, float))), None)
+def _step(summary: Any) -> str:
+    if summary is None or not summary.step:
+        return NONE
+    return f"{summary.step}/{summary.steps}" if summary.steps else str(summary.step)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _loss(summary: Any, name: str) -> str:
+    loss = getattr(summary, name, None)
+    return NONE if loss is None else f"{loss:.4f}"

@@ -51,7 +51,7 @@ def serve(options: Web) -> int:
     return 0
 
 
-_LOOPBACK = ["localhost", "127.0.0.1", "[::1]", "::1", "testserver"]
+_LOOPBACK = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
 
 def with_environment(options: Web) -> Web:
@@ -121,4 +121,6 @@ def theme(gr: Any) -> Any:
     return gr.themes.Base(
         primary_hue="emerald", neutral_hue="slate", radius_size="sm", spacing_size="sm", text_size="sm",
         font=fonts, font_mono=mono,
+    ).set(  # white on the usual hue is hard to read
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
     )  # fmt: skip

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import llmtune
+from llmtune import PlanError
 
 MOST = 2
 """Models that are kept: those of two columns."""
 
 
 class Talkers:
-    """The opened models, and answers of theirs."""
+    """The opened models, and conversations with them."""
 
     def __init__(self) -> None:
         self._opened: OrderedDict[str, Any] = OrderedDict()
         self._opening = threading.Lock()
 
-    def stream(
-        self, model: str, history: Sequence[Mapping[str, Any]], question: str, config: Mapping[str, Any]
-    ) -> Iterator[str]:
-        """The answer to a question after a history of messages, longer at each time. Raises errors of llmtune."""
-        session = self._open(model)
-        messages = [{"role": each["role"], "content": _text(each["content"])} for each in history]
-        asked = replace(session, messages=messages, config=replace(session.config, **config))
-        said = ""
-        with closing(asked.stream(question)) as pieces:
-            for piece in pieces:
-                said += piece
-                yield said
+    def session(
+        self, model: str, messages: Sequence[Mapping[str, Any]], config: Mapping[str, Any], tools: Any = None
+    ) -> Any:
+        """A conversation with a model after these messages, with these tools if any. Raises errors of llmtune."""
+        opened = self._open(model)
+        session = replace(opened, messages=list(messages), config=replace(opened.config, **config))
+        if tools:
+            if session.offer is None:
+                raise PlanError("tools: the model has no chat template, which writes them")
+            session.tools = session.offer(tools)
+        return session
 
     def let_go(self) -> None:
         """Forget all models."""
@@ -48,11 +47,3 @@ class Talkers:
                 self._opened[model] = llmtune.open_chat(model)
             self._opened.move_to_end(model)
             return self._opened[model]
-
-
-def _text(content: Any) -> str:
-    """A message's text, of the parts that the page's component makes of it."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    return "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in parts)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -104,7 +108,7 @@ def test_recipes_are_written_below_the_folder_and_in_no_run(tmp_path: Path) -> N
     assert folder.read_recipe("new/a.yaml") == "model: x\n" and folder.recipes() == ["new/a.yaml"]
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "run.json").write_text("{}")
-    assert folder.runs() == ["runs/a"]
+    assert folder.run_folders() == [tmp_path / "runs" / "a"] and Desk.at(folder).runs() == {}
     for name in ("a.py", "", "../a.yaml", "runs/a/resolved.yaml", ".llmtune-web/a.yaml", "a\0.yaml"):
         with pytest.raises((PlanError, ValueError)):
             folder.write_recipe(name, "x")
@@ -118,7 +122,35 @@ def test_a_process_is_known_by_when_it_was_started(tmp_path: Path) -> None:
     assert not jobs.runs(job) and not jobs.stop(job) and jobs.log(job).startswith("llmtune ")
     assert Jobs(Folder.of(tmp_path)).of("runs/a") == job
     if sys.platform.startswith("linux"):  # a number that another process has by now is not signalled
-        assert not jobs.stop(Job("x", ("train",), "runs/a", 1, "0"))
+        assert not jobs.stop(Job("x", ("train",), "runs/a", 1, "0", 0.0))
+
+
+def test_a_runs_status_is_told_by_its_folder_and_its_process(tmp_path: Path) -> None:
+    from llmtune_web.runs_tab import ShownRun, shown_runs
+
+    at = tmp_path / "runs" / "a"
+    at.mkdir(parents=True)
+    record = {"status": "done", "packages": {"llmtune": "0.1.0"}, "started": "2026-01-01T00:00:00+00:00", "steps": 4}
+    (at / "run.json").write_text(json.dumps(record))
+    desk = Desk.at(Folder.of(tmp_path))
+    (run,) = shown_runs(desk).values()
+    assert (run.name, run.status, run.alive) == ("runs/a", "done", False)
+    began = datetime.fromisoformat(record["started"]).timestamp()
+    statuses = [
+        ShownRun("runs/a", run.summary, Job("x", ("train",), "runs/a", 1, "0", began + later), True).status
+        for later in (0.5, 60)
+    ]
+    assert statuses == ["done", "starting"]  # its own folder, and one of a run before it
+    assert ShownRun("runs/b", None, run.job, False).status == "failed"
+    (at / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    os.utime(at / "run.json", (1, 2**31))  # written again: it is read again
+    assert shown_runs(desk)["runs/a"].status == "interrupted"
+    for number, name in enumerate(("runs/c", "runs/d")):
+        ended = Job(f"2026-{number}", ("train",), name, 1, "0", 0.0)
+        desk.jobs.at.mkdir(exist_ok=True)
+        (desk.jobs.at / f"{ended.name}.json").write_text(json.dumps(asdict(ended)))
+    shown = {name: each.status for name, each in shown_runs(desk).items()}
+    assert shown == {"runs/d": "failed", "runs/a": "interrupted"}  # without a folder, only the last one
 
 
 def test_others_need_a_password(plain: pytest.MonkeyPatch) -> None:
