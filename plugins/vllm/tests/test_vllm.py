@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import llmtune
-from llmtune import GenerateConfig, PlanError, ServedModel
+from llmtune import AnswerRequest, GenerateConfig, PlanError, ServedModel
 from llmtune.testing import Law, in_ranks, laws, running, tiny_model, tiny_tokenizer
 
 STAND_IN = Path(__file__).parent / "stand_in_vllm.py"
@@ -136,6 +137,35 @@ def test_answers_of_base_and_adapter_are_those_of_transformers_and_peft(files: P
     assert [one.ids for one in said] == [greedy(adapted, prompt) for prompt in PROMPTS]
     assert [one.ids for one in plain] == [greedy(base, prompt) for prompt in PROMPTS]
     assert [one.ids for one in said] != [one.ids for one in plain]
+
+
+def test_requests_that_come_one_by_one_name_base_and_adapter(files: Path, running_server: str) -> None:
+    """Streamed tokens are transformers' own, with their log-probabilities; one that nobody waits for is left."""
+    base = AutoModelForCausalLM.from_pretrained(files / "model").eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files / "model"), files / "adapter").eval()
+    engine = build(VllmConfig(vllm_server_base_url=running_server, vllm_api_key="theirs"))
+    serving = engine.serve([replace(served(files), name="base"), served(files, adapter=str(files / "adapter"))])
+    came: dict[str, Any] = {name: SimpleQueue() for name in ("base", "model", "long")}
+    asked = AnswerRequest(
+        model="base", prompt_ids=(5, 6, 7), config=GREEDY, room=6, seed=1, stop=frozenset([2]), top_logprobs=2
+    )
+    try:
+        leave = serving.submit(replace(asked, room=400, stop=frozenset()), came["long"].put)
+        for name in ("base", "model"):
+            serving.submit(replace(asked, model=name), came[name].put)
+        said = {name: list(iter(lambda name=name: came[name].get(timeout=60), None)) for name in ("base", "model")}
+        leave()
+    finally:
+        serving.close()
+    assert tuple(token.id for token in said["base"]) == greedy(base, [5, 6, 7])
+    assert tuple(token.id for token in said["model"]) == greedy(adapted, [5, 6, 7])
+    with torch.no_grad():
+        logs = base(torch.tensor([[5, 6, 7]])).logits[0, -1].log_softmax(-1)
+    first, likeliest = said["base"][0], logs.topk(2)
+    assert first.logprob == pytest.approx(logs[first.id].item(), abs=1e-5)
+    assert [token for token, _ in first.top] == likeliest.indices.tolist()
+    assert [log for _, log in first.top] == pytest.approx(likeliest.values.tolist(), abs=1e-5)
+    assert came["long"].qsize() < 400
 
 
 def on_rank(url: str, keys: dict[str, Any], model: str) -> list[Any]:
