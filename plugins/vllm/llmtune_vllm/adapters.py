@@ -16,6 +16,7 @@ _MORE = (
 )  # fmt: skip
 """Settings under which an adapter is more than two matrices with one rank and one scale, which is what vLLM reads."""
 _FACTOR = re.compile(r"\.lora_[AB]\.")
+_ADAPTED = re.compile(r"\.(lora_|modules_to_save\.)")
 EXPORT = "engine_config transformers answers with it, or merge it: llmtune export"
 
 
@@ -41,7 +42,9 @@ def require_readable(folder: str, max_rank: int) -> None:
 def objections(model: Any, max_rank: int) -> Iterator[str]:
     """What of a model that trains vLLM cannot read from an adapter, before there is a weight."""
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    if other := [name for name in trained if not _FACTOR.search(name)]:
+    # What a stage adds beside the model, such as a value head, is asked for no answers.
+    own = [name for name in trained if name.startswith(f"{model.base_model_prefix}.") or _ADAPTED.search(name)]
+    if other := [name for name in own if not _FACTOR.search(name)]:
         yield (
             f"vllm reads the two matrices of LoRA from an adapter, and {other[0]} trains, too; use a plain "
             "peft_config: lora (no DoRA, no modules_to_save), or leave engine_config out"

@@ -279,6 +279,12 @@ def test_what_vllm_cannot_roll_out_is_told_before(
         running.plan(running.tiny_recipe(tmp_path, kind="prompt", **given))
 
 
+def test_ppo_rolls_out_beside_its_value_head(command: str, tmp_path: Path) -> None:
+    given = {"reward_config": "reference", "stage_config": "ppo", "peft_config": "lora"}
+    engine = {"name": "vllm", "vllm_command": command}
+    assert running.plan(running.tiny_recipe(tmp_path, kind="prompt", engine_config=engine, **given)).steps
+
+
 def start(command: str, files: Path, **keys: Any) -> VllmServer:
     return VllmServer(VllmConfig(vllm_command=command, **keys), str(files / "model"), "float32")
 
