@@ -18,6 +18,7 @@ from llmtune.contract.errors import ErrorList
 from llmtune.conversion.convert import Conversion, convert, offer
 from llmtune.conversion.source import read
 from llmtune.conversion.torchtune import flat
+from llmtune.inference.reopen import recipe_of
 from llmtune.recipe.parameters import official_keys
 from llmtune.recipe.recipe import load_recipe
 from tests.test_parameters import values
@@ -315,6 +316,13 @@ def test_what_is_no_file_of_another_trainer_is_said(text: str, said: str, tmp_pa
     with pytest.raises(RecipeError, match=said):
         convert(tmp_path / "file.yaml")
     assert offer(tmp_path / "file.yaml") is None
+
+
+@pytest.mark.parametrize("file", ["axolotl/lora.yml", "llama_factory/lora_sft.yaml"])
+def test_commands_that_use_a_model_offer_the_conversion_of_a_file_for_training(file: str) -> None:
+    with pytest.raises(RecipeError, match=f"{file} is a file of .*; `llmtune convert {file} -o recipe.yaml`"):
+        recipe_of(file)
+    assert offer("llama_factory/chat_lora.yaml", for_use=True) is None
 
 
 def test_a_command_is_taken_in_quotes() -> None:

@@ -74,6 +74,9 @@ def test_a_package_is_checked_by_name(packages: Path, monkeypatch: pytest.Monkey
     [
         (["new", "mine", "--point", "peft"], '--point: found "peft", allowed is one of '),
         (["new", "Mine!", "--point", "peft_config"], 'NAME: found "Mine!", allowed are small letters, digits and _'),
+        (["new", "class", "--point", "peft_config"], "beginning with a letter, and no word of Python"),
+        (["new", "lora", "--point", "peft_config"], 'NAME: "lora" is taken by the installed package llmtune-lora;'),
+        (["new", "optim", "--point", "optim_config"], '"optim" is taken by the installed package llmtune-optim;'),
         (["check", "llmtune-nothing"], "llmtune-nothing: offers no plugin here, installed are "),
         (["check", "llmtune", "drops=2"], "drops: which plugin is meant? Write NAME.drops=VALUE"),
     ],

@@ -115,14 +115,17 @@ def asked_by(source: str | os.PathLike[str]) -> Conversion | None:
     return convert(source)
 
 
-def offer(source: str | os.PathLike[str]) -> str | None:
-    """The sentence for somebody who gives another trainer's file to `llmtune train`; None where it is no such file."""
+def offer(source: str | os.PathLike[str], *, for_use: bool = False) -> str | None:
+    """The sentence for somebody who gives another trainer's file to a command; None where it is no such file, or with
+    `for_use` one that names a model to use, as commands take those of LLaMA-Factory."""
     try:
         given = read(source)
     except LlmtuneError:
         return None
     trainer = trainer_of(given)
     if trainer not in _CONVERTERS:
+        return None
+    if for_use and _CONVERTERS[trainer][1](given) in ("chat", "export", "predict"):
         return None
     name = shlex.quote(os.fspath(source))
     return f"{name} is a file of {trainer}; `llmtune convert {name} -o recipe.yaml` writes it as a recipe"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import load_file
 
-from llmtune.contract.errors import CheckpointError, LoadError, PlanError
+from llmtune.contract.errors import CheckpointError, LlmtuneError, LoadError, PlanError, RecipeError
 from llmtune.contract.generation import ReadsFiles, ServedModel
 from llmtune.contract.records import Reopens
+from llmtune.conversion.convert import offer
 from llmtune.distributed.placement import put
 from llmtune.distributed.ranks import Ranks, pick_device
 from llmtune.folders import size_and_hash
@@ -79,7 +80,12 @@ def recipe_of(path: str | Path, /, **overrides: Any) -> Recipe:
     saved = saved_at(path)
     if saved is None:
         file = Path(path).suffix.lower() in (".yaml", ".yml", ".json") and Path(path).is_file()
-        return load_recipe(path if file else base_and_adapter(Path(path), overrides), overrides, for_use=True)
+        try:
+            return load_recipe(path if file else base_and_adapter(Path(path), overrides), overrides, for_use=True)
+        except LlmtuneError as error:
+            if file and (said := offer(path, for_use=True)):
+                raise RecipeError(said) from error
+            raise
     recipe, record = load_recipe(saved.run / "resolved.yaml", overrides), run_folder.read_record(saved.run)
     if record.get("model_origin") == "hub" and not {"model", "revision"} & overrides.keys():
         recipe = replace(recipe, model=replace(recipe.model, revision=record["model_revision"]))

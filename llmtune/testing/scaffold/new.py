@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 from llmtune import __version__
@@ -19,15 +19,18 @@ def new_plugin(name: str, point: str, folder: Path | None = None) -> Path:
     """Write the package `llmtune-NAME` below `folder` (the current one where None), which is made; returns its folder.
 
     It does something small and real at `point`, and its tests are the contract. Raises RecipeError for a name that no
-    module can have, a point that does not exist, and a folder that is not empty.
+    module can have or an installed package has, a point that does not exist, and a folder that is not empty.
     """
     if point not in EXTENSION_POINTS:
         near = did_you_mean(point, EXTENSION_POINTS)
         raise RecipeError(f'--point: found "{point}", allowed is one of {listed(EXTENSION_POINTS, 20)}.{near}')
     name = name.removeprefix("llmtune-").removeprefix("llmtune_").replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise RecipeError(f'NAME: found "{name}", allowed are small letters, digits and _, beginning with a letter')
+        said = f'NAME: found "{name}", allowed are small letters, digits and _, beginning with a letter'
+        raise RecipeError(said + (", and no word of Python" if keyword.iskeyword(name) else ""))
     target = (folder or Path()) / f"llmtune-{name.replace('_', '-')}"
+    if taken := _taken(name, target.name):
+        raise RecipeError(f'NAME: "{name}" is taken by the installed package {taken}; choose another name')
     if target.exists() and any(target.iterdir()):
         raise RecipeError(f"{target}: exists and is not empty; choose another name, or remove it")
     minor = ".".join(__version__.split(".")[:2])
@@ -42,6 +45,13 @@ def new_plugin(name: str, point: str, folder: Path | None = None) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(_filled(text, words), encoding="utf-8")
     return target
+
+
+def _taken(name: str, project: str) -> str | None:
+    """The installed package that has this plugin's name or its package's: installing the new one would replace it."""
+    offering = [found.dist.name for found in metadata.entry_points(group="llmtune", name=name) if found.dist]
+    same = [project] if any(metadata.distributions(name=project)) else []
+    return next(iter([*offering, *same]), None)
 
 
 def _files(point: str) -> dict[str, str]:
