@@ -91,19 +91,7 @@ def make_plan(
     doing.info("Building the model's structure, without weights")
     with collect(problems):
         model = plan_model(recipe, parts, pretrained, precision, ranks, device, "train")
-    if recipe.train.eval_strategy != "no" and (held := prepared.evaluation) is not None:
-        sets = held.set_names if recipe.data.eval_on_each_dataset else ()
-        stage, evaluators = parts.one("stage_config").built, parts.at("eval_config")
-        found = metric_objections(recipe.train, stage, sets, evaluators, parts.at("reward_config"))
-        problems += [PlanError(sentence) for sentence in found]
-    problems += [
-        PlanError(s) for part in parts.at("lr_scheduler_config") for s in schedule_objections(recipe.train, part)
-    ]
-    samples = prepared.train
-    found = [*batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)]
-    found += media_objections(samples, recipe.data, ranks)
-    found += reward_objections(parts, (samples, prepared.evaluation))
-    problems += [PlanError(sentence) for sentence in found]
+    problems += [PlanError(sentence) for sentence in sample_objections(recipe, parts, ranks, prepared)]
     questions: list[Question] = []
     if model is not None and prepared.evaluation is not None:
         with collect(problems):
@@ -125,6 +113,20 @@ def make_plan(
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
     notes = schedule_notes(parts.one("lr_scheduler_config"), plan.steps, plan.warmup_steps)
     return with_checkpointing(plan.noted(*notes, *evaluator_notes(parts, recipe.train)))
+
+
+def sample_objections(recipe: Recipe, parts: Parts, ranks: Ranks, prepared: Prepared) -> Iterator[str]:
+    """What speaks against the recipe and these samples together."""
+    samples, held = prepared.train, prepared.evaluation
+    if recipe.train.eval_strategy != "no" and held is not None:
+        sets = held.set_names if recipe.data.eval_on_each_dataset else ()
+        stage, evaluators = parts.one("stage_config").built, parts.at("eval_config")
+        yield from metric_objections(recipe.train, stage, sets, evaluators, parts.at("reward_config"))
+    for part in parts.at("lr_scheduler_config"):
+        yield from schedule_objections(recipe.train, part)
+    yield from batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
+    yield from media_objections(samples, recipe.data, ranks)
+    yield from reward_objections(parts, (samples, held))
 
 
 def evaluated(
