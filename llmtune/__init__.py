@@ -32,7 +32,7 @@ _WHERE = {
         ),
         "llmtune.contract.optimizers": (
             "OptimizerFactory", "OptimizerContext", "ParameterGroup", "ParameterRole", "ChangesWhatTrains",
-            "ChecksGroups", "Repacks", "SpreadsState", "StepsEach", "UpdatesInBackward",
+            "ChecksGroups", "Remarks", "Repacks", "SpreadsState", "StepsEach", "UpdatesInBackward",
         ),
         "llmtune.contract.stages": (
             "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",

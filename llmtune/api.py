@@ -13,7 +13,7 @@ from llmtune.terminal import in_notebook, preformatted, quiet_imports, show_doin
 from llmtune.training import run_folder
 
 if TYPE_CHECKING:
-    from llmtune.contract.launching import Launcher, LaunchRequest
+    from llmtune.contract.launching import Launcher, LaunchRequest, Machines
     from llmtune.cost.priced import PricedPlan
     from llmtune.inference.predict import Predictions
     from llmtune.recipe.recipe import Recipe
@@ -224,9 +224,11 @@ def plan(
 
 
 def plan_for(
-    recipe: Recipe, registry: Registry, *, nproc: int | None, ranks: int | None, described: str | None
-) -> PricedPlan:
-    """The plan of a recipe for this machine, or for `ranks` of a described device, with its cost."""
+    recipe: Recipe, registry: Registry, *, nproc: int | None, ranks: int | None, described: str | None,
+    machines: Machines | None = None,
+) -> PricedPlan:  # fmt: skip
+    """The plan of a recipe for this machine and others like it, or for `ranks` of a described device, with its cost."""
+    from llmtune.contract.launching import Machines
     from llmtune.cost.priced import PricedPlan
     from llmtune.distributed.launch import default_ranks
     from llmtune.distributed.ranks import Ranks
@@ -237,7 +239,8 @@ def plan_for(
     from llmtune.training.resume import decided_before, previewed
 
     device, target = chosen_device(recipe.train.device, described, ranks is not None)
-    size = ranks or launcher_of(recipe, registry).ranks(launch_request(recipe, ranks=nproc))
+    request = launch_request(recipe, ranks=nproc, machines=machines or Machines())
+    size = ranks or launcher_of(recipe, registry).ranks(request)
     size = size or (1 if described else default_ranks(recipe.train.device))
     if target is None:
         recipe = as_decided(recipe, decided_before(recipe))

@@ -65,6 +65,20 @@ def test_an_option_is_taken_from_it(
     assert f"{name} is taken" not in capsys.readouterr().err
 
 
+def test_a_plan_is_for_the_same_ranks(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"NPROC_PER_NODE": "2", "NNODES": "2", "MASTER_ADDR": "head", "RECORD_VRAM": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["plan", recipe]) == 0
+    out, errors = capsys.readouterr()
+    assert "4 ranks" in out and "NPROC_PER_NODE is taken for --nproc 2" in errors and "NNODES is taken" in errors
+    assert "MASTER_ADDR" not in errors and "RECORD_VRAM is set" in errors
+    assert main(["plan", recipe, "--ranks", "1"]) == 0
+    out, errors = capsys.readouterr()
+    assert "1 rank," in out and "NPROC_PER_NODE" not in errors
+
+
 def test_no_number_is_refused(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "gpu")
     assert main(["train", recipe, "--dry-run"]) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,31 @@ def test_a_key_of_another_library_in_a_block(tmp_path: Path) -> None:
         llmtune.plan(running.tiny_recipe(tmp_path, peft_config={"name": "lora", "rank": 8}))
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "answer"),
+    [
+        ("dpo", "beta", '"dpo" (write pref_beta)'),
+        ("kto", "desirable_weight", '"kto" (write kto_chosen_weight)'),
+        ("dpo", "loss_type", '"dpo" (write pref_loss)'),
+        ("dpo", "label_smoothing", '"dpo" (write dpo_label_smoothing)'),
+        ("grpo", "max_completion_length", '"grpo" (write max_new_tokens)'),
+        ("dpo", "max_prompt_length", '"dpo"; here it is cutoff_len, which'),
+        ("sft", "neftune_noise_alpha", '"sft": noise on embeddings is not here'),
+    ],
+)
+def test_a_key_of_trl_in_a_block_of_a_stage(stage: str, key: str, answer: str, tmp_path: Path) -> None:
+    with pytest.raises(LlmtuneError) as caught:
+        llmtune.plan(running.tiny_recipe(tmp_path, stage_config={"name": stage, key: 1}))
+    assert f"stage_config.{key}: no such key for {answer}" in str(caught.value)
+    with pytest.raises(LlmtuneError, match="no such key(;|:) "):
+        load_recipe({"model": "m", "dataset": "d", key: 1})
+
+
+def test_what_shards_elsewhere_is_told_what_shards_here(tmp_path: Path) -> None:
+    with pytest.raises(LlmtuneError, match='no plugin "deepspeed" is installed. Here it is dist_config: fsdp2'):
+        llmtune.plan(running.tiny_recipe(tmp_path, dist_config="deepspeed"))
+
+
 def test_no_plugin_and_the_same_plugin_twice() -> None:
     assert 'logger_config: found "none"; for no plugin, write logger_config: null' in said(logger_config="none")
     assert 'names "tensorboard" twice, allowed is once' in said(logger_config=["tensorboard", "tensorboard"])
@@ -67,6 +94,17 @@ def test_a_run_that_is_not_there(
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     assert main(["chat", "runs/quickstrat", "--prompt", "hi"]) == 4
     assert 'there is no folder runs/quickstrat here. Did you mean "quickstart"?' in capsys.readouterr().err
+
+
+def test_a_finished_run_is_told_before_libraries_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "done", "packages": {"llmtune": "0.1.0"}}')
+    (tmp_path / "recipe.yaml").write_text("{model: m, dataset: d, device: cpu, output_dir: run}")
+    code = "import sys; from llmtune.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "train", "recipe.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "output_dir: run holds a finished run; name another folder" in " ".join(done.stderr.split())
+    assert done.stdout.split() == ["2", "False"]
 
 
 def test_columns_that_no_row_has(tmp_path: Path) -> None:
@@ -129,7 +167,7 @@ def test_answers_to_a_pipe_stand_alone() -> None:
     lines = iter(["hello", "again"])
 
     class Echo:
-        completes = False
+        completes, tools, open_calls = False, None, ()
 
         def stream(self, text: str) -> Iterator[str]:
             yield text.upper()
@@ -157,6 +195,7 @@ def test_answers_to_a_pipe_stand_alone() -> None:
         ({"reward_config": {"name": "rule", "match": "length"}}, "max_tokens: match length calls every answer right"),
         ({"launch_config": {"name": "slurm", "time": "12h"}}, 'time: found "12h", allowed is what sbatch takes'),
         ({"peft_config": {"name": "lora", "layers_to_transform": [9]}}, r"found layers_to_transform \[9\].*: 0 to 1"),
+        ({"flash_attn": "fa3"}, "flash_attn: transformers cannot build .*; leave flash_attn out, or install that"),
         (
             {"peft_config": {"name": "peft", "tuner": "LoHaConfig", "options": {"rank": 4}}},
             "options.rank: PEFT's LOHA has no such option; it has .*alpha",
@@ -186,6 +225,23 @@ def test_a_wrong_value_is_told_before_a_run(changes: dict[str, Any], sentence: s
         ),
         ({"peft_config": {"name": "lora", "use_rslora": True, "use_dora": True}}, "rsLoRA and DoRA r=8"),
         ({"peft_config": {"name": "lora", "loraplus_lr_ratio": 16}}, "learning rate of adapters' B is 16 times"),
+        ({"peft_config": {"name": "lora", "rank_pattern": {"down_proj": 4}}}, "r=8 alpha=16 (r=4 on down_proj) on 14"),
+        (
+            {"peft_config": {"name": "oft", "oft_block_size": 7, "oft_target": "q_proj"}},
+            "7 inputs a block do not divide the inputs of q_proj (32); PEFT takes 8 there",
+        ),
+        (
+            {"optim_config": {"name": "galore", "rank": 99, "target": "q_proj,k_proj"}},
+            "optim_config.rank: 99 is no less than the shorter side of 4 of 4 matrices (k_proj 16, q_proj 32)",
+        ),
+        (
+            {"lr_scheduler_config": {"name": "warmup_stable_decay", "num_decay_steps": 10}},
+            "num_decay_steps: 10 are more than the 5 after warm-up, over which it falls then",
+        ),
+        (
+            {"lr_scheduler_config": {"name": "warmup_stable_decay", "num_stable_steps": 4, "num_decay_steps": 3}},
+            "num_decay_steps: the run ends after 1 of 3 steps, before the rate has come down",
+        ),
     ],
 )
 def test_what_means_less_than_one_might_think_is_told(changes: dict[str, Any], note: str, tmp_path: Path) -> None:
@@ -193,6 +249,7 @@ def test_what_means_less_than_one_might_think_is_told(changes: dict[str, Any], n
 
 
 def test_a_plain_recipe_is_told_nothing(tmp_path: Path) -> None:
-    for schedule in ("linear", "cosine", "cosine_with_restarts", "inverse_sqrt", "constant", "polynomial"):
+    decay = {"name": "warmup_stable_decay", "num_decay_steps": 4}
+    for schedule in ("linear", "cosine", "cosine_with_restarts", "inverse_sqrt", "constant", "polynomial", decay):
         keys = running.tiny_recipe(tmp_path, max_steps=5, warmup_steps=1, lr_scheduler_config=schedule)
         assert "Note:" not in str(llmtune.plan(keys))

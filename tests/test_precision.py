@@ -17,7 +17,7 @@ from llmtune.contract.errors import PlanError
 from llmtune.model import cpu_speed
 from llmtune.model.precision import CPU_TYPE
 from llmtune.model.sizes import sizes_of
-from llmtune.planning.decisions import SAFE
+from llmtune.planning.checkpointing import SAFE
 from llmtune.planning.devices import GIB
 from llmtune.planning.memory_formulas import estimate_memory
 from llmtune.planning.micro_batch import largest

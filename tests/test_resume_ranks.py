@@ -115,7 +115,7 @@ def test_the_plan_says_how_the_batch_is_kept(tiny_llama: str, chats: str, tmp_pa
     shown = str(llmtune.plan(keys, nproc=3))
     assert "continues the run in" in shown and "after step 3" in shown
     assert "gradient_accumulation_steps: 2 -> 1 on 3 ranks, so that a step still has the run's 8 rows" in shown
-    assert "8 rows a step = 3 x 1 micro-batches x 3 ranks" in shown
+    assert "8 rows a step = 3 x 1 micro-batch x 3 ranks" in shown
     assert "4 of the ranks have none" in str(llmtune.plan(keys, nproc=12))
     assert "cannot be continued: the run in" in str(llmtune.plan(keys, learning_rate=0.5))
 

@@ -1,4 +1,4 @@
-"""Options of `llmtune train` that are taken from the environment where the command line does not give them."""
+"""Options of `llmtune train` and `plan` that the environment gives where the command line does not."""
 
 from __future__ import annotations
 

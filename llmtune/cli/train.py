@@ -10,7 +10,7 @@ from typing import Any
 from llmtune.cli.arguments import KEYS, add_command, add_recipe, count
 from llmtune.cli.convert import read_recipe
 from llmtune.cli.libraries import load_libraries
-from llmtune.contract.errors import LlmtuneError, RecipeError
+from llmtune.contract.errors import LlmtuneError, PlanError, RecipeError
 from llmtune.terminal import doing, say
 
 
@@ -48,6 +48,7 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--ranks", type=count, metavar="N", help="plan for this many ranks, on any machines")
     plan.add_argument("--device", metavar="NAME", help="of this kind: h100, a100, rtx4090, ... or a memory, 24GB")
     plan.add_argument("--json", action="store_true", help="the cost, for machines")
+    plan.set_defaults(nnodes=None, rdzv_endpoint="")  # of `train`, which the environment may give; nobody meets here
 
 
 def _train(options: Any) -> int:
@@ -62,6 +63,7 @@ def _train(options: Any) -> int:
 def _train_or_launch(options: Any) -> int:
     from llmtune.distributed.ranks import leave, tell_the_others
     from llmtune.recipe.train_config import TrainConfig
+    from llmtune.training.run_folder import occupied
 
     try:
         recipe = read_recipe(options)
@@ -92,6 +94,8 @@ def _train_or_launch(options: Any) -> int:
         if options.dry_run:
             say(launcher.describe(replace(request, command=shown)))
             return 0
+        if sentence := occupied(replace(recipe, fresh=options.fresh)):
+            raise PlanError(sentence)  # at once, before libraries are imported and data read
         if not launcher.waits and shown != request.command:
             raise RecipeError(
                 "command line: a secret would be written into the job's script; name it in the recipe as ${oc.env:NAME}"
@@ -112,13 +116,21 @@ def _train_or_launch(options: Any) -> int:
 def _plan(options: Any) -> None:
     import json
 
+    from llmtune.cli.environment import taken_from_environment
+    from llmtune.contract.environment import remarks
+    from llmtune.distributed.launch import parse_machines
     from llmtune.recipe.registry import Registry
 
     recipe = read_recipe(options)
+    for line in [*(taken_from_environment(options) if options.ranks is None else ()), *remarks()]:
+        say(f"llmtune: {line}", sys.stderr)
+    machines = parse_machines(options.nnodes, None, None)
     load_libraries()
     from llmtune.api import plan_for
 
-    found = plan_for(recipe, Registry(), nproc=options.nproc, ranks=options.ranks, described=options.device)
+    found = plan_for(
+        recipe, Registry(), nproc=options.nproc, ranks=options.ranks, described=options.device, machines=machines
+    )
     if options.json:
         print(json.dumps(found.cost.as_dict(), indent=1))
         return

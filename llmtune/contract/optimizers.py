@@ -74,6 +74,16 @@ class ChecksGroups(Protocol):
 
 
 @runtime_checkable
+class Remarks(Protocol):
+    """Optional on an `OptimizerFactory` and on a `Schedule`: what a plan tells of it that is no mistake, such as a key
+    that means less in this run than one might think."""
+
+    def remarks(self, groups: Sequence[ParameterGroup], total_steps: int, warmup_steps: int) -> Iterable[str]:
+        """Sentences, each beginning with a key of its block. The parameters are on the meta device, or whole."""
+        ...
+
+
+@runtime_checkable
 class UpdatesInBackward(Protocol):
     """Optional on an `OptimizerFactory` whose optimiser can update each parameter as soon as its gradient is there.
 

@@ -52,7 +52,8 @@ class Torchrun:
     waits = True
 
     def ranks(self, request: LaunchRequest) -> int | None:
-        return request.ranks and request.ranks * request.machines.most
+        several = request.ranks or request.machines.most > 1
+        return self._here(request) * request.machines.most if several else None
 
     def starts(self, request: LaunchRequest) -> bool:
         if request.machines.most > 1 and not request.machines.endpoint:

@@ -191,7 +191,8 @@ def make_skeleton(keys: ModelConfig, pretrained: Pretrained, precision: Precisio
                 raise PlanError(
                     f"peft_config: transformers cannot build this model with more layers ({said})"
                 ) from error
-            raise PlanError(f"flash_attn: transformers cannot build this model ({said})") from error
+            fix = "" if keys.flash_attn == "auto" else "; leave flash_attn out, or install that package"
+            raise PlanError(f"flash_attn: transformers cannot build this model ({said}){fix}") from error
 
     if vocabulary is None:
         ledger = build()

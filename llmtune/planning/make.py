@@ -14,8 +14,8 @@ from llmtune.distributed.mesh import arrange
 from llmtune.model.generate import require_head
 from llmtune.model.precision import Precision, choose_precision
 from llmtune.model.sizes import sizes_of
+from llmtune.planning.checkpointing import with_checkpointing
 from llmtune.planning.data_plan import plan_data, prepare_for, questions_of
-from llmtune.planning.decisions import with_checkpointing
 from llmtune.planning.edit import STRUCTURE_POINTS, plan_model, read_pretrained
 from llmtune.planning.engine import asks_engine, engine_objections
 from llmtune.planning.further_models import plan_further
@@ -28,6 +28,7 @@ from llmtune.planning.objections import (
     metric_objections,
     optimizer_objections,
     plugin_objections,
+    remarks,
     reward_objections,
     schedule_notes,
     schedule_objections,
@@ -111,8 +112,12 @@ def make_plan(
     data = replace(data, questions=questions)
     notes = (*parts.notes, *narrowed, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
-    notes = schedule_notes(parts.one("lr_scheduler_config"), plan.steps, plan.warmup_steps)
-    return with_checkpointing(plan.noted(*notes, *evaluator_notes(parts, recipe.train)))
+    notes = (
+        *schedule_notes(parts.one("lr_scheduler_config"), plan.steps, plan.warmup_steps),
+        *remarks(parts, model, plan.steps, plan.warmup_steps),
+        *evaluator_notes(parts, recipe.train),
+    )
+    return with_checkpointing(plan.noted(*notes))
 
 
 def sample_objections(recipe: Recipe, parts: Parts, ranks: Ranks, prepared: Prepared) -> Iterator[str]:

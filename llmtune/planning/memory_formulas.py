@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.contract.optimizers import ChangesWhatTrains, UpdatesInBackward
 from llmtune.contract.records import HoldsGathered
@@ -232,8 +233,6 @@ def optimizer_bytes(plan: Plan, rank: Rank) -> dict[str, int]:
     """State of each parameter that trains at a step, by name, found by letting the recipe's optimiser take a step for
     one of each kind: on fake tensors; where it cannot, on small real ones, its state then being taken to grow with the
     parameter; where it cannot do that either, as it wants a GPU, what AdamW has."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     module, ledger, train = plan.model.module, plan.model.ledger, plan.recipe.train
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     kinds = {rank.key(name, p): (name, p) for name, p in reversed(trained)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, did_you_mean, listed
 from llmtune.contract.evaluation import MeasuresAnswers, MeasuresBatches
-from llmtune.contract.optimizers import ChecksGroups, UpdatesInBackward
+from llmtune.contract.optimizers import ChecksGroups, Remarks, UpdatesInBackward
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
 from llmtune.contract.rewards import ReadsRows
 from llmtune.contract.stages import Measures, RollsOut, precomputing
@@ -153,6 +153,15 @@ def schedule_notes(part: BuiltPlugin, steps: int, warmup_steps: int) -> Iterator
                 f"lr_scheduler_config: the learning rate of {part.plugin.name} is 0 from step {learning + 1:,} to "
                 f"{steps:,}, which learn nothing"
             )
+
+
+def remarks(parts: Parts, model: ModelPlan, steps: int, warmup_steps: int) -> Iterator[str]:
+    """What optimiser and schedule tell of the parameters that train and of the steps, besides objections."""
+    for part in (*parts.at("optim_config"), *parts.at("lr_scheduler_config")):
+        if isinstance(part.built, Remarks):
+            with blaming(part.full_label, "remarks"):
+                said = [*part.built.remarks(model_groups(model.module, model.ledger, 1.0), steps, warmup_steps)]
+            yield from (f"{part.point}.{sentence}" for sentence in said)
 
 
 def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: bool = False) -> Iterator[str]:

@@ -109,7 +109,7 @@ def data_lines(plan: DataPlan, ranks: Ranks, stage: Stage) -> list[tuple[str, st
     gives to them."""
     batches, order, units = plan.batches, plan.batches.order, plan.batches.units
     rows_each = -(-order.batch // (batches.micro_steps * ranks.batch_ranks))
-    split = f"{rows_each} x {batches.micro_steps} micro-batches x {counted(ranks.batch_ranks, 'rank')}"
+    split = f"{rows_each} x {_micro_batches(batches.micro_steps)} x {counted(ranks.batch_ranks, 'rank')}"
     # The first rows of a stream stand for all.
     tokens, some = int(units.tokens.sum()), min(order.batch, len(units)) if order.steps_per_epoch else order.batch
     what = "pack" if units.kind == "pack" else "pair" if batches.samples.width == 2 else "row"
@@ -120,6 +120,10 @@ def data_lines(plan: DataPlan, ranks: Ranks, stage: Stage) -> list[tuple[str, st
         ("Batch", f"{counted(order.batch, what)} a step = {split}, about {tokens * some // len(units):,} tokens"),
         *([("Answers", _answers(stage, order.batch))] if isinstance(stage, RollsOut) else []),
     ]
+
+
+def _micro_batches(number: int) -> str:
+    return "1 micro-batch" if number == 1 else f"{number:,} micro-batches"
 
 
 def _answers(stage: RollsOut, prompts: int) -> str:

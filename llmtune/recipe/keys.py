@@ -50,6 +50,7 @@ def about_unknown_in_block(point: str, name: str, key: str, known: Collection[st
     foreign = foreign_keys().get(key)
     if foreign is None or near:
         return f'no such key for "{name}".{end}'
-    if foreign.here.startswith(f"{point}.") and (own := foreign.here.partition(".")[2].partition(":")[0]) in known:
+    own = foreign.here.partition(" ")[0].removeprefix(f"{point}.").rstrip(":,")
+    if foreign.here.startswith(f"{point}.") and own in known:
         return f'no such key for "{name}" (write {own}).{end}'
     return f'no such key for "{name}"{foreign.answer}.{end}'

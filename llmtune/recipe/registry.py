@@ -20,6 +20,7 @@ from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.hookspecs import HOOKS
 from llmtune.contract.records import API_VERSION, Plugin
 from llmtune.contract.schema import split_names
+from llmtune.recipe.foreign_keys import foreign_keys
 from llmtune.recipe.listing import Listed
 from llmtune.recipe.packages import (
     BLOCK,
@@ -180,6 +181,9 @@ class Registry:
         near = did_you_mean(name, here)
         if elsewhere and not near:
             near = f" There is a plugin of this name for {listed(elsewhere)}."
+        foreign = foreign_keys().get(name)
+        if foreign is not None and foreign.here.startswith(f"{point}: "):
+            near = f" Here it is {foreign.here}."
         leads = [source for source in self.sources if name in source.names and not elsewhere]
         if leads:
             near = f" {leads[0].label} has an entry point of this name, but {leads[0].module} offers no such plugin."

@@ -303,7 +303,10 @@ def _summary(config: LoraConfig, layers: list[str], parameters: list[str]) -> st
     kind = " and ".join(kinds) or "LoRA"
     stacks = f" and {len(parameters)} stacks of experts" if parameters else ""
     names = files.describe(short([*layers, *parameters]))
-    return f"{kind} r={config.r} alpha={config.lora_alpha} on {len(layers)} layers{stacks}: {names}"
+    patterns = {"r": config.rank_pattern, "alpha": config.alpha_pattern}
+    apart = [f"{key}={value} on {name}" for key, own in patterns.items() for name, value in (own or {}).items()]
+    but = f" ({', '.join(apart)})" if apart else ""
+    return f"{kind} r={config.r} alpha={config.lora_alpha}{but} on {len(layers)} layers{stacks}: {names}"
 
 
 def _left_out(layers: list[str], stacks: list[str]) -> list[str]:

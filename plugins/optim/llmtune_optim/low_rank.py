@@ -6,7 +6,7 @@ GaLore: Zhao et al. 2024, https://arxiv.org/abs/2403.03507. APOLLO: Zhu et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,21 @@ class LowRankFactory:
             for target in split_names(self.config.target)
             if not any(is_target(name, [target]) for name in names)
         ]
+
+    def remarks(self, groups: Sequence[ParameterGroup], total_steps: int, warmup_steps: int) -> Iterator[str]:
+        """Matrices that a subspace of this rank makes no smaller."""
+        config, targets = self.config, split_names(self.config.target)
+        sides = {
+            name: min(matrix.shape[-2:])
+            for group in groups if group.role == "matrix"
+            for name, matrix in group.parameters if is_target(name, targets)
+        }  # fmt: skip
+        if whole := [name for name, side in sides.items() if side <= config.rank]:
+            short = ", ".join(sorted({f"{name.split('.')[-2]} {sides[name]}" for name in whole}))
+            yield (
+                f"rank: {config.rank} is no less than the shorter side of {len(whole)} of {len(sides)} matrices "
+                f"({short}), for which no less state is kept than by AdamW"
+            )
 
 
 def is_target(name: str, targets: Sequence[str]) -> bool:

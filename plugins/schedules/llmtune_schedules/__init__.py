@@ -7,6 +7,7 @@ equal those of transformers' `get_scheduler` at every step.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -144,6 +145,14 @@ class WarmupStableDecay:
             case "1-sqrt":
                 left = 1.0 - math.sqrt(done)
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left
+
+    def remarks(self, groups: object, total_steps: int, warmup_steps: int) -> Iterator[str]:
+        """A decay for which the run has too few steps."""
+        wanted, left = self.num_decay_steps, max(0, total_steps - warmup_steps - (self.num_stable_steps or 0))
+        if wanted > left and self.num_stable_steps is None:
+            yield f"num_decay_steps: {wanted:,} are more than the {left:,} after warm-up, over which it falls then"
+        elif wanted > left:
+            yield f"num_decay_steps: the run ends after {left:,} of {wanted:,} steps, before the rate has come down"
 
 
 def itself(config: Any) -> Any:

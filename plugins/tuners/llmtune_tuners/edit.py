@@ -92,7 +92,7 @@ class Tuner:
             after_load=[start.forget],
             trainable=trained.__contains__,
             roles=roles_of(new, trained),
-            report=[summary(config, model, folder)],
+            report=[summary(config, model, folder), *other_sizes(config, model)],
         )
 
     def save(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, context: RunContext) -> None:
@@ -267,6 +267,21 @@ def linear_names(model: nn.Module) -> list[str]:
     heads = output_heads(model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def other_sizes(config: PeftConfig, model: nn.Module) -> Iterator[str]:
+    """Where PEFT rotates other blocks than an OFT adapter says, as its size divides no layer's inputs."""
+    if config.peft_type != PeftType.OFT:
+        return
+    key, what = ("r", "blocks") if vars(config)["r"] else ("oft_block_size", "inputs a block")
+    wanted = vars(config)[key]
+    found: dict[int, dict[str, int]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and (size := vars(layer)[key][ADAPTER]) != wanted:
+            found.setdefault(size, {})[name.rpartition(".")[2]] = vars(layer)["in_features"]
+    for size, layers in sorted(found.items()):
+        names = ", ".join(f"{name} ({inputs})" for name, inputs in layers.items())
+        yield f"{wanted} {what} do not divide the inputs of {names}; PEFT takes {size} there"
 
 
 def summary(config: PeftConfig, model: nn.Module, folder: Path | None) -> str:
