@@ -200,6 +200,8 @@ def test_a_folder_of_ones_own_choice_is_not_taken_for_other_data(tmp_path: Path)
         place(tmp_path / "key", chosen=True, facts={"a": 1, "template": "y"}).get(make)
     place(tmp_path / "key", chosen=True, facts={"a": 1, "template": "y"}, overwrite=True).get(make)
     assert make.times == 2
+    place(tmp_path / "key", chosen=True, facts={"a": 1, "template": "y", "llmtune_code": "later"}).get(make)
+    assert make.times == 2
 
 
 def test_a_damaged_store_is_named(tmp_path: Path) -> None:

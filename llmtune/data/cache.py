@@ -22,6 +22,8 @@ from typing import Any
 from llmtune.contract.errors import DataError, listed
 from llmtune.data.store import StoreWriter, Tokenised, foreign_files, open_store, read_about
 
+CODE = "llmtune_code"
+"""The fact that is a hash of the code that makes tokens. It keeps the cache from what code under development made."""
 _FAILED = "failed.json"
 _SPEAK_AFTER_S = 10.0
 
@@ -64,6 +66,8 @@ class Place:
         if about is None:
             return False
         kept, wanted = about["facts"], json.loads(json.dumps(self.facts))
+        if self.chosen:  # may have been made by an earlier code, whose tokens were the same if its version is
+            kept, wanted = ({key: facts[key] for key in facts if key != CODE} for facts in (kept, wanted))
         if kept == wanted:
             return True
         if self.overwrite or not self.chosen:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmtune.contract.errors import DataError, listed
-from llmtune.data.cache import Place, key_of
+from llmtune.data.cache import CODE, Place, key_of
 from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import LOOKED_AT, Chosen, Formats, answers_prompts, check_kind, kind_for
 from llmtune.data.hashes import own_code_hash
@@ -31,7 +31,8 @@ from llmtune.media.files import MediaFiles
 from llmtune.media.processor import MediaProcessor
 
 VERSION = 2
-"""Counts up when the same data and keys give other tokens than before."""
+"""Counts up when the same data and keys give other tokens than before, which tests/test_data_version.py notices. A
+folder in `tokenized_path` is used as long as it stays."""
 LIKE_CONVERSATIONS = {"text": "conversation", "tokens": "conversation"}
 """Kinds whose samples are like those of another: tokens, some of which train."""
 _MOST_WITHOUT_TARGET = 0.01
@@ -100,9 +101,9 @@ class Making:
             if kept is None:
                 raise
             datasets, content = [], kept["facts"]["data"]  # tokenised elsewhere; the files need not be here
-        result = self._place(
-            {**self.facts(), "llmtune_code": own_code_hash(), "data": content}, at, bool(datasets)
-        ).get(partial(self._fill, key, datasets))
+        result = self._place({**self.facts(), CODE: own_code_hash(), "data": content}, at, bool(datasets)).get(
+            partial(self._fill, key, datasets)
+        )
         for source in result.sources:
             check_kind(source.kind, self.learns, self.stage, source.name, self.formats)
         self.check(key, result)
