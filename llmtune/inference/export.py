@@ -34,6 +34,7 @@ from llmtune.model.weight_files import read_index, stored_dtype
 from llmtune.planning.make import make_model_plan
 from llmtune.recipe.parts import hub_of
 from llmtune.recipe.registry import Registry
+from llmtune.terminal import doing
 from llmtune.training.building import build_objective
 from llmtune.training.save import untied
 
@@ -210,7 +211,8 @@ def base_logits(recipe: Recipe, device: str) -> Tensor:
 
 
 def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
-    """Fail loudly on the two silent ways a merge goes wrong: it changed the answers, or it changed nothing."""
+    """Fail loudly on the two silent ways a merge goes wrong: it changed the answers, or it changed nothing. Else say by
+    how much logits differ, as shares of their largest."""
     scale = trained.abs().max()
     error = ((merged - trained).abs().max() / scale).item()
     if not error <= 1e-3:  # nor if it is no number
@@ -221,6 +223,8 @@ def compare(merged: Tensor, trained: Tensor, base: Tensor) -> None:
         raise PlanError(
             "the merged model answers exactly like the base model: nothing was trained, or the wrong files were merged"
         )
+    changed = ((merged - base).abs().max() / scale).item()
+    doing.info(f"Merged, it answers as it was trained: logits within {error:.0e}, the base's are {changed:.0e} off")
 
 
 def write(plan: ModelPlan, target: Path, dtype: torch.dtype, keys: ExportConfig) -> None:

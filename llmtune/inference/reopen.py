@@ -134,7 +134,7 @@ def open_plan(
     elif saved is not None:
         recipe = with_saved_adapter(recipe, registry, saved, overrides)
     mode = "infer" if saved is None or saved.whole else "reopen"
-    made = make_model_plan(recipe, registry, ranks, place, mode, dtype or _usual_dtype(recipe))
+    made = make_model_plan(recipe, registry, ranks, place, mode, dtype or _usual_dtype(recipe, place))
     if mode == "infer" and made.ledger.untrained():
         names = ", ".join(part.plugin.name for part in made.parts.at("peft_config"))
         raise PlanError(
@@ -145,11 +145,9 @@ def open_plan(
     return made
 
 
-def _usual_dtype(recipe: Recipe) -> torch.dtype:
-    return torch_dtype(
-        recipe.export.infer_dtype,
-        load_model_config(resolve_model(recipe.model, hub_of(recipe), weights=False), recipe.model),
-    )
+def _usual_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    config = load_model_config(resolve_model(recipe.model, hub_of(recipe), weights=False), recipe.model)
+    return torch_dtype(recipe.export.infer_dtype, config, device)
 
 
 def whole_model(recipe: Recipe, folder: Path, overrides: Mapping[str, Any]) -> Recipe:

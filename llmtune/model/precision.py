@@ -108,11 +108,12 @@ def stored_dtype(precision: Precision, wish: str | None) -> torch.dtype:
     return precision.trainable
 
 
-def torch_dtype(name: str, config: Any) -> torch.dtype:
-    """`infer_dtype`: a name, or `auto` for the type the checkpoint declares (float32 becomes bfloat16 on a GPU)."""
+def torch_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """`infer_dtype` on `device`: a name, or `auto` for the type the checkpoint declares (on a GPU float32 becomes
+    bfloat16)."""
     if name != "auto":
         return getattr(torch, name)
     declared = getattr(config, "dtype", None) or torch.float32
-    if declared == torch.float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+    if declared == torch.float32 and device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return declared

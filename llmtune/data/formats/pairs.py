@@ -134,8 +134,8 @@ class KtoRows:
         if not is_label(row.get("label")):
             return None
         beside = next((c for c in ("messages", "conversations", "completion", "output") if c in row), None)
-        what = "true or false" if isinstance(row["label"], bool) else "yes or no"
-        return f"{beside} and a label of {what}" if beside else None
+        what = "of true or false" if isinstance(row["label"], bool) else "that has to be true or false"
+        return f"{beside} and a label {what}" if beside else None
 
     def convert(self, row: Mapping[str, Any]) -> UnpairedPreference:
         column = held_in(row, ("kto_tag", "label"))
