@@ -221,6 +221,8 @@ def reason(module: str, imported: str) -> str | None:
         return "may be absent"
     if module in light() and (imported not in light() or room(module) in ("api", "cli")):
         return "start-up"
+    if room(module) == "contract":  # entry modules of plugins take names from there
+        return "start-up"
     if module.startswith("llmtune.testing") and not module.startswith("llmtune.testing.points"):
         return "start-up"
     if room(module) == "data" or module in TOKENIZER_FILES:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -14,6 +14,8 @@ def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     A block is an element of an `nn.ModuleList` whose class the model lists in `_no_split_modules`; a model that
     lists none gets the elements of its longest homogeneous `nn.ModuleList`.
     """
+    from torch import nn
+
     listed = set(getattr(model, "_no_split_modules", None) or ())
     lists = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
@@ -57,6 +59,9 @@ def output_heads(model: Any) -> set[str]:
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every linear layer (`nn.Linear`, its subclasses, GPT-2's `Conv1D`) but output heads, in model order."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     heads = output_heads(model)
     return [
         (name, module)
