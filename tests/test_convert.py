@@ -284,6 +284,27 @@ def test_what_a_yaml_file_of_v1_says_of_data_becomes_entries(tmp_path: Path) -> 
     assert found.recipe["save_strategy"] == "epoch"
 
 
+@pytest.mark.parametrize(
+    ("loss", "stage"),
+    [
+        ({"_component_": "torchtune.rlhf.loss.RSOLoss", "gamma": 0.2}, {"pref_loss": "hinge", "pref_beta": 0.2}),
+        ({"_component_": "torchtune.rlhf.loss.IPOLoss", "tau": 0.3}, {"pref_loss": "ipo", "pref_beta": 0.3}),
+        (
+            {"_component_": "torchtune.rlhf.loss.SimPOLoss", "gamma": 0.7},
+            {"pref_loss": "simpo", "simpo_gamma": 0.7, "pref_beta": 2.0},
+        ),
+    ],
+)
+def test_losses_of_torchtune_keep_their_strength(loss: dict[str, Any], stage: dict[str, Any], tmp_path: Path) -> None:
+    there = {"optimizer": {"lr": 1e-4}, "loss": loss, "checkpointer": {"checkpoint_dir": "m"},
+             "dataset": {"_component_": "torchtune.datasets.chat_dataset", "source": "org/talks",
+                         "conversation_column": "talk", "conversation_style": "sharegpt"}}  # fmt: skip
+    (tmp_path / "there.json").write_text(json.dumps(there))
+    found = convert(tmp_path / "there.json").recipe
+    assert found["stage_config"] == {"name": "dpo", **stage}
+    assert found["dataset"] == {"path": "hub:org/talks", "format": "sharegpt", "columns": {"messages": "talk"}}
+
+
 def test_references_follow_their_keys(tmp_path: Path) -> None:
     found = made(
         tmp_path, output_dir="saves/${model_name_or_path}/${lora_rank}", lora_rank=4, tokenized_path="${stage}/x"

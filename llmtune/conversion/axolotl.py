@@ -70,6 +70,10 @@ def convert(draft: Draft, verb: str) -> None:
             draft.came.pop("val_set_size")
             draft.ask_nothing("val_set_size", why="0 is the default")
         _intervals(draft)
+        if not any(draft.has(key) for key in ("save_steps", "saves_per_epoch", "save_strategy")):
+            draft.default("save_strategy", "epoch")
+        if not draft.has("save_total_limit"):
+            draft.default("save_total_limit", 4)
         trainer.saving_and_evaluating(draft)
         _weights(draft)
     trainer.precision(draft)

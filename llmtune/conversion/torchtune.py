@@ -204,8 +204,10 @@ def _dataset(draft: Draft, block: str, here: str) -> None:
     if entry.get("format") == "text" and "stage_config" not in draft.recipe:
         draft.name("stage_config", "pt", f"{block}.{_COMPONENT}")
     draft.ask_nothing(f"{block}.packed", f"{block}.train_on_input", f"{block}.add_eos", why="as the default")
-    style = draft.take(f"{block}.conversation_style")
-    draft.ask_nothing(f"{block}.conversation_style", why=f"{style} rows are told by what they look like")
+    if (style := draft.take(f"{block}.conversation_style")) in ("sharegpt", "openai"):
+        entry["format"] = style
+    if conversation := draft.take(f"{block}.conversation_column"):
+        entry["columns"] = {"messages": conversation}
     if "alpaca" in builder:
         draft.check.append(
             f"{block}: {builder} puts its own text around a row (### Instruction: ...), and the chat template around "
@@ -292,13 +294,11 @@ def _stage(draft: Draft) -> None:
         draft.name("stage_config", "dpo", f"loss.{_COMPONENT}")
         if _LOSSES[name] != "sigmoid":
             draft.set("stage_config.pref_loss", _LOSSES[name])
-        draft.rename(
-            {
-                "loss.beta": "stage_config.pref_beta",
-                "loss.gamma": "stage_config.simpo_gamma",
-                "loss.label_smoothing": "stage_config.dpo_label_smoothing",
-            }
-        )
+        gamma = "stage_config.simpo_gamma" if name == "SimPOLoss" else "stage_config.pref_beta"
+        draft.rename({"loss.beta": "stage_config.pref_beta", "loss.tau": "stage_config.pref_beta", "loss.gamma": gamma,
+                      "loss.label_smoothing": "stage_config.dpo_label_smoothing"})  # fmt: skip
+        if name == "SimPOLoss":
+            draft.default("stage_config.pref_beta", 2.0)
     elif name in ("GRPOLoss", "PPOLoss") or "KD" in name:
         draft.lose(
             f"loss.{_COMPONENT}",
