@@ -33,9 +33,14 @@ def files_of(page: Path) -> dict[str, str]:
 
 
 def commands_of(page: Path) -> list[list[str]]:
-    """The commands that a page shows, as words without `llmtune`."""
+    """The commands of llmtune that a page shows, as words without `llmtune`."""
     blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    return [shlex.split(line, comments=True)[1:] for block in blocks for line in block.splitlines() if line]
+    return [
+        shlex.split(line, comments=True)[1:]
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("llmtune ")
+    ]
 
 
 @pytest.fixture

@@ -222,9 +222,10 @@ class Making:
     def _refuse(self, key: str, found: Tokenised) -> None:
         lost, kept, config = found.losses, len(found.samples), self.config
         if not kept and not lost.no_target and lost.too_long:
+            uncut = config.cutoff_policy == "truncate"  # pairs, prompts and what shows pictures are never cut
+            fix = ", as such samples are never cut" if uncut else ", or set cutoff_policy: truncate"
             raise DataError(
-                f"{key}: all {lost.too_long:,} samples are longer than cutoff_len={config.cutoff_len}; raise it, or "
-                "set cutoff_policy: truncate"
+                f"{key}: all {lost.too_long:,} samples are longer than cutoff_len={config.cutoff_len}; raise it{fix}"
             )
         where = listed(lost.no_target_origins, SHOWN)
         causes = f"cutoff_len={config.cutoff_len} cut {lost.truncated:,} samples"

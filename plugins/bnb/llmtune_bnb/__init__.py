@@ -46,7 +46,7 @@ def build_auto(config: AutoConfig) -> Any:
 @hookimpl
 def quant_config() -> list[Plugin]:
     """`bnb`, and `auto`, which picks it."""
-    given = {"gives": frozenset({"quantized_base"}), "requires": ("bitsandbytes>=0.49",)}
+    given = {"gives": frozenset({"quantized_base"}), "requires": ("bitsandbytes>=0.50.2",)}
     return [
         Plugin(
             name="bnb", config=BnbConfig, build=build, summary="4-bit or 8-bit base weights (bitsandbytes)", **given

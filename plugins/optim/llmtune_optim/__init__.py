@@ -152,7 +152,7 @@ def optim_config() -> list[Plugin]:
         build=build_adamw_8bit,
         summary="AdamW with 8-bit states (bitsandbytes): 2 bytes per trained parameter instead of 8",
         gives=ADAMW_RATES,
-        requires=("bitsandbytes>=0.48",),
+        requires=("bitsandbytes>=0.50.2",),
     )
     return [
         eight_bit,
