@@ -62,6 +62,9 @@ def on_terminal(
         shown = [line.rstrip() for line in screen.display if line.strip()]
         if shown and shown[-1] not in bottoms[-1:]:
             bottoms.append(shown[-1])
+
+    def answer() -> None:
+        shown = [line.rstrip() for line in screen.display if line.strip()]
         if shown and waiting and re.search(waiting[0][0], shown[-1]):
             os.write(terminal, waiting.pop(0)[1].encode())
 
@@ -72,6 +75,7 @@ def on_terminal(
                 look()
             for stream in streams:
                 stream.feed(part if not number else ERASES + part)
+        answer()  # without waiting for a pause, which a model that goes on and on does not make
         if not select.select([terminal], [], [], 0.005)[0]:
             look()
         if not select.select([terminal], [], [], 120)[0]:

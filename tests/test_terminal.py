@@ -90,7 +90,7 @@ def test_a_model_is_talked_to_and_its_answer_stopped(tmp_path: Path) -> None:
     tools = [{"name": "add", "parameters": {"type": "object", "properties": {}}}]
     (tmp_path / "tools.json").write_text(json.dumps(tools))
     screen = on_terminal(
-        ["-m", "llmtune", "chat", "tiny", "tools=tools.json", "max_new_tokens=99000", "do_sample=false"],
+        ["-m", "llmtune", "chat", "tiny", "tools=tools.json", "max_new_tokens=9000", "do_sample=false"],
         folder=tmp_path,
         typed=[("^You:$", "Who are you?\n"), ("^ ?the the", "\x03"), ("^You:$", "/sav\n"), ("^You:$", "\x04")],
     )
