@@ -312,6 +312,7 @@ KILLED = """
 import os, signal, sys
 from llmtune_vllm import VllmConfig
 from llmtune_vllm.server import VllmServer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 server = VllmServer(VllmConfig(vllm_command=sys.argv[1]), sys.argv[2], "float32")
 print("ready", flush=True)
 if sys.argv[3] == "exit":
