@@ -33,7 +33,7 @@ def problems(point: str, block: dict[str, Any]) -> list[str]:
 REQUIRED: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr_rate": 0.1}, "warmup_stable_decay": {"num_decay_steps": 3},
     "endpoint": {"url": "http://localhost:1"}, "function": {"function": "math:floor"}, "model": {"reward_model": "m"},
-    "peft": {"tuner": "IA3"},
+    "peft": {"tuner": "IA3"}, "benchmark": {"task": "tiny"},
 }  # fmt: skip
 """What plugins cannot do without."""
 

@@ -243,7 +243,7 @@ def test_what_cannot_be_asked_is_said_before_a_weight_is_read(
     (tmp_path / "broken.jsonl").write_text(good + '{"messages": 7}\n')
     (tmp_path / "long.jsonl").write_text(good.replace('"a"', f'"{"word " * 5000}"') + good)
     keys = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in keys.items()}
-    monkeypatch.setattr("llmtune.inference.predict.fill", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("llmtune.inference.predict.filled_for", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(LlmtuneError, match=said) as caught:
         llmtune.predict(model, **keys)
     assert isinstance(caught.value, DataError | RecipeError)
