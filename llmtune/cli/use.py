@@ -36,9 +36,7 @@ def add_commands(commands: Any) -> None:
         commands, "eval", _eval, "Ask a model the questions of a benchmark",
         "The results are written into the folder benchmarks of the run.",
     )  # fmt: skip
-    evaluate.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="a run's or a model's folder, a checkpoint, a hub id, or a recipe"
-    )
+    add_model(evaluate)
     add_overrides(evaluate, "task=mmlu, n_shot=5, batch_size=8, limit=100, save_dir=FOLDER or recipe keys")
     evaluate.add_argument("--nproc", type=count, metavar="N", help="ranks on this machine (default: one per GPU)")
     export = add_command(commands, "export", _export, "Write a merged model, a GGUF file or an adapter")

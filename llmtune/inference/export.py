@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, save_torch_state_dict
 from llmtune.contract.errors import PlanError, blaming
 from llmtune.contract.records import Merges
 from llmtune.distributed.ranks import Ranks, pick_device
-from llmtune.folders import make_readable
+from llmtune.folders import publish
 from llmtune.inference.gguf_export import architecture_of, write_gguf
 from llmtune.inference.model_card import license_of, model_card
 from llmtune.inference.modelfile import modelfile
@@ -73,7 +73,6 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
             base, library = plan.files.folder, write_as(plan, recipe, folder, target.name)
         card = model_card(recipe, saved.run if saved else None, base, library, target.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        make_readable(folder)
     if keys.export_hub_model_id:
         push(target, keys.export_hub_model_id, recipe.model.token)
     return target
@@ -157,8 +156,8 @@ def appearing(target: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         if target.exists():
-            target.rmdir()  # it is empty
-        folder.rename(target)
+            target.rmdir()  # it is empty, or what came meanwhile is not written over
+        publish(folder, target)
 
 
 def push(folder: Path, repository: str, token: str | None) -> None:
