@@ -14,6 +14,7 @@ import torch
 from llmtune.data.batches import collate, split_row, to_device
 from llmtune.data.order import Order, cut, deal, padding_share, split
 from llmtune.data.sequence import TokenSequence
+from llmtune.data.tokens import shown_in
 from llmtune.data.units import SampleSlice, Units, make_units
 
 if TYPE_CHECKING:
@@ -182,8 +183,9 @@ def sample_batch(
     `mismatched` answer."""
     ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
     parts = [part for sample in chosen for part in samples.sequences(sample)]
+    rows = () if samples.columns is None else tuple(samples.row(sample) for sample in chosen)
     media = media if samples.media_kinds else None
-    shown = [] if media is None else [each for sample in chosen for each in samples.shown(sample)]
+    shown = [] if media is None else [each for row in rows for each in shown_in(row, samples.width)]
     blank = [] if media is None else media.fillers(samples.media_kinds, shown)
     batch = collate(
         [TokenSequence(ids[part], mask[part], None if weights is None else weights[part]) for part in parts],
@@ -195,8 +197,7 @@ def sample_batch(
         desirable=None if labels is None else [bool(labels[sample]) for sample in chosen for _ in range(samples.width)],
         counts_samples=samples.counts_samples,
     )
-    if samples.columns is not None:
-        batch.columns = tuple(samples.row(sample) for sample in chosen)
+    batch.columns = rows
     if media is not None:
         tokens = [*(ids[part] for part in parts), *(tokens for tokens, _ in blank)]
         batch.media = media.tensors([*shown, *(filler for _, filler in blank)], tokens, flat)

@@ -18,6 +18,11 @@ MEDIA_COLUMN = "llmtune.media"
 """The column in which a sample keeps the texts and the media of its sequences, where it shows any."""
 
 
+def shown_in(row: Mapping[str, Any], width: int) -> list[ShownText]:
+    """What each of the `width` sequences of a sample shows, by the columns that it keeps."""
+    return [ShownText.read(held) for held in row.get(MEDIA_COLUMN, [None] * width)]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSamples:
     """Samples ready for training. A sample is `width` sequences: one, or two for a preference (chosen, rejected)."""
@@ -179,7 +184,7 @@ class TokenSamples:
 
     def shown(self, index: int) -> list[ShownText]:
         """What each sequence of a sample shows; nothing where the sample shows no media."""
-        return [ShownText.read(held) for held in self.row(index).get(MEDIA_COLUMN, [None] * self.width)]
+        return shown_in(self.row(index), self.width)
 
     def media_names(self, index: int) -> list[str]:
         """The names of the files that a sample shows, each once."""

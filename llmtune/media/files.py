@@ -27,9 +27,7 @@ class MediaFiles:
     """Where a data set's media are."""
 
     folder: Path
-    """What relative paths count from, and what no path may lead out of, through links neither."""
-    key: str = "media_dir"
-    """The recipe key that says so."""
+    """What relative paths count from, and what no path may lead out of, through links neither: `media_dir`."""
     fetches: bool = False
     """Whether `https` and `http` addresses are fetched."""
 
@@ -62,9 +60,9 @@ class MediaFiles:
         found = (folder / Path(path).expanduser()).resolve()
         if not found.is_relative_to(folder):
             what = f"{path} is {found}, outside of {folder}"
-            raise BadRow("media outside of media_dir", f"{what}; name a folder that holds all files with {self.key}")
+            raise BadRow("media outside of media_dir", f"{what}; name a folder that holds all files with media_dir")
         if not found.is_file():
-            raise BadRow("missing media", f"there is no file {found}; paths count from {self.key}, which is {folder}")
+            raise BadRow("missing media", f"there is no file {found}; paths count from media_dir, which is {folder}")
         return str(found)
 
     def _fetched(self, address: str) -> str:

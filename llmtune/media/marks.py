@@ -25,11 +25,6 @@ def texts_between(text: str) -> list[str]:
     return [part for part in _ANY.split(text) if part and part not in _KIND]
 
 
-def with_marks(text: str, spelled: str, kind: str) -> str:
-    """The text with marks of a kind where it spells them, as in `<image>`."""
-    return text.replace(spelled, MARKS[kind])
-
-
 def as_parts(message: Message) -> Message:
     """The message with a list of parts for its content, as transformers' templates of models that read media want it:
     `{type: text, text: ...}`, `{type: image}`."""
@@ -41,7 +36,7 @@ def as_parts(message: Message) -> Message:
     return {**message, "content": parts}
 
 
-def counted(kinds: Sequence[str]) -> str:
+def kinds_text(kinds: Sequence[str]) -> str:
     """How many there are of each kind, in words: `2 images and 1 video`."""
     counts = [(kind, kinds.count(kind)) for kind in MEDIA_KINDS if kind in kinds]
     return " and ".join(f"{count} {kind}{'s' if count > 1 and kind != 'audio' else ''}" for kind, count in counts)

@@ -19,7 +19,7 @@ from llmtune.contract.examples import (
     UnpairedPreference,
 )
 from llmtune.media.files import MediaFiles
-from llmtune.media.marks import MARKS, counted, kinds_in
+from llmtune.media.marks import MARKS, kinds_in, kinds_text
 
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
 """Columns of files, by what they hold."""
@@ -55,12 +55,12 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
     if not columns and not any(kinds_in(message["content"]) for message in [*asked, *answers]):
         return example
     if files is None:
-        held = _all(columns) or counted([kind for message in asked for kind in kinds_in(message["content"])])
+        held = _all(columns) or kinds_text([kind for message in asked for kind in kinds_in(message["content"])])
         raise BadRow("not only text", f"the row holds {held}, and what reads it here reads text only")
     asked = [_spelt(message, columns) for message in asked]
     for number, message in enumerate([*asked, *(_spelt(each, columns) for each in answers)], start=1):
         if message["role"] == "assistant" and (kinds := kinds_in(message["content"])):
-            what = f"message {number} (assistant) shows {counted(kinds)}"
+            what = f"message {number} (assistant) shows {kinds_text(kinds)}"
             raise BadRow("media in an answer", f"{what}, allowed is text; models answer in text")
     asked = _led(asked, columns)
     messages, media = _matched(asked, columns, files)
@@ -116,4 +116,4 @@ def _plural(kind: str) -> str:
 
 
 def _all(columns: Mapping[str, Sequence[Any]]) -> str:
-    return counted([kind for kind, sources in columns.items() for _ in sources])
+    return kinds_text([kind for kind, sources in columns.items() for _ in sources])

@@ -52,7 +52,8 @@ def _tower(model: Any, modality: str, inside: set[int]) -> Any:
 
 def frozen_parameters(model: Any, keys: ModelConfig) -> frozenset[str]:
     """Names of the parameters that the recipe's keys keep as they are."""
-    return frozenset(name for name, part in parts_of(model).items() if part in _frozen(keys))
+    frozen = _frozen(keys)
+    return frozenset(name for name, part in parts_of(model).items() if part in frozen)
 
 
 def _frozen(keys: ModelConfig) -> set[Part]:

@@ -82,10 +82,9 @@ def make_plan(
         raise_all(problems)  # one of the problems is why
     recipe, narrowed = answerable(recipe, parts.one("stage_config").built, pretrained.config)
     doing.info("Reading and tokenising the data")
+    media = pretrained.media(recipe)  # one for rows and batches, as it holds the processor that it has read
     with collect(problems):
-        prepared = prepare_for(
-            recipe, parts, registry, pretrained.tokenizer, writes=writes, media=pretrained.media(recipe)
-        )
+        prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer, writes=writes, media=media)
     raise_all(problems)
     assert prepared is not None and precision is not None
     model: ModelPlan | None = None
@@ -107,8 +106,7 @@ def make_plan(
     assert model is not None
     further = plan_further(recipe, registry, parts, model)
     flat = model.end_to_end or recipe.data.isolates
-    stage, media = parts.one("stage_config").built, pretrained.media(recipe)
-    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, stage, media)
+    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, parts.one("stage_config").built, media)
     data = replace(data, questions=questions)
     notes = (*parts.notes, *narrowed, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
