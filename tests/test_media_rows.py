@@ -23,6 +23,7 @@ from llmtune.data.formats.pairs import PreferencePairs
 from llmtune.data.render import Renderer
 from llmtune.media.config import MediaConfig
 from llmtune.media.files import MediaFiles
+from llmtune.media.loading import load_processor
 from llmtune.media.marks import texts_between
 from llmtune.media.opening import open_audio, open_image, open_video
 from llmtune.media.processor import MediaProcessor, ShownText
@@ -167,16 +168,15 @@ def test_videos_and_sounds_are_sampled(folder: Path, tmp_path: Path) -> None:
         open_audio(str(folder / "broken.png"), 16000)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "gemma3", "idefics3"])
+@pytest.mark.parametrize("name", ["llava_next", "gemma3", "idefics3", "qwen2_5_vl", "qwen3_vl"])
 def test_ids_and_tensors_are_those_of_the_processor(
     name: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Of random conversations with pictures in every place, one by one and as a batch."""
     from PIL import Image
-    from transformers import AutoProcessor
 
     model = MODELS[name](tmp_path_factory.mktemp(name))
-    processor = AutoProcessor.from_pretrained(model)
+    processor = load_processor(model)
     processor.tokenizer.padding_side = "right"
     media = MediaProcessor(folder=model, tokenizer=processor.tokenizer, config=MediaConfig(image_min_pixels=None))
     renderer, draw = Renderer(processor.tokenizer, media=media), random.Random(3)

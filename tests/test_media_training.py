@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import llmtune
+from llmtune.media.loading import load_processor
 from llmtune.testing.ranks import in_ranks
 from tests.tiny_media import MODELS, rows
 
 pytest.importorskip("PIL")
-NAMES = ("llava", "llava_next", "gemma3", "idefics3")
-"""Those whose processors need no torchvision, of which there is no build for CPUs alone."""
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "gemma3", "idefics3")
 RATE, STEPS = 1e-2, 2
 TRAINED = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
 """Towers and projector train, too."""
@@ -54,9 +54,7 @@ def conversations(place: Path) -> Iterator[list[dict[str, Any]]]:
 
 def inputs_by_hand(folder: Path, place: Path) -> tuple[dict[str, Any], torch.Tensor]:
     """(what the model is given, labels (B, T) with -100 where nothing is learnt)."""
-    from transformers import AutoProcessor
-
-    processor, rows = AutoProcessor.from_pretrained(folder), list(conversations(place))
+    processor, rows = load_processor(folder), list(conversations(place))
     processor.tokenizer.padding_side = "right"
 
     def made(rows: Any, **options: Any) -> Any:
@@ -137,7 +135,7 @@ def test_all_that_trains_learns_as_by_hand(name: str, place: Path, models: Any, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_frozen_parts_stay_and_the_rest_learns_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
-    frozen = ("vision", "projector", "connector", "image_newline")
+    frozen = ("vision", "visual", "projector", "connector", "image_newline")
     same(learnt(models(name), place, tmp_path / "run"), by_hand(models(name), place, frozen))
     from safetensors.torch import load_file
 
@@ -209,7 +207,7 @@ def test_a_model_that_cannot_keep_packed_pictures_apart_is_found_before_training
 def test_answers_about_pictures_are_preferred_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
     """SimPO (arXiv 2405.14734, equation 6): means of log-probabilities, compared pair by pair."""
     from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     asked = [
         ("<image>what is in the picture", ["0.png"]),
@@ -222,7 +220,7 @@ def test_answers_about_pictures_are_preferred_as_by_hand(name: str, place: Path,
         for (text, images), (better, worse) in zip(asked, pairs, strict=True)
     ]
     (place / "pairs.json").write_text(json.dumps(written))
-    processor = AutoProcessor.from_pretrained(models(name))
+    processor = load_processor(models(name))
     model: Any = AutoModelForImageTextToText.from_pretrained(models(name), dtype=torch.float32)
 
     def mean_logp(text: str, images: list[str], answer: str) -> torch.Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmtune.media.loading import without_video
+
 WORDS = "hello world what is in the picture red blue circle square how many user assistant system"
 TEXT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,17 +65,22 @@ def _saved(folder: Path, config: Any, model_class: str, processor: Any) -> Path:
     return folder
 
 
+def _sees_video(folder: Path, video: str, **options: Any) -> None:
+    """Write the part that needs torchvision to a processor that was saved without it."""
+    place = folder / "processor_config.json"
+    options = {"video_processor_type": video, **options}
+    place.write_text(json.dumps({**json.loads(place.read_text()), "video_processor": options}))
+
+
 def _qwen(folder: Path, name: str, vision: Mapping[str, Any], patch: int = 4) -> Path:
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     held = tokenizer(("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"))
     sizes = {"patch_size": patch, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
-    video_name = "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
     mark = "<|vision_start|>{}<|vision_end|>"
-    processor = getattr(transformers, f"{name}Processor")(
-        image_processor=Qwen2VLImageProcessorPil(**sizes), tokenizer=held,
-        video_processor=getattr(transformers, video_name)(**sizes),
+    processor = without_video(getattr(transformers, f"{name}Processor"))(
+        image_processor=Qwen2VLImageProcessorPil(**sizes), tokenizer=held, video_processor=None,
         chat_template=template(mark.format("<|image_pad|>"), mark.format("<|video_pad|>")),
     )  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -86,7 +93,9 @@ def _qwen(folder: Path, name: str, vision: Mapping[str, Any], patch: int = 4) ->
     config = getattr(transformers, f"{name}Config")(
         text_config=text, vision_config={**vision, "patch_size": patch}, tie_word_embeddings=False, **marks
     )
-    return _saved(folder, config, f"{name}ForConditionalGeneration", processor)
+    _saved(folder, config, f"{name}ForConditionalGeneration", processor)
+    _sees_video(folder, "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor", **sizes)
+    return folder
 
 
 def qwen2_vl(folder: Path) -> Path:
@@ -172,28 +181,147 @@ def gemma3(folder: Path) -> Path:
     return _saved(folder, config, "Gemma3ForConditionalGeneration", processor)
 
 
-def idefics3(folder: Path, name: str = "Idefics3") -> Path:
-    import transformers
+def idefics3(folder: Path) -> Path:
+    from transformers import Idefics3Config, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     rows = tuple(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5))
     held = tokenizer(("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows))
     images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    processor = getattr(transformers, f"{name}Processor")(
+    processor = Idefics3Processor(
         image_processor=images, tokenizer=held, image_seq_len=4, chat_template=template("<image>")
     )
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
               "image_size": 16, "patch_size": 4}  # fmt: skip
-    config = getattr(transformers, f"{name}Config")(
+    config = Idefics3Config(
         text_config={"model_type": "llama", **_text(held)}, vision_config=vision, scale_factor=2,
         image_token_id=held.convert_tokens_to_ids("<image>"), pad_token_id=held.pad_token_id,
     )  # fmt: skip
-    return _saved(folder, config, f"{name}ForConditionalGeneration", processor)
+    return _saved(folder, config, "Idefics3ForConditionalGeneration", processor)
+
+
+def smolvlm(folder: Path) -> Path:
+    from transformers import SmolVLMConfig, SmolVLMProcessor
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    rows = tuple(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5))
+    held = tokenizer(("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<video>", *rows))
+    sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+    processor = without_video(SmolVLMProcessor)(
+        image_processor=SmolVLMImageProcessorPil(**sizes), tokenizer=held, video_processor=None,
+        image_seq_len=4, chat_template=template("<image>", "<video>"),
+    )  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 4}  # fmt: skip
+    config = SmolVLMConfig(
+        text_config={"model_type": "llama", **_text(held)}, vision_config=vision, scale_factor=2,
+        image_token_id=held.convert_tokens_to_ids("<image>"), pad_token_id=held.pad_token_id,
+    )  # fmt: skip
+    _saved(folder, config, "SmolVLMForConditionalGeneration", processor)
+    sampled = {"num_frames": 4, "fps": 1, "skip_secs": 0}
+    _sees_video(folder, "SmolVLMVideoProcessor", **sizes, video_sampling={**sampled, "video_size": sizes["size"]})
+    return folder
+
+
+def internvl(folder: Path) -> Path:
+    from transformers import InternVLConfig, InternVLProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    held = tokenizer(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )  # fmt: skip
+    sizes = {"size": {"height": 16, "width": 16}}
+    processor = without_video(InternVLProcessor)(
+        image_processor=GotOcr2ImageProcessorPil(**sizes, crop_to_patches=True, max_patches=3), tokenizer=held,
+        video_processor=None, image_seq_length=4, chat_template=template("<IMG_CONTEXT>\n", "<video>\n"),
+    )  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 4}  # fmt: skip
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **_text(held)}, vision_config=vision, image_seq_length=4,
+        image_token_id=held.convert_tokens_to_ids("<IMG_CONTEXT>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    _saved(folder, config, "InternVLForConditionalGeneration", processor)
+    _sees_video(folder, "InternVLVideoProcessor", **sizes)
+    return folder
+
+
+def mllama(folder: Path) -> Path:
+    from transformers import MllamaConfig, MllamaProcessor
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    held = tokenizer(("<|python_tag|>", "<|begin|>"), image_token="<|image|>")
+    held.bos_token = "<|begin|>"
+    images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=2)
+    turns = template("<|image|>")
+    processor = MllamaProcessor(image_processor=images, tokenizer=held, chat_template="<|begin|>" + turns)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1,
+              "attention_heads": 2, "vision_output_dim": 32, "image_size": 16, "patch_size": 4, "max_num_tiles": 2,
+              "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = _text(held, num_hidden_layers=3, cross_attention_layers=[1], rope_parameters=rope)
+    marks = _ids(held, image_token_index="<|image|>")
+    config = MllamaConfig(vision_config=vision, text_config={**text, "bos_token_id": held.bos_token_id}, **marks)
+    return _saved(folder, config, "MllamaForConditionalGeneration", processor)
+
+
+def pixtral(folder: Path) -> Path:
+    """What Mistral calls Pixtral: LLaVA with a tower of its own, which takes pictures of any size."""
+    from transformers import LlavaConfig, PixtralProcessor, PixtralVisionConfig
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    held = tokenizer(("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
+    images = PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
+    processor = PixtralProcessor(image_processor=images, tokenizer=held, patch_size=8, chat_template=template("[IMG]"))
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**vision), text_config={"model_type": "mistral", **_text(held, head_dim=8)},
+        image_token_id=held.convert_tokens_to_ids("[IMG]"), vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    return _saved(folder, config, "LlavaForConditionalGeneration", processor)
+
+
+def gemma4(folder: Path) -> Path:
+    """The kind with a tower of sound, too, and embeddings for each layer."""
+    from transformers import Gemma4AudioFeatureExtractor, Gemma4Config, Gemma4Processor
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    held = tokenizer(
+        ("<|video|>",), boi_token="<|image>", image_token="<|image|>", eoi_token="<image|>", boa_token="<|audio>",
+        audio_token="<|audio|>", eoa_token="<audio|>",
+    )  # fmt: skip
+    images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
+    processor = without_video(Gemma4Processor)(
+        feature_extractor=Gemma4AudioFeatureExtractor(), image_processor=images, tokenizer=held, video_processor=None,
+        image_seq_length=70, chat_template=template("<|image|>", "<|video|>", "<|audio|>"),
+    )  # fmt: skip
+    text = {**_text(held), "head_dim": 8, "global_head_dim": 16, "sliding_window": 16,
+            "vocab_size_per_layer_input": 448, "hidden_size_per_layer_input": 4,
+            "layer_types": ["sliding_attention", "full_attention"], "use_bidirectional_attention": "vision",
+            }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2,
+              "position_embedding_size": 128}  # fmt: skip
+    audio = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 24,
+             "subsampling_conv_channels": [8, 4]}  # fmt: skip
+    config = Gemma4Config(
+        text_config=text, vision_config=vision, audio_config=audio,
+        **_ids(held, boi_token_id="<|image>", eoi_token_id="<image|>", image_token_id="<|image|>",
+               video_token_id="<|video|>", boa_token_id="<|audio>", eoa_token_index="<audio|>",
+               audio_token_id="<|audio|>"),
+    )  # fmt: skip
+    _saved(folder, config, "Gemma4ForConditionalGeneration", processor)
+    _sees_video(folder, "Gemma4VideoProcessor", patch_size=4, pooling_kernel_size=2)
+    return folder
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava": llava, "llava_next": llava_next,
-    "gemma3": gemma3, "idefics3": idefics3,
+    "gemma3": gemma3, "idefics3": idefics3, "smolvlm": smolvlm, "internvl": internvl, "mllama": mllama,
+    "pixtral": pixtral, "gemma4": gemma4,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Media
 from llmtune.media.config import MediaConfig
+from llmtune.media.loading import load_processor
 from llmtune.media.opening import Video, open_audio, open_image, open_video
 
 if TYPE_CHECKING:
@@ -68,20 +69,7 @@ class MediaProcessor:
     @cached_property
     def processor(self) -> Any:
         """transformers' processor. DataError where there is none."""
-        from transformers import AutoProcessor, ProcessorMixin
-
-        try:
-            found: Any = AutoProcessor.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
-        except Exception as error:  # of a package that is not there, AttributeError as well as ImportError
-            said = " ".join(str(error).split())[:300]
-            raise DataError(
-                f"model: its processor of pictures and sound cannot be made ({type(error).__name__}: {said}); most "
-                "need pip install pillow, those of models that see video torchvision, too"
-            ) from error
-        if not isinstance(found, ProcessorMixin):
-            raise DataError(f"model: {self.folder} has no processor of pictures or sound; its rows can hold text only")
+        found = load_processor(self.folder, self.trust_remote_code)
         found.tokenizer = self.tokenizer
         return found
 
@@ -201,7 +189,8 @@ class MediaProcessor:
         """What a processor is given of a medium. BadRow if it cannot be read, or the model reads none of its kind."""
         if medium.kind not in self.reads:
             taken = f"{type(self.processor).__name__} takes {' and '.join(self.reads)}"
-            raise BadRow("media the model cannot read", f"{taken}, and a message shows {medium.kind}")
+            fix = "; of models that see video, that part needs torchvision" if medium.kind == "video" else ""
+            raise BadRow("media the model cannot read", f"{taken}, and a message shows {medium.kind}{fix}")
         if medium.path == BLANK:
             return self._opened_blank(medium.kind)
         if medium.kind == "video":
