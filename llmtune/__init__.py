@@ -39,8 +39,8 @@ _WHERE = {
             "Precomputes", "Prepares", "Remembers", "RollsOut", "UsesModels", "WithoutDropout",
         ),
         "llmtune.contract.examples": (
-            "BadRow", "Conversation", "DataFormat", "Example", "Message", "Preference", "Prompt", "SaysWhatItNeeds",
-            "Text", "Tokens", "UnpairedPreference",
+            "BadRow", "Conversation", "DataFormat", "Example", "Media", "Message", "Preference", "Prompt",
+            "SaysWhatItNeeds", "ShownText", "Text", "Tokens", "UnpairedPreference",
         ),
         "llmtune.contract.evaluation": (
             "AskedModel", "Evaluator", "MeasuresAnswers", "MeasuresBatches", "MeasuresModel", "Prediction",
@@ -51,7 +51,7 @@ _WHERE = {
         "llmtune.distributed.launch": ("rank_environment", "LaunchError"),
         "llmtune.contract.generation": (
             "Answer", "AnswerRequest", "Completion", "Deliver", "Engine", "GenerateConfig", "NewToken", "ReadsFiles",
-            "ServedModel", "Serves", "Serving",
+            "ServedModel", "Serves", "Serving", "ShownPrompt", "TakesMedia",
         ),
         "llmtune.model.continuous": ("ContinuousServing",),
         "llmtune.model.generate": ("generate", "ContextFull", "room_of", "stop_tokens"),

@@ -73,9 +73,7 @@ def test_several_answers_to_a_prompt_are_those_that_it_has_alone(
     rows = [2, 0, 0, 2, 5, 2, 0]
     kept: list[bool] = []
     prefilled = module.prefilled
-    monkeypatch.setattr(
-        module, "prefilled", lambda *given: kept.append(prefilled(*given) is not None) or prefilled(*given)
-    )
+    monkeypatch.setattr(module, "prefilled", lambda *given: kept.append(bool(prefilled(*given))) or prefilled(*given))
     seeds = list(range(len(rows)))
     prompts = [PROMPTS[row] for row in rows]
     for config in (GREEDY, WAYS["sampled"], WAYS["sampled and penalised"]):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.contract.examples import BadRow, Conversation
+from llmtune.contract.examples import BadRow, Conversation, ShownText
 from llmtune.data.config import DataConfig
 from llmtune.data.formats import Chosen, read_row
 from llmtune.data.formats.chats import Alpaca, OpenAi, ShareGpt
@@ -26,7 +26,7 @@ from llmtune.media.files import MediaFiles
 from llmtune.media.loading import load_processor
 from llmtune.media.marks import texts_between
 from llmtune.media.opening import open_audio, open_image, open_video
-from llmtune.media.processor import MediaProcessor, ShownText
+from llmtune.media.processor import MediaProcessor
 from tests.tiny_media import MODELS, draw
 
 pytest.importorskip("PIL")

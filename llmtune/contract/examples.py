@@ -33,6 +33,26 @@ class Media:
     """The file; of a video that comes in pictures, their files."""
 
 
+@dataclass(frozen=True)
+class ShownText:
+    """A rendered text with a place for each medium, and the media."""
+
+    text: str
+    media: tuple[Media, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return {"text": self.text, "media": [[each.kind, each.path] for each in self.media]}
+
+    @staticmethod
+    def read(held: Mapping[str, Any] | None) -> ShownText:
+        """What `as_json` gave; None is a text without media."""
+        if held is None:
+            return ShownText("")
+        media = [Media(kind, path if isinstance(path, str) else tuple(path)) for kind, path in held["media"]]
+        return ShownText(held["text"], tuple(media))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """Messages whose assistant turns are learnt."""

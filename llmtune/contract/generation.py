@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from llmtune.contract.errors import PlanError
+from llmtune.contract.examples import ShownText
 from llmtune.contract.schema import Ge, Gt, Le
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -51,6 +55,40 @@ class GenerateConfig(GenerationKeys):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShownPrompt:
+    """A prompt that shows pictures, video or sound."""
+
+    ids: tuple[int, ...]
+    """Its tokens, as the model's processor makes them: with the places of what it shows."""
+    shown: ShownText
+    """The text as the template wrote it, and what it shows."""
+
+
+Asked: TypeAlias = Sequence[int] | ShownPrompt
+"""A prompt: its tokens, or where it shows anything, these with what it shows."""
+
+
+class MediaReader(Protocol):
+    """What makes tensors of what prompts show: a model's own processor."""
+
+    @property
+    def placeholders(self) -> Sequence[int]:
+        """The tokens that stand for what is shown."""
+        ...
+
+    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> Sequence[tuple[Sequence[int], ShownText]]:
+        """Tokens and text of a prompt that shows something blank, for each of `kinds` that no row shows."""
+        ...
+
+    def prompt_tensors(
+        self, rows: Sequence[ShownText], ids: Sequence[Sequence[int]], width: int
+    ) -> Mapping[str, Tensor]:
+        """What a model is given of prompts besides their tokens, where these are padded on the left to `width`; nothing
+        where none shows anything. Raises DataError where a file has changed since `ids` were made."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """What a model said to one prompt."""
 
@@ -88,14 +126,14 @@ class Engine(Protocol):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Asked],
         config: GenerateConfig,
         *,
         seeds: Sequence[int] | None = None,
         stop: Sequence[int] | None = None,
         watch: Callable[[Sequence[int | None]], bool] | None = None,
     ) -> list[Answer]:
-        """Answers to prompts, which are lists of token ids, in their order.
+        """Answers to prompts, which are lists of token ids, in their order; `ShownPrompt`s where it `TakesMedia`.
 
         An answer depends on its prompt and its seed alone, whatever prompts stand beside it. `seeds` has one for each
         prompt; None draws them from torch's generator. `stop` are the tokens that end an answer; None is `stop_tokens`
@@ -107,6 +145,32 @@ class Engine(Protocol):
         Raises ContextFull where a prompt leaves no room for an answer.
         """
         ...
+
+
+@runtime_checkable
+class TakesMedia(Protocol):
+    """Optional on an `Engine`: its prompts may show pictures, video and sound. Its `generate`, of a model that reads
+    any, is called with one more keyword, `media`: the `MediaReader` that reads them."""
+
+    takes_media: bool
+
+
+def asking(engine: Engine, label: str, media: MediaReader | None) -> Callable[..., list[Answer]]:
+    """The `generate` of an engine for a model whose prompts `media` reads; None: they are text.
+
+    Raises PlanError where a prompt shows something and the engine, which errors call `label`, takes text only.
+    """
+    if media is not None and isinstance(engine, TakesMedia) and engine.takes_media:
+        return partial(engine.generate, media=media)
+
+    def generate(model: Any, tokenizer: Any, prompts: Sequence[Asked], *args: Any, **options: Any) -> list[Answer]:
+        if any(isinstance(prompt, ShownPrompt) for prompt in prompts):
+            raise PlanError(
+                f"{label} answers prompts of text only, and one shows pictures, video or sound; leave engine_config out"
+            )
+        return engine.generate(model, tokenizer, prompts, *args, **options)
+
+    return generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +186,8 @@ class AnswerRequest:
     seed: int
     stop: frozenset[int]
     """Tokens that end the answer."""
+    shown: ShownText | None = None
+    """The text of the prompt with what it shows, where it shows anything."""
     top_logprobs: int | None = None
     """How many of the likeliest tokens are told at each place, with the token's own logarithm; None tells neither."""
 

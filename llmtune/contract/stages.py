@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from llmtune.contract.generation import Answer, Completion, GenerateConfig
+    from llmtune.contract.generation import Answer, Asked, Completion, GenerateConfig
     from llmtune.contract.records import Amendment
 
 
@@ -194,7 +194,7 @@ class StageContext(Protocol):
         ...
 
     def generate(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]
+        self, model: nn.Module, prompts: Sequence[Asked], config: GenerateConfig, seeds: Sequence[int]
     ) -> list[Answer]:
         """Answers to prompts of token ids by the recipe's engine, one seed for each. Collective: all ranks call it,
         with prompts or none."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmtune.contract.errors import DataError
-from llmtune.contract.examples import BadRow, Conversation, Message
+from llmtune.contract.examples import BadRow, Conversation, Message, ShownText
 from llmtune.data.literal import Literal
 from llmtune.data.segments import Segments
 from llmtune.data.sequence import TokenSequence
@@ -26,7 +26,7 @@ from llmtune.data.shapes import Shapes
 from llmtune.data.tool_format import with_tools_as_text
 from llmtune.data.turns import Script, Special, Turn, check_texts, common, without_thinking
 from llmtune.media.marks import as_parts, kinds_in
-from llmtune.media.processor import MediaProcessor, ShownText
+from llmtune.media.processor import MediaProcessor
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

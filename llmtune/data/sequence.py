@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from llmtune.media.processor import ShownText
+    from llmtune.contract.examples import ShownText
 
 
 class TokenSequence(NamedTuple):

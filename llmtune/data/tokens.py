@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llmtune.contract.examples import MEDIA_KINDS
-from llmtune.media.processor import ShownText
+from llmtune.contract.examples import MEDIA_KINDS, ShownText
 
 MEDIA_COLUMN = "llmtune.media"
 """The column in which a sample keeps the texts and the media of its sequences, where it shows any."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.contract.errors import DataError
-from llmtune.contract.examples import BadRow, Media
+from llmtune.contract.examples import BadRow, Media, ShownText
 from llmtune.media.config import MediaConfig
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import Video, open_audio, open_image, open_video
@@ -33,26 +33,6 @@ BLANK = ""
 """The path of a medium that shows nothing."""
 _ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
 """What of its answer is no tensor that only media need."""
-
-
-@dataclass(frozen=True)
-class ShownText:
-    """A rendered text with a place for each medium, and the media."""
-
-    text: str
-    media: Sequence[Media] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        return {"text": self.text, "media": [[each.kind, each.path] for each in self.media]}
-
-    @staticmethod
-    def read(held: Mapping[str, Any] | None) -> ShownText:
-        """What `as_json` gave; None is a text without media."""
-        if held is None:
-            return ShownText("")
-        media = [Media(kind, path if isinstance(path, str) else tuple(path)) for kind, path in held["media"]]
-        return ShownText(held["text"], tuple(media))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +120,19 @@ class MediaProcessor:
         Raises:
             DataError: the processor gives other tokens than when the data were tokenised, as where a file has changed.
         """
+        lengths = [len(each) for each in ids]
+        return self._tensors(rows, ids, lambda value_BT: _laid_out(value_BT, lengths, flat))
+
+    def prompt_tensors(
+        self, rows: Sequence[ShownText], ids: Sequence[Sequence[int]], width: int
+    ) -> Mapping[str, Tensor]:
+        """The same of prompts that are padded on the left to `width` tokens."""
+        lengths = [len(each) for each in ids]
+        return self._tensors(rows, ids, lambda value_BT: _to_the_right(value_BT, lengths, width))
+
+    def _tensors(
+        self, rows: Sequence[ShownText], ids: Sequence[Sequence[int]], lay_out: Callable[[Tensor], Tensor]
+    ) -> Mapping[str, Tensor]:
         import torch
 
         if not any(row.media for row in rows):
@@ -150,15 +143,14 @@ class MediaProcessor:
             raise DataError(f"media: {bad}; it could be read when the data were tokenised") from bad
         made, mask = out["input_ids"], out["attention_mask"].bool()
         for row, wanted, own, real in zip(rows, ids, made, mask, strict=True):
-            if row.media and own[real].tolist() != wanted.tolist():
+            if row.media and own[real].tolist() != np.asarray(wanted).tolist():
                 raise DataError(
                     f"media: {row.media[0].path} has changed since the data were tokenised, or its processor has; set "
                     "overwrite_cache: true"
                 )
         given = {name: value for name, value in out.items() if name not in _ROWS and isinstance(value, torch.Tensor)}
-        lengths = [len(each) for each in ids]
         return {
-            name: _laid_out(value, lengths, flat) if value.shape[:2] == made.shape else value
+            name: lay_out(value) if value.shape[:2] == made.shape and not value.is_floating_point() else value
             for name, value in given.items()
         }
 
@@ -230,6 +222,15 @@ def _laid_out(value_BT: Tensor, lengths: Sequence[int], flat: bool) -> Tensor:
     if not flat:
         return value_BT
     return torch.cat([value[:length] for value, length in zip(value_BT, lengths, strict=True)])[None]
+
+
+def _to_the_right(value_BT: Tensor, lengths: Sequence[int], width: int) -> Tensor:
+    """A number for each token, which stands at the beginning of its row, with padding before it instead of after."""
+    moved = value_BT.new_zeros(len(value_BT), width, *value_BT.shape[2:])
+    for row, value, length in zip(moved, value_BT, lengths, strict=True):
+        own = value[:length]  # shorter where the row shows nothing, which the processor was given no text of
+        row[width - length : width - length + len(own)] = own
+    return moved
 
 
 def media_processor(

@@ -22,9 +22,11 @@ from transformers import (
 )
 
 from llmtune.contract.errors import DataError, DivergedError, PlanError
-from llmtune.contract.generation import Answer, GenerateConfig
+from llmtune.contract.examples import ShownText
+from llmtune.contract.generation import Answer, Asked, GenerateConfig, MediaReader
 from llmtune.distributed.ranks import fail_together, from_all
-from llmtune.model.prefill import CACHE, prefilled, repeated
+from llmtune.model.prefill import prefilled
+from llmtune.model.prompts import NOTHING, PromptBatch, ends_in_media, shown_by, tokens_of
 from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
@@ -41,14 +43,15 @@ class ContextFull(DataError):
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Asked],
     config: GenerateConfig | None = None,
     *,
     seeds: Sequence[int] | None = None,
     stop: Sequence[int] | None = None,
     watch: Watch | None = None,
+    media: MediaReader | None = None,
 ) -> list[Answer]:
-    """Answers to prompts, which are lists of token ids, as `Engine.generate` says.
+    """Answers to prompts, which are lists of token ids or show something that `media` reads, as `Engine.generate` says.
 
     Other batches differ in rounding, so that in float32 answers are the same but for ties, and in bfloat16 mostly.
     Raises ContextFull, and DivergedError where the model's logits are not finite.
@@ -60,9 +63,11 @@ def generate(
     stop = stop_tokens(model, tokenizer) if stop is None else stop
     with _together(spread):
         rows = [
-            PromptRow(list(prompt), room_of(model.config, len(prompt), config), seed)
+            PromptRow(ids := tokens_of(prompt), room_of(model.config, len(ids), config), seed, shown_by(prompt))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+        if media is None and any(row.shown.media for row in rows):
+            raise DataError("a prompt shows pictures, video or sound, and nothing was given that reads them (media)")
     # Beams that are sampled are drawn from one generator, so each prompt has a batch of its own.
     most = alike_up_to(model.config)
     alone = most is not None and any(len(row.ids) + row.room > most for row in rows)
@@ -71,32 +76,42 @@ def generate(
     if spread:  # whoever has no rows left computes along, as the others gather its shards
         batches += [[]] * (max(from_all(len(batches))) - len(batches))
     with evaluating(model):
-        return [answer for batch in batches for answer in _batch(model, tokenizer, batch, config, stop, watch, spread)]
+        return [
+            answer
+            for batch in batches
+            for answer in _batch(model, tokenizer, batch, config, stop, watch, spread, media)
+        ]
 
 
 @dataclass(frozen=True)
 class PromptRow:
     """A prompt of a batch."""
 
-    ids: list[int]
+    ids: tuple[int, ...]
     room: int
     """Most tokens of its answer."""
     seed: int
+    shown: ShownText = NOTHING
 
 
 def _batch(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], config: GenerateConfig,
-    stop: Sequence[int], watch: Watch | None, spread: bool,
+    stop: Sequence[int], watch: Watch | None, spread: bool, media: MediaReader | None,
 ) -> list[Answer]:  # fmt: skip
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id or 0
-    asked = rows or [PromptRow([pad], 1, 0)]
-    again = config.num_beams == 1 and repeated([row.ids for row in asked])
+    asked = [*rows, *_fillers(rows, media)] if spread and media is not None else list(rows)
+    asked = asked or [PromptRow((pad,), 1, 0)]
+    again = len({(row.ids, row.shown) for row in asked}) < len(asked)
+    whole = config.num_beams > 1 or any(ends_in_media(row.ids, media) for row in asked)
     if spread:  # ranks that a model is spread over read prompts together
-        again = any(from_all(again))
+        again, whole = (any(each) for each in zip(*from_all((again, whole)), strict=True))
+    again = again and not whole
     width = max(1 + again, *(len(row.ids) for row in asked))  # what is read before leaves one token to go on from
     pads = [width - len(row.ids) for row in asked]
-    real_BT = torch.tensor([[0] * more + [1] * len(row.ids) for more, row in zip(pads, asked, strict=True)])
-    ids_BT = torch.tensor([[pad] * more + row.ids for more, row in zip(pads, asked, strict=True)])
+    prompts = PromptBatch(
+        ids=[row.ids for row in asked], shown=[row.shown for row in asked], width=width, pad=pad, device=device,
+        media=media,
+    )  # fmt: skip
     drawn_beams = config.num_beams > 1 and config.do_sample
     finite, generators = RefusesNan(), [random.Random(row.seed) for row in asked]
     settings: dict[str, Any] = {
@@ -107,15 +122,17 @@ def _batch(
         settings |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     if config.num_beams > 1:
         settings["length_penalty"] = config.length_penalty
-    ids_BT, real_BT = ids_BT.to(device), real_BT.to(device)
-    if again:
-        settings[CACHE] = prefilled(model, [row.ids for row in asked], ids_BT, real_BT, settings["max_new_tokens"])
+    once, number_B = prompts.distinct() if again else (prompts, None)
+    with _together(spread):
+        once.open()
+    before = {} if number_B is None else prefilled(model, once, number_B, settings["max_new_tokens"])
     with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
         said_BT = model.generate(
-            input_ids=ids_BT, attention_mask=real_BT, synced_gpus=spread, **settings,
+            input_ids=prompts.ids_BT, attention_mask=prompts.real_BT, synced_gpus=spread, **settings,
+            **(before or prompts.tensors),
             logits_processor=LogitsProcessorList([finite, *processors(config, pads, generators)]),
             stopping_criteria=StoppingCriteriaList(
-                [Ends(asked, width, stop, watch if config.num_beams == 1 and rows else None)]
+                [Ends(asked, width, stop, watch if config.num_beams == 1 and rows else None, len(rows))]
             ),
         )  # fmt: skip
     with _together(spread):
@@ -123,6 +140,15 @@ def _batch(
             raise DivergedError("the model's logits are not finite, so that it has no answers; its weights are damaged")
     said = said_BT[:, width:].tolist()
     return [_answer(tokenizer, row, tokens, config, stop) for row, tokens in zip(rows, said, strict=False)]
+
+
+def _fillers(rows: Sequence[PromptRow], media: MediaReader) -> list[PromptRow]:
+    """Prompts that show something blank of each kind that other ranks show and this one does not: a tower that is
+    spread over ranks works on all of them or on none. Collective."""
+    own = {medium.kind for row in rows for medium in row.shown.media}
+    kinds = sorted(set().union(*from_all(own)))
+    blank = media.fillers(kinds, [row.shown for row in rows])
+    return [PromptRow(tuple(map(int, ids)), 1, 0, shown) for ids, shown in blank]
 
 
 def _answer(
@@ -199,9 +225,12 @@ class DrawsByRow(LogitsProcessor):
 class Ends(StoppingCriteria):
     """Ends a row where its room is used up, and all of them where the watcher says so."""
 
-    def __init__(self, rows: Sequence[PromptRow], width: int, stop: Sequence[int], watch: Watch | None) -> None:
+    def __init__(
+        self, rows: Sequence[PromptRow], width: int, stop: Sequence[int], watch: Watch | None, watched: int
+    ) -> None:
+        """The watcher is told of the first `watched` rows."""
         self.rooms = [row.room for row in rows]
-        self.width, self.stop, self.watch = width, frozenset(stop), watch
+        self.width, self.stop, self.watch, self.watched = width, frozenset(stop), watch, watched
         self.ended = [False] * len(rows)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -213,7 +242,7 @@ class Ends(StoppingCriteria):
             self.ended = [
                 ended or token in self.stop or over for ended, token, over in zip(self.ended, tokens, full, strict=True)
             ]
-            if self.watch(new):
+            if self.watch(new[: self.watched]):
                 full = [True] * len(full)
         return torch.tensor(full, device=input_ids.device)
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from llmtune.model.prompts import PromptBatch, positions, read_but_last, reads_anew
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def repeated(prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether some prompts are the same."""
-    return len({tuple(prompt) for prompt in prompts}) < len(prompts)
 
 
 CACHE = "cache" if ALL_CACHE_NAMES[0] == "cache" else "past_key_values"
@@ -55,35 +51,27 @@ def _with_room(held: Tensor, rows_B: Tensor, more: int) -> Tensor:
 
 
 @torch.no_grad()
-def prefilled(
-    model: Any, prompts: Sequence[Sequence[int]], ids_BT: Tensor, real_BT: Tensor, answer_tokens: int
-) -> DynamicCache | None:
-    """The cache of all but the last token of each padded row, for `model.generate` to go on from; None for a model that
-    keeps more of a prompt than keys and values. Eight answers to each prompt cost an eighth of reading the prompts.
+def prefilled(model: Any, once: PromptBatch, number_B: Tensor, answer_tokens: int) -> dict[str, Any]:
+    """What `model.generate` goes on from where all but the last token of each prompt has been read: a cache, and the
+    rows' positions where they are not what it would make them; nothing for a model that keeps more of a prompt than
+    keys and values. Eight answers to each prompt cost an eighth of reading the prompts.
 
-    `ids_BT` (B, 2 or more) are the prompts padded on the left, `real_BT` 1 where a token is none of padding, and
-    `answer_tokens` the most that will follow.
+    `number_B` are the rows' prompts in `once`, which have 2 tokens or more, padding included; `answer_tokens` are the
+    most that will follow.
     """
-    config = model.config.get_text_config()
-    if model._is_stateful or "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        return None
-    spots: dict[tuple[int, ...], int] = {}
-    number_B = [spots.setdefault(tuple(prompt), len(spots)) for prompt in prompts]
-    firsts = torch.tensor([number_B.index(number) for number in range(len(spots))], device=ids_BT.device)
-    real_UT = real_BT.index_select(0, firsts)
-    read = model.base_model(
-        input_ids=ids_BT.index_select(0, firsts)[:, :-1], attention_mask=real_UT[:, :-1],
-        position_ids=(real_UT.cumsum(1) - 1).clamp(min=0)[:, :-1], use_cache=True,
-    )  # fmt: skip
+    if model._is_stateful or reads_anew(once.tensors):
+        return {}
+    read, moved_U = read_but_last(model, once)
     cache = read.get("cache", read.get("past_key_values"))
     if not isinstance(cache, DynamicCache) or any(
         type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
     ):
-        return None
-    rows_B = torch.tensor(number_B, device=ids_BT.device)
+        return {}
     for at, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.batch_select_indices(rows_B)
+            layer.batch_select_indices(number_B)
         elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-            cache.layers[at] = ReservedLayer(layer.keys, layer.values, rows_B, answer_tokens + 1)
-    return cache
+            cache.layers[at] = ReservedLayer(layer.keys, layer.values, number_B, answer_tokens + 1)
+    if not hasattr(model.base_model, "rope_deltas"):
+        return {CACHE: cache}
+    return {CACHE: cache, "position_ids": positions(once.real_BT[number_B], moved_U[number_B])}

@@ -87,7 +87,7 @@ def make_rollouts(plan: Plan, further: Sequence[Mapping[str, FrozenModel]]) -> R
     return Rollouts(
         tokenizer=plan.model.tokenizer, engine=plan.parts.one("engine_config"), rewards=plan.parts.at("reward_config"),
         further=further, flat=batches.flat, pad_id=batches.pad_id, device=plan.device, ranks=plan.ranks,
-        seed=plan.recipe.train.seed,
+        seed=plan.recipe.train.seed, media=batches.media,
     )  # fmt: skip
 
 

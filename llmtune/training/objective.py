@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.contract.generation import Answer, Completion, GenerateConfig
+    from llmtune.contract.generation import Answer, Asked, Completion, GenerateConfig
     from llmtune.contract.records import SwitchesOff
     from llmtune.contract.stages import Batch, Stage
     from llmtune.training.rollouts import Rollouts
@@ -131,7 +131,7 @@ class Context(StageContext):
         return self.rollouts.names
 
     def generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]
+        self, model: Any, prompts: Sequence[Asked], config: GenerateConfig, seeds: Sequence[int]
     ) -> list[Answer]:
         """Answers by the recipe's engine. Collective."""
         return self.rollouts.generate(model, prompts, config, seeds)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from llmtune.contract.errors import PluginError, RewardError, blaming
+from llmtune.contract.generation import asking
 from llmtune.data.batches import collate, to_device
 from llmtune.data.sequence import TokenSequence
 from llmtune.distributed.ranks import fail_together, from_all
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.contract.generation import Answer, Completion, GenerateConfig
+    from llmtune.contract.generation import Answer, Asked, Completion, GenerateConfig, MediaReader
     from llmtune.contract.stages import Batch, StageContext
     from llmtune.distributed.ranks import Ranks
 
@@ -40,6 +41,8 @@ class Rollouts:
     device: torch.device
     ranks: Ranks
     seed: int
+    media: MediaReader | None = None
+    """What reads the media that prompts show; None where the model reads text only."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -47,11 +50,12 @@ class Rollouts:
         return reward_names(self.rewards)
 
     def generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, seeds: Sequence[int]
+        self, model: Any, prompts: Sequence[Asked], config: GenerateConfig, seeds: Sequence[int]
     ) -> list[Answer]:
         """Answers by the engine, one for each prompt. Collective."""
+        ask = asking(self.engine.built, self.engine.full_label, self.media)
         with blaming(self.engine.full_label, "generate"):
-            return self.engine.built.generate(model, self.tokenizer, prompts, config, seeds=seeds)
+            return ask(model, self.tokenizer, prompts, config, seeds=seeds)
 
     def seed_of(self, *numbers: int) -> int:
         """A seed that follows from the run's and `numbers`."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmtune import Answer, ContinuousServing, GenerateConfig, ServedModel, Serving, generate
+from llmtune import Answer, ContinuousServing, GenerateConfig, ServedModel, Serving, ShownPrompt, generate
 
 
 class TransformersEngine:
     """An `Engine`: the batched `generate` of llmtune, which is transformers' with a seed for each row."""
 
+    takes_media = True
+
     def generate(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, *,
+        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int] | ShownPrompt], config: GenerateConfig, *,
         seeds: Sequence[int] | None = None, stop: Sequence[int] | None = None,
-        watch: Callable[[Sequence[int | None]], bool] | None = None,
+        watch: Callable[[Sequence[int | None]], bool] | None = None, media: Any = None,
     ) -> list[Answer]:  # fmt: skip
-        return generate(model, tokenizer, prompts, config, seeds=seeds, stop=stop, watch=watch)
+        return generate(model, tokenizer, prompts, config, seeds=seeds, stop=stop, watch=watch, media=media)
 
     def serve(self, models: Sequence[ServedModel]) -> Serving:
         return ContinuousServing(models)
