@@ -4,7 +4,7 @@ processor's own batch, token for token; alone, in a batch, several times, and sp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch
 from llmtune import GenerateConfig, ShownPrompt, generate
 from llmtune.contract.examples import Conversation, Media
 from llmtune.data.render import Renderer
+from llmtune.distributed.fsdp2 import reshard
 from llmtune.media.marks import MARKS
 from llmtune.media.processor import MediaProcessor
+from llmtune.testing.ranks import in_ranks
+from llmtune.testing.running import build
 from tests.tiny_media import MODELS, draw
 
 pytest.importorskip("PIL")
@@ -117,3 +120,41 @@ def test_answers_are_those_of_transformers(name: str, opened: Any, place: Path) 
         alone = [generate(model, media.tokenizer, [each], config, seeds=[seed], media=media)[0]
                  for each, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
         assert together == alone
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llava": {"peft_config": {"name": "lora", "r": 2}, "quant_config": {"name": "bnb", "quantization_bit": 4}},
+    "gemma3": {},
+}
+
+
+def said_by_ranks(place: Path, shares: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
+    """What each case's model answers to this rank's share of the prompts."""
+    return {f"{name} {case}": said for name in CASES for case, said in said_by(name, place, shares).items()}
+
+
+def said_by(name: str, place: Path, shares: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
+    keys = {"output_dir": str(place / "run"), "device": "cpu", "dist_config": "fsdp2", **CASES[name]}
+    plan, objective = build({"model": str(place / name), **keys}, "build")
+    media = MediaProcessor(folder=place / name, tokenizer=plan.tokenizer)
+
+    def said(rows: list[int]) -> list[Any]:
+        prompts = [prompt(media, place, *ASKED[at]) for at in rows]
+        return generate(plan.module, plan.tokenizer, prompts, GREEDY, seeds=rows, media=media)
+
+    found = {case: objective(partial(said, share[plan.ranks.rank])) for case, share in shares.items()}
+    reshard(objective)
+    return found
+
+
+def test_ranks_that_are_shown_other_things_answer_as_one(opened: Any, place: Path, tmp_path: Path) -> None:
+    """Some show pictures where others show none, or have nothing to answer: all ranks' towers work all the same."""
+    for name in CASES:
+        opened(name)
+    one = said_by_ranks(place, {"all": [[0, 1, 2, 0, 3]]})
+    shares = {"all": [[1], [2, 0, 3]], "none": [[0], []], "again": [[0, 0], [1]]}
+    two = in_ranks(2, tmp_path, said_by_ranks, place, shares)
+    for name in CASES:
+        first, second, third, _, fifth = one[f"{name} all"]
+        found = {case: [*two[0][f"{name} {case}"], *two[1][f"{name} {case}"]] for case in shares}
+        assert found == {"all": [second, third, first, fifth], "none": [first], "again": [first, first, second]}

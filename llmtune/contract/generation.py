@@ -76,7 +76,7 @@ class MediaReader(Protocol):
         """The tokens that stand for what is shown."""
         ...
 
-    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> Sequence[tuple[Sequence[int], ShownText]]:
+    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> Sequence[tuple[Any, ShownText]]:
         """Tokens and text of a prompt that shows something blank, for each of `kinds` that no row shows."""
         ...
 
@@ -161,13 +161,13 @@ def asking(engine: Engine, label: str, media: MediaReader | None) -> Callable[..
     Raises PlanError where a prompt shows something and the engine, which errors call `label`, takes text only.
     """
     if media is not None and isinstance(engine, TakesMedia) and engine.takes_media:
-        return partial(engine.generate, media=media)
+        takes: Any = engine
+        return partial(takes.generate, media=media)
 
     def generate(model: Any, tokenizer: Any, prompts: Sequence[Asked], *args: Any, **options: Any) -> list[Answer]:
         if any(isinstance(prompt, ShownPrompt) for prompt in prompts):
-            raise PlanError(
-                f"{label} answers prompts of text only, and one shows pictures, video or sound; leave engine_config out"
-            )
+            what = "answers prompts of text only, and one shows pictures, video or sound"
+            raise PlanError(f"{label} {what}; leave engine_config out")
         return engine.generate(model, tokenizer, prompts, *args, **options)
 
     return generate

@@ -131,7 +131,7 @@ class MediaProcessor:
         return self._tensors(rows, ids, lambda value_BT: _to_the_right(value_BT, lengths, width))
 
     def _tensors(
-        self, rows: Sequence[ShownText], ids: Sequence[Sequence[int]], lay_out: Callable[[Tensor], Tensor]
+        self, rows: Sequence[ShownText], ids: Sequence[Any], lay_out: Callable[[Tensor], Tensor]
     ) -> Mapping[str, Tensor]:
         import torch
 

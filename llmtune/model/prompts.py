@@ -96,9 +96,8 @@ def read_but_last(model: Any, prompts: PromptBatch, **options: Any) -> tuple[Any
     """
     ids_BT, real_BT, tensors = prompts.ids_BT, prompts.real_BT, prompts.tensors
     if reads_anew(tensors):
-        raise DataError(
-            f"{type(model).__name__} looks at pictures anew for each token, and can only read whole prompts"
-        )
+        what = "looks at pictures anew for each token, and can only read prompts whole"
+        raise DataError(f"{type(model).__name__} {what}; ask it with `llmtune chat` or `llmtune predict`")
     # The only way to positions in three dimensions that all kinds of models share.
     places = model._prepare_position_ids_for_generation(ids_BT, {"attention_mask": real_BT, **tensors})
     given = {name: value[:, :-1] if of_tokens(value, ids_BT) else value for name, value in tensors.items()}
