@@ -286,9 +286,10 @@ def auto_class(config: ModelConfig, model_config: PretrainedConfig) -> Any:
     }[config.model_class]
     if config_value(model_config, "auto_map"):  # the model brings its own code
         return kinds[0]
-    for kind in kinds:
-        if type(model_config) in kind._model_mapping:
-            return kind
+    able = [kind for kind in kinds if type(model_config) in kind._model_mapping]
+    if able:  # of Mllama the causal one is its text part alone
+        saved = config_value(model_config, "architectures") or ()
+        return next((kind for kind in able if kind._model_mapping[type(model_config)].__name__ in saved), able[0])
     raise PlanError(
         f"model: transformers has no {kinds[0].__name__} for {model_config.model_type} models; use a model "
         "of another architecture, or another model_class"

@@ -14,6 +14,7 @@ from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
 from llmtune.contract.rewards import ReadsRows
 from llmtune.contract.stages import Measures, RollsOut, precomputing
 from llmtune.model.parameter_groups import model_groups
+from llmtune.model.positions import counting_modules
 from llmtune.recipe.parts import reward_names
 
 if TYPE_CHECKING:
@@ -242,8 +243,11 @@ def streaming_objections(stage: BuiltPlugin, data: DataConfig) -> Iterator[str]:
 def packing_obstacle(module: Any, attention: str) -> str | None:
     """Why a model cannot keep packed documents apart, as far as its structure and the name of its attention tell before
     it has weights."""
-    if "position_ids" not in inspect.signature(module.base_model.forward).parameters:
+    taken = inspect.signature(module.base_model.forward).parameters
+    if "position_ids" not in taken:
         return "takes no position ids, which tell documents apart"
+    if "cross_attention_mask" in taken:
+        return "shows pictures to whole rows by cross attention, to the documents beside theirs, too"
     # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
     if module._is_stateful and find_spec("fla") is None:
         return "has recurrent layers, which carry what they read into the next document"
@@ -251,7 +255,8 @@ def packing_obstacle(module: Any, attention: str) -> str | None:
         return None
     if not module._supports_sdpa and not module._supports_attention_backend:
         return "has attention of its own, which knows no document bounds"
-    if "mrope_section" in (getattr(module.config.get_text_config(), "rope_parameters", None) or {}):
+    in_three = "mrope_section" in (getattr(module.config.get_text_config(), "rope_parameters", None) or {})
+    if in_three and not counting_modules(module):
         return "has positions in three dimensions, in which the bounds of documents are lost"
     return None
 

@@ -167,7 +167,6 @@ FAMILIES: dict[str, Family] = {
         layers="model.language_model.layers",
         auto="AutoModelForImageTextToText",
         plain=True,
-        unpackable="has positions in three dimensions",
     ),
     "llama_classifier": Family(
         type="llama",
