@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Conversation, ShownText
 from llmtune.data.config import DataConfig
 from llmtune.data.formats import Chosen, read_row
@@ -82,6 +83,21 @@ def test_parts_of_a_content_name_their_files(folder: Path) -> None:
     ]
     bare = asks([{"type": "image"}, {"type": "text", "text": "What?"}]) | {"images": [{"bytes": None, "path": "1.png"}]}
     assert names(read(folder, bare)) == ["1.png"]
+
+
+def test_content_that_a_row_holds_is_whole_in_the_cache_or_the_cache_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
+    content, files = (folder / "0.png").read_bytes(), MediaFiles(folder=folder)
+    kept = Path(str(files.find("image", {"bytes": content}).path))
+    kept.write_bytes(content[:7])  # as where the machine lost power
+    assert files.find("image", {"bytes": content}).path == str(kept)
+    assert kept.read_bytes() == content
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="cannot be written.*LLMTUNE_CACHE"):
+        files.find("image", {"bytes": content})
 
 
 def test_files_without_marks_lead_the_first_question(folder: Path) -> None:

@@ -10,12 +10,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Media
-from llmtune.folders import cache_root
+from llmtune.folders import cache_root, publish
 
 LARGEST_DOWNLOAD = 2**28
 """Bytes of a file that is fetched from an address: 256 MiB."""
@@ -79,7 +81,7 @@ class MediaFiles:
                 raise BadRow("media cannot be fetched", f"{address[:80]}: {error}") from None
             if len(content) > LARGEST_DOWNLOAD:
                 raise BadRow("media cannot be fetched", f"{address[:80]} has more than {LARGEST_DOWNLOAD:,} bytes")
-            _write(place, content)
+            publish(_beside(place, content), place)
         return str(place)
 
 
@@ -105,13 +107,21 @@ def _place(name: str) -> Path:
 def _kept(content: bytes) -> str:
     """The file in the cache that holds this content, so that samples can name it."""
     place = _place(hashlib.sha256(content).hexdigest())
-    if not place.exists():
-        _write(place, content)
+    # Flushing each of a hundred thousand to disk takes minutes; one that lost power while it was written is shorter.
+    if not place.exists() or place.stat().st_size != len(content):
+        _beside(place, content).replace(place)
     return str(place)
 
 
-def _write(place: Path, content: bytes) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _beside(place: Path, content: bytes) -> Path:
+    """A new file next to `place`, of this process alone. DataError where the cache cannot be written."""
     beside = place.with_name(f"{place.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        what = f"pictures and sound that rows hold are kept in {cache_root()}, which cannot be written"
+        raise DataError(f"{what} ({error.strerror}); set the variable LLMTUNE_CACHE to a folder that can") from None
+    return beside
