@@ -127,6 +127,8 @@ class Batch:
             inputs["position_ids"] = self.position_ids
         if self.attention_mask is not None:
             inputs["attention_mask"] = self.attention_mask
+        elif self.media and self.position_ids is None:  # some count the positions of media by it (Qwen-Omni)
+            inputs["attention_mask"] = self.input_ids.new_ones(self.input_ids.shape)
         if self.document_starts is not None:
             inputs |= {
                 "cu_seq_lens_q": self.document_starts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         kind: Any = None
         if not is_torchvision_available():
-            config = AutoConfig.from_pretrained(folder, **files)
-            kind = PROCESSOR_MAPPING.get(type(config), None)
+            kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, **files)), None) or _named(folder)
         sees_video = kind is not None and "video_processor" in kind.get_attributes()
         found: Any = (without_video(kind) if sees_video else AutoProcessor).from_pretrained(folder, **files)
     except Exception as error:  # of a package that is not there, AttributeError as well as ImportError
@@ -35,6 +35,15 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     if not isinstance(found, ProcessorMixin):
         raise DataError(f"model: {folder} has no processor of pictures or sound; its rows can hold text only")
     return found
+
+
+def _named(folder: Path) -> Any:
+    """The class that the processor's own file names, as of a part of a model; None where it has none."""
+    import transformers
+
+    place = folder / "processor_config.json"
+    name = json.loads(place.read_text("utf-8")).get("processor_class") if place.is_file() else None
+    return getattr(transformers, str(name), None)
 
 
 @cache

@@ -33,6 +33,9 @@ BLANK = ""
 """The path of a medium that shows nothing."""
 _ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
 """What of its answer is no tensor that only media need."""
+_REPLACED = "return_text_replacement_offsets"
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""What has a number (or several) for each token. Features of sounds may have the same shape by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +84,9 @@ class MediaProcessor:
     def encode(self, shown: ShownText, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """(tokens,) int32 of a text with its media, and for each span of its characters the tokens (first, stop) that
         share one with it. BadRow where media cannot be read, or the text has no place for each."""
-        out = self._called([shown], return_offsets_mapping=True, return_text_replacement_offsets=True)
-        offsets = [tuple(each) for each in out["offset_mapping"][0]]
-        replaced = (out.get("text_replacement_offsets") or [[]])[0]
+        out = self._called([shown], return_offsets_mapping=True, **{_REPLACED: True})
+        offsets = np.asarray(out["offset_mapping"][0]).reshape(-1, 2).tolist()
+        replaced = next(iter(out.get("text_replacement_offsets", ())), ())
         ends = [each["span"][1] for each in replaced]
         gained = [0, *(each["new_span"][1] - each["span"][1] for each in replaced)]
         starts, stops = [start for start, _ in offsets], [stop for _, stop in offsets]
@@ -150,12 +153,25 @@ class MediaProcessor:
                 )
         given = {name: value for name, value in out.items() if name not in _ROWS and isinstance(value, torch.Tensor)}
         return {
-            name: lay_out(value) if value.shape[:2] == made.shape and not value.is_floating_point() else value
+            name: lay_out(value) if name in _PER_TOKEN and value.shape[:2] == made.shape else value
             for name, value in given.items()
         }
 
     def _called(self, rows: Sequence[ShownText], **options: Any) -> Any:
-        """The processor's answer for some texts with their media."""
+        """The processor's answer for some texts with their media; tensors of tokens have a row for each text."""
+        kinds = {medium.kind for row in rows for medium in row.media}
+        if kinds != {"audio"}:
+            return self._answered(rows, **options)
+        # Sounds are one list for all texts, and some processors (Audio Flamingo) want one of each text.
+        places = [at for at, row in enumerate(rows) if row.media]
+        out = self._answered([rows[at] for at in places], **options)
+        if len(places) == len(rows):
+            return out
+        return {
+            name: _in_places(value, places, len(rows)) if name in _PER_TOKEN else value for name, value in out.items()
+        }
+
+    def _answered(self, rows: Sequence[ShownText], **options: Any) -> Any:
         opened = [[self.opened(medium) for medium in row.media] for row in rows]
         given: dict[str, Any] = {}
         for kind in {medium.kind for row in rows for medium in row.media}:
@@ -169,11 +185,11 @@ class MediaProcessor:
         if "audio" in given:
             given["sampling_rate"] = self.sampling_rate
         bos = self.tokenizer.bos_token
-        begins = bool(bos) and rows[0].text.startswith(bos)
-        try:
-            return self.processor(
-                text=[row.text for row in rows], **given, **options, **({"add_special_tokens": False} if begins else {})
-            )
+        if bos and rows[0].text.startswith(bos):
+            options["add_special_tokens"] = False
+        given |= {name: options.pop(name) for name in ("return_tensors", _REPLACED) if name in options}
+        try:  # `padding` outside of `text_kwargs` would be that of sounds, too
+            return self.processor(text=[row.text for row in rows], text_kwargs=options, **given)
         except Exception as error:  # processors raise ValueError, IndexError, StopIteration, TypeError
             raise BadRow("processor refuses", f"{type(self.processor).__name__} says: {error}") from error
 
@@ -211,6 +227,13 @@ def _metadata(video: Video) -> dict[str, Any]:
         "total_num_frames": video.total, "fps": video.fps, "duration": video.total / video.fps,
         "frames_indices": video.indices, "height": height, "width": width,
     }  # fmt: skip
+
+
+def _in_places(value_BT: Tensor, places: Sequence[int], count: int) -> Tensor:
+    """The rows of `value_BT` at their places among `count`; the others are zeros."""
+    found = value_BT.new_zeros(count, *value_BT.shape[1:])
+    found[places] = value_BT
+    return found
 
 
 def _laid_out(value_BT: Tensor, lengths: Sequence[int], flat: bool) -> Tensor:

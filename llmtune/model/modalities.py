@@ -51,9 +51,11 @@ def _tower(model: Any, modality: str, inside: set[int]) -> Any:
 
 
 def frozen_parameters(model: Any, keys: ModelConfig) -> frozenset[str]:
-    """Names of the parameters that the recipe's keys keep as they are."""
+    """Names of the parameters that the recipe's keys keep as they are, and those that the model's own class does, such
+    as the sinusoids of towers that hear."""
     frozen = _frozen(keys)
-    return frozenset(name for name, part in parts_of(model).items() if part in frozen)
+    own = {name for name, each in model.named_parameters(remove_duplicate=False) if not each.requires_grad}
+    return frozenset(own | {name for name, part in parts_of(model).items() if part in frozen})
 
 
 def _frozen(keys: ModelConfig) -> set[Part]:

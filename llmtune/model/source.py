@@ -194,6 +194,8 @@ def load_model_config(files: ModelFiles, config: ModelConfig) -> PretrainedConfi
         )
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise LoadError(f"{files.folder / 'config.json'}: {_first_line(error, config)}") from error
+    # What reads and answers of models that also speak (Qwen-Omni); transformers finds its weights among the others.
+    model_config = config_value(model_config, "thinker_config") or model_config
     prequantised.make_plain(model_config)
     if config.rope_scaling is not None:
         scale_rope(model_config, config.rope_scaling)
@@ -269,18 +271,22 @@ def read_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenize
 def auto_class(config: ModelConfig, model_config: PretrainedConfig) -> Any:
     """The class of transformers whose `from_config` makes this kind of model. PlanError where it has none.
 
-    A model that reads images too, and that transformers does not count among the causal ones, is made as a whole; text
-    trains its text part.
+    A model that reads pictures or sound too, and that transformers does not count among the causal ones, is made as a
+    whole; text trains its text part.
     """
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
     )
 
+    # Among the last are models that hear and have no encoder of text, such as Audio Flamingo.
+    hearing = [AutoModelForSeq2SeqLM] if config_value(model_config, "audio_config") else []
     kinds: list[Any] = {
-        "llm": [AutoModelForCausalLM, AutoModelForImageTextToText],
+        "llm": [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, *hearing],
         "cls": [AutoModelForSequenceClassification],
         "other": [AutoModel],
     }[config.model_class]
