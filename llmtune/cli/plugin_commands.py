@@ -7,13 +7,14 @@ import argparse
 import os
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.cli.arguments import add_command, add_overrides
 from llmtune.contract.errors import PluginError, RecipeError, blaming, raise_all
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from _typeshed import DataclassInstance
 
 GROUP = "llmtune.commands"
@@ -52,6 +53,8 @@ def add_plugin_commands(commands: Any, words: Sequence[str]) -> None:
 
 def _installed() -> list[EntryPoint]:
     """What packages' metadata name, less what the environment blocks."""
+    from importlib.metadata import entry_points
+
     from llmtune.contract.schema import split_names
 
     blocked = split_names(os.environ.get(_block()))

@@ -259,12 +259,13 @@ def optimizer_bytes(plan: Plan, rank: Rank) -> dict[str, int]:
     sizes = {name: 2 * p.numel() * p.element_size() for name, p in trained}
     # A foreign optimiser may do anything with values that fake tensors have not.
     with suppress(Exception), redirect_stderr(StringIO()):  # and what it says is of a step that is not taken
-        less = {name: math.prod(_small(tuple(p.shape))) for name, p in trained}
-        sizes = {
-            name: size * whole[name].numel() // less[name] for name, size in states([*kinds.values()], True).items()
-        }
-        with FakeTensorMode():
-            sizes = states([*kinds.values()])
+        try:
+            with FakeTensorMode():
+                sizes = states([*kinds.values()])
+        except Exception:
+            less = {name: math.prod(_small(tuple(p.shape))) for name, p in trained}
+            small = states([*kinds.values()], small=True)
+            sizes = {name: size * whole[name].numel() // less[name] for name, size in small.items()}
     shares = {name: math.prod(rank.local(whole[name])) / whole[name].numel() for name in sizes}
     return {name: round(size * shares[name]) for name, size in sizes.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -50,22 +50,23 @@ CORE = PackageSource(
 
 def installed() -> list[PackageSource]:
     """The modules named in packages' metadata, in the order of package names. Imports nothing."""
-    found: dict[tuple[str, str], list[EntryPoint]] = {}
+    packages: dict[Distribution | None, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
-        found.setdefault((entry.dist.name if entry.dist else "unknown", entry.value), []).append(entry)
+        packages.setdefault(entry.dist, []).append(entry)
     sources = []
-    for (distribution, module), entries in sorted(found.items()):
-        dist = entries[0].dist
-        sources.append(
+    for dist, entries in packages.items():
+        about = dist.metadata if dist else {"Name": "unknown", "Version": "?"}  # parsed anew each time it is asked for
+        modules: dict[str, list[str]] = {}
+        for entry in entries:
+            modules.setdefault(entry.value, []).append(entry.name)
+        sources += [
             PackageSource(
-                module=module,
-                distribution=distribution,
-                version=dist.version if dist else "?",
-                names=tuple(sorted(entry.name for entry in entries)),
+                module=module, distribution=about["Name"], version=about["Version"], names=tuple(sorted(names)),
                 requires=tuple(dist.requires or ()) if dist else (),
             )
-        )
-    return sources
+            for module, names in modules.items()
+        ]  # fmt: skip
+    return sorted(sources, key=lambda source: (source.distribution, source.module))
 
 
 def usable(source: PackageSource, name: str) -> None:
