@@ -1,0 +1,133 @@
+"""Rows that show video: the pictures that are taken of it are those that transformers takes, and a model that sees
+video learns from them what a loop in transformers teaches it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import llmtune
+from llmtune.media.config import MediaConfig
+from llmtune.media.loading import load_processor
+from llmtune.media.opening import open_video
+from tests.test_audio_training import by_hand
+from tests.test_media_training import TRAINED, losses, recipe, same
+from tests.tiny_media import MODELS, draw
+
+av = pytest.importorskip("av")
+RATE = 10
+"""Pictures a second of all files."""
+
+
+def film(path: Path, seconds: float, size: tuple[int, int] = (32, 24)) -> Path:
+    """A video of noise, of which no two pictures look alike."""
+    drawn = np.random.default_rng(3).integers(0, 255, (int(seconds * RATE), size[1] // 8, size[0] // 8, 3), np.uint8)
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for picture in drawn:
+            frame = av.VideoFrame.from_ndarray(picture.repeat(8, 0).repeat(8, 1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def taken(path: Path, indices: list[int]) -> tuple[np.ndarray, Any]:
+    """(pictures, height, width, 3) of a video with these numbers, and what transformers says of them."""
+    from transformers.video_utils import load_video
+
+    return load_video(str(path), backend="pyav", sample_indices_fn=lambda metadata, **_: indices)
+
+
+@pytest.mark.parametrize(
+    ("keys", "indices"),
+    [
+        ({}, [0, 5, 11, 17, 23, 29]),
+        ({"video_fps": 1.0}, [0, 14, 29]),
+        ({"video_fps": 0.1}, [0]),
+        ({"video_fps": 10.0, "video_maxlen": 4}, [0, 9, 19, 29]),
+    ],
+)
+def test_the_pictures_of_a_video_are_those_that_transformers_takes(
+    keys: dict[str, Any], indices: list[int], tmp_path: Path
+) -> None:
+    path = film(tmp_path / "film.mp4", 3.0)
+    found = open_video(str(path), MediaConfig(**keys))
+    assert found.indices == indices
+    frames, told = taken(path, found.indices)
+    np.testing.assert_array_equal(found.frames, frames)
+    assert (found.total, found.fps) == (told.total_num_frames, told.fps)
+
+
+def test_pictures_of_a_video_have_the_sizes_of_the_recipe(tmp_path: Path) -> None:
+    path = film(tmp_path / "film.mp4", 1.0)
+    small = MediaConfig(video_max_pixels=192, video_min_pixels=None)
+    assert open_video(str(path), small).frames.shape[1:] == (12, 16, 3)
+    assert open_video(str(path), MediaConfig(video_min_pixels=48 * 64)).frames.shape[1:] == (48, 64, 3)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of videos of two lengths, of a list of pictures, and of text alone."""
+    film(folder / "short.mp4", 1.0)
+    film(folder / "long.mp4", 2.5)
+    shots = [str(draw(folder / f"{at}.png", "red", "circle", (32, 24)).name) for at in range(4)]
+    asked = [("<video>what is it", "red", ["short.mp4"]), ("how <video> and <video>", "blue", ["long.mp4", shots]),
+             ("hello", "world", [])]  # fmt: skip
+    found = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], "videos": videos}
+        for text, answer, videos in asked
+    ]
+    (folder / "rows.json").write_text(json.dumps(found))
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) -> None:
+    """Videos of several lengths in one batch; `video_fps` reaches the positions in time."""
+    pytest.importorskip("torchvision")
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText
+
+    model = MODELS[name](tmp_path / "model")
+    processor, made = load_processor(model), []
+
+    def shown(video: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        if isinstance(video, list):
+            frames = np.stack([np.asarray(Image.open(tmp_path / each)) for each in video])
+            rate, numbers, total = 4.0, list(range(len(video))), len(video)
+        else:
+            total = {"short.mp4": 10, "long.mp4": 25}[video]
+            numbers = sorted({int(at) for at in np.linspace(0, total - 1, int(total / RATE * 4))})
+            frames, rate = taken(tmp_path / video, numbers)[0], float(RATE)
+        return frames, {"total_num_frames": total, "fps": rate, "duration": total / rate, "frames_indices": numbers}
+
+    for row in rows(tmp_path):
+        question, answer = (message["content"] for message in row["messages"])
+        parts: list[dict[str, Any]] = []
+        for number, text in enumerate(question.split("<video>")):
+            parts += [{"type": "video"}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        asked = [{"role": "user", "content": parts}]
+        videos = [shown(video) for video in row["videos"]]
+        given: dict[str, Any] = {"return_tensors": "pt"}
+        if videos:
+            given |= {"videos": [frames for frames, _ in videos], "video_metadata": [about for _, about in videos],
+                      "do_sample_frames": False}  # fmt: skip
+        start = processor.apply_chat_template(asked, add_generation_prompt=True)
+        said = processor.apply_chat_template(
+            [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        )
+        batch = dict(processor(text=[said], **given))
+        labels = torch.full_like(batch["input_ids"], -100)
+        first = processor(text=[start], **given)["input_ids"].shape[1]
+        labels[0, first:-1] = batch["input_ids"][0, first:-1]
+        made.append((batch, labels))
+    expected = by_hand(AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).train(), made)
+    keys = {**TRAINED, "video_fps": 4.0, "video_min_pixels": None, "video_max_pixels": None}
+    llmtune.train(recipe(model, tmp_path, tmp_path / "run", per_device_train_batch_size=3, **keys))
+    same(losses(tmp_path / "run"), expected)
