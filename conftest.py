@@ -37,7 +37,7 @@ SLOW = (
     "test_rewards_contract", "test_further_models", "test_ray", "test_lora_starts", "test_prequantised",
     "test_page", "test_slurm", "test_sharded", "test_scaffold", "test_parity", "test_rm", "test_serve", "test_trackers",
     "test_model_options", "test_packed_integers", "test_vllm", "test_media_training", "test_audio_training",
-    "test_video_training",
+    "test_video_training", "test_torchvision",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 

@@ -4,8 +4,10 @@ takes ids and tensors from the processor's own `apply_chat_template`."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,15 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.media.loading import load_processor
+from llmtune.contract.structure import transformer_layers
+from llmtune.media.loading import load_processor, without_video
+from llmtune.model.modalities import parts_of
 from llmtune.testing.ranks import in_ranks
 from tests.tiny_media import MODELS, rows
 
 pytest.importorskip("PIL")
-NAMES = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "llava",
-    "llava_next",
-    "gemma3",
-    "idefics3",
-    "smolvlm",
-    "internvl",
-    "mllama",
-    "gemma4",
-)
+NAMES = tuple(name for name in MODELS if name != "pixtral" or find_spec("torchvision"))
+"""All, but those whose processors are not there without torchvision: test_torchvision brings it along."""
 RATE, STEPS = 1e-2, 2
 EPSILON = 1e-3
 """Of AdamW: gradients that are rounding alone move nothing."""
@@ -149,11 +142,54 @@ def same(found: list[tuple[float, float]], expected: list[tuple[float, float]]) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_that_trains_learns_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
-    """In one batch, and in batches of one row each, some of which show nothing."""
+    """In one batch, and in batches of one row each, some of which show nothing, and whose layers are computed again."""
     expected = by_hand(models(name), place)
     same(learnt(models(name), place, tmp_path / "whole", **TRAINED), expected)
-    rowwise = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    rowwise = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "activation_checkpointing": "full"}
     same(learnt(models(name), place, tmp_path / "rowwise", **TRAINED, **rowwise), expected)
+
+
+@pytest.mark.skipif(not find_spec("torchvision"), reason="compares with what torchvision does: see test_torchvision")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma4"])
+def test_processors_are_themselves_less_their_part_for_video(name: str, models: Any, place: Path) -> None:
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    whole = AutoProcessor.from_pretrained(models(name))
+    assert whole.video_processor is not None
+    less = without_video(type(whole)).from_pretrained(models(name))
+    assert "video_processor" not in vars(less)
+    content = [{"type": "image"}, {"type": "text", "text": "what"}]
+    given = {"text": [whole.apply_chat_template([{"role": "user", "content": content}])], "return_tensors": "pt"}
+    made = [each(images=[[Image.open(place / "0.png")]], **given) for each in (whole, less)]
+    assert made[0].keys() == made[1].keys()
+    for key in dict(made[0]):
+        torch.testing.assert_close(made[0][key], made[1][key], rtol=0, atol=0)
+
+
+TOWER = r"model\.(visual\.(blocks|patch_embed|pos_embed)|vision_tower|vision_model|audio_tower)\."
+PROJECTOR = r"model\.(visual\.(merger|deepstack_merger_list)|multi_modal_projector|connector|embed_(vision|audio))\."
+LANGUAGE = r"(lm_head|model\.(language_model|text_model))\."
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_found_in_the_structure_and_layers_of_towers_are_spread_one_by_one(name: str, models: Any) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(models(name)))
+    parts = parts_of(model)
+    assert set(parts.values()) == {"vision_tower", "multi_modal_projector", "language_model"}
+    patterns = {
+        "vision_tower": TOWER,
+        "multi_modal_projector": PROJECTOR + r"|model\.image_newline$",
+        "language_model": LANGUAGE,
+    }
+    assert [key for key, part in parts.items() if not re.match(patterns[part], key)] == []
+    spread = tuple(f"{layer}." for layer, _ in transformer_layers(model))
+    repeated = [key for key in parts if re.search(r"\.(layers|layer|blocks)\.\d+\.", key)]
+    assert any(parts[key] == "vision_tower" for key in repeated)
+    assert [key for key in repeated if not key.startswith(spread)] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

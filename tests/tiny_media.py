@@ -218,7 +218,7 @@ def smolvlm(folder: Path) -> Path:
         image_token_id=held.convert_tokens_to_ids("<image>"), pad_token_id=held.pad_token_id,
     )  # fmt: skip
     _saved(folder, config, "SmolVLMForConditionalGeneration", processor)
-    sampled = {"num_frames": 4, "fps": 1, "skip_secs": 0}
+    sampled = {"max_frames": 4, "fps": 1, "skip_secs": 0}
     _sees_video(folder, "SmolVLMVideoProcessor", **sizes, video_sampling={**sampled, "video_size": sizes["size"]})
     return folder
 

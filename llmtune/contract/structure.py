@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The repeated blocks of `model` in order, with their full names.
 
-    A block is an element of an `nn.ModuleList` whose class the model lists in `_no_split_modules`; a model that
-    lists none gets the elements of its longest homogeneous `nn.ModuleList`.
+    A block is an element of an `nn.ModuleList` whose class the model lists in `_no_split_modules`, or whose
+    own attention is of such a class, which is what Idefics 3 lists of its tower; a model that lists none gets the
+    elements of its longest homogeneous `nn.ModuleList`.
     """
     from torch import nn
 
@@ -24,7 +25,7 @@ def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         (f"{name}.{index}", block)
         for name, blocks in lists
         for index, block in enumerate(blocks)
-        if _plain_class_name(block) in listed
+        if listed & {_plain_class_name(each) for each in (block, *block.children())}
     ]
     if found:
         return found

@@ -40,7 +40,7 @@ def _counted(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[s
         return args, {**given, "position_ids": text_1T.expand(4, -1, -1)}
     lengths = starts.diff().tolist()
     ids_DT, kinds_DT, there_DT = (
-        pad_sequence(row_1T[0].split(lengths), batch_first=True)
+        pad_sequence(list(row_1T[0].split(lengths)), batch_first=True)
         for row_1T in (given["input_ids"], kinds_1T, torch.ones_like(text_1T))
     )
     grids = {name: given[name] for name in _GRIDS if given.get(name) is not None}

@@ -1,0 +1,56 @@
+"""Models whose processors are not there without torchvision, tested with a copy of it where it is not installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+OPERATORS = """import torch as _torch
+
+_own = _torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):  # what the wheel compiled for GPUs, which a torch for CPUs cannot load
+    _own.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+"""What `import torchvision` needs besides its Python files; nothing that processes pictures calls them."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a process that can import torchvision: the one that is installed, or a copy from the index of
+    packages (8 MB) that only such a process sees. What transformers does elsewhere must not depend on it."""
+    if find_spec("torchvision"):
+        return dict(os.environ)
+    import torch
+
+    folder = tmp_path_factory.mktemp("torchvision")
+    minor = int(torch.__version__.split(".")[1])
+    install = [
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--retries",
+        "0",
+        "--target",
+        str(folder),
+        f"torchvision==0.{minor + 15}.*",
+    ]
+    done = subprocess.run([sys.executable, "-m", "pip", *install], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs torchvision, and pip finds none: {done.stderr[-200:]}")
+    start = folder / "torchvision" / "__init__.py"
+    start.write_text(OPERATORS + start.read_text())
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def test_pixtral_learns_as_in_transformers_and_others_take_pictures_as_without_it(environment: dict[str, str]) -> None:
+    chosen = "pixtral or less_their_part_for_video"
+    command = ["-m", "pytest", "tests/test_media_training.py", "-k", chosen, "-n", "0", "-p", "no:cacheprovider", "-q"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "SKIPPED" not in done.stdout
