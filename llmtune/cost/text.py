@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from llmtune.cost.figures import Figures
 
 TITLES = {"gathered": "in transit", "optimizer": "optimiser"}
-MOMENTS = {"answers": "answering", "start": "before forward", "loss": "the loss", "update": "the update"}
+MOMENTS = {
+    "answers": "answering",
+    "start": "before forward",
+    "loss": "the loss",
+    "update": "the update",
+    "towers": "the towers",
+}
 
 
 def quick_text(cost: Figures) -> str:

@@ -29,6 +29,7 @@ from llmtune.cost.tracker import Segment, Tracker, by_category
 from llmtune.distributed.activation_checkpointing import HOST_COPIES
 from llmtune.distributed.placement import materialise
 from llmtune.planning.further_models import model_names
+from llmtune.planning.media_memory import tower_layers
 from llmtune.planning.memory import Estimate, Memory
 from llmtune.planning.memory_formulas import estimate_memory, further_weights, logits_bytes
 from llmtune.training.building import make_objective, make_training, spread
@@ -75,6 +76,8 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
     if isinstance(plan.parts.one("stage_config").built, RollsOut):
         raise PlanError("fake tensors have no answers to learn from")
+    if any(parameter.requires_grad for layer in tower_layers(plan.model.module) for parameter in layer.parameters()):
+        raise PlanError("fake tensors show no pictures to train a tower on")
     module, runs = cut(deepcopy(plan.model.module))
     context = replace(plan.model.context, device="cpu")
     model = replace(plan.model, module=module, device=torch.device("cpu"), context=context, compiled=False)
@@ -91,7 +94,8 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     # A fused loss takes larger chunks on a GPU than on the CPU, where the trace takes place.
     chunks = logits_bytes(plan.model, shape) - logits_bytes(model, shape)
     everywhere = Memory() if timeline.has_state else Memory(optimizer=estimate_memory(plan, shape).most.optimizer)
-    return unroll(timeline, everywhere=everywhere + further_weights(plan), loss=Memory(logits=chunks))
+    everywhere += further_weights(plan) + Memory(activations=shape.media.tensor_bytes)
+    return unroll(timeline, everywhere=everywhere, loss=Memory(logits=chunks))
 
 
 @contextmanager

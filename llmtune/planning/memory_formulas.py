@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmtune.contract.optimizers import ChangesWhatTrains, UpdatesInBackward
 from llmtune.contract.records import HoldsGathered
 from llmtune.contract.stages import RollsOut, precomputing
-from llmtune.contract.structure import transformer_layers
+from llmtune.contract.structure import text_layers, transformer_layers
 from llmtune.model.parameter_groups import (
     create_optimizer,
     group_parameters,
@@ -30,6 +30,7 @@ from llmtune.model.parameter_groups import (
     parameter_roles,
 )
 from llmtune.model.sizes import ModelSizes, sizes_of
+from llmtune.planning.media_memory import tower_activations, tower_layers
 from llmtune.planning.memory import Estimate, Memory, Sums
 
 if TYPE_CHECKING:
@@ -117,8 +118,10 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
         sizes = [math.prod(rank.local(p)) * p.element_size() for p in model.module.parameters() if p.requires_grad]
         whole = replace(whole, gradients=max(sizes))
     root = whole - reduce(Held.__add__, held, Held())
-    acts = activations(model, batch, [layer for _, layer in layers], rank, level)
+    acts = activations(model, batch, [layer for _, layer in text_layers(model.module)], rank, level)
     grads, always = Memory(gradients=whole.gradients), whole.static + further_weights(plan)
+    kept, passing = tower_activations(model.module, batch.media, rank.compute_bytes, RECOMPUTED[level])
+    always += Memory(activations=batch.media.tensor_bytes)
     base = always + Memory(host=acts.host)
     if batch.micro_steps > 1:  # those of the micro-batches before are there from the start
         base += Memory(gradients=4 * whole.trained) if rank.keeps_gradients else grads
@@ -126,7 +129,10 @@ def estimate_memory(plan: Plan, batch: MicroBatch, checkpointing: str | None = N
         grads=grads if batch.micro_steps == 1 else Memory(), acts=acts, layers=held, root=root, rank=rank,
         logits=Memory(logits=logits_bytes(model, batch)), head=head_trained(model), again=level != "none",
     )  # fmt: skip
-    moments = {name: base + more for name, more in (step.spread() if rank.spread else step.alone())}
+    towers = Memory(activations=kept)
+    moments = {name: base + towers + more for name, more in (step.spread() if rank.spread else step.alone())}
+    if batch.media.pieces:
+        moments["towers"] = base + Memory(gathered=rank.spread * root.gathered, activations=max(kept, passing))
     moments["update"] = always + grads
     stage = plan.parts.one("stage_config").built
     if isinstance(stage, RollsOut):
@@ -285,7 +291,8 @@ def activations(
     """What layers keep from forward to backward. Those below the first that trains have no backward pass."""
     sizes, again = sizes_of(plan.module.config), RECOMPUTED[checkpointing]
     embedding = plan.module.get_input_embeddings()
-    reached = embedding is not None and any(p.requires_grad for p in embedding.parameters())
+    earlier = [embedding, *tower_layers(plan.module)] if batch.media.pieces else [embedding]
+    reached = any(p.requires_grad for module in earlier if module is not None for p in module.parameters())
     mlp = 3 * batch.tokens * sizes.inner * rank.compute_bytes // rank.tensor
     kept, most, host = [], 0, 0
     for layer in layers:

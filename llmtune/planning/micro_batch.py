@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmtune.contract.stages import RollsOut
 from llmtune.data.batch_loader import row_lengths
+from llmtune.planning.media_memory import MediaSizes, sizes_of_media
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -36,6 +37,8 @@ class MicroBatch:
     """Tokens of a micro-batch on average, without padding."""
     attended: float = 0.0
     """Earlier tokens, itself included, that a token attends to on average."""
+    media: MediaSizes = field(default_factory=MediaSizes)
+    """What its rows show, each as much as the longest."""
 
     @property
     def tokens(self) -> int:
@@ -67,4 +70,5 @@ def largest(plan: Plan) -> MicroBatch:
         flat=flat,
         mean_tokens=(total / len(units) + answer) * size,
         attended=float((documents * (documents + 1)).sum()) / 2 / max(total, 1.0),
+        media=sizes_of_media(batches, int(np.argmax(rows)), plan.model.module.config).times(size),
     )

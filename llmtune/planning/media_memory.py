@@ -1,0 +1,101 @@
+"""What rows that show pictures or sound need besides: their tensors, and what the towers keep of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from llmtune.model.modalities import parts_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmtune.data.batch_loader import UnitBatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSizes:
+    """Sizes of the media of a micro-batch."""
+
+    tensor_bytes: int = 0
+    """Bytes of the tensors that the model is given of them."""
+    pieces: int = 0
+    """What the towers' layers see: patches of pictures, moments of sound."""
+
+    def times(self, factor: int) -> MediaSizes:
+        """Those of as many such rows."""
+        return MediaSizes(tensor_bytes=factor * self.tensor_bytes, pieces=factor * self.pieces)
+
+
+def sizes_of_media(batches: UnitBatches, unit: int, config: Any) -> MediaSizes:
+    """The sizes of what a unit of a run's data shows. Opens its files."""
+    if batches.media is None or not batches.samples.media_kinds:
+        return MediaSizes()
+    tensors = batches.batch([unit]).media
+    found = sum(each.numel() * each.element_size() for each in tensors.values())
+    return MediaSizes(tensor_bytes=found, pieces=pieces(tensors, config))
+
+
+def pieces(tensors: Mapping[str, Tensor], config: Any) -> int:
+    """What the towers' layers see of a processor's tensors.
+
+    Pictures are (..., 3, height, width), cut into patches by the tower, or (..., patches, numbers) that the processor
+    has cut; sound is (sounds, bands, moments), of which the towers' convolutions take two at a time.
+    """
+    total = 0
+    for name, tensor in tensors.items():
+        if name.startswith("pixel_values"):
+            whole = tensor.dim() >= 4 and tensor.shape[-3] == 3
+            total += tensor.numel() // (3 * _patch(config) ** 2 if whole else tensor.shape[-1])
+        elif name.startswith("input_features") and tensor.is_floating_point():
+            total += tensor.numel() // min(tensor.shape[1:]) // 2
+    return total
+
+
+def _patch(config: Any) -> int:
+    """Pixels of a side of a patch; 14 where the config does not say."""
+    size = vars(config.vision_config).get("patch_size", 14) if "vision_config" in config.sub_configs else 14
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def tower_layers(model: Any) -> list[nn.Module]:
+    """The repeated blocks of a model's towers."""
+    parts, found = parts_of(model), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        inside = {parts[f"{name}.{own}"] for own, _ in module.named_parameters(remove_duplicate=False)}
+        if inside == {"vision_tower"}:
+            found[name] = list(module)
+    return [layer for layers in found.values() for layer in layers]
+
+
+def saved_per_piece(layer: nn.Module) -> int:
+    """Numbers that a piece leaves in a tower's layer for the backward pass: the input of each product (of those that
+    share one, once), its result, the result of attention, and the activation of a gate."""
+    results = products = width = 0
+    for module in layer.modules():
+        linear = [child for child in module.children() if isinstance(child, nn.Linear)]
+        products += sum({child.in_features for child in linear})
+        results += sum(child.out_features for child in linear)
+        if [name for name, child in module.named_children() if "gate" in name and child in linear]:
+            results += max(child.out_features for child in linear)
+        width = width or next((child.in_features for child in linear), 0)
+    return width + products + results
+
+
+def tower_activations(model: Any, sizes: MediaSizes, compute_bytes: int, recomputed: float) -> tuple[int, int]:
+    """Bytes that the towers keep for their backward pass, none where they do not train, and that one of their layers
+    needs in passing."""
+    layers = tower_layers(model)
+    kept = most = 0
+    reached = False
+    for layer in layers:
+        reached = reached or any(parameter.requires_grad for parameter in layer.parameters())
+        saved = compute_bytes * sizes.pieces * saved_per_piece(layer)
+        kept += int(saved * (1 - recomputed)) if reached else 0
+        most = max(most, saved)
+    return kept, most
