@@ -261,9 +261,7 @@ class Observer:
 
     def _begin_forward(self, *_: Any) -> None:
         # What the micro-batch before has left behind is gradients that wait for the last one.
-        for storage in self.tracker.live():
-            if storage.kind == "activations":
-                storage.kind = self.kinds["gradients"]
+        self.tracker.turn("activations", self.kinds["gradients"])
         self._gradients()
         self.forward, self.tracker.kind = True, "activations"
         self.tracker.mark("forward", -1)
