@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -50,6 +52,20 @@ CORE = PackageSource(
 
 def installed() -> list[PackageSource]:
     """The modules named in packages' metadata, in the order of package names. Imports nothing."""
+    return list(_installed(tuple((folder, _changed(folder)) for folder in sys.path)))
+
+
+def _changed(folder: str) -> int | None:
+    """When something was last put into a folder of packages, or taken out, in ns; None where there is no folder."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4)
+def _installed(folders: tuple[tuple[str, int | None], ...]) -> tuple[PackageSource, ...]:
+    """What is in these folders. Each run asks several times, and there are hundreds of packages to look through."""
     packages: dict[Distribution | None, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         packages.setdefault(entry.dist, []).append(entry)
@@ -66,7 +82,7 @@ def installed() -> list[PackageSource]:
             )
             for module, names in modules.items()
         ]  # fmt: skip
-    return sorted(sources, key=lambda source: (source.distribution, source.module))
+    return tuple(sorted(sources, key=lambda source: (source.distribution, source.module)))
 
 
 def usable(source: PackageSource, name: str) -> None:

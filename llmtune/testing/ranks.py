@@ -14,7 +14,10 @@ from typing import Any
 
 GRACE_S = 10.0
 """How long ranks may go on after another has failed."""
-PRELOADED = ["torch.distributed.fsdp", "transformers.modeling_utils", "peft", "llmtune.training.run", __name__]
+PRELOADED = [
+    "torch.distributed.fsdp", "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "peft",
+    "llmtune.training.run", "llmtune.training.report", "llmtune.cost", "llmtune.recipe.recipe", __name__,
+]  # fmt: skip
 """Imported once, by a process that ranks are forked from: 5 s of a core for each rank that need not do it itself."""
 
 
