@@ -213,12 +213,16 @@ def test_frozen_parts_stay_and_the_rest_learns_as_by_hand(name: str, place: Path
     frozen = ("vision", "visual", "audio_tower", "embed_audio", "projector", "connector", "image_newline")
     same(learnt(models(name), place, tmp_path / "run"), by_hand(models(name), place, frozen))
     from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
 
     before, after = (load_file(folder / "model.safetensors") for folder in (models(name), tmp_path / "run" / "model"))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed
     assert not [key for key in changed if any(part in key for part in frozen)]
     assert (tmp_path / "run" / "model" / "processor_config.json").exists()
+    _, found = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
 
 
 @pytest.mark.parametrize("name", ["gemma3"])
@@ -248,8 +252,11 @@ def test_an_adapter_learns_as_in_peft_on_one_rank_and_on_two(
     same(losses(tmp_path / "two"), expected)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
-def test_an_adapter_on_4_bits_learns_as_in_peft(name: str, place: Path, models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "towers"), [("qwen2_5_vl", False), ("internvl", True)])
+def test_an_adapter_on_4_bits_learns_as_in_peft(
+    name: str, towers: bool, place: Path, models: Any, tmp_path: Path
+) -> None:
+    """On the language model alone, and on the towers and the projector, too."""
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForImageTextToText
@@ -257,14 +264,17 @@ def test_an_adapter_on_4_bits_learns_as_in_peft(name: str, place: Path, models: 
     torch.manual_seed(1)
     base = AutoModelForImageTextToText.from_pretrained(models(name), dtype=torch.float32)
     given = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-    config = LoraConfig(
-        **given, target_modules=r".*language_model.*_proj", init_lora_weights="gaussian", task_type="CAUSAL_LM"
-    )
+    linear = [name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"]
+    own = [name for name in linear if towers or "language_model" in name]
+    config = LoraConfig(**given, target_modules=own, init_lora_weights="gaussian", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(base, config)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = by_hand(models(name), place, adapter=tmp_path / "adapter", in_4_bits=True)
     keys = {"peft_config": {"name": "lora", **given, "adapter_name_or_path": str(tmp_path / "adapter")}}
-    same(learnt(models(name), place, tmp_path / "run", quant_config="bnb", **keys), expected)
+    same(
+        learnt(models(name), place, tmp_path / "run", quant_config="bnb", **keys, **(TRAINED if towers else {})),
+        expected,
+    )
     opened = PeftModel.from_pretrained(adapted.unload(), tmp_path / "run" / "model")
     assert any(".lora_A" in key for key, _ in opened.named_parameters())
 

@@ -47,10 +47,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def test_pixtral_learns_as_in_transformers_and_others_take_pictures_as_without_it(environment: dict[str, str]) -> None:
-    chosen = "pixtral or less_their_part_for_video"
-    command = ["-m", "pytest", "tests/test_media_training.py", "-k", chosen, "-n", "0", "-p", "no:cacheprovider", "-q"]
+def test_what_needs_torchvision_learns_as_in_transformers_and_pictures_are_taken_as_without_it(
+    environment: dict[str, str],
+) -> None:
+    chosen = ["tests/test_media_training.py", "tests/test_video_training.py"]
+    chosen += ["-k", "pixtral or sees_video or less_their_part_for_video"]
+    command = [sys.executable, "-m", "pytest", *chosen, "-n", "0", "-p", "no:cacheprovider", "-q"]
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "SKIPPED" not in done.stdout
