@@ -6,6 +6,7 @@ transformers has it for every kind of model.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,11 @@ class MediaProcessor:
 
     @property
     def _hears(self) -> Any:
-        return self._part("feature_extractor") or self._part("audio_processor")
+        """What makes features of sounds; None also where the processor reads no sounds beside a text, but leaves their
+        tokens to a tokenizer of mistral-common (Voxtral)."""
+        takes = inspect.signature(type(self.processor).__call__).parameters
+        alone = "audio" not in takes and "text" in takes
+        return None if alone else self._part("feature_extractor") or self._part("audio_processor")
 
     @cached_property
     def placeholders(self) -> list[int]:
@@ -196,7 +201,7 @@ class MediaProcessor:
     def opened(self, medium: Media) -> Any:
         """What a processor is given of a medium. BadRow if it cannot be read, or the model reads none of its kind."""
         if medium.kind not in self.reads:
-            taken = f"{type(self.processor).__name__} takes {' and '.join(self.reads)}"
+            taken = f"{type(self.processor).__name__} takes {' and '.join(self.reads) or 'text alone'}"
             fix = "; of models that see video, that part needs torchvision" if medium.kind == "video" else ""
             raise BadRow("media the model cannot read", f"{taken}, and a message shows {medium.kind}{fix}")
         if medium.path == BLANK:

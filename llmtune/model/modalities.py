@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune.contract.structure import output_heads
+from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
     from llmtune.model.config import ModelConfig
@@ -23,10 +24,14 @@ def parts_of(model: Any) -> dict[str, Part]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = {id(module) for module in decoder.modules()}
     towers = [tower for modality in ("image", "audio") if (tower := _tower(model, modality, inside)) is not None]
+    towers = towers or _towers_by_config(model)
     if not towers:
         return dict.fromkeys((name for name, _ in model.named_parameters(remove_duplicate=False)), "language_model")
     heads = output_heads(model)
     in_towers = {id(module) for tower in towers for module in tower.modules()}
+    for child in decoder.children():  # of some the towers and what lies between stand in the decoder (Phi-4)
+        branch = {id(module) for module in child.modules()}
+        inside -= branch if branch & in_towers else set()
     found: dict[str, Part] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -48,6 +53,15 @@ def _tower(model: Any, modality: str, inside: set[int]) -> Any:
         return None
     around = any(id(module) in inside for module in found.modules())
     return None if around else found
+
+
+def _towers_by_config(model: Any) -> list[Any]:
+    """Encoders that transformers has no usual name for, as of Phi-4 and Granite Speech: models in the model that are
+    made from its config's part for pictures or sound."""
+    config = getattr(model, "config", None)
+    names = ("vision_config", "audio_config", "encoder_config")
+    kinds = {type(part) for name in names if (part := config_value(config, name)) is not None}
+    return [module for module in model.modules() if type(getattr(module, "config", None)) in kinds]
 
 
 def frozen_parameters(model: Any, keys: ModelConfig) -> frozenset[str]:

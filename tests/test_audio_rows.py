@@ -1,0 +1,134 @@
+"""Rows of sounds in every form in which they are written; and the towers of models that hear."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmtune.contract.examples import BadRow, Media
+from llmtune.data.formats import Chosen, read_row
+from llmtune.data.formats.chats import Alpaca, OpenAi, ShareGpt
+from llmtune.data.formats.pairs import PreferencePairs
+from llmtune.media.files import MediaFiles
+from llmtune.media.opening import open_audio
+from llmtune.media.processor import MediaProcessor, ShownText
+from llmtune.model.modalities import parts_of
+from tests.tiny_audio import audio_flamingo, ears, heard, qwen2_audio, tone
+from tests.tiny_media import tokenizer
+
+pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sounds")
+    tone(made / "a.wav", 440, 0.3)
+    return made
+
+
+def test_sounds_are_found_in_every_form(folder: Path) -> None:
+    """And opened as they are: PyAV's samples are those of Python's own reader."""
+    content = (folder / "a.wav").read_bytes()
+    data = base64.b64encode(content).decode()
+    question = "what is it"
+    answer = {"role": "assistant", "content": "A tone."}
+
+    def asks(content: Any, **columns: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": content}, answer], **columns}
+
+    def part(**said: Any) -> dict[str, Any]:
+        return asks([said, {"type": "text", "text": question}])
+
+    turns = [{"from": "human", "value": f"<audio>{question}"}, {"from": "gpt", "value": "A tone."}]
+    rows: list[tuple[Any, dict[str, Any]]] = [
+        (OpenAi(), part(type="input_audio", input_audio={"data": data, "format": "wav"})),
+        (OpenAi(), part(type="audio", audio="a.wav")),
+        (OpenAi(), part(type="audio", path=str(folder / "a.wav"))),
+        (OpenAi(), part(type="audio", audio={"bytes": content, "path": None})),
+        (OpenAi(), part(type="audio_url", audio_url={"url": f"data:audio/wav;base64,{data}"})),
+        (OpenAi(), asks(f"<audio>{question}", audios=["a.wav"])),
+        (OpenAi(), asks(f"<audio>{question}", audio={"bytes": content, "path": "far/away.wav"})),
+        (OpenAi(), asks(question, audios=[{"bytes": None, "path": "a.wav"}])),
+        (ShareGpt(), {"conversations": turns, "audios": ["a.wav"]}),
+        (Alpaca(), {"instruction": f"<audio>{question}", "input": "", "output": "A tone.", "audios": ["a.wav"]}),
+        (PreferencePairs(), {"prompt": question, "chosen": "A tone.", "rejected": "No.", "audio": "a.wav"}),
+    ]
+    for form, row in rows:
+        found: Any = read_row(Chosen(format=form, name="", why="", media=MediaFiles(folder=folder)), row)
+        (medium,) = found.media
+        assert medium.kind == "audio", row
+        np.testing.assert_array_equal(open_audio(str(medium.path), 16000), heard(folder / "a.wav"))
+        asked = (found.prompt if isinstance(form, PreferencePairs) else found.messages)[0]["content"]
+        assert asked[1:] == question
+
+
+def test_features_of_as_many_bands_as_there_are_tokens_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
+    """Laid end to end: two sounds of eight bands beside two texts of eight tokens."""
+    model = qwen2_audio(tmp_path / "model")
+    from transformers import AutoTokenizer
+
+    media = MediaProcessor(folder=model, tokenizer=AutoTokenizer.from_pretrained(model))
+    tone(tmp_path / "short.wav", 440, 0.15)
+    row = ShownText("<|AUDIO|>", (Media("audio", str(tmp_path / "short.wav")),))
+    length = len(media.encode(row, [])[0])
+    text = "<|AUDIO|>" + "<|audio_eos|>" * (8 - length)
+    rows = [ShownText(text, row.media)] * 2
+    ids = [media.encode(each, [])[0] for each in rows]
+    assert [len(each) for each in ids] == [8, 8]
+    found = media.tensors(rows, ids, flat=True)
+    assert {name: tuple(value.shape[:2]) for name, value in found.items()} == {
+        "input_features": (2, 8), "feature_attention_mask": (2, 200),
+    }  # fmt: skip
+
+
+def test_a_processor_that_takes_one_sound_of_each_text_says_so(folder: Path, tmp_path: Path) -> None:
+    model = audio_flamingo(tmp_path / "model")
+    from transformers import AutoTokenizer
+
+    media = MediaProcessor(folder=model, tokenizer=AutoTokenizer.from_pretrained(model))
+    sound = Media("audio", str(folder / "a.wav"))
+    with pytest.raises(BadRow, match="AudioFlamingo3Processor says: Got 1 text but 2 audios; they must match 1:1"):
+        media.encode(ShownText("<sound><sound>", (sound, sound)), [])
+
+
+def test_sounds_of_voxtral_are_refused(folder: Path) -> None:
+    """Its processor leaves the tokens of sounds to mistral-common."""
+    from transformers import VoxtralProcessor
+
+    held = tokenizer()
+    media = MediaProcessor(folder=folder, tokenizer=held)
+    media.__dict__["processor"] = VoxtralProcessor.__new__(VoxtralProcessor)
+    media.processor.feature_extractor = ears()
+    with pytest.raises(BadRow, match="VoxtralProcessor takes text alone, and a message shows audio"):
+        media.encode(ShownText("what", (Media("audio", str(folder / "a.wav")),)), [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto_class", "tower", "projector"),
+    [
+        ("qwen2_audio", "AutoModelForMultimodalLM", "audio_tower", "multi_modal_projector"),
+        ("granite_speech", "AutoModelForMultimodalLM", "model.encoder.", "model.projector."),
+        ("phi4_multimodal", "AutoModelForCausalLM", "audio_embed.encoder.", "audio_embed.up_proj_for_speech"),
+    ],
+)
+def test_the_parts_of_models_that_hear(kind: str, auto_class: str, tower: str, projector: str) -> None:
+    """Also where transformers has no usual name for the tower, or holds it in the decoder."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        parts = parts_of(getattr(transformers, auto_class).from_config(config))
+    inside = {name for name in parts if tower in name}
+    between = {name for name in parts if projector in name}
+    assert inside
+    assert between
+    assert {parts[name] for name in inside} == {"vision_tower"}
+    assert {parts[name] for name in between} == {"multi_modal_projector"}
+    layers = [name for name in parts if name.startswith(("model.layers.", "model.language_model.layers."))]
+    assert layers
+    assert {parts[name] for name in layers} == {"language_model"}
