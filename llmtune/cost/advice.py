@@ -80,15 +80,8 @@ def advise(cost: Figures) -> Advice:
 
     The formulas, which are instant, say when a trace is worth its time.
     """
-    registry, single = Registry(), list[Suggestion]()
-    for change in candidates(cost, registry):
-        changed = _changed(cost, change, registry)
-        if changed is None or changed.quick.at_peak.total > WORTH * cost.quick.at_peak.total:
-            continue
-        found = Suggestion(change=change, peak=changed.memory.at_peak.total, fits=changed.fits)
-        # Two names of one thing have one figure.
-        if not any(found.peak == other.peak and change.keys.keys() == other.change.keys.keys() for other in single):
-            single.append(found)
+    registry = Registry()
+    single = list(suggestions(cost, registry))
     joined, peak, together = KeyChange(), cost.quick.at_peak.total, None
     for found in single if not any(found.fits for found in single) else ():
         changed = _changed(cost, joined | found.change, registry)
@@ -99,6 +92,20 @@ def advise(cost: Figures) -> Advice:
             together = Suggestion(change=joined, peak=changed.memory.at_peak.total, fits=True)
             break
     return Advice(single=tuple(single), together=together)
+
+
+def suggestions(cost: Figures, registry: Registry) -> Iterator[Suggestion]:
+    """Each change that applies and helps, in the order in which to try them; estimated when it is asked for."""
+    told: list[Suggestion] = []
+    for change in candidates(cost, registry):
+        changed = _changed(cost, change, registry)
+        if changed is None or changed.quick.at_peak.total > WORTH * cost.quick.at_peak.total:
+            continue
+        found = Suggestion(change=change, peak=changed.memory.at_peak.total, fits=changed.fits)
+        # Two names of one thing have one figure.
+        if not any(found.peak == other.peak and change.keys.keys() == other.change.keys.keys() for other in told):
+            told.append(found)
+            yield found
 
 
 def _changed(cost: Figures, change: KeyChange, registry: Registry) -> Figures | None:

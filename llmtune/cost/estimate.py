@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from llmtune.cost.advice import Advice, advise
+from llmtune.cost.advice import Advice, advise, suggestions
 from llmtune.cost.figures import Figures
 from llmtune.cost.text import detail_text, quick_text, remedy_lines, table_html
 from llmtune.planning.devices import device_of_rank
 from llmtune.planning.micro_batch import largest
+from llmtune.recipe.registry import Registry
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -29,7 +31,8 @@ class Cost(Figures):
     def remedies(self) -> list[str]:
         """What a step takes and what would help, in lines, for a run whose memory is exhausted."""
         # Tracing several ranks needs a process group of its own, and the run has one.
-        return remedy_lines(self, advise(self).single[:REMEDIES] if self.plan.ranks.size == 1 else ())
+        found = islice(suggestions(self, Registry()), REMEDIES) if self.plan.ranks.size == 1 else ()
+        return remedy_lines(self, tuple(found))
 
     def as_dict(self) -> dict[str, Any]:
         """All figures as plain values: bytes, FLOPs a token, seconds a step."""
