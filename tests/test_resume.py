@@ -69,9 +69,11 @@ def forget_after(folder: Path, step: int) -> None:
 def test_a_continued_run_is_bit_identical(method: str, tiny_tied_llama: str, chats: str, tmp_path: Path) -> None:
     straight = recipe(tiny_tied_llama, chats, tmp_path / "straight", **METHODS[method])
     llmtune.train(straight)
+    llmtune.train({**straight, "output_dir": str(tmp_path / "saved"), "save_steps": 1})
     broken = {**straight, "output_dir": str(tmp_path / "broken")}
     for step in (1, 3, 7):  # inside an epoch, at its edge, inside a later one
-        stop_after(broken, step)
+        shutil.copytree(tmp_path / "saved", tmp_path / "broken")
+        forget_after(tmp_path / "broken", step)
         llmtune.train(broken)
         assert_equal_runs(tmp_path / "straight", tmp_path / "broken")
         shutil.rmtree(tmp_path / "broken")
