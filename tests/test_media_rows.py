@@ -156,6 +156,60 @@ def test_pictures_are_opened_upright_in_rgb_and_of_a_sane_size(folder: Path, tmp
         open_image(str(tmp_path / "bomb.png"), None, None)
 
 
+def test_pictures_of_every_kind_are_what_transformers_opens(tmp_path: Path) -> None:
+    """CMYK, 16 bits, palettes with transparency, alpha, grey, one bit, the first picture of animations, turned ones."""
+    from PIL import Image
+    from transformers.image_utils import load_image
+
+    random_bytes = np.random.default_rng(0)
+    color = Image.fromarray(random_bytes.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+    clear = Image.fromarray(random_bytes.integers(0, 255, (9, 12, 4), dtype=np.uint8), "RGBA")
+    color.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(random_bytes.integers(0, 65535, (9, 12), dtype=np.uint16)).save(tmp_path / "bits16.png")
+    color.convert("P").save(tmp_path / "palette.png", transparency=3)
+    clear.save(tmp_path / "clear.png")
+    clear.save(tmp_path / "clear.webp", lossless=True)
+    clear.convert("LA").save(tmp_path / "grey.png")
+    color.convert("1").save(tmp_path / "bit.png")
+    for name in ("moves.gif", "moves.webp"):
+        color.save(tmp_path / name, save_all=True, append_images=[color.rotate(180)])
+    exif = color.getexif()
+    exif[0x0112] = 6
+    color.save(tmp_path / "turned.jpg", exif=exif)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 10
+    for file in files:
+        ours, theirs = open_image(str(file), None, None), load_image(str(file))
+        assert (ours.size, ours.tobytes()) == (theirs.size, theirs.tobytes()), file.name
+
+
+def test_videos_and_sounds_that_would_fill_the_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / "video.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(4):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setnchannels(1), sound.setsampwidth(2), sound.setframerate(8000)
+        sound.writeframes(bytes(2 * 8000))
+    config = MediaConfig(video_fps=10.0, video_max_pixels=None)
+    monkeypatch.setattr("llmtune.media.opening.MOST_VIDEO_PIXELS", 3 * 64 * 48)
+    with pytest.raises(BadRow, match="64 x 48 pixels, of which 4 are taken.*lower video_maxlen or video_max_pixels"):
+        open_video(str(tmp_path / "video.mp4"), config)
+    assert len(open_video(str(tmp_path / "video.mp4"), MediaConfig(video_fps=10.0, video_max_pixels=768)).frames) == 4
+    monkeypatch.setattr("llmtune.media.opening.MOST_PIXELS", 64 * 48 - 1)
+    with pytest.raises(BadRow, match="pictures of 64 x 48 pixels, allowed are 3,071"):
+        open_video(str(tmp_path / "video.mp4"), config)
+    monkeypatch.setattr("llmtune.media.opening.MOST_SAMPLES", 8000)
+    with pytest.raises(BadRow, match="sound.wav is longer than 0 seconds, allowed are 8,000 samples"):
+        open_audio(str(tmp_path / "sound.wav"), 16000)
+
+
 def test_videos_and_sounds_are_sampled(folder: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     with av.open(tmp_path / "video.mp4", "w") as container:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 MOST_PIXELS = 2**27
 """Pixels of a picture that is still opened: 134 million, 400 MB once it is decoded. A file of some kilobytes may claim
 more."""
+MOST_VIDEO_PIXELS = 2**30
+"""Pixels that are kept of a video, all its pictures together: 3 GB."""
+MOST_SAMPLES = 2**28
+"""Samples of a sound that is still opened: 1 GB, four and a half hours at 16,000 a second."""
 
 
 class Video(NamedTuple):
@@ -72,8 +77,16 @@ def open_video(path: str | tuple[str, ...], config: MediaConfig) -> Video:
         fps = float(stream.average_rate or stream.guessed_rate or 24)
         wanted = min(config.video_maxlen, max(1, math.floor(total / fps * config.video_fps)))
         taken = _spread(total, wanted)
+        size = f"{path} has pictures of {stream.width:,} x {stream.height:,} pixels"
+        if stream.width * stream.height > MOST_PIXELS:
+            raise BadRow("huge media", f"{size}, allowed are {MOST_PIXELS:,}; make it smaller")
+        kept = len(taken) * min(stream.width * stream.height, most or MOST_PIXELS)
+        if kept > MOST_VIDEO_PIXELS:
+            allowed = f"allowed are {MOST_VIDEO_PIXELS:,} pixels in all; lower video_maxlen or video_max_pixels"
+            raise BadRow("huge media", f"{size}, of which {len(taken):,} are taken, {allowed}")
         container.seek(0)
-        found = [_small(frame, most, least) for at, frame in enumerate(container.decode(stream)) if at in set(taken)]
+        frames = islice(enumerate(container.decode(stream)), taken[-1] + 1)
+        found = [_small(frame, most, least) for at, frame in frames if at in taken]
     if not found:
         raise BadRow("broken media", f"{path} holds no picture that can be decoded")
     return Video(_stacked(found), fps, taken[: len(found)], total)
@@ -86,9 +99,15 @@ def open_audio(path: str, sampling_rate: int) -> np.ndarray:
         if not container.streams.audio:
             raise BadRow("broken media", f"{path} holds no sound")
         resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
-        frames = [part for frame in container.decode(container.streams.audio[0]) for part in resampler.resample(frame)]
-        parts = [frame.to_ndarray().reshape(-1) for frame in [*frames, *resampler.resample(None)]]
-    if not sum(map(len, parts)):
+        parts, samples = [], 0
+        for frame in chain(container.decode(container.streams.audio[0]), [None]):  # None: what it still holds
+            new = [part.to_ndarray().reshape(-1) for part in resampler.resample(frame)]
+            parts += new
+            samples += sum(map(len, new))
+            if samples > MOST_SAMPLES:
+                what = f"{path} is longer than {MOST_SAMPLES // sampling_rate:,} seconds"
+                raise BadRow("huge media", f"{what}, allowed are {MOST_SAMPLES:,} samples; cut it into parts")
+    if not samples:
         raise BadRow("broken media", f"{path} holds no sound that can be decoded")
     return np.concatenate(parts).astype(np.float32)
 
