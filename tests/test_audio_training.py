@@ -4,6 +4,7 @@ the processor makes of each row alone."""
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import llmtune
 from llmtune.media.loading import load_processor
 from llmtune.testing.ranks import in_ranks
 from tests.test_media_training import EPSILON, RATE, STEPS, TRAINED, losses, recipe, same
-from tests.tiny_audio import MODELS, heard, rows
+from tests.tiny_audio import MODELS, heard, rows, tone
+from tests.tiny_media import draw
 
 pytest.importorskip("av")
 WHOLE = {"per_device_train_batch_size": 6}
@@ -53,12 +55,20 @@ def opened(folder: Path, name: str) -> Any:
 
 def rows_by_hand(folder: Path, place: Path) -> list[tuple[dict[str, Any], torch.Tensor]]:
     """(what the model is given, labels (1, T) with -100 where nothing is learnt) of each row."""
+    from PIL import Image
+
     processor, found = load_processor(folder), []
     how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for row in json.loads((place / "rows.json").read_text()):
         question, answer = (message["content"] for message in row["messages"])
-        sounds = [{"type": "audio", "audio": heard(place / name)} for name in row.get("audios", ())]
-        asked = [{"role": "user", "content": [*sounds, {"type": "text", "text": question.replace("<audio>", "")}]}]
+        sounds = ({"type": "audio", "audio": heard(place / name)} for name in row.get("audios", ()))
+        images = ({"type": "image", "image": Image.open(place / name)} for name in row.get("images", ()))
+        parts = [
+            next(sounds) if text == "<audio>" else next(images) if text == "<image>" else {"type": "text", "text": text}
+            for text in re.split("(<audio>|<image>)", question)
+            if text
+        ]
+        asked = [{"role": "user", "content": parts}]
         start = processor.apply_chat_template(asked, add_generation_prompt=True, **how)["input_ids"].shape[1]
         said = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         batch = dict(processor.apply_chat_template(said, **how))
@@ -89,15 +99,16 @@ def by_hand(model: Any, rows: list[tuple[dict[str, Any], torch.Tensor]]) -> list
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_that_trains_learns_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
-    """In one batch of sounds of several lengths and rows without any, and row by row; and the result opens."""
+    """In one batch of sounds of several lengths and rows without any, and row by row or packed; the result opens."""
     import transformers
 
     expected = by_hand(opened(models(name), name), rows_by_hand(models(name), place))
     llmtune.train(recipe(models(name), place, tmp_path / "whole", **TRAINED, **WHOLE))
     same(losses(tmp_path / "whole"), expected)
     rowwise = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}
-    llmtune.train(recipe(models(name), place, tmp_path / "rowwise", **TRAINED, **rowwise))
-    same(losses(tmp_path / "rowwise"), expected)
+    other = rowwise if name == "omni" else {"packing": True, "cutoff_len": 128, **WHOLE}
+    llmtune.train({**recipe(models(name), place, tmp_path / "other", **TRAINED), **other})
+    same(losses(tmp_path / "other"), expected)
     result = tmp_path / "whole" / "model"
     model, told = getattr(transformers, OPENED_BY[name]).from_pretrained(result, output_loading_info=True)
     assert not told["missing_keys"]
@@ -144,6 +155,27 @@ def test_an_adapter_learns_as_in_peft(name: str, place: Path, models: Any, tmp_p
         two = {**keys, **TRAINED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
         in_ranks(2, tmp_path / "ranks", llmtune.train, recipe(models(name), place, tmp_path / "two", **two))
         same(losses(tmp_path / "two"), expected)
+
+
+def test_omni_learns_from_sounds_and_pictures_together_as_by_hand(models: Any, tmp_path: Path) -> None:
+    """In one batch, whose positions in three dimensions are those of each row alone."""
+    for at, size in enumerate(((32, 24), (24, 40))):
+        draw(tmp_path / f"{at}.png", "red", "circle", size)
+        tone(tmp_path / f"{at}.wav", 440, 0.3 + at)
+    shown: list[tuple[str, dict[str, Any]]] = [
+        ("<image>see and <audio>hear", {"images": ["0.png"], "audios": ["0.wav"]}),
+        ("<audio>what", {"audios": ["1.wav"]}),
+        ("<image><image>how many", {"images": ["1.png", "0.png"]}),
+        ("hello", {}),
+    ]
+    found = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "red"}], **files}
+        for text, files in shown
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    keys = recipe(models("omni"), tmp_path, tmp_path / "run", per_device_train_batch_size=4, **TRAINED)
+    llmtune.train(keys)
+    same(losses(tmp_path / "run"), by_hand(opened(models("omni"), "omni"), rows_by_hand(models("omni"), tmp_path)))
 
 
 def test_sounds_in_columns_of_hub_data_sets_are_read(place: Path, models: Any, tmp_path: Path) -> None:
