@@ -16,6 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # command lines that tests start.
 os.environ["LLMTUNE_CPU_DTYPE"] = "float32"
 
+# A run asks the disk some twenty times to write at once. What tests write has to survive no power cut.
+os.fsync = lambda fd: None
+
 _own_cache = None
 if "LLMTUNE_CACHE" not in os.environ:  # the processes that test in parallel inherit it
     _own_cache = os.environ["LLMTUNE_CACHE"] = tempfile.mkdtemp(prefix="llmtune-cache-")
@@ -36,8 +39,9 @@ SLOW = (
     "test_ppo_results", "test_grpo", "test_preferences_composed", "test_reward_models", "test_predict",
     "test_rewards_contract", "test_further_models", "test_ray", "test_lora_starts", "test_prequantised",
     "test_page", "test_slurm", "test_sharded", "test_scaffold", "test_parity", "test_rm", "test_serve", "test_trackers",
-    "test_model_options", "test_packed_integers", "test_vllm", "test_media_training", "test_audio_training",
-    "test_video_training", "test_torchvision",
+    "test_generate", "test_stranger_rollouts", "test_tuners", "test_evaluation_contract", "test_badam",
+    "test_layerwise", "test_precomputed", "test_model_options", "test_packed_integers", "test_vllm",
+    "test_media_training", "test_audio_training", "test_video_training", "test_torchvision",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 
