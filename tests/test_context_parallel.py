@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-EVALUATING = {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 5}
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 5}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
@@ -65,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def keys_for(model: str, data: str, output: Path, **changes: Any) -> dict[str, Any]:
-    keys = recipe(model, data, output, **{"max_steps": 5, "kernel_config": "auto", "eval_dataset": data, **changes})
+    keys = recipe(model, data, output, **{"max_steps": 3, "kernel_config": "auto", "eval_dataset": data, **changes})
     if "activation_checkpointing" in changes:
         del keys["disable_gradient_checkpointing"]
     return keys
