@@ -29,6 +29,8 @@ AXOLOTL = {"base_model": "m", "datasets": [{"path": "rows.jsonl", "type": "chat_
         ({}, {"cutoff_policy": "drop", "eval_strategy": "no"}),
         ({"excess_length_strategy": "raise"}, {"cutoff_policy": "error"}),
         ({"s2_attention": True}, {"shift_attn": True}),
+        ({"chat_template": "qwen_25"}, {"template": "qwen"}),
+        ({"chat_template": "phi_35"}, {"template": "phi"}),
         ({"chat_template": "jinja", "chat_template_jinja": "mine.jinja"}, {"template": "mine.jinja"}),
         ({"rl": "simpo"}, {"stage_config": {"name": "dpo", "pref_loss": "simpo", "pref_ftx": 1.0}}),
         ({"adapter": None, "bf16": True}, {"pure_bf16": True, "bf16": None}),
@@ -62,13 +64,22 @@ def test_what_an_entry_of_axolotl_asks_for_besides_is_lost(entry: dict[str, Any]
     assert set(made_of(tmp_path, {**AXOLOTL, "datasets": rows}).lost) == {f"datasets[0].{lost}"}
 
 
+@pytest.mark.parametrize("roles", [["assistant"], ["gpt", "function_call"]])
+def test_roles_that_train_in_any_case_ask_for_nothing(roles: list[str], tmp_path: Path) -> None:
+    rows = [{"path": "rows.jsonl", "type": "chat_template", "roles_to_train": roles}]
+    found = made_of(tmp_path, {**AXOLOTL, "datasets": rows})
+    assert "datasets[0].roles_to_train" in found.idle and not found.lost
+
+
 def test_own_texts_and_tokens_are_to_be_looked_at(tmp_path: Path) -> None:
     given = {
         "special_tokens": {"pad_token": "<p>", "eos_token": "<e>"},
         "datasets": [{"path": "o/p", "type": "alpaca"}],
+        "chat_template": "phi_3",
     }
     said = " ".join(made_of(tmp_path, {**AXOLOTL, **given}).check)
     assert "special_tokens: eos_token <e>" in said and "rows of type alpaca as a text of its own" in said
+    assert "phi_3 writes eight spaces" in said
 
 
 def test_several_trackers_keep_their_keys(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import llmtune
 from llmtune.contract.errors import LoadError, PlanError
-from llmtune.inference import export
+from llmtune.inference import export, upload
 from llmtune.inference.gguf_export import TYPES, allowed_error, write_gguf
 from llmtune.inference.model_card import told
 from llmtune.inference.modelfile import go_template
@@ -127,6 +127,7 @@ def test_a_run_is_exported_as_gguf_with_tokenizer_template_and_modelfile(run: ll
     fields = GGUFReader(folder / "model-q8_0.gguf").fields
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
     assert "FROM ./model-q8_0.gguf\n" in (folder / "Modelfile").read_text()
+    assert 'model = Llama("out/model-q8_0.gguf")' in (folder / "README.md").read_text()
 
 
 # ---- adapters, cards, Modelfiles -----------------------------------------------------------------------------------
@@ -217,12 +218,59 @@ def test_an_export_is_uploaded_whole(run: llmtune.Run, tmp_path: Path, monkeypat
         def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
             calls.append(sorted(path.name for path in Path(folder_path).iterdir()))
 
-    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(upload, "HfApi", Hub)
     run.export(tmp_path / "merged", export_hub_model_id="me/mine", token="hf_mine")
     assert calls[:2] == ["hf_mine", "me/mine"]
     assert {"README.md", "Modelfile", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json",
             "chat_template.jinja"} <= set(calls[2])  # fmt: skip
     assert "me/mine" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_what_could_not_be_uploaded_is_uploaded_by_the_same_command(
+    run: llmtune.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what the failed command wrote goes up, and only for the same command."""
+    down, sent = True, []
+
+    class Hub:
+        def __init__(self, token: str | None = None) -> None: ...
+
+        def create_repo(self, name: str, exist_ok: bool) -> None:
+            if down:
+                raise ConnectionError("[Errno -2] Name or service not known")
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            sent.append((repo_id, (Path(folder_path) / "README.md").stat().st_mtime_ns))
+
+    monkeypatch.setattr(upload, "HfApi", Hub)
+    target = tmp_path / "it's merged"
+    keys = {"export_format": "adapter", "export_hub_model_id": "me/mine"}
+    with pytest.raises(upload.UploadError) as told:
+        run.export(target, **keys)
+    assert "is written, but not uploaded to me/mine: no way to the hub ([Errno -2]" in str(told.value)
+    assert "run the same command again, which then only uploads, or: hf upload me/mine '" in str(told.value)
+    written = (target / "README.md").stat().st_mtime_ns
+    with pytest.raises(PlanError, match="is not empty"):
+        run.export(target, **(keys | {"export_format": "safetensors"}))
+    down = False
+    monkeypatch.setattr(export, "copy_adapter", None)
+    run.export(target, **keys)
+    assert sent == [("me/mine", written)]
+    with pytest.raises(PlanError, match="is not empty"):
+        run.export(target, **keys)
+    with pytest.raises(PlanError, match=r"export_hub_model_id: found \"me/a/b\", allowed is a name like owner/name"):
+        run.export(tmp_path / "new", export_hub_model_id="me/a/b")
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_merge(
+    run: llmtune.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "merged_plan", None)
+    with pytest.raises(PlanError, match=r"export_dir: /proc/x cannot be written \(.*\); name a folder elsewhere"):
+        run.export("/proc/x")
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match=r"export_dir: .*file cannot be written \(Not a directory\)"):
+        run.export(tmp_path / "file")
 
 
 GPTQ = """

@@ -22,10 +22,10 @@ _OWN_TEXT = ("alpaca", "alpaca_chat", "alpaca_w_system", "instruction", "oasst")
 """Types whose rows are written without a chat template there."""
 _WRITES = {"chatml": "chatml", "llama3": "llama3", "zephyr": "zephyr"}
 """Types of pairs that write them with this template, whatever the tokenizer's is."""
-_USUAL: dict[str, tuple[Any, ...]] = {
-    "roles_to_train": (["assistant"], ["gpt"]), "train_on_eos": ("turn",), "train_on_eot": ("turn",),
-}  # fmt: skip
-"""What trains in any case."""
+_ANSWERS = {"assistant", "gpt", "function_call"}
+"""Roles that train in any case."""
+_TEMPLATES = {"qwen_25": "qwen", "phi_3": "phi", "phi_35": "phi"}
+"""Templates that are called otherwise there."""
 _ROLES = {"system", "user", "human", "assistant", "gpt", "tool", "observation", "function_call", "function"}
 _IDLE = (
     "model_type", "tokenizer_type", "tokenizer_config", "is_llama_derived_model", "is_mistral_derived_model",
@@ -199,10 +199,10 @@ def _entries(draft: Draft, place: str, given: Any) -> list[dict[str, Any]]:
     entry |= {key: value for key, value in (("split", split), ("subset", subset)) if value is not None}
     if row.pop("ds_type", None):
         draft.idle[f"{place}.ds_type"] = "files tell their kind"
-    for key, usual in _USUAL.items():
+    for key in ("roles_to_train", "train_on_eos", "train_on_eot"):
         if (value := row.pop(key, None)) is not None:
             said = "the assistant's turns train with their ends"
-            if value in usual:
+            if value == "turn" or (isinstance(value, list) and value and set(value) <= _ANSWERS):
                 draft.idle[f"{place}.{key}"] = said
             else:
                 draft.lost[f"{place}.{key}"] = f"{said}; a message's own weight says otherwise (docs/data.md)"
@@ -281,8 +281,12 @@ def _template(draft: Draft) -> None:
         draft.ask_nothing("chat_template", why="chat_template_jinja would be the template")
     elif name in (None, "tokenizer_default") or str(name).startswith("tokenizer_default"):
         draft.ask_nothing("chat_template", why="the tokenizer's own template is taken")
-    elif template_of(name) in template_names():
-        draft.set("template", template_of(name), "chat_template")
+    elif (here := template_of(_TEMPLATES.get(name, name))) in template_names():
+        draft.set("template", here, "chat_template")
+        if name == "phi_3":
+            draft.check.append(
+                "template: Axolotl's phi_3 writes eight spaces after each line break, which phi and the models do not"
+            )
     else:
         draft.ask_nothing("chat_template", why="llmtune has no template of this name; the tokenizer's own is taken")
         draft.check.append("the tokenizer's own chat template is taken: `llmtune data preview` shows what is trained")
@@ -328,7 +332,7 @@ def _special(draft: Draft) -> None:
     """Special tokens that are given other meanings."""
     draft.rename({"s2_attention": "shift_attn"})
     others = {key: value for key, value in (draft.take("special_tokens") or {}).items() if key != "pad_token"}
-    draft.ask_nothing("special_tokens", why="the tokenizer's own are taken")
+    draft.ask_nothing("special_tokens", why="see above" if others else "the tokenizer's own are taken")
     if others:
         named = ", ".join(f"{key} {value}" for key, value in others.items())
         draft.check.append(f"special_tokens: {named}: the tokenizer's own are taken; `llmtune data preview` shows them")

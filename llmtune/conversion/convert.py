@@ -17,6 +17,7 @@ from llmtune.conversion.detect import trainer_of
 from llmtune.conversion.draft import Draft
 from llmtune.conversion.source import ForeignSource, read
 from llmtune.conversion.writer import recipe_yaml
+from llmtune.data.plot import plotting_problem
 from llmtune.recipe import text as recipe_text
 from llmtune.recipe.keys import top_level_keys
 from llmtune.recipe.recipe import errors_of, recipe_errors
@@ -135,6 +136,8 @@ def _objections(draft: Draft) -> list[str]:
     """What `llmtune train` would say of the recipe; the environment may be another then."""
     plain = {key: value for key, value in draft.recipe.items() if key != "trust_remote_code"}
     errors = [str(error) for error in errors_of(plain, {}, draft.registry)]
+    if draft.recipe.get("plot_loss") and (problem := plotting_problem()):
+        errors.append(f"plot_loss: {problem}")
     return [error for error in errors if "Environment variable" not in error]
 
 

@@ -51,9 +51,8 @@ def read(source: str | os.PathLike[str]) -> ForeignSource:
         if " " in text.strip() and _command_lines(text):
             return _command(text, "command line")
         near = did_you_mean(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise RecipeError(
-            f"{text}: found nothing, allowed is a file of another trainer, or its command in quotes.{near}"
-        )
+        found = "is a folder" if path.is_dir() else "there is no such file"
+        raise RecipeError(f"{text}: {found}; name a file of another trainer, or write its command in quotes.{near}")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

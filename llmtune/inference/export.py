@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import HfApi, save_torch_state_dict
+from huggingface_hub import save_torch_state_dict
 
 from llmtune.contract.errors import PlanError, blaming
 from llmtune.contract.records import Merges
@@ -24,10 +24,10 @@ from llmtune.inference.model_card import license_of, model_card
 from llmtune.inference.modelfile import modelfile
 from llmtune.inference.quantised_export import gptq_python, quantise
 from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
+from llmtune.inference.upload import Upload
 from llmtune.media.processor import copy_processor
 from llmtune.model.generate import stop_tokens, turn_ends
 from llmtune.model.generation import encode, has_template, plain_ids
-from llmtune.model.huggingface import HuggingFace
 from llmtune.model.skeleton import cast
 from llmtune.model.source import load_model_config, resolve_model
 from llmtune.model.weight_files import read_index, stored_dtype
@@ -57,12 +57,12 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
     Raises PlanError if the merged model does not answer like base plus adapter, or answers exactly like the base.
     """
     recipe = recipe_of(path, **overrides)
-    keys, saved, target = recipe.export, saved_at(path), _target(recipe.export.export_dir)
-    if keys.export_hub_model_id and not isinstance(hub := hub_of(recipe), HuggingFace):
-        raise PlanError(
-            f"export_hub_model_id: llmtune uploads to Hugging Face alone, and hub_config is {hub.title}; remove the "
-            f"key and upload {target} with that hub's own command, or set hub_config: huggingface"
-        )
+    keys, saved, target = recipe.export, saved_at(path), _named(recipe.export.export_dir)
+    upload = Upload.of(path, recipe, target, overrides)
+    if upload is not None and upload.waits:
+        upload.send()
+        return target
+    _require_new(target)
     if keys.export_quantization_bit:
         gptq_python()
     with appearing(target) as folder:
@@ -73,8 +73,8 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
             base, library = plan.files.folder, write_as(plan, recipe, folder, target.name)
         card = model_card(recipe, saved.run if saved else None, base, library, target.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    if keys.export_hub_model_id:
-        push(target, keys.export_hub_model_id, recipe.model.token)
+    if upload is not None:
+        upload.send()
     return target
 
 
@@ -160,13 +160,6 @@ def appearing(target: Path) -> Iterator[Path]:
         publish(folder, target)
 
 
-def push(folder: Path, repository: str, token: str | None) -> None:
-    """Upload an export to the hub, as one commit."""
-    hub = HfApi(token=token)
-    hub.create_repo(repository, exist_ok=True)
-    hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by llmtune export")
-
-
 def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
     """`infer_dtype` of an export: `auto` is the type that the files of the recipe's model have."""
     if name != "auto":
@@ -176,13 +169,23 @@ def export_dtype(name: str, recipe: Recipe) -> torch.dtype:
     return stored_dtype(read_index(files.folder), declared if isinstance(declared, torch.dtype) else None)
 
 
-def _target(export_dir: str | None) -> Path:
+def _named(export_dir: str | None) -> Path:
     if not export_dir:
         raise PlanError("export_dir: not given; name the folder to write, for example export_dir=merged")
-    target = Path(export_dir)
-    if target.exists() and any(target.iterdir()):
-        raise PlanError(f"export_dir: {target} is not empty; name a new folder")
-    return target
+    return Path(export_dir)
+
+
+def _require_new(target: Path) -> None:
+    """PlanError where something is there, or nothing can be: found before the merge."""
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise PlanError(f"export_dir: {target} is not empty; name a new folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise PlanError(f"export_dir: {target} cannot be written ({said}); name a folder elsewhere") from None
 
 
 def probe_ids(tokenizer: Any) -> Tensor:

@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{place}"), AutoTokenizer.from_pretrained("{place}")""",
     "gguf": """from llama_cpp import Llama
 
-model = Llama.from_pretrained("{place}", filename="*.gguf")
+model = {opened}
 print(model.create_chat_completion([{{"role": "user", "content": "Who are you?"}}]))""",
 }
 _NOT_SAID = (
@@ -58,12 +58,14 @@ def model_card(recipe: Recipe, run: Path | None, base: Path, library: str, name:
         datasets=on_hub if run and on_hub else None, license=license_of(base), pipeline_tag="text-generation",
         tags=["llmtune", *words], ignore_metadata_errors=True,
     )  # fmt: skip
-    place = recipe.export.export_hub_model_id or name
+    on_its_hub = recipe.export.export_hub_model_id
+    place, file = on_its_hub or name, f"{name}/model-{recipe.export.export_gguf_type}.gguf"
+    opened = f'Llama.from_pretrained("{place}", filename="*.gguf")' if on_its_hub else f'Llama("{file}")'
     parts = [
         f"---\n{front.to_yaml()}\n---\n\n# {place.rpartition('/')[2]}",
         f"{'An adapter for' if adapter else 'Made of'} {_named(recipe.model.model)} with llmtune"
         + (f" ({', '.join(words)})." if words else "."),
-        f"## Use\n\n```python\n{_USE[library].format(place=place)}\n```",
+        f"## Use\n\n```python\n{_USE[library].format(place=place, opened=opened)}\n```",
     ]
     if run is not None:
         parts.append("## Training\n\nData: " + listed([_named(each) for each in data]) + ".")

@@ -69,8 +69,10 @@ class Benchmark:
 
     def check(self, context: RunContext, model: Any) -> Iterator[str]:
         """Tasks that the harness has not, or asks in another language."""
-        spoken = LANGUAGES.get(self.name, self.lang)
-        if self.lang not in (None, spoken):
+        spoken = LANGUAGES.get(self.name)
+        if spoken is None and self.lang not in (None, "en"):  # which LLaMA-Factory takes where a file says none
+            yield f'lang: found "{self.lang}", but {self.name} has no language to choose; remove the key'
+        elif spoken is not None and self.lang not in (None, spoken):
             yield f'lang: found "{self.lang}", but {self.name} is asked in "{spoken}"; write that or remove the key'
         if Path(self.task).suffix in (".yaml", ".yml"):
             if not Path(self.task).is_file():

@@ -1,0 +1,35 @@
+"""Files of other trainers that ask another engine for answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmtune.conversion.convert import convert
+from tests.test_convert import BASE, made_of
+
+VLLM = {"vllm_maxlen": 2048, "vllm_gpu_util": 0.8, "vllm_enforce_eager": True, "vllm_max_lora_rank": 32,
+        "vllm_config": {"swap_space": 4}}  # fmt: skip
+
+
+def test_an_engine_of_llama_factory_comes_with_its_keys(tmp_path: Path) -> None:
+    """In a file for chat; training asks no engine there."""
+    chat = {"model_name_or_path": "org/m", "template": "qwen", "infer_backend": "vllm"}
+    found = made_of(tmp_path, chat | VLLM)
+    assert (found.verb, found.recipe["engine_config"]) == ("chat", {"name": "vllm", **VLLM})
+    assert set(VLLM) <= found.came.keys() and "vllm_command" in found.text
+    for keys in ({**chat, "infer_backend": "huggingface"}, BASE):
+        other = made_of(tmp_path, keys | VLLM)
+        assert "engine_config" not in other.recipe and set(VLLM) <= other.idle.keys()
+
+
+def test_an_engine_of_trl_comes_with_its_keys(tmp_path: Path) -> None:
+    """Its server follows an adapter alone."""
+    given = "trl grpo --model_name_or_path org/m --dataset_name org/rows --use_vllm true --vllm_mode server "
+    given += "--vllm_server_base_url http://there:8000 --vllm_max_model_length 512"
+    found = convert(given + " --use_peft true")
+    assert found.recipe["engine_config"] == {
+        "name": "vllm", "vllm_server_base_url": "http://there:8000", "vllm_gpu_util": 0.3, "vllm_maxlen": 512,
+    }  # fmt: skip
+    assert "vllm_mode" in found.idle
+    without = convert(given)
+    assert "engine_config" not in without.recipe and "use_vllm" in without.lost
