@@ -92,7 +92,7 @@ def train_each(recipes: list[dict[str, Any]]) -> None:
 def two_ranks(tiny_llama: str, chats: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every method with every init on two ranks, one folder each; half the micro-steps, so the same global batch."""
     root = tmp_path_factory.mktemp("two")
-    half = {"gradient_accumulation_steps": 1, "max_steps": 6}
+    half = {"gradient_accumulation_steps": 1, "max_steps": 4}
     recipes = [
         recipe(tiny_llama, chats, root / f"{method}-{init}", **METHODS[method], **half, init_config=init)
         for method, init in TWO
@@ -105,7 +105,7 @@ def two_ranks(tiny_llama: str, chats: str, tmp_path_factory: pytest.TempPathFact
 def one_rank(tiny_llama: str, chats: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("one")
     return {
-        method: train(recipe(tiny_llama, chats, root / method, **METHODS[method], max_steps=6))
+        method: train(recipe(tiny_llama, chats, root / method, **METHODS[method], max_steps=4))
         for method, _ in TWO[::3]
     }
 
