@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.contract.errors import counted
+from llmtune.data.media_stats import MediaStats
 from llmtune.data.plot import plot_lengths
 from llmtune.data.report import PartReport
 from llmtune.terminal import Shown, table_text
@@ -98,6 +99,8 @@ class DataStats(Shown):
     cutoffs: Sequence[Cutoff]
     histogram: Sequence[tuple[int, int]]
     """(longest length of a bar, samples in it); each bar is twice as wide as the one before."""
+    media: MediaStats | None = None
+    """What the samples show; None where they are text alone."""
     notes: Sequence[str] = ()
     lengths: np.ndarray
     """(samples,) tokens."""
@@ -110,7 +113,7 @@ class DataStats(Shown):
         percentiles = {f"{name}%": value for name, value in self.all.percentiles.items()}
         lengths = {**percentiles, "longest": self.all.longest, "shortest": self.all.shortest}
         parts = [
-            str(self.all),
+            "\n".join([str(self.all), *([str(self.media)] if self.media else [])]),
             table_text(["", *lengths], [["tokens of a sample", *map(_number, lengths.values())]], left=(0,)),
             table_text(["tokens of a sample", "", "samples", "so far"], self._bars(), left=(0, 1)),
         ]
@@ -159,6 +162,7 @@ def make_stats(
     cutoff_len: int,
     packed: Rows | None = None,
     padded: Rows | None = None,
+    media: MediaStats | None = None,
     notes: Sequence[str] = (),
 ) -> DataStats:
     """Count `whole`, the samples without a cutoff, and what the recipe makes of them."""
@@ -180,6 +184,7 @@ def make_stats(
         padded=padded,
         cutoffs=[_cost(whole, mask, longest, cutoff) for cutoff in sorted({*CUTOFFS, cutoff_len})],
         histogram=_histogram(lengths),
+        media=media,
         notes=notes,
         lengths=lengths,
     )

@@ -14,6 +14,7 @@ from llmtune.terminal import quiet_imports
 if TYPE_CHECKING:
     from llmtune.data import DataReport, Prepared
     from llmtune.data.check import DataCheck
+    from llmtune.data.media_stats import MediaStats
     from llmtune.data.preview import Preview
     from llmtune.data.report import Bad
     from llmtune.data.stats import DataStats, Rows
@@ -156,7 +157,9 @@ def stats_of(recipe: Recipe) -> DataStats:
         if data.dataset is None:
             raise
         notes.append(f"this recipe would not train. {error}")
-        return make_stats(_uncut(recipe, None), None, None, cutoff_len=data.cutoff_len, notes=notes)
+        whole = _uncut(recipe, None)
+        media = _media_stats(recipe, whole)
+        return make_stats(whole, None, None, cutoff_len=data.cutoff_len, media=media, notes=notes)
     if data.dataset is None:
         whole = prepared.train
         notes.append("tokenized_path: these lengths are those of the samples kept there, which may have been cut")
@@ -165,7 +168,7 @@ def stats_of(recipe: Recipe) -> DataStats:
     packed, padded = _fill(recipe, prepared)
     return make_stats(
         whole, prepared.train, prepared.evaluation, cutoff_len=data.cutoff_len, packed=packed, padded=padded,
-        notes=[*notes, *_losses(prepared.report, data.cutoff_policy)],
+        media=_media_stats(recipe, whole), notes=[*notes, *_losses(prepared.report, data.cutoff_policy)],
     )  # fmt: skip
 
 
@@ -182,6 +185,21 @@ def _uncut(recipe: Recipe, prepared: Prepared | None) -> TokenSamples:
     if lost is None or lost.truncated or lost.too_long or several or refused:
         changes |= {"cutoff_len": _WHOLE, "cutoff_policy": "truncate", "tokenized_path": None}
     return prepare_data(replace(recipe, data=replace(recipe.data, **changes)))[0].train
+
+
+def _media_stats(recipe: Recipe, samples: TokenSamples) -> MediaStats | None:
+    """What samples show, by the processor of the recipe's model; None where they are text alone."""
+    if not samples.media_kinds:
+        return None
+    from llmtune.data.media_stats import count_media
+    from llmtune.media.processor import media_processor
+    from llmtune.model.source import load_tokenizer, resolve_model
+    from llmtune.recipe.parts import hub_of
+
+    files = resolve_model(recipe.model, hub_of(recipe), weights=False)
+    tokenizer = load_tokenizer(files, recipe.model)
+    media = media_processor(files.folder, tokenizer, recipe.data, recipe.model.trust_remote_code)
+    return None if media is None else count_media(samples, media)
 
 
 def _losses(report: DataReport, policy: str) -> Iterator[str]:

@@ -1,0 +1,114 @@
+"""What samples show, in numbers: media of each kind, their tokens, and how large pictures are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtune.contract.errors import listed
+
+if TYPE_CHECKING:
+    from llmtune.data.tokens import TokenSamples
+    from llmtune.media.processor import MediaProcessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSizes:
+    """Sizes of the files of pictures, by what their heads say, before they are resized."""
+
+    files: int
+    smallest: tuple[int, int]
+    """(width, height) of the picture with the fewest pixels."""
+    median: tuple[int, int]
+    largest: tuple[int, int]
+    larger: int
+    """Files with more pixels than `image_max_pixels`, which are made smaller."""
+    smaller: int
+    """Files with fewer than `image_min_pixels`, which are made larger."""
+
+    def __str__(self) -> str:
+        smallest, median, largest = (
+            f"{width:,} x {height:,}" for width, height in (self.smallest, self.median, self.largest)
+        )
+        return (
+            f"pictures ({self.files:,} files): {smallest} to {largest}, half of them up to {median}; "
+            f"image_max_pixels makes {self.larger:,} smaller, image_min_pixels makes {self.smaller:,} larger"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaStats:
+    """Media of samples in their full lengths."""
+
+    samples: int
+    """Samples that show any."""
+    media: Mapping[str, int]
+    """Media that samples show, by their kind: one that two sequences of a sample show counts twice."""
+    most: Mapping[str, int]
+    """The same of the sample that shows most of the kind."""
+    tokens: int
+    """Tokens that stand for media."""
+    text_tokens: int
+    """All others."""
+    most_tokens: int
+    """Tokens that stand for media in the sample that has most of them."""
+    pictures: PictureSizes | None
+    """None where no sample shows a picture that is a file."""
+
+    def __str__(self) -> str:
+        shown = [kind for kind, count in self.media.items() if count]
+        each = listed([f"{self.media[kind]:,} {kind}{'s' * (self.media[kind] != 1)}" for kind in shown])
+        most = listed([f"{self.most[kind]:,} {kind}{'s' * (self.most[kind] != 1)}" for kind in shown])
+        share = self.tokens / max(1, self.tokens + self.text_tokens)
+        lines = [
+            f"{self.samples:,} samples show {each}, one sample at most {most}",
+            f"{self.tokens:,} tokens stand for them ({share:.0%}), at most {self.most_tokens:,} in a sample; "
+            f"{self.text_tokens:,} are text",
+        ]
+        return "\n".join([*lines, *([str(self.pictures)] if self.pictures else [])])
+
+
+def count_media(samples: TokenSamples, media: MediaProcessor) -> MediaStats:
+    """Count what samples show. Opens the heads of pictures' files, each once."""
+    stands = np.isin(samples.ids, media.placeholders)
+    before = np.append(0, np.cumsum(stands, dtype=np.int64))
+    tokens = (before[samples.stops] - before[samples.starts]).reshape(-1, samples.width).sum(1)
+    total: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    files: dict[str, None] = {}
+    showing = 0
+    for index in range(len(samples)):
+        shown = [medium for one in samples.shown(index) for medium in one.media]
+        kinds = Counter(medium.kind for medium in shown)
+        showing += bool(shown)
+        total += kinds
+        most |= kinds
+        files |= {medium.path: None for medium in shown if medium.kind == "image" and isinstance(medium.path, str)}
+    return MediaStats(
+        samples=showing, media=dict(total), most=dict(most), tokens=int(tokens.sum()),
+        text_tokens=samples.tokens - int(tokens.sum()), most_tokens=int(tokens.max(initial=0)),
+        pictures=_sizes([*files], media.config.image_max_pixels, media.config.image_min_pixels),
+    )  # fmt: skip
+
+
+def _sizes(files: list[str], most: int | None, least: int | None) -> PictureSizes | None:
+    from PIL import Image
+
+    found: list[tuple[int, int]] = []
+    for file in files:
+        with suppress(OSError), Image.open(file) as image:  # one that was removed since is found by training
+            found.append(image.size)
+    if not found:
+        return None
+    found.sort(key=lambda size: size[0] * size[1])
+    pixels = [width * height for width, height in found]
+    return PictureSizes(
+        files=len(found), smallest=found[0], median=found[(len(found) - 1) // 2], largest=found[-1],
+        larger=0 if most is None else sum(each > most for each in pixels),
+        smaller=0 if least is None else sum(each < least for each in pixels),
+    )  # fmt: skip
