@@ -15,7 +15,7 @@ def mask_pictures_by_document(model: Any) -> None:
     """Let such a transformers model look for the pictures of each document of a flat batch where they are.
 
     transformers (5.24) looks for them in the mask of layers with a sliding window at a token's position in its own
-    document, where the row's first document has its pictures. The mask of full attention is right, and the other is
+    document, where the row's first document has its pictures. The mask without a window is right, and the other is
     that one as far as the window reaches.
     """
     backbone = model.base_model
@@ -27,21 +27,23 @@ def mask_pictures_by_document(model: Any) -> None:
 def _masked(
     blocks: Callable[..., Any], module: Any, args: Any, given: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    positions_1T, config = given.get("position_ids"), module.config.get_text_config()
-    kinds_1T = given.get("token_type_ids")
-    if config.use_bidirectional_attention == "vision":  # of Gemma 4 the larger ones alone
-        kinds_1T = given.get("mm_token_type_ids")
+    config = module.config.get_text_config()
+    everywhere = config.use_bidirectional_attention != "vision"  # Gemma 3; of Gemma 4 the larger ones, in such layers
+    kinds_1T = given.get("token_type_ids" if everywhere else "mm_token_type_ids")
     if given.get("cu_seq_lens_q") is None or kinds_1T is None or given.get("attention_mask") is not None:
         return None
-    full = create_causal_mask(
-        config=config, inputs_embeds=torch.empty(*kinds_1T.shape, 1, dtype=module.dtype, device=kinds_1T.device),
-        attention_mask=None, cache=None, position_ids=positions_1T,
-        block_sequence_ids=blocks(kinds_1T, device=kinds_1T.device),
+    make = partial(
+        create_causal_mask, config=config, attention_mask=None, cache=None, position_ids=given.get("position_ids"),
+        inputs_embeds=torch.empty(*kinds_1T.shape, 1, dtype=module.dtype, device=kinds_1T.device),
     )  # fmt: skip
-    if not isinstance(full, torch.Tensor):
+    seen = make(block_sequence_ids=blocks(kinds_1T, device=kinds_1T.device))
+    if not isinstance(seen, torch.Tensor):
         return None
-    at_T = torch.arange(kinds_1T.shape[1], device=full.device)
+    at_T = torch.arange(kinds_1T.shape[1], device=seen.device)
     near_TT = at_T[None] > at_T[:, None] - config.sliding_window
-    outside = False if full.dtype == torch.bool else torch.finfo(full.dtype).min
-    masks = {"full_attention": full, "sliding_attention": full.masked_fill(~near_TT, outside)}
+    outside = False if seen.dtype == torch.bool else torch.finfo(seen.dtype).min
+    masks = {
+        "full_attention": seen if everywhere else make(),
+        "sliding_attention": seen.masked_fill(~near_TT, outside),
+    }
     return args, {**given, "attention_mask": masks}
