@@ -68,19 +68,6 @@ def test_each_documented_key_is_accounted_for(name: str, tmp_path: Path) -> None
         assert name in {*found.came, *found.idle, *found.lost}
 
 
-def test_a_curve_that_cannot_be_drawn_here_is_to_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtune.data.plot.find_spec", lambda name: None)
-    assert "pip install llmtune[plot]" in " ".join(made(tmp_path, plot_loss=True).check)
-    assert not any("plot" in line for line in made(tmp_path, plot_loss=False).check)
-
-
-def test_what_is_no_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is a folder; name a file of another trainer"):
-        convert(tmp_path)
-    with pytest.raises(RecipeError, match="there is no such file; name a file"):
-        convert(tmp_path / "nothere.yaml")
-
-
 WRITTEN: dict[str, dict[str, Any]] = {
     "llama_factory/lora_sft_defaults.yaml": {
         "peft_config": {"name": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}, "group_by_length": False,

@@ -1,11 +1,14 @@
-"""Files of other trainers that ask another engine for answers."""
+"""Files of other trainers that ask for what may not be there: another engine, curves, the file itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from llmtune import RecipeError
 from llmtune.conversion.convert import convert
-from tests.test_convert import BASE, made_of
+from tests.test_convert import BASE, made, made_of
 
 VLLM = {"vllm_maxlen": 2048, "vllm_gpu_util": 0.8, "vllm_enforce_eager": True, "vllm_max_lora_rank": 32,
         "vllm_config": {"swap_space": 4}}  # fmt: skip
@@ -33,3 +36,16 @@ def test_an_engine_of_trl_comes_with_its_keys(tmp_path: Path) -> None:
     assert "vllm_mode" in found.idle
     without = convert(given)
     assert "engine_config" not in without.recipe and "use_vllm" in without.lost
+
+
+def test_a_curve_that_cannot_be_drawn_here_is_to_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmtune.data.plot.find_spec", lambda name: None)
+    assert "pip install llmtune[plot]" in " ".join(made(tmp_path, plot_loss=True).check)
+    assert not any("plot" in line for line in made(tmp_path, plot_loss=False).check)
+
+
+def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is a folder; name a file of another trainer"):
+        convert(tmp_path)
+    with pytest.raises(RecipeError, match="there is no such file; name a file"):
+        convert(tmp_path / "nothere.yaml")
