@@ -1,4 +1,4 @@
-"""What statistics say of rows that show media."""
+"""What statistics and the preview say of rows that show media."""
 
 from __future__ import annotations
 
@@ -62,3 +62,23 @@ def test_statistics_of_text_say_nothing_of_media(keys: dict[str, Any], tmp_path:
     found = llmtune.stats({**keys, "dataset": str(place)})
     assert found.media is None
     assert "stand for" not in str(found)
+
+
+def test_a_page_of_a_preview_holds_the_pictures_small_and_a_terminal_names_them(keys: dict[str, Any]) -> None:
+    import base64
+    import io
+    import re
+
+    from PIL import Image
+
+    found = llmtune.preview(keys, n=4)
+    assert "shows 0.png" in str(found)
+    assert "data:image" not in str(found)
+    page = found.html()
+    held = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="(\d).png"', page)
+    assert [name for _, name in held] == ["0", "1", "2"]  # the fourth shows nothing
+    for content, name in held:
+        shown = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert shown.tobytes() == Image.open(Path(keys["dataset"]).parent / f"{name}.png").convert("RGB").tobytes()
+    places = [page.index(text) for text in ("0.png, ", 'alt="0.png"', "shows 1.png", 'alt="1.png"') if text in page]
+    assert places == sorted(places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.contract.errors import DataError, listed
+from llmtune.data.thumbnail import thumbnail
 from llmtune.data.token_text import Span, TokenText, visible
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class ShownSample:
 
     title: str
     sequences: Sequence[ShownSequence]
+    pictures: Sequence[str] = ()
+    """Files of the pictures that it shows, each once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +90,30 @@ class Preview:
 
     def _exported(self, page: str) -> str:
         console = _console(file=io.StringIO(), record=True)
-        self._print(console)
-        return console.export_html(inline_styles=True, code_format=page)
+        mark = secrets.token_hex(16)  # which no sample holds
+        self._print(console, mark)
+        found = console.export_html(inline_styles=True, code_format=page)
+        for number, sample in enumerate(self.samples):
+            found = found.replace(f"{mark}-{number}-", "".join(map(thumbnail, sample.pictures)))
+        return found
 
-    def _print(self, console: Console) -> None:
+    def _print(self, console: Console, mark: str = "") -> None:
         legend = [("trained on", _TRAINED), " \u00b7 not trained on \u00b7 ", ("special token", "bold")]
-        for line in self._lines(legend, _coloured):
+        for line in self._lines(legend, _coloured, mark):
             console.print(line)
 
-    def _lines(self, legend: Sequence[Any], drawn: Callable[[Sequence[Span]], Iterator[Any]]) -> Iterator[Text]:
-        """Everything in order; `drawn` makes strings and (string, style) of spans."""
+    def _lines(
+        self, legend: Sequence[Any], drawn: Callable[[Sequence[Span]], Iterator[Any]], mark: str = ""
+    ) -> Iterator[Text]:
+        """Everything in order; `drawn` makes strings and (string, style) of spans. A `mark`, if any, stands with the
+        sample's number where pictures belong."""
         from rich.text import Text
 
         yield Text.assemble(*legend)
-        for sample in self.samples:
+        for number, sample in enumerate(self.samples):
             yield Text.assemble("\n", (f"--- {sample.title}", "bold"))
+            if mark and sample.pictures:
+                yield Text(f"{mark}-{number}-")
             for sequence in sample.sequences:
                 if sequence.name:
                     yield Text(f"- {sequence.name}", "underline")
@@ -207,7 +220,8 @@ def _titled(name: str, samples: TokenSamples, index: int, sequences: Sequence[Sh
         facts.append("wanted" if samples.labels[index] else "not wanted")
     if samples.media_kinds and (names := samples.media_names(index)):
         facts.append(f"shows {listed(names)}")
-    return ShownSample(title=", ".join(fact for fact in facts if fact), sequences=sequences)
+    pictures = samples.pictures(index) if samples.media_kinds else []
+    return ShownSample(title=", ".join(fact for fact in facts if fact), sequences=sequences, pictures=pictures)
 
 
 def _counted(spans: Sequence[Span]) -> list[Span]:

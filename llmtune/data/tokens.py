@@ -191,6 +191,11 @@ class TokenSamples:
         first = [path if isinstance(path, str) else path[0] for path in paths]
         return list(dict.fromkeys(path.rpartition("/")[2] for path in first))
 
+    def pictures(self, index: int) -> list[str]:
+        """The files of the pictures that a sample shows, each once."""
+        media = [medium for one in self.shown(index) for medium in one.media]
+        return list(dict.fromkeys(str(medium.path) for medium in media if medium.kind == "image"))
+
     def set_of(self, index: int) -> int:
         """The number of the data set that a sample comes from."""
         return int(self.sets[index]) if self.sets is not None else 0
