@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.contract.examples import BadRow, Media
+from llmtune.contract.examples import BadRow, Media, ShownText
 from llmtune.data.formats import Chosen, read_row
 from llmtune.data.formats.chats import Alpaca, OpenAi, ShareGpt
 from llmtune.data.formats.pairs import PreferencePairs
 from llmtune.media.files import MediaFiles
 from llmtune.media.opening import open_audio
-from llmtune.media.processor import MediaProcessor, ShownText
+from llmtune.media.processor import MediaProcessor
 from llmtune.model.modalities import parts_of
 from tests.tiny_audio import audio_flamingo, ears, heard, qwen2_audio, tone
 from tests.tiny_media import tokenizer
@@ -80,7 +80,7 @@ def test_features_of_as_many_bands_as_there_are_tokens_stay_as_they_are(folder: 
     rows = [ShownText(text, row.media)] * 2
     ids = [media.encode(each, [])[0] for each in rows]
     assert [len(each) for each in ids] == [8, 8]
-    found = media.tensors(rows, ids, flat=True)
+    found = media.tensors(rows, ids, "flat")
     assert {name: tuple(value.shape[:2]) for name, value in found.items()} == {
         "input_features": (2, 8), "feature_attention_mask": (2, 200),
     }  # fmt: skip

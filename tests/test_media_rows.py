@@ -280,7 +280,7 @@ def test_ids_and_tensors_are_those_of_the_processor(
         assert said == "".join("".join(part["text"] for part in answer) + "<|im_end|>" for answer in answers)
     batch = processor.apply_chat_template(theirs, processor_kwargs={"padding": True}, **how)
     shown = [each.shown or ShownText("") for each in found]
-    tensors = media.tensors(shown, [each.ids for each in found], flat=False)
+    tensors = media.tensors(shown, [each.ids for each in found], "padded")
     expected = {key: value for key, value in batch.items() if key not in ("input_ids", "attention_mask")}
     assert tensors.keys() == expected.keys()
     for key, value in expected.items():
@@ -299,7 +299,7 @@ def test_a_picture_that_changed_is_found(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         Exception, match=r"changing.png has changed since the data were tokenised.*overwrite_cache: true"
     ):
-        media.tensors([shown], [ids], flat=False)
+        media.tensors([shown], [ids], "padded")
 
 
 def test_the_keys_of_sizes_fit_each_other() -> None:

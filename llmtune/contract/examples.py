@@ -119,6 +119,8 @@ class Text:
     """Plain text, of which every token is learnt and the end too."""
 
     text: str
+    media: Sequence[Media] = ()
+    """What the text shows, in the order in which it does. llmtune fills it in; a format leaves it empty."""
     kind: ClassVar[str] = "text"
 
 

@@ -76,8 +76,8 @@ class MediaReader(Protocol):
         """The tokens that stand for what is shown."""
         ...
 
-    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> Sequence[tuple[Any, ShownText]]:
-        """Tokens and text of a prompt that shows something blank, for each of `kinds` that no row shows."""
+    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> Sequence[tuple[Any, ShownText, Any]]:
+        """Tokens and text of a prompt that shows something blank, and None, for each of `kinds` that no row shows."""
         ...
 
     def prompt_tensors(

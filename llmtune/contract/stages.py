@@ -79,6 +79,11 @@ class Batch:
     longest_document: int = 0
     row_tokens: int = 0
     """Tokens of the whole row where this is one rank's piece of it (context parallelism); 0 for whole rows."""
+    row_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Where this is a piece of a row that shows media: `input_ids` and `position_ids` of the whole row. The model puts
+    media into the embeddings of all of its tokens, and then goes on with the piece."""
+    piece_start: int = 0
+    """Where the piece begins in its row."""
     mismatched: Batch | None = None
     """Where rows are labelled: each of their prompts with the answer to another one of the step (KTO's estimate of how
     far the model has moved)."""
@@ -138,6 +143,9 @@ class Batch:
             }
         if self.row_tokens:  # a ready mask, which nothing reads, keeps the model from making one for the piece alone
             inputs |= {"attention_mask": self.input_ids.new_ones(1, 1, 1, 1), "context_row_tokens": self.row_tokens}
+        if self.row_inputs:
+            stop = self.piece_start + self.input_ids.shape[1]
+            inputs |= {**self.row_inputs, "context_piece": (self.piece_start, stop)}
         return inputs
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,15 +16,17 @@ from llmtune.data.order import Order, cut, deal, padding_share, split
 from llmtune.data.sequence import TokenSequence
 from llmtune.data.tokens import shown_in
 from llmtune.data.units import SampleSlice, Units, make_units
+from llmtune.media.processor import ShownTokens
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llmtune.contract.examples import ShownText
     from llmtune.contract.stages import Batch
     from llmtune.data.config import DataConfig
     from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
-    from llmtune.media.processor import MediaProcessor
+    from llmtune.media.processor import MediaProcessor, ReadMedia, TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,19 @@ class UnitBatches:
     """Parts of a step that are dealt apart, so that micro-batches of one part have the same units however it is split:
     an update of a stage that `RollsOut` learns from one part."""
 
-    def batches(self, units: Sequence[int], device: torch.device) -> list[Batch]:
-        """This rank's micro-batches of the units of a step."""
-        return [to_device(self.batch(*each), device) for each in self.shares(units)]
+    def batches(
+        self, units: Sequence[int], device: torch.device, read: Sequence[Callable[[], ReadMedia]] = ()
+    ) -> list[Batch]:
+        """This rank's micro-batches of the units of a step; `read` gives what was read of the media of each, if it was
+        read before."""
+        shares = self.shares(units)
+        made = [each() for each in read] or [None] * len(shares)
+        return [to_device(self.batch(*share, read=each), device) for share, each in zip(shares, made, strict=True)]
+
+    def shown(self, units: Sequence[int]) -> list[ShownText]:
+        """What is read of the media of a micro-batch of these units."""
+        chosen = [piece.sample for unit in units for piece in self.units.pieces(unit)]
+        return ShownRows.of(self.samples, [self.samples.row(sample) for sample in chosen], self.media).all
 
     def shares(self, units: Sequence[int]) -> list[tuple[list[int], Mapping[int, int]]]:
         """The units of each of this rank's micro-batches of a step, and the `other_answers` of the step."""
@@ -57,7 +69,9 @@ class UnitBatches:
             mine += split(part, self.ranks.batch_rank, ranks, micro_steps)
         return [(list(units), others) for units in mine]
 
-    def batch(self, units: Sequence[int], others: Mapping[int, int] | None = None) -> Batch:
+    def batch(
+        self, units: Sequence[int], others: Mapping[int, int] | None = None, read: ReadMedia | None = None
+    ) -> Batch:
         """One micro-batch of these units, on the CPU; this rank's piece of it where rows are split. `others` are the
         `other_answers` of a step, those of the batch alone if None."""
         pieces = [self.units.pieces(unit) for unit in units]
@@ -70,7 +84,14 @@ class UnitBatches:
         chosen = [piece.sample for unit in pieces for piece in unit]
         others = other_answers(self.samples, chosen) if others is None else others
         return sample_batch(
-            self.samples, chosen, flat=self.flat, pad_id=self.pad_id, ranks=self.ranks, others=others, media=self.media
+            self.samples,
+            chosen,
+            flat=self.flat,
+            pad_id=self.pad_id,
+            ranks=self.ranks,
+            others=others,
+            media=self.media,
+            read=read,
         )
 
     def origin(self, sample: int) -> str:
@@ -165,47 +186,83 @@ def other_answers(samples: TokenSamples, order: Sequence[int]) -> dict[int, int]
     return dict(zip(order, [*order[1:], *order[:1]], strict=True)) if samples.labels is not None else {}
 
 
-def mismatched(samples: TokenSamples, sample: int, other: int) -> TokenSequence:
+class Crossed(NamedTuple):
+    """The prompt of one sample with the answer of another."""
+
+    sequence: TokenSequence
+    asked: int
+    """Tokens of the prompt."""
+
+
+def mismatched(samples: TokenSamples, sample: int, other: int) -> Crossed:
     """The prompt of one sample with the answer of another, cut to the length of the longest sample."""
     (own,), (theirs,) = samples.sequences(sample), samples.sequences(other)
-    asked = own.start + int(np.argmax(samples.mask[own]))
+    asked = int(np.argmax(samples.mask[own]))
     answer = slice(theirs.start + int(np.argmax(samples.mask[theirs])), theirs.stop)
-    ids = np.concatenate([samples.ids[own.start : asked], samples.ids[answer]])[: samples.longest]
-    mask = np.concatenate([np.zeros(asked - own.start, bool), samples.mask[answer]])[: samples.longest]
-    return TokenSequence(ids, mask)
+    ids = np.concatenate([samples.ids[own.start : own.start + asked], samples.ids[answer]])[: samples.longest]
+    mask = np.concatenate([np.zeros(asked, bool), samples.mask[answer]])[: samples.longest]
+    return Crossed(TokenSequence(ids, mask), asked)
+
+
+class ShownRows(NamedTuple):
+    """What the sequences of a batch show; nothing where none of the data shows any media."""
+
+    own: Sequence[ShownText] = ()
+    """What each sequence shows."""
+    blank: Sequence[ShownTokens] = ()
+    """Documents with blank media that the batch has at its end."""
+
+    @staticmethod
+    def of(samples: TokenSamples, columns: Sequence[Mapping[str, Any]], media: MediaProcessor | None) -> ShownRows:
+        """Of the samples of these `columns`, out of `samples`."""
+        if media is None or not samples.media_kinds:
+            return ShownRows()
+        own = [each for row in columns for each in shown_in(row, samples.width)]
+        return ShownRows(own, media.fillers(samples.media_kinds, own))
+
+    @property
+    def all(self) -> list[ShownText]:
+        """What is read of them."""
+        return [*self.own, *(each.shown for each in self.blank)]
 
 
 def sample_batch(
     samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pad_id: int, ranks: Ranks,
     others: Mapping[int, int] = MappingProxyType({}), media: MediaProcessor | None = None,
+    read: ReadMedia | None = None,
 ) -> Batch:  # fmt: skip
     """Whole samples as one batch; this rank's piece of it where rows are split. Labelled ones come with each prompt's
-    `mismatched` answer."""
+    `mismatched` answer. `read` is what was read of their `ShownRows` before; None reads it now."""
     ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
     parts = [part for sample in chosen for part in samples.sequences(sample)]
-    rows = () if samples.columns is None else tuple(samples.row(sample) for sample in chosen)
-    media = media if samples.media_kinds else None
-    shown = [] if media is None else [each for row in rows for each in shown_in(row, samples.width)]
-    blank = [] if media is None else media.fillers(samples.media_kinds, shown)
+    columns = () if samples.columns is None else tuple(samples.row(sample) for sample in chosen)
+    shown = ShownRows.of(samples, columns, media)
+    fillers = [TokenSequence(each.ids, np.zeros(len(each.ids), bool)) for each in shown.blank]
+    layout: dict[str, Any] = {"flat": flat, "pad_id": pad_id, "fillers": fillers}
     batch = collate(
         [TokenSequence(ids[part], mask[part], None if weights is None else weights[part]) for part in parts],
-        flat=flat,
-        fillers=[TokenSequence(tokens, np.zeros(len(tokens), bool)) for tokens, _ in blank],
-        pad_id=pad_id,
         sample_ids=chosen,
         width=samples.width,
         desirable=None if labels is None else [bool(labels[sample]) for sample in chosen for _ in range(samples.width)],
         counts_samples=samples.counts_samples,
+        **layout,
     )
-    batch.columns = rows
-    if media is not None:
-        tokens = [*(ids[part] for part in parts), *(tokens for tokens, _ in blank)]
-        batch.media = media.tensors([*shown, *(filler for _, filler in blank)], tokens, flat)
+    batch.columns = columns
     spots = [sample * samples.width + part for sample in chosen for part in range(samples.width)]
     batch.extra = {name: torch.tensor(values[spots]) for name, values in samples.precomputed.items()}
-    if samples.labels is not None:
-        crossed = [mismatched(samples, sample, others[sample]) for sample in chosen]
-        batch.mismatched = collate(crossed, flat=flat, pad_id=pad_id, counts_samples=True)
+    crossed = [] if labels is None else [mismatched(samples, sample, others[sample]) for sample in chosen]
+    if labels is not None:
+        batch.mismatched = collate([each.sequence for each in crossed], counts_samples=True, **layout)
+    if media is not None and shown.all:
+        read = media.read(shown.all) if read is None else read
+        rows_as: TokenLayout = "flat" if flat else "padded"
+        own = map(ShownTokens, (ids[part] for part in parts), shown.own)
+        batch.media = read.tensors([*own, *shown.blank], rows_as)
+        if batch.mismatched is not None:  # the same media, before other answers
+            own = (
+                ShownTokens(each.sequence.ids, its, each.asked) for each, its in zip(crossed, shown.own, strict=True)
+            )
+            batch.mismatched.media = read.tensors([*own, *shown.blank], rows_as)
     return split_row(batch, ranks)
 
 

@@ -127,7 +127,8 @@ def split_row(batch: Batch, ranks: Ranks) -> Batch:
     """This rank's piece of a flat batch, or the batch itself where rows are not split.
 
     Positions and document bounds stay those of the whole row. A row that R does not divide gets a last document of
-    padding, up to R - 1 tokens that no other document sees and no loss counts.
+    padding, up to R - 1 tokens that no other document sees and no loss counts. Of a row that shows media all ranks keep
+    all inputs, as the model has to know every place that media have.
     """
     size, rank = ranks.dims.context, ranks.context_rank
     if size == 1:
@@ -143,11 +144,18 @@ def split_row(batch: Batch, ranks: Ranks) -> Batch:
     targets = batch.targets[mine]
     assert batch.target_sequence is not None
     groups = _groups(batch, mine)
+    ids, places = _filled(batch.input_ids, torch.zeros(fill)), _filled(batch.position_ids, torch.arange(fill))
     return replace(
         batch,
-        input_ids=_filled(batch.input_ids, torch.zeros(fill))[:, start:stop],
+        input_ids=ids[:, start:stop],
         labels=_filled(batch.labels, torch.full((fill,), -100))[:, start:stop],
-        position_ids=_filled(batch.position_ids, torch.arange(fill))[:, start:stop],
+        position_ids=places[:, start:stop],
+        row_inputs={"input_ids": ids, "position_ids": places} if batch.media else {},
+        piece_start=start,
+        media={
+            name: _filled(value, value.new_zeros(fill, *value.shape[2:])) if value.shape[:2] == (1, length) else value
+            for name, value in batch.media.items()
+        },
         document_starts=torch.cat([batch.document_starts, last]),
         longest_document=max(batch.longest_document, fill),
         predict_at=batch.predict_at[mine] - start,
@@ -185,5 +193,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         changes["mismatched"] = to_device(batch.mismatched, device)
     changes["extra"] = {name: moved(value) for name, value in batch.extra.items()}
     changes["media"] = {name: moved(value) for name, value in batch.media.items()}
+    changes["row_inputs"] = {name: moved(value) for name, value in batch.row_inputs.items()}
     changes["weight_groups"] = tuple((weight, moved(spots)) for weight, spots in batch.weight_groups)
     return replace(batch, **changes)

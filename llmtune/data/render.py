@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmtune.contract.errors import DataError
-from llmtune.contract.examples import BadRow, Conversation, Message, ShownText
+from llmtune.contract.examples import BadRow, Conversation, Message, ShownText, Text
 from llmtune.data.literal import Literal
 from llmtune.data.segments import Segments
 from llmtune.data.sequence import TokenSequence
 from llmtune.data.shapes import Shapes
 from llmtune.data.tool_format import with_tools_as_text
 from llmtune.data.turns import Script, Special, Turn, check_texts, common, without_thinking
-from llmtune.media.marks import as_parts, kinds_in
+from llmtune.media.marks import as_parts, kinds_in, with_marks_as
 from llmtune.media.processor import MediaProcessor
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -153,6 +153,22 @@ class Renderer:
         if eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
         return np.array(ids, np.int32)
+
+    def shown_text(self, example: Text) -> TokenSequence:
+        """A plain text that shows media, with what stands before and after any text. Nothing that stands for media
+        trains. BadRow where media cannot be read."""
+        assert self.media is not None
+        if self.split_special_tokens:
+            raise BadRow(
+                "media in literal text", "the row shows media, which split_special_tokens keeps from being read"
+            )
+        text, spans = with_marks_as(example.text, self.media.written, self.media.begin)
+        shown = ShownText(text + (self.tokenizer.eos_token or ""), tuple(example.media))
+        ids, places = self.media.encode(shown, spans)
+        mask = np.ones(len(ids), bool)
+        for first, stop in places:
+            mask[first:stop] = False
+        return TokenSequence(ids, mask, shown=shown)
 
     def render(self, conversation: Conversation, messages: list[Message], prompt: bool = False) -> str:
         """The template's text of `messages`; with `prompt` it ends where the assistant begins to speak."""

@@ -60,9 +60,13 @@ class SourceReport:
     examples: list[str] = field(default_factory=list)
     """The first few bad rows, spelt out with their origin."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, as JSON can hold them."""
+        return {**vars(self), "bad": dict(self.bad), "examples": [*self.examples]}
+
     @staticmethod
     def restored(spelt: dict[str, Any]) -> SourceReport:
-        """The report whose fields were written as JSON."""
+        """The report that `as_json` gave."""
         return replace(SourceReport(**spelt), bad=Counter(spelt["bad"]))
 
     def add_bad(self, bad: Bad) -> None:

@@ -11,29 +11,32 @@ import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 
 from llmtune.contract.errors import DataError
 from llmtune.data.batch_loader import BatchLoader, UnitBatches, row_lengths
 from llmtune.data.making import check_bad_rows
 from llmtune.data.order import grouped
 from llmtune.data.report import Losses, SourceReport
-from llmtune.data.streaming.chunks import PIECE_ROWS, Ahead, OwnPieces, TokenPiece, in_turn, own_pieces
+from llmtune.data.streaming.chunks import PIECE_ROWS, Ahead, RowPiece, TokenPiece, in_turn, own_pieces
 from llmtune.data.streaming.rows import check_size
+from llmtune.data.streaming.steps import Reading, StepUnits, StreamChunk, across
 from llmtune.data.tokens import TokenSamples
-from llmtune.data.units import Units, make_units
+from llmtune.data.units import make_units
 from llmtune.data.workers import WorkerPool, rank_workers
 from llmtune.distributed.ranks import fail_together, from_all
 
 if TYPE_CHECKING:
-    import torch
-
+    from llmtune.contract.examples import ShownText
     from llmtune.contract.stages import Batch
     from llmtune.data.streaming.stream import Stream
     from llmtune.distributed.ranks import Ranks
+    from llmtune.media.processor import MediaProcessor, ReadMedia
 
 Result = TypeVar("Result")
 
@@ -53,54 +56,6 @@ class StreamOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamChunk:
-    """Consecutive rows of one epoch, tokenised."""
-
-    made: OwnPieces
-    batches: UnitBatches
-    """Of the samples and units of the rows."""
-    order: np.ndarray
-    """(units,) the order in which the units are used."""
-    filled: int
-    """Units that a step had when the chunk began."""
-
-    def epoch(self, used: int, known: int | None) -> float:
-        """Epochs of the stream after `used` units; told by bytes until the rows of an epoch are `known`."""
-        begin, share = self.made.begin, used / max(1, len(self.order))
-        if size := begin["epoch_rows"] or known:
-            rows = begin["before"] + begin["used"] + share * len(self.made.places)
-            return begin["mixed"]["epoch"] + rows / size
-        first, last = self.made.progress
-        return begin["mixed"]["epoch"] + first + share * (last - first)
-
-
-@dataclass(kw_only=True)
-class Reading:
-    """A stream that is being read."""
-
-    pool: WorkerPool
-    reports: list[SourceReport]
-    losses: Losses = field(default_factory=Losses)
-    ahead: Ahead | None = None
-    chunk_rows: int = 0
-    bad_rows: Path | None = None
-    bad_bytes: int = 0
-    """Bytes of `bad_rows`."""
-    pieces: int = 0
-    """Pieces that all ranks have tokenised."""
-    chunk: StreamChunk | None = None
-    used: int = 0
-    """Units of the chunk that were used."""
-    entered: dict[str, Any] | None = None
-    """The cursor that a continued run begins at, until its first chunk is there."""
-    step: int = 0
-    latest: tuple[UnitBatches, list[int]] | None = None
-    """What the step before `step` was made of, and its units."""
-    bare: int = 0
-    """Packed rows that were left out, as no token in them trains."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class StreamLoader(BatchLoader):
     """Batches of a training run. `samples` and `units` are those of the first rows, for estimates."""
 
@@ -115,10 +70,11 @@ class StreamLoader(BatchLoader):
     @classmethod
     def over(
         cls, stream: Stream, first: TokenSamples, *, per_device: int, micro_steps: int, ranks: Ranks, flat: bool,
-        pad_id: int, reads: int = 1,
+        pad_id: int, reads: int = 1, media: MediaProcessor | None = None,
     ) -> StreamLoader:  # fmt: skip
         """`per_device` units in each of `micro_steps` micro-batches of a rank. DataError if the data are known to have
-        fewer rows than a step."""
+        fewer rows than a step. With `media`, which reads what rows show, the media of a step are read while the model
+        learns from the step before."""
         units = make_units(first, stream.config, stream.seed)
         batch = per_device * micro_steps * ranks.batch_ranks
         if stream.rows is not None:
@@ -132,7 +88,7 @@ class StreamLoader(BatchLoader):
             )
         return cls(
             stream=stream, samples=first, units=units, order=StreamOrder(batch), ranks=ranks, micro_steps=micro_steps,
-            flat=flat or units.kind == "pack", pad_id=pad_id, reads=reads,
+            flat=flat or units.kind == "pack", pad_id=pad_id, reads=reads, media=media,
         )  # fmt: skip
 
     def with_rows(self, rows: int, micro_steps: int) -> StreamLoader:
@@ -144,7 +100,15 @@ class StreamLoader(BatchLoader):
         if not self._reading:
             count = self.stream.config.preprocessing_num_workers or rank_workers()
             reports = [SourceReport(name=dataset.spelling) for dataset in self.stream.datasets]
-            self._reading.append(Reading(pool=WorkerPool(self.stream.maker, count), reports=reports))
+            self._reading.append(Reading(pool=WorkerPool(self._worked, count), reports=reports))
+
+    def _worked(self, item: RowPiece | list[ShownText]) -> TokenPiece | ReadMedia:
+        """What a process makes: rows tokenised, or the media of a micro-batch read."""
+        if isinstance(item, RowPiece):
+            return self.stream.maker(item)
+        assert self.media is not None
+        torch.set_num_threads(1)  # others compute at the same time, and threads of a forked process may hang
+        return self.media.read(item)
 
     def start(self, first_step: int = 0, cursor: dict[str, Any] | None = None, bad_rows: Path | None = None) -> None:
         """Begin to read, at the beginning or where `cursor` says. `bad_rows` is cut back to what it held there."""
@@ -175,15 +139,10 @@ class StreamLoader(BatchLoader):
     def cursor(self) -> dict[str, Any]:
         """Where the stream is, and what became of its rows so far; the same on all ranks, however many they are."""
         reading = self._started()
-        chunk, used = reading.chunk, reading.used
-        assert chunk is not None, "asked after a step"
-        ended = used == len(chunk.order)
         return {
-            "begin": chunk.made.end if ended else chunk.made.begin,
-            "used": 0 if ended else used,
-            "filled": 0 if ended else chunk.filled,
+            **self._latest().place,
             "chunk_rows": reading.chunk_rows,
-            "reports": deepcopy([vars(report) for report in reading.reports]),
+            "reports": [report.as_json() for report in reading.reports],
             "losses": deepcopy(vars(reading.losses)),
             "bare": reading.bare,
             "bad_bytes": reading.bad_bytes,
@@ -197,26 +156,27 @@ class StreamLoader(BatchLoader):
         """
         reading = self._started()
         if step == reading.step:
-            reading.latest = self._gathered()
+            reading.latest = self._next_step(reading)
             reading.step += 1
         if step != reading.step - 1 or reading.latest is None:
             raise ValueError(f"step {step} of a stream whose next one is {reading.step}")
-        chunk, units = reading.latest
-        return chunk.batches(units, device)
+        latest = reading.latest
+        made = partial(latest.batches.batches, latest.units, device, latest.read)
+        return together(made) if latest.read else made()
 
     def tokens(self, step: int) -> int:
         """Tokens (without padding) in the latest step, all ranks."""
-        chunk, units = self._latest()
-        return int(chunk.units.tokens[units].sum())
+        latest = self._latest()
+        return int(latest.batches.units.tokens[latest.units].sum())
 
     def epoch(self, step: int) -> float:
         """Epochs that were used by the latest step; told by bytes until the rows of an epoch are known."""
-        reading = self._started()
-        return round(reading.chunk.epoch(reading.used, self.stream.rows), 4) if reading.chunk is not None else 0.0
+        latest = self._started().latest
+        return latest.epoch if latest is not None else 0.0
 
     def origin(self, sample: int) -> str:
         """Where a sample of the latest step comes from."""
-        return self._latest()[0].samples.origin(sample)
+        return self._latest().batches.samples.origin(sample)
 
     def summary(self) -> str:
         """What became of the rows that were used."""
@@ -239,20 +199,35 @@ class StreamLoader(BatchLoader):
             self.start()
         return self._reading[0]
 
-    def _latest(self) -> tuple[UnitBatches, list[int]]:
+    def _latest(self) -> StepUnits:
         latest = self._started().latest
         assert latest is not None, "asked after a step"
         return latest
 
-    def _gathered(self) -> tuple[UnitBatches, list[int]]:
-        """What has all units of the next step, and these."""
-        reading, parts, wanted = self._started(), [], self.order.batch
-        empty = 0
+    def _next_step(self, reading: Reading) -> StepUnits:
+        """The next step, whose rows are counted now. Where media are read ahead, the one after it is begun."""
+        found = reading.following or self._gathered()
+        if isinstance(found, Exception):
+            raise found
+        for pieces, bare in found.begun:
+            reading.bare += bare
+            together(partial(self._count, pieces))
+        if self.media is not None:
+            try:
+                reading.following = self._gathered()
+            except Exception as error:
+                reading.following = error
+        return found
+
+    def _gathered(self) -> StepUnits:
+        """The units of the step that comes after those that were gathered."""
+        reading, parts, begun, wanted = self._started(), [], [], self.order.batch
+        chunk, empty = reading.chunk, 0
         while wanted:
-            if reading.chunk is None or reading.used == len(reading.chunk.order):
-                self._next_chunk(self.order.batch - wanted)
-            chunk = reading.chunk
-            assert chunk is not None
+            if chunk is None or reading.used == len(chunk.order):
+                chunk, pieces = self._next_chunk(self.order.batch - wanted)
+                if not reading.used:  # else it was counted before the run was continued
+                    begun.append((pieces, chunk.batches.units.bare))
             units = chunk.order[reading.used : reading.used + wanted]
             reading.used += len(units)
             wanted -= len(units)
@@ -264,10 +239,22 @@ class StreamLoader(BatchLoader):
                     f"streaming: {empty:,} rows in a row gave no sample with a token to train on; look at them with "
                     "`llmtune data check`, or raise cutoff_len"
                 )
-        return _across(parts)
+        assert chunk is not None, "a step has units"
+        batches, units = across(parts)
+        shares = [] if self.media is None else batches.shares(units)
+        ended = reading.used == len(chunk.order)
+        return StepUnits(
+            batches=batches, units=units, begun=begun, epoch=round(chunk.epoch(reading.used, self.stream.rows), 4),
+            place={
+                "begin": chunk.made.end if ended else chunk.made.begin, "used": 0 if ended else reading.used,
+                "filled": 0 if ended else chunk.filled,
+            },
+            read=[reading.pool.begin(batches.shown(units)) for units, _ in shares],
+        )  # fmt: skip
 
-    def _next_chunk(self, filled: int) -> None:
-        """Go on to the next chunk, of which `filled` units of a step were there before. Collective."""
+    def _next_chunk(self, filled: int) -> tuple[StreamChunk, list[TokenPiece]]:
+        """The next chunk, of which `filled` units of a step were there before, and what all ranks made of its rows.
+        Collective."""
         reading = self._started()
         assert reading.ahead is not None
         made = together(reading.ahead.next)
@@ -278,18 +265,26 @@ class StreamLoader(BatchLoader):
         filled = cursor["filled"] if cursor else filled
         samples = TokenSamples.concatenated(
             [piece.samples for piece in pieces], range(0, PIECE_ROWS * len(pieces), PIECE_ROWS),
-            place=made.places.__getitem__, counts=self.samples.counts,
+            place=made.places.__getitem__, counts=self.samples.counts, shows=self.samples.media_kinds,
         )  # fmt: skip
+        self._check_media(samples)
         units = make_units(samples, self.stream.config, self.stream.seed)
         batches = UnitBatches(
             samples=samples, units=units, ranks=self.ranks, micro_steps=self.micro_steps, flat=self.flat,
-            pad_id=self.pad_id, reads=self.reads,
+            pad_id=self.pad_id, reads=self.reads, media=self.media,
         )  # fmt: skip
         order = self._order(batches, filled, made.begin)
         reading.chunk = StreamChunk(made=made._replace(own=[]), batches=batches, order=order, filled=filled)
-        if not reading.used:  # else it was counted before the run was continued
-            reading.bare += units.bare
-            together(lambda: self._count(pieces))
+        return reading.chunk, pieces
+
+    def _check_media(self, samples: TokenSamples) -> None:
+        """DataError for media of a kind that none of the first rows show, by which packed rows were checked."""
+        new = [kind for kind in samples.media_kinds if kind not in self.samples.media_kinds]
+        if new and (self.flat or self.units.kind != "sample"):
+            raise DataError(
+                f"packing: a row shows {' and '.join(new)}, as none of the first rows does that packed rows were "
+                "checked by; let one of them come early in the data, or set packing: false"
+            )
 
     def _order(self, chunk: UnitBatches, filled: int, begin: dict[str, Any]) -> np.ndarray:
         """(units,) the order of a chunk's units. Those that fill up the step that was begun stay as they are."""
@@ -328,25 +323,3 @@ def together(work: Callable[[], Result]) -> Result:
         error = met
     fail_together(error)
     return result[0]
-
-
-def _across(parts: Sequence[tuple[UnitBatches, np.ndarray]]) -> tuple[UnitBatches, list[int]]:
-    """Units of several chunks as those of one."""
-    chunks = [chunk for chunk, _ in parts]
-    if len(parts) == 1:
-        return chunks[0], parts[0][1].tolist()
-    samples = [chunk.samples for chunk in chunks]
-    rows = np.cumsum([0, *(int(each.rows.max(initial=-1)) + 1 for each in samples)])
-    units_before = np.cumsum([0, *(len(chunk.units) for chunk in chunks)])
-
-    def place(row: int) -> str:
-        part = int(np.searchsorted(rows, row, "right")) - 1
-        return samples[part].place(row - int(rows[part]))  # type: ignore[misc]
-
-    samples_before = np.cumsum([0, *map(len, samples)])[:-1].tolist()
-    whole = replace(
-        chunks[0],
-        samples=TokenSamples.concatenated(samples, rows[:-1].tolist(), place=place),
-        units=Units.concatenated([chunk.units for chunk in chunks], samples_before),
-    )
-    return whole, [int(unit + n) for (_, units), n in zip(parts, units_before, strict=False) for unit in units]

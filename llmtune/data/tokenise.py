@@ -108,6 +108,8 @@ class Tokeniser:
         return results
 
     def _text(self, example: Text) -> TokenSequence:
+        if example.media:
+            return self.renderer.shown_text(example)
         ids = self.renderer.text(example.text)
         return TokenSequence(ids, np.ones(len(ids), bool))
 
@@ -155,7 +157,7 @@ class Tokeniser:
         policy, losses = self.config.cutoff_policy, piece.losses
         if policy == "error":
             raise BadRow("too long", f"has {longest:,} tokens, allowed are cutoff_len={self.cutoff:,}")
-        if isinstance(example, Text) and policy == "truncate":
+        if isinstance(example, Text) and policy == "truncate" and sample[0].shown is None:
             return [[sample[0].part(at, at + self.cutoff)] for at in range(0, longest, self.cutoff)]
         # Between the marks of a picture no sample can be cut, and what a cut leaves of its text is another text.
         if policy == "drop" or isinstance(example, Preference | Prompt) or sample[0].shown is not None:

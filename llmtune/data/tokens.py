@@ -58,6 +58,8 @@ class TokenSamples:
     """
     place: Callable[[int], str] | None = field(default=None, repr=False)
     """Where a row stands: `path:line` or `path:row N`."""
+    shows: Sequence[str] = ()
+    """The kinds of media that other samples of the same data are known to show, of which these are a part."""
     precomputed: Mapping[str, np.ndarray] = field(default_factory=dict)
     """(samples * width,) float32 each, what the stage has computed of the sequences before training."""
     digest: str = ""
@@ -176,9 +178,9 @@ class TokenSamples:
     @cached_property
     def media_kinds(self) -> tuple[str, ...]:
         """The kinds of media that samples show."""
-        if self.columns is None or MEDIA_COLUMN.encode() not in self.columns.tobytes():
-            return ()
-        shown = {each.kind for index in range(len(self)) for one in self.shown(index) for each in one.media}
+        shown = {*self.shows}
+        if self.columns is not None and MEDIA_COLUMN.encode() in self.columns.tobytes():
+            shown |= {each.kind for index in range(len(self)) for one in self.shown(index) for each in one.media}
         return tuple(kind for kind in MEDIA_KINDS if kind in shown)
 
     def shown(self, index: int) -> list[ShownText]:

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -59,20 +61,40 @@ class WorkerPool:
             return
         waiting: deque[Future[Any]] = deque()
         try:
-            for future in self._submitted(self._pool, items):
-                waiting.append(future)
-                if len(waiting) > 2 * self.count:  # enough to keep all busy, little enough to hold
+            with self._unbroken():
+                for future in self._submitted(self._pool, items):
+                    waiting.append(future)
+                    if len(waiting) > 2 * self.count:  # enough to keep all busy, little enough to hold
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def begin(self, item: Any) -> Callable[[], Any]:
+        """Begin the `work` of an item beside those that are in order. Calling gives its result, or raises what it
+        raised, as often as it is asked."""
+        if self._pool is None:
+            return partial(self._work, item)
+        with self._unbroken():
+            future = self._pool.submit(_do, item)
+
+        def result() -> Any:
+            with self._unbroken():
+                return future.result()
+
+        return result
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
         except BrokenProcessPool:
             raise DataError(
                 "preprocessing_num_workers: a process that tokenises died, as when memory runs out; "
                 f"set fewer than {self.count}, or a smaller preprocessing_batch_size or buffer_size"
             ) from None
-        finally:
-            for future in waiting:
-                future.cancel()
 
     def _submitted(self, pool: ProcessPoolExecutor, items: Iterator[Any]) -> Iterator[Future[Any]]:
         try:

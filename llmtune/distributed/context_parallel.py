@@ -42,6 +42,37 @@ def attend_over_ranks(model: Any, dims: ParallelDims, device: torch.device) -> N
     AttentionInterface.register(name, over_ranks(ALL_ATTENTION_FUNCTIONS[inner], mesh["context"].get_group()))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     model.set_attn_implementation(name)
+    split_embeddings(model)
+
+
+def split_embeddings(model: Any) -> None:
+    """Let a model that puts media into embeddings do so for whole rows, of which its language model then gets this
+    rank's piece. Rows without media are pieces already when they come."""
+    language, base = model.get_decoder() if hasattr(model, "get_decoder") else model, model.base_model
+    if language is model or language is base:
+        return
+    piece: dict[str, Any] = {}
+
+    def whole(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keep what attention asks for from towers, which see all of their pictures."""
+        piece.clear()
+        if "context_piece" in inputs:
+            piece.update({name: inputs.pop(name) for name in ("context_piece", "context_row_tokens")})
+        return args, inputs
+
+    def cut(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if not piece:
+            return args, inputs
+        start, stop = piece["context_piece"]
+        own = {name: inputs[name].narrow(dim, start, stop - start) for name, dim in _BY_TOKEN.items()}
+        return args, {**inputs, **own, "context_row_tokens": piece["context_row_tokens"]}
+
+    base.register_forward_pre_hook(whole, with_kwargs=True)
+    language.register_forward_pre_hook(cut, with_kwargs=True)
+
+
+_BY_TOKEN = {"inputs_embeds": 1, "position_ids": -1}
+"""What a language model is given for each token, and the dimension of the tokens."""
 
 
 def over_ranks(inner: Attention, group: dist.ProcessGroup) -> Attention:

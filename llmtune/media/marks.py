@@ -4,7 +4,7 @@ asks for its parts."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmtune.contract.examples import MEDIA_KINDS, Message
@@ -18,6 +18,16 @@ _ANY = re.compile("([" + "".join(_KIND) + "])")
 def kinds_in(text: str) -> list[str]:
     """The kinds of the media that stand in a text, in their order."""
     return [_KIND[found] for found in _ANY.findall(text)]
+
+
+def with_marks_as(text: str, written: Callable[[str], str], begin: str = "") -> tuple[str, list[tuple[int, int]]]:
+    """`begin` and the text, each mark in it as what is `written` for a medium of its kind; and where these stand."""
+    spans = []
+    for part in _ANY.split(text):
+        more = written(_KIND[part]) if part in _KIND else part
+        spans += [(len(begin), len(begin) + len(more))] if part in _KIND else []
+        begin += more
+    return begin, spans
 
 
 def texts_between(text: str) -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import inspect
 import shutil
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 """What a model that reads media has at least one of."""
 ARGUMENT = {"image": "images", "video": "videos", "audio": "audio"}
 """What a processor calls a list of media of each kind."""
+_BEFORE, _AFTER = "beforehand", "afterwards"
 BLANK = ""
 """The path of a medium that shows nothing."""
 _ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
@@ -37,6 +39,53 @@ _ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offs
 _REPLACED = "return_text_replacement_offsets"
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """What has a number (or several) for each token. Features of sounds may have the same shape by chance."""
+TokenLayout = Literal["padded", "left", "flat"]
+"""How a batch lays rows of tokens out: padded to the longest on the right or on the left, or end to end."""
+
+
+class ShownTokens(NamedTuple):
+    """The tokens of a row of a batch, and what it shows."""
+
+    ids: np.ndarray
+    """(tokens,) integers."""
+    shown: ShownText = ShownText("")
+    given: int | None = None
+    """How many of the tokens are the first ones of the text; those after them are an answer of another origin, which
+    stands for no media. None: all are the text's, and all of its."""
+
+
+class ReadMedia(NamedTuple):
+    """What a processor made of the texts and media of a batch's rows. Travels between processes."""
+
+    made: Mapping[str, Any]
+    """Its tensors by their names; none where no row shows any media."""
+
+    def tensors(self, rows: Sequence[ShownTokens], layout: TokenLayout, width: int = 0) -> Mapping[str, Tensor]:
+        """What the model is given of a batch besides its tokens, of rows that show what was read, in the same order;
+        padded to `width`, or to the longest if that is longer.
+
+        Raises:
+            DataError: the processor gives other tokens than when the data were tokenised, as where a file has changed.
+        """
+        import torch
+
+        if not self.made:
+            return {}
+        made, mask = self.made["input_ids"], self.made["attention_mask"].bool()
+        for row, own, real in zip(rows, made, mask, strict=True):
+            found = own[real].tolist()[: row.given]
+            if row.shown.media and found != row.ids[: row.given].tolist():
+                raise DataError(
+                    f"media: {row.shown.media[0].path} has changed since the data were tokenised, or its processor "
+                    "has; set overwrite_cache: true"
+                )
+        given = {name: each for name, each in self.made.items() if name not in _ROWS and isinstance(each, torch.Tensor)}
+        return {
+            name: _laid_out(value, rows, layout, width)
+            if name in _PER_TOKEN and value.shape[:2] == made.shape
+            else value
+            for name, value in given.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +150,8 @@ class MediaProcessor:
             found.append((bisect_right(stops, start), bisect_left(starts, stop)))
         return np.asarray(out["input_ids"][0], np.int32), found
 
-    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> list[tuple[np.ndarray, ShownText]]:
-        """(tokens,) int32 of a document with a blank medium, and the document, of each of `kinds` that no row shows.
+    def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> list[ShownTokens]:
+        """A document with a blank medium of each of `kinds` that no row shows.
 
         A tower that takes part in one rank's batch and not in another's would leave them waiting for each other; and
         weights of a tower would decay in steps of one rank that they do not in those of several.
@@ -110,57 +159,59 @@ class MediaProcessor:
         there = {medium.kind for row in rows for medium in row.media}
         return [self._blank(kind) for kind in kinds if kind not in there]
 
-    def _blank(self, kind: str) -> tuple[np.ndarray, ShownText]:
+    def _blank(self, kind: str) -> ShownTokens:
         if kind not in self._blanks:
-            content = [{"type": kind}, {"type": "text", "text": ""}]
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-            shown = ShownText(text, (Media(kind, BLANK),))  # type: ignore[arg-type]
-            self._blanks[kind] = self.encode(shown, [])[0], shown
+            shown = ShownText(self.begin + self.written(kind), (Media(kind, BLANK),))  # type: ignore[arg-type]
+            self._blanks[kind] = ShownTokens(self.encode(shown, [])[0], shown)
         return self._blanks[kind]
 
+    def written(self, kind: str) -> str:
+        """What stands for a medium in a text: what the chat template writes between two texts, else what the processor
+        looks for. BadRow if the model has no place for one."""
+        parts = [{"type": "text", "text": _BEFORE}, {"type": kind}, {"type": "text", "text": _AFTER}]
+        with suppress(Exception):  # a template raises whatever it likes
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+            if between := text.partition(_BEFORE)[2].partition(_AFTER)[0]:
+                return between
+        names = ("boi_token", "image_token") if kind == "image" else (f"{kind}_token",)
+        for name in names:
+            if token := getattr(self.processor, name, None):
+                return str(token)
+        raise BadRow(
+            "media the model cannot read", f"{type(self.processor).__name__} has no place for {kind} in a text"
+        )
+
     @cached_property
-    def _blanks(self) -> dict[str, tuple[np.ndarray, ShownText]]:
+    def begin(self) -> str:
+        """What the tokenizer puts before every text: its token of the beginning, or nothing."""
+        bos, first = self.tokenizer.bos_token, self.tokenizer("")["input_ids"][:1]
+        return bos if bos and first == [self.tokenizer.bos_token_id] else ""
+
+    @cached_property
+    def _blanks(self) -> dict[str, ShownTokens]:
         return {}
 
-    def tensors(self, rows: Sequence[ShownText], ids: Sequence[np.ndarray], flat: bool) -> Mapping[str, Tensor]:
-        """What the model is given of a batch besides its tokens; nothing where no row shows any media.
+    def read(self, rows: Sequence[ShownText]) -> ReadMedia:
+        """The media of a batch's rows, opened and processed; DataError where one cannot be."""
+        if not any(row.media for row in rows):
+            return ReadMedia({})
+        begin = self.begin  # of texts of which some have it, and some get it, all have it
+        texts = [f"{begin}{row.text}" if row.text and not row.text.startswith(begin) else row.text for row in rows]
+        rows = [ShownText(text, row.media) for text, row in zip(texts, rows, strict=True)]
+        try:
+            return ReadMedia(dict(self._called(rows, padding=True, padding_side="right", return_tensors="pt")))
+        except BadRow as bad:
+            raise DataError(f"media: {bad}; it could be read when the data were tokenised") from bad
 
-        Raises:
-            DataError: the processor gives other tokens than when the data were tokenised, as where a file has changed.
-        """
-        lengths = [len(each) for each in ids]
-        return self._tensors(rows, ids, lambda value_BT: _laid_out(value_BT, lengths, flat))
+    def tensors(self, rows: Sequence[ShownText], ids: Sequence[Any], layout: TokenLayout) -> Mapping[str, Tensor]:
+        """What the model is given of a batch besides its tokens, which are those of the texts."""
+        return self.read(rows).tensors([*map(ShownTokens, map(np.asarray, ids), rows)], layout)
 
     def prompt_tensors(
         self, rows: Sequence[ShownText], ids: Sequence[Sequence[int]], width: int
     ) -> Mapping[str, Tensor]:
         """The same of prompts that are padded on the left to `width` tokens."""
-        lengths = [len(each) for each in ids]
-        return self._tensors(rows, ids, lambda value_BT: _to_the_right(value_BT, lengths, width))
-
-    def _tensors(
-        self, rows: Sequence[ShownText], ids: Sequence[Any], lay_out: Callable[[Tensor], Tensor]
-    ) -> Mapping[str, Tensor]:
-        import torch
-
-        if not any(row.media for row in rows):
-            return {}
-        try:
-            out = self._called(rows, padding=True, padding_side="right", return_tensors="pt")
-        except BadRow as bad:
-            raise DataError(f"media: {bad}; it could be read when the data were tokenised") from bad
-        made, mask = out["input_ids"], out["attention_mask"].bool()
-        for row, wanted, own, real in zip(rows, ids, made, mask, strict=True):
-            if row.media and own[real].tolist() != np.asarray(wanted).tolist():
-                raise DataError(
-                    f"media: {row.media[0].path} has changed since the data were tokenised, or its processor has; set "
-                    "overwrite_cache: true"
-                )
-        given = {name: value for name, value in out.items() if name not in _ROWS and isinstance(value, torch.Tensor)}
-        return {
-            name: lay_out(value) if name in _PER_TOKEN and value.shape[:2] == made.shape else value
-            for name, value in given.items()
-        }
+        return self.read(rows).tensors([*map(ShownTokens, map(np.asarray, ids), rows)], "left", width)
 
     def _called(self, rows: Sequence[ShownText], **options: Any) -> Any:
         """The processor's answer for some texts with their media; tensors of tokens have a row for each text."""
@@ -190,7 +241,7 @@ class MediaProcessor:
         if "audio" in given:
             given["sampling_rate"] = self.sampling_rate
         bos = self.tokenizer.bos_token
-        if bos and rows[0].text.startswith(bos):
+        if bos and any(row.text.startswith(bos) for row in rows):
             options["add_special_tokens"] = False
         given |= {name: options.pop(name) for name in ("return_tensors", _REPLACED) if name in options}
         try:  # `padding` outside of `text_kwargs` would be that of sounds, too
@@ -241,24 +292,23 @@ def _in_places(value_BT: Tensor, places: Sequence[int], count: int) -> Tensor:
     return found
 
 
-def _laid_out(value_BT: Tensor, lengths: Sequence[int], flat: bool) -> Tensor:
-    """A number for each token as the batch lays tokens out: padded to the longest row, or end to end."""
+def _laid_out(value_BT: Tensor, rows: Sequence[ShownTokens], layout: TokenLayout, width: int) -> Tensor:
+    """A number (or several) for each token as the batch lays tokens out. An answer of another origin has the numbers of
+    the token that it follows; rows that show nothing have 0."""
     import torch
 
-    if (missing := max(lengths) - value_BT.shape[1]) > 0:
-        value_BT = torch.cat([value_BT, value_BT.new_zeros(len(value_BT), missing, *value_BT.shape[2:])], 1)
-    if not flat:
-        return value_BT
-    return torch.cat([value[:length] for value, length in zip(value_BT, lengths, strict=True)])[None]
-
-
-def _to_the_right(value_BT: Tensor, lengths: Sequence[int], width: int) -> Tensor:
-    """A number for each token, which stands at the beginning of its row, with padding before it instead of after."""
-    moved = value_BT.new_zeros(len(value_BT), width, *value_BT.shape[2:])
-    for row, value, length in zip(moved, value_BT, lengths, strict=True):
-        own = value[:length]  # shorter where the row shows nothing, which the processor was given no text of
-        row[width - length : width - length + len(own)] = own
-    return moved
+    values = []
+    for row, own in zip(rows, value_BT, strict=True):
+        value = own.new_zeros(len(row.ids), *own.shape[1:])
+        if row.shown.media:
+            given = len(row.ids) if row.given is None else row.given
+            value[:given], value[given:] = own[:given], own[given - 1]
+        values.append(value)
+    if layout == "flat":
+        return torch.cat(values)[None]
+    side = "left" if layout == "left" else "right"
+    values.append(value_BT.new_zeros(width, *value_BT.shape[2:]))
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side=side)[:-1]
 
 
 def media_processor(

@@ -16,6 +16,7 @@ from llmtune.contract.examples import (
     Message,
     Preference,
     Prompt,
+    Text,
     UnpairedPreference,
 )
 from llmtune.media.files import MediaFiles
@@ -44,11 +45,16 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
 
     A mark is a part of a content (`{type: image, ...}`), which may name its file, or the text `<image>` in a row that
     has a column of such files. Where messages hold neither, the columns' files stand at the beginning of the first
-    question. BadRow where marks and files do not match, or the model reads text only (`files` is None).
+    question, or of a plain text. BadRow where marks and files do not match, or the model reads text only (`files` is
+    None).
     """
+    if isinstance(example, Text) and columns:
+        return _shown_text(example, columns, files)
     if not isinstance(example, Conversation | Preference | UnpairedPreference | Prompt):
         if columns:
-            raise BadRow("media without messages", f"the row holds {_all(columns)} beside plain text or tokens")
+            raise BadRow(
+                "media beside tokens", f"the row holds {_all(columns)} beside tokens, which have places for none"
+            )
         return example
     asked = example.prompt if isinstance(example, Preference) else example.messages
     answers = [*example.chosen, *example.rejected] if isinstance(example, Preference) else []
@@ -67,6 +73,16 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
     if isinstance(example, Preference):
         return replace(example, media=tuple(media), prompt=messages)
     return replace(example, media=tuple(media), messages=messages)
+
+
+def _shown_text(example: Text, columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> Text:
+    if files is None:
+        raise BadRow("not only text", f"the row holds {_all(columns)}, and what reads it here reads text only")
+    if kinds_in(example.text):
+        raise BadRow("private-use characters", "the text holds U+E010 to U+E012, which stand for media")
+    asked = [_spelt({"role": "user", "content": example.text}, columns)]
+    ((message,), media) = _matched(_led(asked, columns), columns, files)
+    return replace(example, text=message["content"], media=tuple(media))
 
 
 def _spelt(message: Message, columns: Mapping[str, Any]) -> Message:

@@ -148,7 +148,7 @@ def _fillers(rows: Sequence[PromptRow], media: MediaReader) -> list[PromptRow]:
     own = {medium.kind for row in rows for medium in row.shown.media}
     kinds = sorted(set().union(*from_all(own)))
     blank = media.fillers(kinds, [row.shown for row in rows])
-    return [PromptRow(tuple(map(int, ids)), 1, 0, shown) for ids, shown in blank]
+    return [PromptRow(tuple(map(int, ids)), 1, 0, shown) for ids, shown, _ in blank]
 
 
 def _answer(

@@ -109,7 +109,7 @@ def plan_data(
     if prepared.stream is not None:
         batches = StreamLoader.over(
             prepared.stream, prepared.train, per_device=train.per_device_train_batch_size,
-            micro_steps=micro_steps, ranks=ranks, flat=flat, pad_id=pad, reads=reads,
+            micro_steps=micro_steps, ranks=ranks, flat=flat, pad_id=pad, reads=reads, media=media,
         )  # fmt: skip
         return DataPlan(prepared=prepared, batches=batches, notes=_without_bare(batches.units, "the first "))
     samples = mixed(prepared.train, data, train.seed)

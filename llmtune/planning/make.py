@@ -128,7 +128,7 @@ def sample_objections(recipe: Recipe, parts: Parts, ranks: Ranks, prepared: Prep
     for part in parts.at("lr_scheduler_config"):
         yield from schedule_objections(recipe.train, part)
     yield from batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
-    yield from media_objections(samples, recipe.data, ranks)
+    yield from media_objections(samples, recipe.data)
     yield from reward_objections(parts, (samples, held))
 
 

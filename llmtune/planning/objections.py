@@ -182,20 +182,15 @@ def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: 
         )
 
 
-def media_objections(samples: TokenSamples, data: DataConfig, ranks: Ranks) -> Iterator[str]:
-    """What keeps samples that show pictures, video or sound from being read, packed or split as the recipe says."""
+def media_objections(samples: TokenSamples, data: DataConfig) -> Iterator[str]:
+    """What keeps samples that show pictures, video or sound from being read or packed as the recipe says."""
     if not samples.media_kinds:
         return
     shown = f"the data show {' and '.join(samples.media_kinds)}"
-    if data.streaming:
-        yield f"streaming: found true, but {shown}, which is processed for data that are read before; set it false"
-    if samples.kind in ("labelled", "prompt"):
-        what = {"labelled": "labelled answers", "prompt": "prompts that the model answers"}[samples.kind]
-        yield f"stage_config: {shown}, and {what} can hold text only so far; train sft, dpo or rm on them"
+    if samples.kind == "prompt":
+        yield f"stage_config: {shown}, and prompts that the model answers can hold text only so far; train sft on them"
     if data.packing and not data.neat_packing:
         yield f"neat_packing: found false, but {shown}, which rows would be cut through; set it true"
-    if ranks.dims.context > 1:
-        yield f"dist_config: cp_size is {ranks.dims.context}, but {shown}, which a rank needs whole; set cp_size: 1"
 
 
 ROWS_LOOKED_AT = 20_000

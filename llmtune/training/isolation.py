@@ -15,16 +15,18 @@ import torch.distributed as dist
 from llmtune.contract.errors import PlanError
 from llmtune.data.batch_loader import BatchLoader, sample_batch
 from llmtune.data.batches import collate, split_row, to_device
+from llmtune.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmtune.contract.stages import Batch
-    from llmtune.distributed.ranks import Ranks
+    from llmtune.data.tokens import TokenSamples
     from llmtune.training.objective import Objective
 
 FIRST, SECOND = 9, 7
 """Tokens of the two documents."""
+_ALONE = Ranks(0, 1)
 _LOOKED_AT = 1000
 """Samples among which some that show media, and some that show none, are looked for."""
 
@@ -54,10 +56,10 @@ def check_media_isolation(objective: Objective, device: torch.device, loader: Ba
     samples = loader.samples
     if not loader.flat or not samples.media_kinds:
         return
-    shows = [any(each.media for each in samples.shown(at)) for at in range(min(len(samples), _LOOKED_AT))]
-    some = {wanted: list(islice((at for at, own in enumerate(shows) if own == wanted), 3)) for wanted in (True, False)}
-    chosen = [at for pair in zip_longest(some[True], some[False]) for at in pair if at is not None]
-    made = partial(sample_batch, samples, pad_id=loader.pad_id, ranks=loader.ranks, media=loader.media)
+    chosen, made = (
+        _some(samples),
+        partial(sample_batch, samples, pad_id=loader.pad_id, ranks=_ALONE, media=loader.media),
+    )
     batches = [made(order, flat=True) for order in (chosen, chosen[::-1])]
     found = _hidden_states(objective, [*batches, *(made([at], flat=False) for at in chosen)], device)
     alone = dict(zip(chosen, found[2:], strict=True))
@@ -72,6 +74,31 @@ def check_media_isolation(objective: Objective, device: torch.device, loader: Ba
             f"packing: {type(objective.model).__name__} reads documents beside ones that show media otherwise in a "
             f"packed row than in rows of their own (hidden states change by {shift:.0e} of their size); set packing: "
             "false"
+        )
+
+
+def _some(samples: TokenSamples) -> list[int]:
+    """Some samples that show media, and some that show none."""
+    shows = [any(each.media for each in samples.shown(at)) for at in range(min(len(samples), _LOOKED_AT))]
+    some = {wanted: list(islice((at for at, own in enumerate(shows) if own == wanted), 3)) for wanted in (True, False)}
+    return [at for pair in zip_longest(some[True], some[False]) for at in pair if at is not None]
+
+
+def check_media_split(objective: Objective, ranks: Ranks, device: torch.device, loader: BatchLoader) -> None:
+    """The same as `check_split` of rows that show media, where the data have any. Collective."""
+    samples, name = loader.samples, type(objective.model).__name__
+    if not samples.media_kinds:
+        return
+    whole = sample_batch(samples, _some(samples), flat=True, pad_id=loader.pad_id, ranks=_ALONE, media=loader.media)
+    piece, begin = split_row(whole, ranks), f"dist_config: cp_size is {ranks.dims.context}, but {name} "
+    expected, found = _hidden_states(objective, [whole, piece], device)
+    expected = expected[piece.piece_start :][: len(found)]
+    error = (expected - found[: len(expected)]).abs().max() / expected.abs().max().clamp(min=1e-6)
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    if not error.item() <= _rounding(objective):
+        raise PlanError(
+            f"{begin}lets tokens of media see each other by rules of its own, which a rank that has a piece of the row "
+            f"cannot follow (hidden states change by {error.item():.0e} of their size); set cp_size: 1"
         )
 
 

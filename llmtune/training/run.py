@@ -39,7 +39,7 @@ from llmtune.training import checkpoint, resume, run_folder
 from llmtune.training.building import build_run, make_training
 from llmtune.training.callbacks import TrainingCallbacks, eval_interval, save_interval
 from llmtune.training.file_names import PREDICTIONS, QUARANTINE
-from llmtune.training.isolation import check_isolation, check_media_isolation, check_split
+from llmtune.training.isolation import check_isolation, check_media_isolation, check_media_split, check_split
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
 from llmtune.training.log import Loggers, read_metrics
 from llmtune.training.loop import train
@@ -200,6 +200,7 @@ def _run(
         check_media_isolation(objective, plan.device, plan.data.batches)
     if plan.ranks.dims.context > 1:
         check_split(objective, plan.ranks, plan.device)
+        check_media_split(objective, plan.ranks, plan.device, plan.data.batches)
     before = sample_answers(plan, objective, "before")
     loggers = start_loggers(plan, first_step, planned_memory_bytes, before)
     keeper = TrainingCallbacks(

@@ -1,0 +1,79 @@
+"""What transformers says to answers about pictures, from a whole forward of one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Asked(NamedTuple):
+    """A question, with `<image>` for each of its pictures."""
+
+    text: str
+    images: Sequence[str] = ()
+
+    def row(self, **more: Any) -> dict[str, Any]:
+        return {"prompt": self.text, **({"images": [*self.images]} if self.images else {}), **more}
+
+    def turn(self, place: Path) -> dict[str, Any]:
+        from PIL import Image
+
+        files, parts = iter(self.images), []
+        for number, piece in enumerate(self.text.split("<image>")):
+            parts += [{"type": "image", "image": Image.open(place / next(files))}] if number else []
+            parts += [{"type": "text", "text": piece}] if piece else []
+        return {"role": "user", "content": parts}
+
+
+class Plain:
+    """A model of transformers and its processor."""
+
+    def __init__(self, model: Any, folder: Path, place: Path) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        load = AutoModelForImageTextToText.from_pretrained
+        self.model = (load(model, dtype=torch.float32) if isinstance(model, Path) else model).eval()
+        self.processor, self.place = AutoProcessor.from_pretrained(folder), place
+
+    def inputs(self, turns: Sequence[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
+        return dict(
+            self.processor.apply_chat_template(
+                [*turns], tokenize=True, return_dict=True, return_tensors="pt", **options
+            )
+        )
+
+    def answer(self, asked: Asked, text: str) -> list[int]:
+        """The tokens of an answer, up to its end."""
+        turn = asked.turn(self.place)
+        start = self.inputs([turn], add_generation_prompt=True)["input_ids"].shape[1]
+        said = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        return self.inputs([turn, said])["input_ids"][0, start:-1].tolist()
+
+    def logps(self, asked: Asked, answer: Sequence[int], temperature: float = 1.0) -> Tensor:
+        """(tokens,) the log-probability of each token of an answer."""
+        inputs = self.inputs([asked.turn(self.place)], add_generation_prompt=True)
+        prompt = inputs["input_ids"]
+        new = torch.tensor([list(answer)])
+        for name in [name for name, each in inputs.items() if each.shape[:2] == prompt.shape]:
+            more = {"input_ids": new, "attention_mask": torch.ones_like(new)}.get(name, torch.zeros_like(new))
+            inputs[name] = torch.cat([inputs[name], more], 1)
+        logits = self.model(**inputs).logits[0, prompt.shape[1] - 1 : -1].float()
+        return (logits / temperature).log_softmax(-1).gather(1, new[0, :, None]).squeeze(1)
+
+
+def shaken(folder: Path, target: Path, by: float = 0.05) -> Path:
+    """A copy of a model with other weights."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    moved = {name: each + by * torch.randn(each.shape, generator=generator) for name, each in tensors.items()}
+    save_file(moved, target / "model.safetensors", metadata={"format": "pt"})
+    return target
