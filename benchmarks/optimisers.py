@@ -1,14 +1,15 @@
 """What does each optimiser and each adapter cost, and what does it learn, beside what its authors publish?
 
-    python benchmarks/optimisers.py DATA.json [--model DIR_OR_ID] [--steps 100] [--only NAME;...] [--write RESULT.md]
+    python benchmarks/optimisers.py DATA.json [--model DIR_OR_ID] [--steps 100] [--rows 4] [--cutoff 256]
+        [--only NAME;...] [--write RESULT.md]
 
-DATA is any data set that llmtune reads. Every side trains on the same tokens in the same order, 4 rows of up to 256
-tokens a step, on one device: in float32 on a CPU, in bfloat16 on a GPU. The learning rate is each method's usual one,
-constant after 10 steps of warm-up. Reported: memory as `llmtune plan` says it and as it was (on a GPU what torch
-allocated; on a CPU how far the process grew beyond what it held before the model was loaded), the median time of a step
-without the first three, and the mean loss of the last ten steps. The authors' optimisers (galore-torch, apollo-torch,
-adam-mini, badam, torch.optim.Muon) step in a plain loop over llmtune's batches; those that are not installed, or do not
-run, are said to be so. Each side is its own process.
+DATA is any data set that llmtune reads. Every side trains on the same tokens in the same order, `--rows` rows of up to
+`--cutoff` tokens a step, on one device: in float32 on a CPU, in bfloat16 on a GPU. The learning rate is each method's
+usual one, constant after 10 steps of warm-up. Reported: memory as `llmtune plan` says it and as it was (on a GPU what
+torch allocated; on a CPU how far the process grew beyond what it held before the model was loaded), the mean time of a
+step without the first (on a CPU what all threads worked), and the mean loss of the last ten steps. The authors'
+optimisers (galore-torch, apollo-torch, adam-mini, badam, torch.optim.Muon) step in a plain loop over llmtune's batches;
+those that are not installed, or do not run, are said to be so. Each side is its own process.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from train import cpu_name, on_gpu
 
-ROWS, CUTOFF, WARMUP, LAST = 4, 256, 10, 10
+WARMUP, LAST = 10, 10
 RANK = {"rank": 16, "update_interval": 50}
 LORA = {"name": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 SIDES: dict[str, dict[str, Any]] = {
@@ -120,8 +120,9 @@ AUTHORS: dict[str, tuple[str, Callable[[Any, float], list[Any]]]] = {
 
 def recipe(options: argparse.Namespace, side: str, folder: str) -> dict[str, Any]:
     return {
-        "model": options.model, "dataset": options.data, "cutoff_len": CUTOFF, "output_dir": folder,
-        "per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "max_steps": options.steps,
+        "model": options.model, "dataset": options.data, "output_dir": folder,
+        "cutoff_len": options.cutoff, "cutoff_policy": "drop",
+        "per_device_train_batch_size": options.rows, "gradient_accumulation_steps": 1, "max_steps": options.steps,
         "warmup_steps": WARMUP, "lr_scheduler_config": "constant", "bf16": None if on_gpu() else False,
         "activation_checkpointing": "none", "logging_steps": 1, "save_steps": None, **SIDES[side],
     }  # fmt: skip
@@ -145,20 +146,31 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
+def clock_now() -> float:
+    """Seconds: on a GPU of the clock, on a CPU of all threads' work, which other jobs on the machine disturb less."""
+    return time.perf_counter() if on_gpu() else time.process_time()
+
+
 def run_llmtune(options: argparse.Namespace) -> dict[str, Any]:
+    from torch.nn.modules.module import register_module_forward_pre_hook
+    from transformers import PreTrainedModel
+
     import llmtune
 
     with tempfile.TemporaryDirectory() as folder:
         keys = recipe(options, options.side, folder)
         planned = llmtune.plan(keys).cost.memory.at_peak.total
         before = begin()
-        rows = [row for row in llmtune.train(keys).metrics if "loss" in row]
-    tokens = [later["tokens"] - row["tokens"] for row, later in pairwise(rows)]
-    seconds = [count / row["tokens_per_second"] for count, row in zip(tokens, rows[1:], strict=True)]
-    return {
-        "planned": planned, "peak": peak_bytes(before), "seconds": statistics.median(seconds[2:]),
-        "losses": [row["loss"] for row in rows],
-    }  # fmt: skip
+        clock: list[float] = []
+
+        def watch(module: Any, _: Any) -> None:
+            if isinstance(module, PreTrainedModel) and module.base_model is module:
+                clock.append(clock_now())
+
+        register_module_forward_pre_hook(watch)
+        losses = [row["loss"] for row in llmtune.train(keys).metrics if "loss" in row]
+    seconds = (clock[-1] - clock[-options.steps]) / (options.steps - 1)  # what is run before training is no step
+    return {"planned": planned, "peak": peak_bytes(before), "seconds": seconds, "losses": losses}
 
 
 def run_authors(options: argparse.Namespace) -> dict[str, Any]:
@@ -175,9 +187,8 @@ def run_authors(options: argparse.Namespace) -> dict[str, Any]:
     before = begin()
     model = AutoModelForCausalLM.from_pretrained(plan.model.files.folder, dtype=dtype).to(device).train()
     optimizers = AUTHORS[options.side][1](model, keys["learning_rate"])
-    seconds, losses = [], []
+    clock, losses = [], []
     for step in range(options.steps):
-        started = time.perf_counter()
         rows = [samples.sample(int(index)) for index in order.step_units(step)]
         longest = max(len(ids) for ids, _ in rows)
         ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
@@ -196,13 +207,15 @@ def run_authors(options: argparse.Namespace) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(float(found))
-        seconds.append(time.perf_counter() - started)
-    return {"planned": None, "peak": peak_bytes(before), "seconds": statistics.median(seconds[3:]), "losses": losses}
+        clock.append(clock_now())
+    seconds = (clock[-1] - clock[0]) / (options.steps - 1)
+    return {"planned": None, "peak": peak_bytes(before), "seconds": seconds, "losses": losses}
 
 
 def measure(options: argparse.Namespace, side: str, authors: bool) -> dict[str, Any] | str:
     """The figures of a side in a process of its own, or the line that says why there are none."""
     words = [sys.executable, __file__, options.data, "--model", options.model, "--steps", str(options.steps)]
+    words += ["--rows", str(options.rows), "--cutoff", str(options.cutoff)]
     words += ["--side", side, *(["--authors"] if authors else [])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
@@ -212,8 +225,9 @@ def measure(options: argparse.Namespace, side: str, authors: bool) -> dict[str, 
 
 
 def table(options: argparse.Namespace) -> str:
+    seconds = "seconds a step" if on_gpu() else "seconds a step (CPU time)"
     lines = [
-        "| side | memory, planned | memory, measured | seconds a step | first loss | last loss |",
+        f"| side | memory, planned | memory, measured | {seconds} | first loss | last loss |",
         "|" + "---|" * 6,
     ]
     for side in map(str.strip, options.only.split(";")) if options.only else SIDES:
@@ -238,6 +252,8 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=4, help="of a step")
+    parser.add_argument("--cutoff", type=int, default=256, help="tokens of a row at most; longer ones are left out")
     parser.add_argument("--only", metavar="NAME;...", help=f"some of: {'; '.join(SIDES)}")
     parser.add_argument("--write", metavar="FILE")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -249,11 +265,12 @@ def main() -> None:
     import torch
 
     where = torch.cuda.get_device_name() if on_gpu() else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    again = f"python benchmarks/optimisers.py {Path(options.data).name} --steps {options.steps}"
+    data, size = Path(options.data).name, f"--steps {options.steps} --rows {options.rows} --cutoff {options.cutoff}"
     text = (
         f"# Optimisers and adapters\n\n{where}, torch {torch.__version__}, Python {platform.python_version()}. "
-        f"{options.model}, {options.steps} steps of {ROWS} rows of {Path(options.data).name}, cut at {CUTOFF} "
-        f"tokens; the last loss is the mean of {LAST} steps.\n\n{table(options)}\n\nRerun: `{again}`\n"
+        f"{options.model}, {options.steps} steps of {options.rows} rows of {data}, of at most {options.cutoff} tokens; "
+        f"the last loss is the mean of {LAST} steps.\n\n{table(options)}\n\n"
+        f"Rerun: `python benchmarks/optimisers.py {data} {size}`\n"
     )
     print(text)
     if options.write:
