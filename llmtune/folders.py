@@ -34,8 +34,7 @@ def publish(partial: Path, final: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
     if final.is_dir() and not final.is_symlink():  # the system replaces files and links, but no folders
         former = final.with_name(f".{final.name}.former")
         shutil.rmtree(former, ignore_errors=True)
@@ -46,6 +45,12 @@ def publish(partial: Path, final: Path) -> None:
         final.unlink(missing_ok=True)
         partial.rename(final)
     sync_folder(final.parent)
+
+
+def flush(file: Path) -> None:
+    """Have a file's content on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def make_readable(path: Path) -> None:

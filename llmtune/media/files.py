@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Media
-from llmtune.folders import cache_root, publish
+from llmtune.folders import cache_root, flush
 
 LARGEST_DOWNLOAD = 2**28
 """Bytes of a file that is fetched from an address: 256 MiB."""
@@ -81,7 +81,9 @@ class MediaFiles:
                 raise BadRow("media cannot be fetched", f"{address[:80]}: {error}") from None
             if len(content) > LARGEST_DOWNLOAD:
                 raise BadRow("media cannot be fetched", f"{address[:80]} has more than {LARGEST_DOWNLOAD:,} bytes")
-            publish(_beside(place, content), place)
+            fetched = _beside(place, content)
+            flush(fetched)
+            fetched.replace(place)
         return str(place)
 
 
@@ -114,8 +116,9 @@ def _kept(content: bytes) -> str:
 
 
 def _beside(place: Path, content: bytes) -> Path:
-    """A new file next to `place`, of this process alone. DataError where the cache cannot be written."""
-    beside = place.with_name(f"{place.name}.{os.getpid()}")
+    """A new file next to `place`, of this process alone, of several machines that share a cache. DataError where the
+    cache cannot be written."""
+    beside = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
