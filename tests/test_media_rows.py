@@ -8,7 +8,10 @@ import random
 import struct
 import wave
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -83,6 +86,23 @@ def test_parts_of_a_content_name_their_files(folder: Path) -> None:
     ]
     bare = asks([{"type": "image"}, {"type": "text", "text": "What?"}]) | {"images": [{"bytes": None, "path": "1.png"}]}
     assert names(read(folder, bare)) == ["1.png"]
+
+
+def test_addresses_are_fetched_once_and_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path))
+    files, handler = MediaFiles(folder=folder, fetches=True), partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        found = files.find("image", f"{address}/0.png")
+        with pytest.raises(BadRow, match="404"):
+            files.find("image", f"{address}/nothing.png")
+        server.shutdown()
+    assert Path(str(found.path)).read_bytes() == (folder / "0.png").read_bytes()
+    assert files.find("image", f"{address}/0.png") == found
+    with pytest.raises(BadRow, match="cannot be fetched|refused"):
+        files.find("image", f"{address}/1.png")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
 def test_content_that_a_row_holds_is_whole_in_the_cache_or_the_cache_is_named(
