@@ -9,7 +9,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,10 @@ import numpy as np
 
 from llmtune.contract.errors import DataError, LlmtuneError
 from llmtune.contract.examples import KINDS, BadRow, Example
-from llmtune.data.config import Source
+from llmtune.data.config import DataConfig, Source
 from llmtune.data.formats import LOOKED_AT, Chosen, Formats, read_row
 from llmtune.data.formats.builtin import builtin_formats
+from llmtune.data.making import media_files
 from llmtune.data.reading import Chunk, HubAccess, Row, chunks, find, first_rows, separated
 from llmtune.data.report import Bad, Losses, counts_text
 from llmtune.data.workers import in_order
@@ -201,8 +202,10 @@ def check(
     tokeniser: Tokeniser | None = None,
     access: HubAccess | None = None,
     no_model: LlmtuneError | None = None,
+    config: DataConfig | None = None,
 ) -> DataCheck:
     """Read and convert the first `limit` rows of a data set (all, if None); render them, too, with a `tokeniser`.
+    `config` says where media are.
 
     Without one, the result says that templates were not asked, and whether that is because a model was named and there
     is `no_model`. The first `keep` bad rows are kept (all, if None); `on_bad` is told of each.
@@ -223,6 +226,8 @@ def check(
     chosen = None
     if readable := [row.data for row in first if row.problem is None]:
         chosen = (formats or builtin_formats()).of(found, readable, KINDS)
+        if tokeniser is None or tokeniser.media is not None:  # else a model that reads text only
+            chosen = replace(chosen, media=media_files(config or DataConfig(), base_dir, found))
         result.format, result.kind = chosen.name, chosen.format.kind
         result.why = chosen.why + separated(found)
         result.rendered = tokeniser is not None

@@ -77,15 +77,8 @@ class Making:
     def chosen(self, dataset: Dataset, rows: Sequence[Any], learns: Sequence[str]) -> Chosen:
         """The format of a data set whose first readable rows are `rows`, and where its media are."""
         chosen = self.formats.of(dataset, rows, learns)
-        return chosen if self.media is None else replace(chosen, media=self._media_files(dataset))
-
-    def _media_files(self, dataset: Dataset) -> MediaFiles:
-        config = self.config
-        if config.media_dir is not None:
-            folder = self.base_dir / Path(config.media_dir).expanduser()
-        else:
-            folder = dataset.files[0].parent if dataset.files else self.base_dir
-        return MediaFiles(folder=folder, fetches=config.media_from_network)
+        files = None if self.media is None else media_files(self.config, self.base_dir, dataset)
+        return replace(chosen, media=files)
 
     def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
         """The data sets of one key, from the cache or made now."""
@@ -235,6 +228,15 @@ class Making:
             f"{where}); {causes}. Raise cutoff_len, leave long ones out (cutoff_policy: drop), or check that the "
             f"template marks the assistant's turns{skip}"
         )
+
+
+def media_files(config: DataConfig, base_dir: Path, dataset: Dataset) -> MediaFiles:
+    """Where the media of a data set's rows are."""
+    if config.media_dir is not None:
+        folder = base_dir / Path(config.media_dir).expanduser()
+    else:
+        folder = dataset.files[0].parent if dataset.files else base_dir
+    return MediaFiles(folder=folder, fetches=config.media_from_network)
 
 
 def check_bad_rows(config: DataConfig, report: SourceReport) -> None:

@@ -95,12 +95,12 @@ def render_facts(recipe: Recipe) -> dict[str, Any]:
         if recipe.data.template is not None:
             choose_template(recipe.data.template, tokenizer, recipe.base_dir)
     except LlmtuneError as error:
-        return {"formats": formats, "access": access, "no_model": error}
+        return {"formats": formats, "access": access, "config": recipe.data, "no_model": error}
     media = media_processor(files.folder, tokenizer, recipe.data, recipe.model.trust_remote_code)
     making = Making(
         recipe.data, tokenizer, recipe.base_dir, formats, KINDS, "", recipe.train.seed, access=access, media=media
     )
-    return {"formats": formats, "access": access, "tokeniser": making.tokeniser}
+    return {"formats": formats, "access": access, "config": recipe.data, "tokeniser": making.tokeniser}
 
 
 def preview(
