@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+import llmtune
 from llmtune.inference.inspect import check_data
+from llmtune.model.generation import encode
 from tests.tiny_media import MODELS, rows
 
 pytest.importorskip("PIL")
@@ -37,3 +39,38 @@ def test_each_row_is_told_what_is_wrong_with_its_pictures(tmp_path: Path, tiny_l
     elsewhere.parent.mkdir()
     elsewhere.write_text(json.dumps(good))
     assert not check_data(elsewhere, model=str(model), media_dir=str(tmp_path)).bad
+
+
+def test_a_mark_without_a_picture_is_told_where_a_model_would_be_blind(tmp_path: Path, tiny_llama: str) -> None:
+    data, model = tmp_path / "rows.json", MODELS["qwen2_vl"](tmp_path / "qwen2_vl")
+    row = asks(marks=1)
+    data.write_text(json.dumps([{**row, "images": None}, {"messages": row["messages"], "imgs": ["0.png"]}]))
+    found = check_data(data, model=str(model))
+    assert [each.reason for each in found.bad] == ["marks and files differ"] * 2
+    assert "the messages have 1 mark <image> and the row names no images" in str(found.bad[0])
+    assert not check_data(data, model=tiny_llama).bad  # a word as any other
+
+
+def test_other_pictures_of_the_same_rows_are_other_data(tmp_path: Path) -> None:
+    model = MODELS["llava"](tmp_path / "llava")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        rows(tmp_path / name)
+    keys = {"model": str(model), "dataset": str(tmp_path / "here" / "rows.json"), "output_dir": str(tmp_path / "run")}
+    for name in ("here", "there"):
+        prepared = llmtune.plan({**keys, "media_dir": str(tmp_path / name)}).data.prepared
+        shown = [medium for index in range(8) for each in prepared.train.shown(index) for medium in each.media]
+        assert shown and {Path(str(medium.path)).parent.name for medium in shown} == {name}
+    with pytest.raises(llmtune.LlmtuneError, match="missing media|no file"):
+        llmtune.plan({**keys, "media_dir": str(tmp_path / "nowhere")})
+
+
+def test_a_question_is_asked_of_a_template_that_reads_parts_alone(tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    folder = MODELS["llava"](tmp_path / "llava")
+    processor = AutoProcessor.from_pretrained(folder)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "what is red"}]}]
+    expected = processor.apply_chat_template(parts, add_generation_prompt=True, tokenize=True, return_dict=True)
+    asked = encode(processor.tokenizer, [{"role": "user", "content": "what is red"}], {})
+    assert asked.tolist() == expected["input_ids"]

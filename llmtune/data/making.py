@@ -80,6 +80,11 @@ class Making:
         files = None if self.media is None else media_files(self.config, self.base_dir, dataset)
         return replace(chosen, media=files)
 
+    def _media_dir(self) -> str | None:
+        """The folder of all media, where the recipe names one; else it is that of each data set, which is known."""
+        given = self.config.media_dir
+        return None if given is None else str((self.base_dir / Path(given).expanduser()).resolve())
+
     def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
         """The data sets of one key, from the cache or made now."""
         config, chosen = self.config, self.config.tokenized_path
@@ -146,7 +151,7 @@ class Making:
             "concatenated": self.tokeniser.cutoff is None,
             "prompts": self.tokeniser.prompts,
             "day": date.today().isoformat() if dated else None,
-            "media": None if self.media is None else self.media.facts(),
+            "media": None if self.media is None else {**self.media.facts(), "media_dir": self._media_dir()},
             **{key: vars(config)[key] for key in _KEYS},
         }
 

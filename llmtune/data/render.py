@@ -27,6 +27,7 @@ from llmtune.data.tool_format import with_tools_as_text
 from llmtune.data.turns import Script, Special, Turn, check_texts, common, without_thinking
 from llmtune.media.marks import as_parts, kinds_in, with_marks_as
 from llmtune.media.processor import MediaProcessor
+from llmtune.model.content import reads_only_parts
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -40,7 +41,6 @@ class Rendering(NamedTuple):
 
 
 _NOTHING = Rendering("")
-_PROBE = "Which?"
 
 
 class Renderer:
@@ -299,18 +299,14 @@ class Renderer:
     def _for_template(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages, those that show media with parts for their content; all of them where the template reads
         nothing else."""
-        if self.media is None:
-            return messages
-        return [as_parts(each) if self._only_parts or kinds_in(each["content"]) else each for each in messages]
+        shows = self.media is not None
+        return [
+            as_parts(each) if self._only_parts or (shows and kinds_in(each["content"])) else each for each in messages
+        ]
 
     @cached_property
     def _only_parts(self) -> bool:
-        """Whether the template writes nothing of a content that is one text."""
-        try:
-            written = self.tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], tokenize=False)
-        except Exception:  # it raises whatever it likes
-            return True
-        return _PROBE not in written
+        return reads_only_parts(self.tokenizer, self.template_kwargs)
 
 
 def _refused(error: Exception) -> BadRow:

@@ -14,6 +14,7 @@ from llmtune.data import prepare
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.ranks import Ranks
 from llmtune.inference.reopen import open_model, recipe_of
+from llmtune.model.content import for_template
 from llmtune.planning.data_plan import access_of
 from llmtune.recipe.parts import known_formats
 
@@ -30,7 +31,8 @@ def reward_of(model: Any, tokenizer: Any, messages: Messages, variables: Mapping
     `variables` are the chat template's, as in training.
     """
     require_rewards(model)
-    ids = tokenizer.apply_chat_template(list(messages), return_tensors="pt", return_dict=True, **variables)["input_ids"]
+    turns = for_template(tokenizer, messages, variables)
+    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True, **variables)["input_ids"]
     with torch.no_grad():
         return float(model(input_ids=ids.to(model.device)).logits[0, 0])
 

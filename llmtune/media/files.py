@@ -49,7 +49,8 @@ class MediaFiles:
             return _kept(source)
         if not isinstance(source, str) or not source:
             what = "a path, an address, a data URL, or bytes"
-            raise BadRow("bad media", f"{_with_article(kind)} is {type(source).__name__}, allowed is {what}")
+            found = "empty" if source == "" else type(source).__name__
+            raise BadRow("bad media", f"{_with_article(kind)} is {found}, allowed is {what}")
         scheme = source.partition(":")[0].lower() if ":" in source[:8] else ""
         if scheme == "data":
             return _kept(_decoded(source, kind))

@@ -25,6 +25,7 @@ from llmtune.media.marks import MARKS, kinds_in, kinds_text
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
 """Columns of files, by what they hold."""
 NAMES = tuple(name for names in COLUMNS.values() for name in names)
+_TEXT_ONLY = "and the model reads text only, or the command asks in text only"
 
 
 def columns_in(row: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -48,8 +49,9 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
     question, or of a plain text. BadRow where marks and files do not match, or the model reads text only (`files` is
     None).
     """
-    if isinstance(example, Text) and columns:
-        return _shown_text(example, columns, files)
+    if isinstance(example, Text):
+        _without_files([example.text], columns, files)
+        return _shown_text(example, columns, files) if columns else example
     if not isinstance(example, Conversation | Preference | UnpairedPreference | Prompt):
         if columns:
             raise BadRow(
@@ -58,11 +60,14 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
         return example
     asked = example.prompt if isinstance(example, Preference) else example.messages
     answers = [*example.chosen, *example.rejected] if isinstance(example, Preference) else []
+    _without_files([message["content"] for message in asked], columns, files)
     if not columns and not any(kinds_in(message["content"]) for message in [*asked, *answers]):
         return example
     if files is None:
         held = _all(columns) or kinds_text([kind for message in asked for kind in kinds_in(message["content"])])
-        raise BadRow("not only text", f"the row holds {held}, and what reads it here reads text only")
+        raise BadRow(
+            "not only text", f"the row holds {held}, and the model reads text only, or the command asks in text only"
+        )
     asked = [_spelt(message, columns) for message in asked]
     for number, message in enumerate([*asked, *(_spelt(each, columns) for each in answers)], start=1):
         if message["role"] == "assistant" and (kinds := kinds_in(message["content"])):
@@ -77,12 +82,24 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
 
 def _shown_text(example: Text, columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> Text:
     if files is None:
-        raise BadRow("not only text", f"the row holds {_all(columns)}, and what reads it here reads text only")
+        raise BadRow(
+            "not only text",
+            f"the row holds {_all(columns)}, and the model reads text only, or the command asks in text only",
+        )
     if kinds_in(example.text):
         raise BadRow("private-use characters", "the text holds U+E010 to U+E012, which stand for media")
     asked = [_spelt({"role": "user", "content": example.text}, columns)]
     ((message,), media) = _matched(_led(asked, columns), columns, files)
     return replace(example, text=message["content"], media=tuple(media))
+
+
+def _without_files(texts: Sequence[str], columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> None:
+    """BadRow for marks of pictures in a row that names none, before a model that reads some: it would be blind, or find
+    more places than pictures. `<video>` and `<audio>` may be what a text on web pages says."""
+    marks = sum(text.count("<image>") for text in texts)
+    if files is not None and marks and "image" not in columns:
+        what = f"the messages have {_counted(marks, 'mark')} <image> and the row names no images"
+        raise BadRow("marks and files differ", f"{what}; name them in a column images")
 
 
 def _spelt(message: Message, columns: Mapping[str, Any]) -> Message:
@@ -122,13 +139,14 @@ def _matched(
     for kind, count in marks.items():
         given = len(columns.get(kind, ()))
         if count != given:
-            what = f"the messages have {count} marks <{kind}> and the row names {given} {_plural(kind)}"
+            what = f"the messages have {_counted(count, 'mark')} <{kind}> and the row names {_counted(given, kind)}"
             raise BadRow("marks and files differ", f"{what}; each mark needs a file, and each file a mark")
     return bare, media
 
 
-def _plural(kind: str) -> str:
-    return {"audio": "sounds"}.get(kind, f"{kind}s")
+def _counted(count: int, kind: str) -> str:
+    name = {"audio": "sound"}.get(kind, kind)
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def _all(columns: Mapping[str, Sequence[Any]]) -> str:

@@ -25,6 +25,7 @@ from llmtune.contract.errors import DataError, DivergedError, PlanError
 from llmtune.contract.examples import ShownText
 from llmtune.contract.generation import Answer, Asked, GenerateConfig, MediaReader
 from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.model.content import for_template
 from llmtune.model.prefill import prefilled
 from llmtune.model.prompts import NOTHING, PromptBatch, ends_in_media, shown_by, tokens_of
 from llmtune.model.skeleton import config_value
@@ -310,6 +311,7 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, 
         return []
     marker = "llmtuneendofturn"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+    turns = for_template(tokenizer, turns, template_kwargs)
     after = str(tokenizer.apply_chat_template(turns, tokenize=False, **template_kwargs)).rpartition(marker)[2].lstrip()
     special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [special[text] for text in special if after.startswith(text)]

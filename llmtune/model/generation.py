@@ -14,6 +14,7 @@ import torch
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import Message
 from llmtune.contract.generation import Answer, GenerateConfig
+from llmtune.model.content import for_template
 from llmtune.model.generate import ContextFull, generate, has_template, stop_tokens
 from llmtune.model.text_decoder import TextDecoder
 
@@ -221,7 +222,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], template
     """Token ids (1, T) of the conversation up to where the assistant's answer starts."""
     if not has_template(tokenizer, template_kwargs):
         raise DataError("the model's tokenizer has no chat template, so it cannot chat; name one with template")
+    turns = for_template(tokenizer, messages, template_kwargs)
     encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_kwargs
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_kwargs
     )
     return encoded["input_ids"]
