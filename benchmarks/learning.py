@@ -1,11 +1,13 @@
 """Do the recipes of preferences and rewards learn? Each with several seeds, measured on rows that it did not see.
 
-    python benchmarks/learning.py [dpo kto rm grpo ppo] [--seeds 1 2 3] [--threads 2] [--write RESULT.md]
+    python benchmarks/learning.py [dpo kto rm grpo ppo pictures] [--seeds 1 2 3] [--threads 2] [--write RESULT.md]
 
 dpo and kto: the share of pairs of `llmtune:preferences_held_out` whose plain answer gained more log-probability than
 the other one, by transformers and PEFT from what the run has saved. rm: the share of these pairs whose plain answer has
 the larger reward. Chance is a half for the three. grpo and ppo: the mean reward of answers that are drawn, of the first
-step before its update and of the held-out questions at the end; 1.5 is all.
+step before its update and of the held-out questions at the end; 1.5 is all. pictures: the share of right answers about
+pictures that are drawn anew, for each kind of question, by transformers from what the run has saved; before stands
+chance.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmtune.testing.pictures import CHANCE, accuracy, answers, write_all
+
 ROOT = Path(__file__).parents[1]
 HELD_OUT = ROOT / "llmtune" / "data" / "sets" / "preferences_held_out.jsonl"
-RECIPES = ("dpo", "kto", "rm", "grpo", "ppo")
+RECIPES = ("dpo", "kto", "rm", "grpo", "ppo", "pictures")
 
 
 def answer_logp(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
@@ -64,36 +68,41 @@ def gained_more(run: Path) -> float:
     return gained / len(rows)
 
 
-def learn(recipe: str, seed: int, threads: int) -> dict[str, float]:
-    """Run a recipe as a user does; what it has learnt, and the minutes it took."""
+def learn(recipe: str, seed: int, threads: int) -> tuple[dict[str, tuple[float, float]], float]:
+    """Run a recipe as a user does; what it knew before and after, of each kind that is measured, and the minutes."""
     with tempfile.TemporaryDirectory() as folder:
-        run, started = Path(folder) / "run", time.perf_counter()
+        run = Path(folder) / "run"
+        if recipe == "pictures":
+            write_all(Path(folder) / "shapes", seed=seed)
+        started = time.perf_counter()
         command = [
             sys.executable, "-m", "llmtune", "train", str(ROOT / "recipes" / f"{recipe}.yaml"), f"seed={seed}",
             f"output_dir={run}",
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
         if done.returncode:
             raise SystemExit(f"{recipe} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         minutes = (time.perf_counter() - started) / 60
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         ends = [row for row in rows if "eval_loss" in row]
+        if recipe == "pictures":
+            right = accuracy(answers(run / "model", Path(folder) / "shapes" / "held_out.jsonl"))
+            return {f", {kind}": (CHANCE[kind], share) for kind, share in right.items()}, minutes
         if recipe in ("dpo", "kto"):
-            found = {"before": 0.5, "after": gained_more(run)}
-        elif recipe == "rm":
-            found = {"before": 0.5, "after": ends[-1]["eval_rewards/accuracies"]}
-        else:
-            found = {"before": rows[0]["reward"], "after": ends[-1]["eval_reward"]}
-        return {**found, "minutes": minutes}
+            return {"": (0.5, gained_more(run))}, minutes
+        if recipe == "rm":
+            return {"": (0.5, ends[-1]["eval_rewards/accuracies"])}, minutes
+        return {"": (rows[0]["reward"], ends[-1]["eval_reward"])}, minutes
 
 
-def line(recipe: str, found: list[dict[str, float]]) -> str:
-    def each(name: str) -> str:
-        return ", ".join(f"{run[name]:.2f}" for run in found)
-
-    minutes = statistics.median(run["minutes"] for run in found)
-    return f"| `recipes/{recipe}.yaml` | {each('before')} | {each('after')} | {minutes:.1f} |"
+def lines(recipe: str, found: list[tuple[dict[str, tuple[float, float]], float]]) -> list[str]:
+    """A line of the table for each kind that is measured."""
+    minutes, made = statistics.median(minutes for _, minutes in found), []
+    for kind in found[0][0]:
+        before, after = (", ".join(f"{known[kind][at]:.2f}" for known, _ in found) for at in (0, 1))
+        made.append(f"| `recipes/{recipe}.yaml`{kind} | {before} | {after} | {minutes:.1f} |")
+    return made
 
 
 def main() -> None:
@@ -106,17 +115,18 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    lines = ["| recipe | before | after | minutes |", "|---|---|---|---|"]
+    table = ["| recipe | before | after | minutes |", "|---|---|---|---|"]
     for recipe in options.recipes or RECIPES:
         found = []
         for seed in options.seeds:
             found.append(learn(recipe, seed, options.threads))
             print(f"{recipe}, seed {seed}: {found[-1]}", flush=True)
-        lines.append(line(recipe, found))
+        table += lines(recipe, found)
     text = (
         f"# Do the recipes learn?\n\ntorch {torch.__version__}, Python {platform.python_version()}, "
-        f"{options.threads} threads; seeds {', '.join(map(str, options.seeds))}.\n\n" + "\n".join(lines) + "\n\n"
-        "What the columns mean stands at the top of `benchmarks/learning.py`. Rerun: `python benchmarks/learning.py`\n"
+        f"{options.threads} threads; seeds {', '.join(map(str, options.seeds))}.\n\n" + "\n".join(table) + "\n\n"
+        "What the columns mean stands at the top of `benchmarks/learning.py`. Rerun: "
+        f"`{' '.join(['python benchmarks/learning.py', *options.recipes])}`\n"
     )
     print(text)
     if options.write:

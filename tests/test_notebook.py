@@ -1,4 +1,4 @@
-"""The three notebooks, run by a real kernel as they stand, but on a tiny model; and what a person sees in them."""
+"""The notebooks, run by a real kernel as they stand, but on a tiny model; and what a person sees in them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
-NOTEBOOKS = ("first_fine_tune", "look_at_your_data", "write_a_plugin")
+NOTEBOOKS = ("first_fine_tune", "look_at_your_data", "teach_it_to_see", "write_a_plugin")
 REPLACED = {
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': "TINY",
     '"per_device_train_batch_size": 8': '"per_device_train_batch_size": 2',
     '"num_train_epochs": 3': '"max_steps": 6',
+    '"num_train_epochs": 4': '"max_steps": 6',
+    "pictures=1500, held_out=100": "pictures=12, held_out=8",
     '"max_steps": 20': '"max_steps": 4, "num_train_epochs": 1, "max_samples": 12',
     'output_dir="runs/second", save_steps=10': 'output_dir="runs/second", max_steps=40',
     'nproc=2, output_dir="runs/both", max_steps=6': 'nproc=2, output_dir="runs/both", max_steps=40, save_steps=None',
@@ -77,7 +79,7 @@ async def run_cells(client: Any, folder: Path, environment: Mapping[str, str]) -
 
 @pytest.fixture(scope="module")
 def cells(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
-    """The cells of all three, one after the other in one kernel, which imports torch once."""
+    """The cells of all of them, one after the other in one kernel, which imports torch once."""
     folder = tmp_path_factory.mktemp("notebook")
     (folder / "site").mkdir()
     code = [f"TINY = {tiny_llama!r}\n{KERNEL}"]
