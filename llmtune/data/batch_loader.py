@@ -226,6 +226,12 @@ class ShownRows(NamedTuple):
         return [*self.own, *(each.shown for each in self.blank)]
 
 
+def precomputed_for(samples: TokenSamples, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+    """(sequences,) each, what was computed of the chosen samples before training."""
+    spots = [sample * samples.width + part for sample in chosen for part in range(samples.width)]
+    return {name: torch.tensor(values[spots]) for name, values in samples.precomputed.items()}
+
+
 def sample_batch(
     samples: TokenSamples, chosen: Sequence[int], *, flat: bool, pad_id: int, ranks: Ranks,
     others: Mapping[int, int] = MappingProxyType({}), media: MediaProcessor | None = None,
@@ -248,8 +254,7 @@ def sample_batch(
         **layout,
     )
     batch.columns = columns
-    spots = [sample * samples.width + part for sample in chosen for part in range(samples.width)]
-    batch.extra = {name: torch.tensor(values[spots]) for name, values in samples.precomputed.items()}
+    batch.extra = precomputed_for(samples, chosen)
     crossed = [] if labels is None else [mismatched(samples, sample, others[sample]) for sample in chosen]
     if labels is not None:
         batch.mismatched = collate([each.sequence for each in crossed], counts_samples=True, **layout)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.data.batch_loader import BatchLoader
+from llmtune.data.batch_loader import BatchLoader, precomputed_for
 from llmtune.data.batches import to_device
 from llmtune.data.workers import WorkerPool, rank_workers
 
@@ -61,7 +61,10 @@ class MediaLoader(BatchLoader):
         if step != ahead.step:
             self._begin(ahead, step)
         ahead.step += 1
-        return [to_device(batch, device) for batch in islice(ahead.batches, self.micro_steps)]
+        found = list(islice(ahead.batches, self.micro_steps))
+        for batch in found:  # the processes began before anything was computed
+            batch.extra = precomputed_for(self.samples, batch.sample_ids)
+        return [to_device(batch, device) for batch in found]
 
     def _begin(self, ahead: BatchesAhead, step: int) -> None:
         items = (share for number in count(step) for share in self.shares(self.order.step_units(number)))
