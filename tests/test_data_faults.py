@@ -54,12 +54,12 @@ BAD_ROWS: dict[str, bytes] = {
     "an answer is empty": lines(GOOD, chat(("user", "a"), ("assistant", ""))),
     "content is null": lines(GOOD, chat(("user", None), ("assistant", "b"))),
     "arguments of a tool call are not JSON": lines(GOOD, called("{a: 1}")),
-    "a row has a picture, and the model reads text only": lines(GOOD, {**GOOD, "images": ["a.jpg"]}),
     "a message has a part of another type": lines(GOOD, chat(("user", [{"type": "file"}]), ("assistant", "b"))),
 }
 """Files that stop a run."""
 
 OTHER_KEYS: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "a row has a picture, and the model reads text only": (lines(GOOD, {**GOOD, "images": ["a.jpg"]}), {}),
     "the file is not there": (MENDED, {"dataset": "./chat.jsonl"}),
     "more rows are bad than may be skipped": (
         lines(GOOD, *[{"messages": "hi"}] * 3), {"on_bad_record": "skip", "max_bad_records": 2}
@@ -68,7 +68,7 @@ OTHER_KEYS: dict[str, tuple[bytes, dict[str, Any]]] = {
     "a sample is longer than allowed": (lines(GOOD, LONG), {"cutoff_len": 64, "cutoff_policy": "error"}),
     "no sample is short enough": (lines(LONG), {"cutoff_len": 64, "cutoff_policy": "drop"}),
 }  # fmt: skip
-"""Files that stop a run with certain keys."""
+"""Files that stop a run with certain keys, or a certain model."""
 
 TEMPLATES: dict[str, str | None] = {
     "the model has no chat template": None,
