@@ -22,7 +22,7 @@ from llmtune.testing.running import build
 from tests.tiny_media import MODELS, draw
 
 pytest.importorskip("PIL")
-NAMES = ("llava", "llava_next", "gemma3", "idefics3")
+NAMES = ("llava", "llava_next", "gemma3", "idefics3", "qwen2_vl", "qwen3_vl")
 MARK = MARKS["image"]
 GREEDY = GenerateConfig(do_sample=False, max_new_tokens=6)
 SAMPLED = GenerateConfig(max_new_tokens=6, temperature=1.5, top_p=1.0)
