@@ -48,3 +48,13 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
 def folder(tiny_llama: str, tmp_path: Path) -> Path:
     """A copy of the tiny model for a test that spoils it."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of pictures, and of rows that show them (rows.json)."""
+    from tests.tiny_media import rows
+
+    folder = tmp_path_factory.mktemp("media")
+    rows(folder)
+    return folder

@@ -12,16 +12,9 @@ import torch
 import llmtune
 from llmtune.planning.media_memory import saved_per_piece, tower_layers
 from llmtune.planning.micro_batch import largest
-from tests.tiny_media import MODELS, rows
+from tests.tiny_media import MODELS
 
 pytest.importorskip("PIL")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("media")
-    rows(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

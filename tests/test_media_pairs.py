@@ -16,17 +16,10 @@ from llmtune.testing.ranks import in_ranks
 from tests.media_by_hand import Plain, shaken
 from tests.test_media_stages import ASKED, BETTER, STREAMED, WORSE, labelled, recipe, shown
 from tests.test_parity import train_each
-from tests.tiny_media import MODELS, rows
+from tests.tiny_media import MODELS
 
 pytest.importorskip("PIL")
 BETA = 0.5
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs")
-    rows(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import llmtune
 from tests.media_by_hand import Asked, Plain, shaken
 from tests.test_media_training import inputs_by_hand
 from tests.test_resume import assert_equal_runs, forget_after
-from tests.tiny_media import MODELS, rows
+from tests.tiny_media import MODELS
 
 pytest.importorskip("PIL")
 ASKED = (
@@ -29,13 +29,6 @@ ASKED = (
 )
 BETTER = ("red square", "world", "blue", "red circle here")
 WORSE = ("blue", "how many", "red circle", "what")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("media")
-    rows(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

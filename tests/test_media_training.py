@@ -19,7 +19,7 @@ from llmtune.contract.structure import transformer_layers
 from llmtune.media.loading import load_processor, without_video
 from llmtune.model.modalities import parts_of
 from llmtune.testing.ranks import in_ranks
-from tests.tiny_media import MODELS, rows
+from tests.tiny_media import MODELS
 
 pytest.importorskip("PIL")
 NAMES = tuple(name for name in MODELS if name != "pixtral" or find_spec("torchvision"))
@@ -30,13 +30,6 @@ EPSILON = 1e-3
 PACKED = tuple(name for name in NAMES if name != "mllama")
 TRAINED = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
 """Towers and projector train, too."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("media")
-    rows(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +185,9 @@ LANGUAGE = r"(lm_head|model\.(language_model|text_model))\."
 def test_parts_are_found_in_the_structure_and_layers_of_towers_are_spread_one_by_one(name: str, models: Any) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    config = AutoConfig.from_pretrained(models(name))
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(models(name)))
+        model = AutoModelForImageTextToText.from_config(config)
     parts = parts_of(model)
     assert set(parts.values()) == {"vision_tower", "multi_modal_projector", "language_model"}
     patterns = {
