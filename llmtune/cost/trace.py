@@ -76,7 +76,8 @@ def trace(plan: Plan, shape: MicroBatch) -> Estimate:
     """Run one step on fake tensors. Raises whatever an operation without a fake version raises."""
     if isinstance(plan.parts.one("stage_config").built, RollsOut):
         raise PlanError("fake tensors have no answers to learn from")
-    if any(parameter.requires_grad for layer in tower_layers(plan.model.module) for parameter in layer.parameters()):
+    towers = tower_layers(plan.model.module) if shape.media.pieces else []
+    if any(parameter.requires_grad for layer in towers for parameter in layer.parameters()):
         raise PlanError("fake tensors show no pictures to train a tower on")
     module, runs = cut(deepcopy(plan.model.module))
     context = replace(plan.model.context, device="cpu")

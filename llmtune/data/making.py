@@ -80,11 +80,6 @@ class Making:
         files = None if self.media is None else media_files(self.config, self.base_dir, dataset)
         return replace(chosen, media=files)
 
-    def _media_dir(self) -> str | None:
-        """The folder of all media, where the recipe names one; else it is that of each data set, which is known."""
-        given = self.config.media_dir
-        return None if given is None else str((self.base_dir / Path(given).expanduser()).resolve())
-
     def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
         """The data sets of one key, from the cache or made now."""
         config, chosen = self.config, self.config.tokenized_path
@@ -138,6 +133,7 @@ class Making:
     def facts(self) -> dict[str, Any]:
         """What tokens depend on, besides the data."""
         config, tokenizer = self.config, self.tokenizer
+        folder = media_folder(config, self.base_dir)
         template = tokenizer.chat_template
         dated = "strftime_now" in str(template)
         spelled = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str())
@@ -151,7 +147,9 @@ class Making:
             "concatenated": self.tokeniser.cutoff is None,
             "prompts": self.tokeniser.prompts,
             "day": date.today().isoformat() if dated else None,
-            "media": None if self.media is None else {**self.media.facts(), "media_dir": self._media_dir()},
+            "media": None
+            if self.media is None
+            else {**self.media.facts(), "media_dir": str(folder) if folder else None},
             **{key: vars(config)[key] for key in _KEYS},
         }
 
@@ -237,11 +235,13 @@ class Making:
 
 def media_files(config: DataConfig, base_dir: Path, dataset: Dataset) -> MediaFiles:
     """Where the media of a data set's rows are."""
-    if config.media_dir is not None:
-        folder = base_dir / Path(config.media_dir).expanduser()
-    else:
-        folder = dataset.files[0].parent if dataset.files else base_dir
-    return MediaFiles(folder=folder, fetches=config.media_from_network)
+    own = dataset.files[0].parent if dataset.files else base_dir
+    return MediaFiles(folder=media_folder(config, base_dir) or own, fetches=config.media_from_network)
+
+
+def media_folder(config: DataConfig, base_dir: Path) -> Path | None:
+    """The folder of all media, where the recipe names one; None: that of each data set."""
+    return None if config.media_dir is None else (base_dir / Path(config.media_dir).expanduser()).resolve()
 
 
 def check_bad_rows(config: DataConfig, report: SourceReport) -> None:

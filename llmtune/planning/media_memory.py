@@ -90,6 +90,8 @@ def saved_per_piece(layer: nn.Module) -> int:
 def tower_activations(model: Any, sizes: MediaSizes, compute_bytes: int, recomputed: float) -> tuple[int, int]:
     """Bytes that the towers keep for their backward pass, none where they do not train, and that one of their layers
     needs in passing."""
+    if not sizes.pieces:
+        return 0, 0
     layers = tower_layers(model)
     kept = most = 0
     reached = False
