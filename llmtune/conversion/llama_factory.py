@@ -192,12 +192,6 @@ def _stage(draft: Draft) -> None:
     if stage == "pt" and not draft.has("packing"):
         draft.default("packing", True, note="the stage pt packs")
         draft.default("neat_packing", False)
-    if stage == "dpo" and draft.given.get("pref_loss") == "kto_pair":
-        draft.lose(
-            "pref_loss",
-            why="the loss kto_pair takes a mean over the batch and is not here; sigmoid is taken, "
-            "and `stage: kto` is KTO itself",
-        )
     if stage == "ppo":
         _reward(draft)
         for key in ("temperature", "top_p", "top_k", "max_new_tokens"):

@@ -11,12 +11,14 @@ REFERENCE_FREE = ("orpo", "simpo")
 """Losses that ask the trained model only."""
 MEANS = ("ipo", "orpo", "simpo")
 """Losses over the mean log-probability of an answer's tokens; the others take the sum."""
+WHOLE_STEP = ("kto_pair",)
+"""Losses of a pair that depend on the other pairs of its step."""
 SMOOTHED = ("sigmoid", "simpo", "robust", "exo")
 """Losses that know wrong labels."""
 
 PairLoss = Literal[
-    "sigmoid", "hinge", "ipo", "orpo", "simpo", "robust", "exo", "bco", "nca", "apo_zero", "apo_down", "sppo",
-    "discopop",
+    "sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "robust", "exo", "bco", "nca", "apo_zero", "apo_down",
+    "sppo", "discopop",
 ]  # fmt: skip
 
 
@@ -53,9 +55,10 @@ class DpoConfig(ReferenceKeys):
 
     pref_loss: PairLoss = "sigmoid"
     """The loss of a pair: `sigmoid` is DPO (Rafailov et al. 2023, arXiv 2305.18290), `hinge` SLiC (arXiv 2305.10425),
-    `ipo` arXiv 2310.12036, `orpo` arXiv 2403.07691, `simpo` arXiv 2405.14734, `robust` arXiv 2403.00409, `exo` arXiv
-    2402.00856, `bco` arXiv 2404.04656 without its shift, `nca` arXiv 2402.05369, `apo_zero` and `apo_down` arXiv
-    2408.06266, `sppo` arXiv 2405.00675 with hard labels, `discopop` arXiv 2406.08414."""
+    `ipo` arXiv 2310.12036, `kto_pair` KTO (arXiv 2402.01306) with pairs, `orpo` arXiv 2403.07691, `simpo` arXiv
+    2405.14734, `robust` arXiv 2403.00409, `exo` arXiv 2402.00856, `bco` arXiv 2404.04656 without its shift, `nca` arXiv
+    2402.05369, `apo_zero` and `apo_down` arXiv 2408.06266, `sppo` arXiv 2405.00675 with hard labels, `discopop` arXiv
+    2406.08414."""
     pref_beta: Annotated[float, Gt(0)] = 0.1
     """How strongly an answer's log-probability counts, against the reference's where there is one; of `orpo` the share
     of the odds ratio in the loss."""
@@ -108,9 +111,9 @@ class RmConfig:
 
 def build_dpo(config: DpoConfig) -> Any:
     """The stage of pairs that `config` describes."""
-    from .dpo import Pairs
+    from .dpo import Pairs, PairsOfStep
 
-    return Pairs(config)
+    return PairsOfStep(config) if config.pref_loss in WHOLE_STEP else Pairs(config)
 
 
 def build_kto(config: KtoConfig) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from . import DpoConfig
+
+
+MOVED = "moved"
+"""(2,) how far the model has moved from its reference with the step's chosen and with its rejected answers."""
 
 
 class Pairs:
@@ -57,12 +62,27 @@ class Pairs:
         logps_S, count_S, scores_S = answers_of(model, batch, context, self.shares(batch), bool(self.models))
         if config.pref_loss in MEANS:
             scores_S = scores_S / count_S
-        loss_P = LOSSES[config.pref_loss](Scores(scores_S[0::2], scores_S[1::2]), config)
+        loss_P = LOSSES[config.pref_loss](Scores(scores_S[0::2], scores_S[1::2], batch.extra.get(MOVED)), config)
         if config.pref_ftx:
             loss_P = loss_P - config.pref_ftx * (logps_S / count_S)[0::2]
         said_S = logps_S.detach()
         logps = {"logps/chosen": said_S[0::2].sum(), "logps/rejected": said_S[1::2].sum()}
         return StageLoss(total=loss_P.sum(), metrics={**pair_metrics(config.pref_beta * scores_S), **logps})
+
+
+class PairsOfStep(Pairs):
+    """A loss of each pair that depends on the other pairs of its step, on all ranks, and is the same however the step
+    is split."""
+
+    def prepare(self, model: Any, batches: Sequence[Batch], context: StageContext) -> list[Batch]:
+        """Put how far the model has moved, as an estimate of the KL divergence, into each batch."""
+        sums = torch.zeros(3, dtype=torch.float64, device=batches[0].input_ids.device)
+        for batch in batches:
+            ratio_S = answers_of(model, batch, context, self.shares(batch)).ratios.double()
+            sums += torch.stack([ratio_S[0::2].sum(), ratio_S[1::2].sum(), ratio_S.new_tensor(len(ratio_S) / 2)])
+        total = context.total(sums)
+        moved = (total[:2] / total[2].clamp(min=1)).clamp(min=0).float()
+        return [replace(batch, extra={**batch.extra, MOVED: moved}) for batch in batches]
 
 
 def shared_length(batch: Batch, beyond: float) -> Tensor:

@@ -22,6 +22,9 @@ class Scores:
     chosen: Tensor
     rejected: Tensor
     """Against the reference (log-ratios) where the loss has one."""
+    moved: Tensor | None = None
+    """(2,) mean log-ratio of the chosen and of the rejected answers of the whole step, 0 at least, without a gradient;
+    for losses in `WHOLE_STEP`."""
 
     @property
     def logits(self) -> Tensor:
@@ -52,6 +55,13 @@ def orpo(s: Scores, c: DpoConfig) -> Tensor:
 def simpo(s: Scores, c: DpoConfig) -> Tensor:
     """Equation 6, over means."""
     return _smoothed(c.pref_beta * s.logits - (0.5 if c.simpo_gamma is None else c.simpo_gamma), c.dpo_label_smoothing)
+
+
+def kto_pair(s: Scores, c: DpoConfig) -> Tensor:
+    """KTO of pairs: each answer against how far the model has moved with those of the other kind, half of the sum."""
+    assert s.moved is not None, "prepared with the step"
+    chosen, rejected = s.chosen - s.moved[1], s.moved[0] - s.rejected
+    return 1 - (torch.sigmoid(c.pref_beta * chosen) + torch.sigmoid(c.pref_beta * rejected)) / 2
 
 
 def robust(s: Scores, c: DpoConfig) -> Tensor:
@@ -118,7 +128,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 LOSSES: Mapping[str, Callable[[Scores, Any], Tensor]] = {
     function.__name__: function
     for function in (
-        sigmoid, hinge, ipo, orpo, simpo, robust, exo, bco, nca, apo_zero, apo_down, sppo, discopop,
+        sigmoid, hinge, ipo, kto_pair, orpo, simpo, robust, exo, bco, nca, apo_zero, apo_down, sppo, discopop,
     )
 }  # fmt: skip
 """(P,) losses by the names of `pref_loss`."""

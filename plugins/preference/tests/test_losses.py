@@ -21,7 +21,7 @@ def test_losses_and_gradients_of_extreme_values_are_finite(name: str) -> None:
         each.flatten().requires_grad_()
         for each in torch.meshgrid(torch.tensor(values), torch.tensor(values), indexing="ij")
     )
-    loss = LOSSES[name](Scores(chosen, rejected), config)
+    loss = LOSSES[name](Scores(chosen, rejected, torch.tensor([0.0, 300.0])), config)
     assert loss.shape == chosen.shape and bool(loss.isfinite().all())
     found = torch.autograd.grad(loss.sum(), [chosen, rejected], allow_unused=True)
     assert all(grad is None or bool(grad.isfinite().all()) for grad in found)
