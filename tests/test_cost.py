@@ -310,6 +310,15 @@ def test_json_and_html(make: Make, rows: str, tiny_llama: str, tmp_path: Path, c
     assert "<table>" in html and "Fits:" in html
 
 
+def test_what_writing_the_whole_model_takes_is_told(make: Make, tmp_path: Path) -> None:
+    whole = make(1, "h100")
+    weights = sum(p.numel() for p in whole.model.module.parameters())
+    assert whole.cost.result_bytes == 2 * weights  # in bfloat16, as it is saved
+    assert "of host memory on rank 0 while the model is written" in whole.cost.detail_text
+    assert make(1, "h100", peft_config=LORA).cost.result_bytes == 0
+    assert make(bf16=False).cost.result_bytes == 0  # on a CPU what lies there is written as it lies
+
+
 def test_an_optimizer_that_needs_values_is_still_counted(make: Make) -> None:
     plain, small = make(1, "80GB").cost, make(1, "80GB", optim_config="adamw_8bit").cost
     trained, _ = small.plan.model.parameters()

@@ -55,6 +55,14 @@ class Figures:
         """Whether the peak leaves the device its reserve."""
         return self.memory.at_peak.total <= self.device.usable
 
+    @property
+    def result_bytes(self) -> int:
+        """What rank 0 needs of host memory, beside the step's, to write the whole model; 0 where it writes an adapter
+        or the weights as they lie there."""
+        model, width = self.plan.model, self.plan.model.precision.compute.itemsize
+        as_they_lie = self.plan.ranks.size == 1 and self.device.kind == "cpu" and width == 4
+        return 0 if model.is_adapter or as_they_lie else width * sum(p.numel() for p in model.module.parameters())
+
     @cached_property
     def flops(self) -> Flops:
         """Operations per token, by the rule of docs/costs.md."""
@@ -89,6 +97,7 @@ class Figures:
             "formulas": _plain(self.quick),
             "untraced": self.untraced,
             "fits": self.fits,
+            "result_bytes": self.result_bytes,
             "flops_per_token": asdict(self.flops) | {"total": self.flops.total},
             "expected_mfu": expected,
             "step_seconds": self.step_seconds(expected),

@@ -57,7 +57,7 @@ def rows(found: Estimate) -> list[tuple[str, str, str]]:
 
 
 def speed(cost: Figures) -> list[str]:
-    """FLOPs and time."""
+    """FLOPs and time, and what the end takes."""
     flops, mfu = cost.flops, cost.flops.expected_mfu
     lines = [
         f"  {'FLOPs':<14}{flops.total / 1e9:,.2f} G a token ({flops.forward / 1e9:,.2f} forward, "
@@ -68,6 +68,10 @@ def speed(cost: Figures) -> list[str]:
         lines.append(
             f"  {'Time':<14}{seconds:,.3g} s a step, {tokens:,.0f} tokens/s at the assumed MFU of {mfu:.0%}; "
             f"{cost.step_seconds(1.0):,.3g} s at 100 %"
+        )
+    if cost.result_bytes:
+        lines.append(
+            f"  {'Result':<14}{size_text(cost.result_bytes)} of host memory on rank 0 while the model is written"
         )
     return lines
 

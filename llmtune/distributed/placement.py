@@ -61,11 +61,12 @@ def put(tensor: Tensor, value: Tensor, whole: bool = True, grown: bool = False) 
         (place[: value.shape[0]] if grown else place).copy_(value)
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor on CPU. Collective for sharded tensors: every rank must call it."""
+def full(tensor: Tensor, copy: bool = True) -> Tensor:
+    """The whole tensor on CPU; without a copy it may be the memory of the tensor itself. Collective for sharded
+    tensors: every rank must call it."""
     tensor = tensor.detach()
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.to("cpu", copy=True)
+    return whole.to("cpu", copy=copy)
 
 
 def materialise(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:

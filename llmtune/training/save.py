@@ -33,11 +33,12 @@ def trained_tensors(plan: ModelPlan) -> dict[str, Tensor]:
 
 
 def original_tensors(plan: ModelPlan) -> dict[str, Tensor]:
-    """The whole model under its original names, on the CPU of rank 0, with load rules undone. Collective."""
+    """The whole model under its original names, on the CPU of rank 0, with load rules undone. Collective. What is whole
+    and of its type already is the memory of the model itself."""
     tensors = named_tensors(plan.module)
     found = {}
     for name, now in plan.ledger.direct.items():
-        tensor, trains = full(tensors[now]), tensors[now].requires_grad
+        tensor, trains = full(tensors[now], copy=False), tensors[now].requires_grad
         if plan.ranks.first:
             # What does not train is in the type it is used in, which may be float32 for a few (router biases).
             cast = trains or name in plan.ledger.upcast
