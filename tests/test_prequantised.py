@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llmtune.model import prequantised
 from llmtune.testing.tiny import tiny_chats, tiny_model_folder
 from tests.by_hand import adapt_by_hand, assert_same, train_by_hand
 from tests.runs import recipe
+from tests.test_resume import assert_equal_runs, forget_after
 
 IDS = torch.arange(3, 40)[None]
 Stored = tuple[dict[str, Tensor], Tensor]
@@ -122,7 +124,7 @@ def test_an_adapter_is_trained_on_it_and_read_by_others(tmp_path: Path) -> None:
     keys = recipe(
         str(base), data, tmp_path / "run", peft_config=lora, max_steps=3, gradient_accumulation_steps=1,
         lr_scheduler_config="cosine", warmup_steps=0,
-        optim_config={"name": "adamw", "weight_decay": 0.1},
+        optim_config={"name": "adamw", "weight_decay": 0.1}, save_steps=1, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     assert "stored quantised (fp8), and dequantised once" in str(llmtune.plan(keys))
     model, _ = llmtune.build(keys)
@@ -132,11 +134,37 @@ def test_an_adapter_is_trained_on_it_and_read_by_others(tmp_path: Path) -> None:
     run = llmtune.train(keys)
     assert_same([(row["loss"], row["grad_norm"]) for row in run.metrics if "grad_norm" in row], expected)
 
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+    forget_after(tmp_path / "stopped", 2)
+    shutil.rmtree(tmp_path / "cache")  # the weights are turned back a second time
+    continued = llmtune.train({**keys, "output_dir": str(tmp_path / "stopped")})
+    assert [row["loss"] for row in continued.metrics] == [row["loss"] for row in run.metrics]
+    assert_equal_runs(tmp_path / "run", tmp_path / "stopped")
+
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "run" / "model"))
     torch.testing.assert_close(logits(plain), logits(theirs), rtol=1e-4, atol=1e-4)
     merged = AutoModelForCausalLM.from_pretrained(run.export(tmp_path / "merged"))
     torch.testing.assert_close(logits(merged), logits(theirs), rtol=1e-4, atol=1e-4)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_the_folder_of_what_was_turned_back_is_named_by_what_it_was_made_of(tmp_path: Path) -> None:
+    """Other files, or another transformers, are not answered with the weights of before."""
+    base, _ = stored_as("fp8", tmp_path)
+    keys = {"model": str(base), "device": "cpu", "cache_dir": str(tmp_path / "cache")}
+
+    def made() -> set[str]:
+        llmtune.build(keys)
+        return {path.name for path in (tmp_path / "cache" / "dequantised").iterdir() if path.is_dir()}
+
+    (first,) = made()
+    assert made() == {first} and first.startswith("fp8-") and first.endswith(f"-{version('transformers')}")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (second,) = made() - {first}
+    norm = load_file(tmp_path / "cache" / "dequantised" / second / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(norm, tensors["model.norm.weight"])
 
 
 @pytest.mark.parametrize("kind", ["hqq", "bitsandbytes", "aqlm"])

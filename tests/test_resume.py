@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "packing": True,
         "kernel_config": "auto",
     },
+    "hqq": {"quant_config": {"name": "hqq", "quantization_bit": 3, "group_size": 16}},
 }
 
 
@@ -89,7 +90,7 @@ def _stop_and_continue(keys: dict[str, Any], step: int) -> None:
     llmtune.train(keys)
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "qlora_8bit_adam"])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_continue_bit_identically(method: str, tiny_tied_llama: str, chats: str, tmp_path: Path) -> None:
     keys = recipe(tiny_tied_llama, chats, tmp_path / "run", **METHODS[method], gradient_accumulation_steps=1)
     in_ranks(2, tmp_path / "ranks", _stop_and_continue, keys, 4)
