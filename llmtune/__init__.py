@@ -34,9 +34,10 @@ _WHERE = {
             "OptimizerFactory", "OptimizerContext", "ParameterGroup", "ParameterRole", "ChangesWhatTrains",
             "ChecksGroups", "Remarks", "Repacks", "SpreadsState", "StepsEach", "UpdatesInBackward",
         ),
+        "llmtune.contract.losses": ("StageLoss",),
         "llmtune.contract.stages": (
-            "StageLoss", "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec",
-            "Precomputes", "Prepares", "Remembers", "RollsOut", "UsesModels", "WithoutDropout",
+            "Batch", "StageContext", "Stage", "LearnsFrom", "Counts", "Measures", "ModelSpec", "Precomputes",
+            "Prepares", "Remembers", "RollsOut", "UsesModels", "WithoutDropout",
         ),
         "llmtune.contract.examples": (
             "BadRow", "Conversation", "DataFormat", "Example", "Media", "Message", "Preference", "Prompt",
@@ -50,8 +51,8 @@ _WHERE = {
         "llmtune.contract.launching": ("Launcher", "LaunchRequest", "Machines"),
         "llmtune.distributed.launch": ("rank_environment", "LaunchError"),
         "llmtune.contract.generation": (
-            "Answer", "AnswerRequest", "Completion", "Deliver", "Engine", "GenerateConfig", "NewToken", "ReadsFiles",
-            "ServedModel", "Serves", "Serving", "ShownPrompt", "TakesMedia",
+            "Answer", "AnswerRequest", "Asked", "Completion", "Deliver", "Engine", "GenerateConfig", "NewToken",
+            "ReadsFiles", "ServedModel", "Serves", "Serving", "ShownPrompt", "TakesMedia",
         ),
         "llmtune.model.continuous": ("ContinuousServing",),
         "llmtune.model.generate": ("generate", "ContextFull", "room_of", "stop_tokens"),

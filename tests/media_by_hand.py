@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,23 +10,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmtune.media.loading import load_processor
+from tests.tiny_audio import heard
+
 
 class Asked(NamedTuple):
-    """A question, with `<image>` for each of its pictures."""
+    """A question, with `<image>` for each of its pictures and `<audio>` for each of its sounds."""
 
     text: str
     images: Sequence[str] = ()
+    audios: Sequence[str] = ()
 
     def row(self, **more: Any) -> dict[str, Any]:
-        return {"prompt": self.text, **({"images": [*self.images]} if self.images else {}), **more}
+        shown = {"images": [*self.images], "audios": [*self.audios]}
+        return {"prompt": self.text, **{name: files for name, files in shown.items() if files}, **more}
 
     def turn(self, place: Path) -> dict[str, Any]:
         from PIL import Image
 
-        files, parts = iter(self.images), []
-        for number, piece in enumerate(self.text.split("<image>")):
-            parts += [{"type": "image", "image": Image.open(place / next(files))}] if number else []
-            parts += [{"type": "text", "text": piece}] if piece else []
+        images = ({"type": "image", "image": Image.open(place / name)} for name in self.images)
+        audios = ({"type": "audio", "audio": heard(place / name)} for name in self.audios)
+        shown = {"<image>": images, "<audio>": audios}
+        pieces = [piece for piece in re.split("(<image>|<audio>)", self.text) if piece]
+        parts = [next(shown[each]) if each in shown else {"type": "text", "text": each} for each in pieces]
         return {"role": "user", "content": parts}
 
 
@@ -33,11 +40,11 @@ class Plain:
     """A model of transformers and its processor."""
 
     def __init__(self, model: Any, folder: Path, place: Path) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         load = AutoModelForImageTextToText.from_pretrained
         self.model = (load(model, dtype=torch.float32) if isinstance(model, Path) else model).eval()
-        self.processor, self.place = AutoProcessor.from_pretrained(folder), place
+        self.processor, self.place = load_processor(folder), place
 
     def inputs(self, turns: Sequence[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
         return dict(
@@ -60,6 +67,8 @@ class Plain:
         new = torch.tensor([list(answer)])
         for name in [name for name, each in inputs.items() if each.shape[:2] == prompt.shape]:
             more = {"input_ids": new, "attention_mask": torch.ones_like(new)}.get(name, torch.zeros_like(new))
+            if name == "cross_attention_mask":
+                more = inputs[name][:, -1:].expand(-1, new.shape[1], -1, -1)
             inputs[name] = torch.cat([inputs[name], more], 1)
         logits = self.model(**inputs).logits[0, prompt.shape[1] - 1 : -1].float()
         return (logits / temperature).log_softmax(-1).gather(1, new[0, :, None]).squeeze(1)

@@ -18,6 +18,7 @@ CONTRACT = {
     "llmtune.contract.records",
     "llmtune.contract.shipped",
     "llmtune.contract.stages",
+    "llmtune.contract.losses",
     "llmtune.contract.examples",
     "llmtune.contract.environment",
     "llmtune.contract.evaluation",

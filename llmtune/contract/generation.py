@@ -76,6 +76,12 @@ class MediaReader(Protocol):
         """The tokens that stand for what is shown."""
         ...
 
+    @property
+    def unsaid(self) -> Sequence[int]:
+        """These, and the special tokens that the template writes around them: no answer has any, as the model would
+        look for something that is shown there."""
+        ...
+
     def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> Sequence[tuple[Any, ShownText, Any]]:
         """Tokens and text of a prompt that shows something blank, and None, for each of `kinds` that no row shows."""
         ...
@@ -107,7 +113,7 @@ class Completion:
     """An answer of the model to a prompt of the data, whose worth is asked."""
 
     prompt: str
-    """The prompt as the template wrote it, control tokens included."""
+    """The prompt as the template wrote it, control tokens and its marks of media included."""
     answer: str
     """The answer without control tokens and without white space around it."""
     prompt_ids: tuple[int, ...]
@@ -117,6 +123,13 @@ class Completion:
     """Whether the limit of tokens came first: no token ended the answer."""
     columns: Mapping[str, Any]
     """The columns of the prompt's row, such as the right answer, as `Batch.columns` has them."""
+    shown: ShownText | None = None
+    """The text of the prompt with what it shows; None where it shows nothing."""
+
+    @property
+    def asked(self) -> Asked:
+        """The prompt as it was answered."""
+        return self.prompt_ids if self.shown is None else ShownPrompt(ids=self.prompt_ids, shown=self.shown)
 
 
 class Engine(Protocol):
@@ -155,12 +168,17 @@ class TakesMedia(Protocol):
     takes_media: bool
 
 
+def takes_media(engine: Engine) -> bool:
+    """Whether an engine answers prompts that show media."""
+    return isinstance(engine, TakesMedia) and engine.takes_media
+
+
 def asking(engine: Engine, label: str, media: MediaReader | None) -> Callable[..., list[Answer]]:
     """The `generate` of an engine for a model whose prompts `media` reads; None: they are text.
 
     Raises PlanError where a prompt shows something and the engine, which errors call `label`, takes text only.
     """
-    if media is not None and isinstance(engine, TakesMedia) and engine.takes_media:
+    if media is not None and takes_media(engine):
         takes: Any = engine
         return partial(takes.generate, media=media)
 

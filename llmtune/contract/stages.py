@@ -7,41 +7,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from llmtune.contract.generation import ShownPrompt
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from llmtune.contract.examples import ShownText
     from llmtune.contract.generation import Answer, Asked, Completion, GenerateConfig
+    from llmtune.contract.losses import StageLoss
     from llmtune.contract.records import Amendment
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageLoss:
-    """A sum over the micro-batch, not a mean: the loop divides by the weight of the whole step."""
-
-    total: Tensor
-    """Scalar with a graph: the summed loss of this micro-batch."""
-    metrics: Mapping[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Detached sums, reported as `sum / weight`; or (sum, count) of what only some rows have, reported as their mean
-    over the step, and left out where the step has none."""
-
-    def sums(self) -> dict[str, Tensor]:
-        """The loss and all metrics under their names, and the counts of those that have their own under `NAME#`."""
-        found = {"loss": self.total}
-        for name, value in self.metrics.items():
-            found |= {name: value[0], name + COUNT: value[1]} if isinstance(value, tuple) else {name: value}
-        return found
-
-
-COUNT = "#"
-"""What the name of a count ends with."""
-
-
-def means(sums: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
-    """What is reported of summed `StageLoss.sums`; `weight` is the denominator of those without a count."""
-    counts = {name.removesuffix(COUNT): value for name, value in sums.items() if name.endswith(COUNT)}
-    plain = {name: value for name, value in sums.items() if not name.endswith(COUNT)}
-    return {name: value / counts.get(name, weight) for name, value in plain.items() if counts.get(name, 1)}
 
 
 @dataclass(kw_only=True)
@@ -88,12 +63,16 @@ class Batch:
     """Where rows are labelled: each of their prompts with the answer to another one of the step (KTO's estimate of how
     far the model has moved)."""
     columns: tuple[Mapping[str, Any], ...] = ()
-    """For each sample the columns of its row that are not tokens: of prompts all, of preferences `margin`, if given."""
+    """For each sample the columns of its row that are not tokens: of prompts all, of preferences `margin`, if given.
+    Where the data show media, `images`, `videos` and `audios` are lists of the files that a row shows."""
+    shown: tuple[ShownText, ...] = ()
+    """What each sequence shows; empty where none of the data shows any media."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What a stage that `Prepares` has put here; from one that `Precomputes`, its (sequences,) numbers of each."""
     media: Mapping[str, Tensor] = field(default_factory=dict)
     """What the model is given of pictures, video and sound, by the names of its own arguments, as its processor makes
-    it: `pixel_values`, `image_grid_thw`, `mm_token_type_ids`."""
+    it: `pixel_values`, `image_grid_thw`, `mm_token_type_ids`. Those of answers lie in host memory until the model is
+    given them; prompts have none, as they are read when they are answered."""
     sample_ids: tuple[int, ...] = ()
     """Numbers of the samples among those trained on, for error messages."""
 
@@ -115,6 +94,15 @@ class Batch:
             lengths = self.attention_mask.sum(1).tolist()
         return [row[:length] for row, length in zip(self.input_ids.tolist(), lengths, strict=True)][: self.sequences]
 
+    def prompts(self) -> list[Asked]:
+        """The sequences as prompts to answer, with what they show."""
+        rows = [tuple(ids) for ids in self.rows()]
+        shown = self.shown or (None,) * len(rows)
+        return [
+            ShownPrompt(ids=ids, shown=its) if its is not None and its.media else ids
+            for ids, its in zip(rows, shown, strict=True)
+        ]
+
     def per_sequence(self, values_N: Tensor) -> Tensor:
         """(sequences,) sums over the targets of each sequence, in either layout."""
         assert self.target_sequence is not None
@@ -127,7 +115,8 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments for a transformers model, document bounds included where there are any."""
-        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False, **self.media}
+        media = {name: value.to(self.input_ids.device, non_blocking=True) for name, value in self.media.items()}
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False, **media}
         if self.position_ids is not None:
             inputs["position_ids"] = self.position_ids
         if self.attention_mask is not None:
@@ -206,8 +195,8 @@ class StageContext(Protocol):
     def generate(
         self, model: nn.Module, prompts: Sequence[Asked], config: GenerateConfig, seeds: Sequence[int]
     ) -> list[Answer]:
-        """Answers to prompts of token ids by the recipe's engine, one seed for each. Collective: all ranks call it,
-        with prompts or none."""
+        """Answers to prompts, such as `Batch.prompts`, by the recipe's engine, one seed for each. Collective: all ranks
+        call it, with prompts or none."""
         ...
 
     def seed_of(self, *numbers: int) -> int:
@@ -220,9 +209,24 @@ class StageContext(Protocol):
         nothing. Collective. Raises PluginError where a reward is not finite or not for every answer."""
         ...
 
-    def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:
+    def batch(
+        self,
+        sequences: Sequence[tuple[Sequence[int], int]],
+        sample_ids: Sequence[int] = (),
+        prompts: Sequence[Asked] = (),
+    ) -> Batch:
         """A batch of token rows on the run's device and in its layout, each with the place of the first token that
-        trains; `weight` and `sequences` are their number. Without rows it is one that weighs nothing."""
+        trains; `weight` and `sequences` are their number. Without rows it is one that weighs nothing.
+
+        `prompts` are what the rows begin with, one for each row: what they show is given to the model with them.
+        Collective where the model reads media. Raises DataError, on all ranks, where one of their files cannot be read.
+        """
+        ...
+
+    def prompt_of(self, completion: Completion) -> Asked:
+        """The prompt of an answer as the model of this context reads it, which may be another one than that which has
+        answered: in the tokens of its own processor; as text, with the marks that the template has written for media,
+        where it reads text only."""
         ...
 
     def head(self, model: nn.Module) -> nn.Module:

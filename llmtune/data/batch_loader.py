@@ -14,7 +14,7 @@ import torch
 from llmtune.data.batches import collate, split_row, to_device
 from llmtune.data.order import Order, cut, deal, padding_share, split
 from llmtune.data.sequence import TokenSequence
-from llmtune.data.tokens import shown_in
+from llmtune.data.tokens import shown_in, told_columns
 from llmtune.data.units import SampleSlice, Units, make_units
 from llmtune.media.processor import ShownTokens
 
@@ -40,7 +40,8 @@ class UnitBatches:
     flat: bool
     pad_id: int
     media: MediaProcessor | None = None
-    """What reads what samples show; None where the model reads text only."""
+    """What reads what samples show; None where the model reads text only, or samples are prompts, which are read when
+    they are answered."""
     reads: int = 1
     """Parts of a step that are dealt apart, so that micro-batches of one part have the same units however it is split:
     an update of a stage that `RollsOut` learns from one part."""
@@ -241,8 +242,8 @@ def sample_batch(
     `mismatched` answer. `read` is what was read of their `ShownRows` before; None reads it now."""
     ids, mask, weights, labels = samples.ids, samples.mask, samples.weights, samples.labels
     parts = [part for sample in chosen for part in samples.sequences(sample)]
-    columns = () if samples.columns is None else tuple(samples.row(sample) for sample in chosen)
-    shown = ShownRows.of(samples, columns, media)
+    kept = [] if samples.columns is None else [samples.row(sample) for sample in chosen]
+    shown = ShownRows.of(samples, kept, media)
     fillers = [TokenSequence(each.ids, np.zeros(len(each.ids), bool)) for each in shown.blank]
     layout: dict[str, Any] = {"flat": flat, "pad_id": pad_id, "fillers": fillers}
     batch = collate(
@@ -253,7 +254,9 @@ def sample_batch(
         counts_samples=samples.counts_samples,
         **layout,
     )
-    batch.columns = columns
+    batch.columns = tuple(told_columns(row, samples.media_kinds) for row in kept)
+    if samples.media_kinds:
+        batch.shown = tuple(each for row in kept for each in shown_in(row, samples.width))
     batch.extra = precomputed_for(samples, chosen)
     crossed = [] if labels is None else [mismatched(samples, sample, others[sample]) for sample in chosen]
     if labels is not None:

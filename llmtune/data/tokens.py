@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmtune.contract.examples import MEDIA_KINDS, ShownText
+from llmtune.media.rows import COLUMNS
 
 MEDIA_COLUMN = "llmtune.media"
 """The column in which a sample keeps the texts and the media of its sequences, where it shows any."""
@@ -20,6 +21,16 @@ MEDIA_COLUMN = "llmtune.media"
 def shown_in(row: Mapping[str, Any], width: int) -> list[ShownText]:
     """What each of the `width` sequences of a sample shows, by the columns that it keeps."""
     return [ShownText.read(held) for held in row.get(MEDIA_COLUMN, [None] * width)]
+
+
+def told_columns(row: Mapping[str, Any], kinds: Sequence[str]) -> Mapping[str, Any]:
+    """The columns of a sample as stages and rewards see them: of each of `kinds` of media one with the files that it
+    shows, in their order."""
+    if not kinds:
+        return row
+    shown, *_ = shown_in(row, 1)
+    files = {COLUMNS[kind][0]: [each.path for each in shown.media if each.kind == kind] for kind in kinds}
+    return {**{name: value for name, value in row.items() if name != MEDIA_COLUMN}, **files}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,11 +180,15 @@ class TokenSamples:
         return self.ids[part], self.mask[part]
 
     def row(self, index: int) -> Mapping[str, Any]:
-        """The columns of a sample's row that are not tokens; none where none were kept."""
+        """What was kept of a sample's row besides tokens: its columns, and what it shows."""
         if self.columns is None or self.column_stops is None:
             return {}
         start, stop = self.column_stops[index].tolist()
         return json.loads(self.columns[start:stop].tobytes())
+
+    def columns_of(self, index: int) -> Mapping[str, Any]:
+        """The columns of a sample as stages and rewards see them."""
+        return told_columns(self.row(index), self.media_kinds)
 
     @cached_property
     def media_kinds(self) -> tuple[str, ...]:

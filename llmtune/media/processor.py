@@ -39,6 +39,8 @@ _ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offs
 _REPLACED = "return_text_replacement_offsets"
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """What has a number (or several) for each token. Features of sounds may have the same shape by chance."""
+_GOES_ON = ("cross_attention_mask",)
+"""What of it an answer has as the token that it follows has it. The others are kinds of tokens, of which 0 is text."""
 TokenLayout = Literal["padded", "left", "flat"]
 """How a batch lays rows of tokens out: padded to the longest on the right or on the left, or end to end."""
 
@@ -81,7 +83,7 @@ class ReadMedia(NamedTuple):
                 )
         given = {name: each for name, each in self.made.items() if name not in _ROWS and isinstance(each, torch.Tensor)}
         return {
-            name: _laid_out(value, rows, layout, width)
+            name: _laid_out(value, rows, layout, width, name in _GOES_ON)
             if name in _PER_TOKEN and value.shape[:2] == made.shape
             else value
             for name, value in given.items()
@@ -134,6 +136,16 @@ class MediaProcessor:
         own = self.processor
         found = [*own.image_token_ids, *own.video_token_ids, *own.audio_token_ids]
         return [int(token) for token in found if token is not None]
+
+    @cached_property
+    def unsaid(self) -> list[int]:
+        """These, and the special tokens that stand around them."""
+        special, found = set(self.tokenizer.all_special_ids), {*self.placeholders}
+        for kind in self.reads:
+            with suppress(BadRow):  # the template has no place for it
+                around = self.tokenizer(self.written(kind), add_special_tokens=False)["input_ids"]
+                found |= special.intersection(around)
+        return sorted(found)
 
     def encode(self, shown: ShownText, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """(tokens,) int32 of a text with its media, and for each span of its characters the tokens (first, stop) that
@@ -292,9 +304,9 @@ def _in_places(value_BT: Tensor, places: Sequence[int], count: int) -> Tensor:
     return found
 
 
-def _laid_out(value_BT: Tensor, rows: Sequence[ShownTokens], layout: TokenLayout, width: int) -> Tensor:
-    """A number (or several) for each token as the batch lays tokens out. An answer of another origin has the numbers of
-    the token that it follows; rows that show nothing have 0."""
+def _laid_out(value_BT: Tensor, rows: Sequence[ShownTokens], layout: TokenLayout, width: int, goes_on: bool) -> Tensor:
+    """A number (or several) for each token as the batch lays tokens out. An answer of another origin has 0, or where it
+    `goes_on` the numbers of the token that it follows; rows that show nothing have 0."""
     import torch
 
     values = []
@@ -302,7 +314,9 @@ def _laid_out(value_BT: Tensor, rows: Sequence[ShownTokens], layout: TokenLayout
         value = own.new_zeros(len(row.ids), *own.shape[1:])
         if row.shown.media:
             given = len(row.ids) if row.given is None else row.given
-            value[:given], value[given:] = own[:given], own[given - 1]
+            value[:given] = own[:given]
+            if goes_on:
+                value[given:] = own[given - 1]
         values.append(value)
     if layout == "flat":
         return torch.cat(values)[None]

@@ -102,6 +102,7 @@ def plan_data(
     """Order `prepared` into steps of `stage`; `flat` lays documents end to end instead of padding rows. `media` reads
     what rows show."""
     train, data = recipe.train, recipe.data
+    media = None if prepared.train.kind == "prompt" else media  # which are read when they are answered
     reads = stage.reads if isinstance(stage, RollsOut) else 1
     micro_steps = train.gradient_accumulation_steps * reads
     # Any id will do: padding is masked by position and never a target.

@@ -67,10 +67,8 @@ class Pretrained:
     config: Any
     tokenizer: Any
     vocabulary: Vocabulary | None
-
-    def media(self, recipe: Recipe) -> MediaProcessor | None:
-        """What reads pictures and sound in rows; None where the model reads text only."""
-        return media_processor(self.files.folder, self.tokenizer, recipe.data, recipe.model.trust_remote_code)
+    media: MediaProcessor | None
+    """What reads pictures and sound; None where the model reads text only."""
 
 
 def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bool, templated: bool) -> Pretrained:
@@ -87,7 +85,10 @@ def read_pretrained(recipe: Recipe, parts: Parts, ranks: Ranks, *, described: bo
     vocabulary = extend(recipe.model, tokenizer, config)
     if templated and recipe.data.template is not None:
         choose_template(recipe.data.template, tokenizer, recipe.base_dir)
-    return Pretrained(files=files, keys=keys, layers=layers, config=config, tokenizer=tokenizer, vocabulary=vocabulary)
+    media = media_processor(files.folder, tokenizer, recipe.data, recipe.model.trust_remote_code)
+    return Pretrained(
+        files=files, keys=keys, layers=layers, config=config, tokenizer=tokenizer, vocabulary=vocabulary, media=media
+    )
 
 
 def amended(keys: ModelConfig, parts: Parts, config: Any, tokenizer: Any) -> tuple[ModelConfig, Sequence[int] | None]:
@@ -165,13 +166,13 @@ def plan_model(
         what = f"{type(module).__name__} has no repeated layers to spread over ranks"
         problems.append(PlanError(f"model: {what}; use one rank"))
     raise_all(problems)
-    train = recipe.train
     return ModelPlan(
         keys=recipe.model, parts=parts.of(STRUCTURE_POINTS), ranks=ranks, device=device, mode=mode,
-        files=pretrained.files, precision=precision, context=context, tokenizer=pretrained.tokenizer, module=module,
-        ledger=ledger, vocabulary=vocabulary, trainable=tuple(trainable), attention=attention, end_to_end=end_to_end,
-        compiled=mode == "train" and train.torch_compile,
-        offloads=mode == "train" and train.offload_activations, seed=train.seed, notes=notes,
+        files=pretrained.files, precision=precision, context=context, tokenizer=pretrained.tokenizer,
+        media=pretrained.media, module=module, ledger=ledger, vocabulary=vocabulary, trainable=tuple(trainable),
+        attention=attention, end_to_end=end_to_end,
+        compiled=mode == "train" and recipe.train.torch_compile,
+        offloads=mode == "train" and recipe.train.offload_activations, seed=recipe.train.seed, notes=notes,
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, listed, raise_all
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import SwitchesOff
@@ -17,13 +19,17 @@ from llmtune.recipe.blocks import read_blocks
 from llmtune.recipe.parts import BuiltPlugin, Parts, collect, find_parts
 
 if TYPE_CHECKING:
+    from llmtune.data.tokens import TokenSamples
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
 
 
-def plan_further(recipe: Recipe, registry: Registry, parts: Parts, trained: ModelPlan) -> dict[str, ModelPlan]:
-    """Plans of those that have weights of their own. Raises all that is wrong, each error under the model's name."""
+def plan_further(
+    recipe: Recipe, registry: Registry, parts: Parts, trained: ModelPlan, samples: TokenSamples
+) -> dict[str, ModelPlan]:
+    """Plans of those that have weights of their own, which are asked about `samples`. Raises all that is wrong, each
+    error under the model's name."""
     plans: dict[str, ModelPlan] = {}
     problems: list[LlmtuneError] = []
     for prefix, part in askers(parts):
@@ -36,6 +42,8 @@ def plan_further(recipe: Recipe, registry: Registry, parts: Parts, trained: Mode
                 own = with_keys(recipe, spec.keys, adapted=other_start and not spec.keys)
                 plans[prefix + name] = _plan(own, spec, part, registry, trained)
                 require_apart(plans[prefix + name], flat=trained.end_to_end or recipe.data.isolates)
+                if plans[prefix + name].media is not None or not prefix:  # a reward that reads none is given the text
+                    require_media(plans[prefix + name], trained, samples, alike=not prefix)
             problems += [type(error)(_of_model(name, spec, part, f"{error}")) for error in wrong]
     raise_all(problems)
     return plans
@@ -90,6 +98,25 @@ def require_apart(plan: ModelPlan, flat: bool) -> None:
     if flat and (reason := packing_obstacle(plan.module, plan.attention)):
         fix = "set packing: false, and leave packed_attention out of kernel_config"
         raise PlanError(f"packing: {type(plan.module).__name__} {reason}; {fix}")
+
+
+def require_media(plan: ModelPlan, trained: ModelPlan, samples: TokenSamples, alike: bool) -> None:
+    """PlanError for a model that does not read what the samples show, or not `alike` the trained one, whose tokens and
+    tensors it is given."""
+    if not (kinds := samples.media_kinds):
+        return
+    if lacking := [kind for kind in kinds if plan.media is None or kind not in plan.media.reads]:
+        raise PlanError(f"model: {plan.keys.model} reads no {listed(lacking)}, which the data show; name one that does")
+    assert plan.media is not None and trained.media is not None
+    if not alike or plan.media.facts() == trained.media.facts():
+        return
+    shown = next(each for index in range(len(samples)) for each in samples.shown(index) if each.media)
+    own, other = (media.read([shown]).made for media in (plan.media, trained.media))
+    if own.keys() != other.keys() or not all(np.array_equal(own[name], other[name]) for name in own):
+        raise PlanError(
+            f"model: {plan.keys.model} reads {shown.media[0].path} otherwise than the trained model does, whose tokens "
+            "and tensors it is given; name a model with the same processor"
+        )
 
 
 def _plan(recipe: Recipe, spec: ModelSpec, asker: BuiltPlugin, registry: Registry, trained: ModelPlan) -> ModelPlan:

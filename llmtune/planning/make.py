@@ -82,9 +82,8 @@ def make_plan(
         raise_all(problems)  # one of the problems is why
     recipe, narrowed = answerable(recipe, parts.one("stage_config").built, pretrained.config)
     doing.info("Reading and tokenising the data")
-    media = pretrained.media(recipe)  # one for rows and batches, as it holds the processor that it has read
     with collect(problems):
-        prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer, writes=writes, media=media)
+        prepared = prepare_for(recipe, parts, registry, pretrained.tokenizer, writes=writes, media=pretrained.media)
     raise_all(problems)
     assert prepared is not None and precision is not None
     model: ModelPlan | None = None
@@ -104,9 +103,9 @@ def make_plan(
         problems += [] if found else plugin_objections(parts.one("engine_config"), model.context, model.module)
     raise_all(problems)
     assert model is not None
-    further = plan_further(recipe, registry, parts, model)
+    further = plan_further(recipe, registry, parts, model, prepared.train)
     flat = model.end_to_end or recipe.data.isolates
-    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, parts.one("stage_config").built, media)
+    data = plan_data(recipe, prepared, ranks, pretrained.tokenizer, flat, parts.one("stage_config").built, model.media)
     data = replace(data, questions=questions)
     notes = (*parts.notes, *narrowed, *beyond_positions(prepared.train.longest, pretrained.config))
     plan = Plan(recipe=recipe, parts=parts, model=model, data=data, further=further, notes=notes, target=target)
@@ -128,7 +127,7 @@ def sample_objections(recipe: Recipe, parts: Parts, ranks: Ranks, prepared: Prep
     for part in parts.at("lr_scheduler_config"):
         yield from schedule_objections(recipe.train, part)
     yield from batch_objections(samples.kind, recipe.data, ranks, samples.counts_samples)
-    yield from media_objections(samples, recipe.data)
+    yield from media_objections(samples, recipe.data, parts)
     yield from reward_objections(parts, (samples, held))
 
 

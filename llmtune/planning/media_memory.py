@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmtune.data.batch_loader import UnitBatches
+    from llmtune.planning.model_plan import ModelPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,13 @@ class MediaSizes:
         return MediaSizes(tensor_bytes=factor * self.tensor_bytes, pieces=factor * self.pieces)
 
 
-def sizes_of_media(batches: UnitBatches, unit: int, config: Any) -> MediaSizes:
+def sizes_of_media(batches: UnitBatches, unit: int, model: ModelPlan) -> MediaSizes:
     """The sizes of what a unit of a run's data shows. Opens its files."""
-    if batches.media is None or not batches.samples.media_kinds:
+    if model.media is None or not batches.samples.media_kinds:
         return MediaSizes()
-    tensors = batches.batch([unit]).media
+    tensors = replace(batches, media=model.media).batch([unit]).media
     found = sum(each.numel() * each.element_size() for each in tensors.values())
-    return MediaSizes(tensor_bytes=found, pieces=pieces(tensors, config))
+    return MediaSizes(tensor_bytes=found, pieces=pieces(tensors, model.module.config))
 
 
 def pieces(tensors: Mapping[str, Tensor], config: Any) -> int:

@@ -70,5 +70,5 @@ def largest(plan: Plan) -> MicroBatch:
         flat=flat,
         mean_tokens=(total / len(units) + answer) * size,
         attended=float((documents * (documents + 1)).sum()) / 2 / max(total, 1.0),
-        media=sizes_of_media(batches, int(np.argmax(rows)), plan.model.module.config).times(size),
+        media=sizes_of_media(batches, int(np.argmax(rows)), plan.model).times(size),
     )

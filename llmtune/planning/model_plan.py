@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmtune.contract.hubs import Hub
     from llmtune.contract.records import RunContext
     from llmtune.distributed.ranks import Ranks
+    from llmtune.media.processor import MediaProcessor
     from llmtune.model.config import ModelConfig
     from llmtune.model.edits import Ledger
     from llmtune.model.precision import Precision
@@ -49,6 +50,8 @@ class ModelPlan:
     """What plugins were told."""
     tokenizer: Any
     """transformers' tokenizer, with the recipe's template and new tokens."""
+    media: MediaProcessor | None
+    """What reads pictures, video and sound for it; None where it reads text only."""
     module: Any
     """The transformers model."""
     ledger: Ledger

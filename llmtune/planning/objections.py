@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import LlmtuneError, PlanError, blaming, counted, did_you_mean, listed
 from llmtune.contract.evaluation import MeasuresAnswers, MeasuresBatches
+from llmtune.contract.generation import takes_media
 from llmtune.contract.optimizers import ChecksGroups, Remarks, UpdatesInBackward
 from llmtune.contract.records import Checks, FollowsEvaluations, TrainsWhole
 from llmtune.contract.rewards import ReadsRows
@@ -182,13 +183,14 @@ def batch_objections(kind: str, data: DataConfig, ranks: Ranks, counts_samples: 
         )
 
 
-def media_objections(samples: TokenSamples, data: DataConfig) -> Iterator[str]:
-    """What keeps samples that show pictures, video or sound from being read or packed as the recipe says."""
+def media_objections(samples: TokenSamples, data: DataConfig, parts: Parts) -> Iterator[str]:
+    """What keeps samples that show pictures, video or sound from being answered or packed as the recipe says."""
     if not samples.media_kinds:
         return
     shown = f"the data show {' and '.join(samples.media_kinds)}"
-    if samples.kind == "prompt":
-        yield f"stage_config: {shown}, and prompts that the model answers can hold text only so far; train sft on them"
+    engine = parts.one("engine_config")
+    if samples.kind == "prompt" and not takes_media(engine.built):
+        yield f"engine_config: {engine.plugin.name} answers prompts of text only, and {shown}; leave engine_config out"
     if data.packing and not data.neat_packing:
         yield f"neat_packing: found false, but {shown}, which rows would be cut through; set it true"
 
@@ -220,7 +222,7 @@ def reward_objections(parts: Parts, samples: Sequence[TokenSamples | None]) -> I
         for held in (held for held in samples if held is not None):
             for index in range(0, len(held), max(1, len(held) // ROWS_LOOKED_AT)):
                 with blaming(part.full_label, "row_objection"):
-                    objection = part.built.row_objection(held.row(index))
+                    objection = part.built.row_objection(held.columns_of(index))
                 if objection:
                     yield f"{part.label}: {held.origin(index)} {objection}"
                     break

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from llmtune.contract.generation import Completion, GenerateConfig
 from llmtune.contract.load_rules import TensorReader
+from llmtune.contract.losses import StageLoss
 from llmtune.contract.optimizers import OptimizerContext, ParameterGroup
 from llmtune.contract.records import ModelEdit, RunContext
-from llmtune.contract.stages import Batch, StageContext, StageLoss
+from llmtune.contract.stages import Batch, StageContext
 
 
 class ReadAll:

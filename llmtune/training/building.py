@@ -69,7 +69,10 @@ def make_context(plan: Plan, ops: Mapping[str, Callable[..., Any]]) -> Context:
         check_isolation(each, plan.device, plan.recipe.data.isolates)
         reshard(each)
     stage, *rewards = asked(plan, {name: OwnModel(each) for name, each in own.items()})
-    return Context(ops, further=stage, tensor_ranks=plan.ranks.dims.tensor, rollouts=make_rollouts(plan, rewards))
+    rollouts = make_rollouts(plan, rewards)
+    for name, each in own.items():
+        each.context = Context(each.context.ops, rollouts=rollouts.asked_by(plan.further[name].media))
+    return Context(ops, further=stage, tensor_ranks=plan.ranks.dims.tensor, rollouts=rollouts)
 
 
 def asked(plan: Plan, own: Mapping[str, FrozenModel]) -> list[dict[str, FrozenModel]]:
@@ -89,7 +92,7 @@ def make_rollouts(plan: Plan, further: Sequence[Mapping[str, FrozenModel]]) -> R
     return Rollouts(
         tokenizer=plan.model.tokenizer, engine=plan.parts.one("engine_config"), rewards=plan.parts.at("reward_config"),
         further=further, flat=batches.flat, pad_id=batches.pad_id, device=plan.device, ranks=plan.ranks,
-        seed=plan.recipe.train.seed, media=batches.media,
+        seed=plan.recipe.train.seed, media=plan.model.media,
     )  # fmt: skip
 
 

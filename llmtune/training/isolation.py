@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from llmtune.contract.stages import Batch
     from llmtune.data.tokens import TokenSamples
+    from llmtune.media.processor import MediaProcessor
     from llmtune.training.objective import Objective
 
 FIRST, SECOND = 9, 7
@@ -50,7 +51,9 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
         raise PlanError(f"packing: {type(objective.model).__name__} cannot keep documents apart ({found}); {fix}")
 
 
-def check_media_isolation(objective: Objective, device: torch.device, loader: BatchLoader) -> None:
+def check_media_isolation(
+    objective: Objective, device: torch.device, loader: BatchLoader, media: MediaProcessor | None
+) -> None:
     """The same of samples that show media, where the data have any, which have to come to what they come to in a row
     of their own: masks and positions of pictures follow rules of their own. Collective; some small forwards."""
     samples = loader.samples
@@ -58,7 +61,7 @@ def check_media_isolation(objective: Objective, device: torch.device, loader: Ba
         return
     chosen, made = (
         _some(samples),
-        partial(sample_batch, samples, pad_id=loader.pad_id, ranks=_ALONE, media=loader.media),
+        partial(sample_batch, samples, pad_id=loader.pad_id, ranks=_ALONE, media=media),
     )
     batches = [made(order, flat=True) for order in (chosen, chosen[::-1])]
     found = _hidden_states(objective, [*batches, *(made([at], flat=False) for at in chosen)], device)

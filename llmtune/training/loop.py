@@ -13,8 +13,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from llmtune.contract.errors import DivergedError, listed, noting
+from llmtune.contract.losses import COUNT, means
 from llmtune.contract.optimizers import ChangesWhatTrains
-from llmtune.contract.stages import COUNT, RollsOut, means
+from llmtune.contract.stages import RollsOut
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.placement import local, seeded_step
 from llmtune.distributed.ranks import Ranks, total
@@ -24,8 +25,9 @@ from llmtune.training.objective import prepared
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from llmtune.contract.losses import StageLoss
     from llmtune.contract.records import Distribute
-    from llmtune.contract.stages import Batch, StageLoss
+    from llmtune.contract.stages import Batch
     from llmtune.data.batch_loader import BatchLoader
     from llmtune.recipe.parts import BuiltPlugin
     from llmtune.training.layerwise import LayerwiseUpdates

@@ -11,7 +11,7 @@ import torch
 
 from llmtune.contract.errors import blaming, noting
 from llmtune.contract.evaluation import MeasuresAnswers, MeasuresBatches, MeasuresModel
-from llmtune.contract.stages import COUNT
+from llmtune.contract.losses import COUNT
 from llmtune.distributed.ranks import first_does
 
 if TYPE_CHECKING:

@@ -144,9 +144,18 @@ class Context(StageContext):
         """(completions, rewards) float32. Collective."""
         return self.rollouts.score(completions, [self.asking(further) for further in self.rollouts.further])
 
-    def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:
-        """A batch of token rows in the run's layout."""
-        return self.rollouts.batch(sequences, sample_ids)
+    def batch(
+        self,
+        sequences: Sequence[tuple[Sequence[int], int]],
+        sample_ids: Sequence[int] = (),
+        prompts: Sequence[Asked] = (),
+    ) -> Batch:
+        """A batch of token rows in the run's layout. Collective where the model reads media."""
+        return self.rollouts.batch(sequences, sample_ids, prompts)
+
+    def prompt_of(self, completion: Completion) -> Asked:
+        """The prompt of an answer as the model reads it."""
+        return self.rollouts.prompt_of(completion)
 
     def asking(self, further: Mapping[str, FrozenModel]) -> Context:
         """The same for a reward, which asks further models of its own."""

@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from llmtune.contract.errors import PluginError, RewardError, blaming
-from llmtune.contract.generation import asking
+from llmtune.contract.errors import DataError, PluginError, RewardError, blaming
+from llmtune.contract.generation import ShownPrompt, asking
 from llmtune.data.batches import collate, to_device
 from llmtune.data.sequence import TokenSequence
 from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.media.processor import ShownTokens
+from llmtune.model.prompts import shown_by, tokens_of
 from llmtune.recipe.parts import BuiltPlugin, reward_names
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.contract.generation import Answer, Asked, Completion, GenerateConfig, MediaReader
+    from llmtune.contract.generation import Answer, Asked, Completion, GenerateConfig
     from llmtune.contract.stages import Batch, StageContext
     from llmtune.distributed.ranks import Ranks
+    from llmtune.media.processor import MediaProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,10 @@ class Rollouts:
     device: torch.device
     ranks: Ranks
     seed: int
-    media: MediaReader | None = None
+    media: MediaProcessor | None = None
     """What reads the media that prompts show; None where the model reads text only."""
+    elsewhere: bool = False
+    """Whether another model has answered, in whose prompts media may stand otherwise."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -82,11 +87,48 @@ class Rollouts:
             found = from_all(found)[self.ranks.rank // group * group]
         return torch.from_numpy(found).to(self.device)
 
-    def batch(self, sequences: Sequence[tuple[Sequence[int], int]], sample_ids: Sequence[int] = ()) -> Batch:
-        """Token rows, each trained from a place on, as a batch that weighs as much as it has rows."""
+    def asked_by(self, other: MediaProcessor | None) -> Rollouts:
+        """The same of a further model, whose prompts `other` reads."""
+        if self.media is not None and other is not None and self.media.facts() == other.facts():
+            return self
+        return replace(self, media=other, elsewhere=True)
+
+    def prompt_of(self, completion: Completion) -> Asked:
+        """The prompt of an answer in the model's own tokens."""
+        if completion.shown is None or not self.elsewhere:
+            return completion.asked
+        if self.media is None:
+            return tuple(self.tokenizer(completion.shown.text, add_special_tokens=False)["input_ids"])
+        ids, _ = self.media.encode(completion.shown, [])
+        return ShownPrompt(ids=tuple(ids.tolist()), shown=completion.shown)
+
+    def batch(
+        self,
+        sequences: Sequence[tuple[Sequence[int], int]],
+        sample_ids: Sequence[int] = (),
+        prompts: Sequence[Asked] = (),
+    ) -> Batch:
+        """Token rows, each trained from a place on, as a batch that weighs as much as it has rows. What their `prompts`
+        show stays in host memory. Collective where the model reads media."""
         rows = [TokenSequence(np.asarray(ids, np.int64), np.arange(len(ids)) >= first) for ids, first in sequences]
-        made = collate(rows, flat=self.flat, pad_id=self.pad_id, sample_ids=sample_ids, counts_samples=True)
-        return to_device(made, self.device)
+        layout: dict[str, Any] = {"flat": self.flat, "pad_id": self.pad_id, "counts_samples": True}
+        if self.media is None:
+            return to_device(collate(rows, sample_ids=sample_ids, **layout), self.device)
+        asked = [*prompts] or [()] * len(rows)
+        pairs = zip(rows, asked, strict=True)
+        own = [ShownTokens(row.ids, shown_by(each), len(tokens_of(each))) for row, each in pairs]
+        kinds = set().union(*from_all({medium.kind for row in own for medium in row.shown.media}))
+        own += self.media.fillers(sorted(kinds), [row.shown for row in own])
+        blank = [TokenSequence(each.ids, np.zeros(len(each.ids), bool)) for each in own[len(rows) :]]
+        made = collate(rows, sample_ids=sample_ids, fillers=blank, **layout)
+        error: DataError | None = None
+        try:
+            read = self.media.read([row.shown for row in own])
+            made.media = read.tensors(own, "flat" if self.flat else "padded")
+        except DataError as met:
+            error = met
+        fail_together(error)
+        return replace(to_device(replace(made, media={}), self.device), media=made.media)
 
 
 LARGEST = float(np.finfo(np.float32).max)

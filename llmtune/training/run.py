@@ -197,7 +197,7 @@ def _run(
     training = make_training(plan, objective, optimizer, first_step)
     if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)
-        check_media_isolation(objective, plan.device, plan.data.batches)
+        check_media_isolation(objective, plan.device, plan.data.batches, plan.model.media)
     if plan.ranks.dims.context > 1:
         check_split(objective, plan.ranks, plan.device)
         check_media_split(objective, plan.ranks, plan.device, plan.data.batches)

@@ -149,7 +149,7 @@ def made_up(plan: Plan) -> list[Completion]:
     found = []
     for at in range(6):
         number = at % len(samples)
-        prompt, columns = samples.sample(number)[0].tolist(), samples.row(number)
+        prompt, columns = samples.sample(number)[0].tolist(), samples.columns_of(number)
         right = str(columns.get("answer", at))
         texts = (f"It is {right}.", "No.", right, "", f"I say {right}, and what I say is true." * 2, f"It is {right}")
         ids, cut = tokenizer(texts[at], add_special_tokens=False)["input_ids"], at == 5

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmtune.contract.stages import Batch, RollsOut, StageLoss
+from llmtune.contract.losses import StageLoss
+from llmtune.contract.stages import Batch, RollsOut
 from llmtune.data.batch_loader import other_answers
 from llmtune.data.batches import to_device
 from llmtune.model.edits import named_tensors

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune import Amendment, Batch, Completion, ModelSpec, PlanError, StageContext, output_heads
+from llmtune import Amendment, Batch, Completion, ModelSpec, PlanError, ShownPrompt, StageContext, output_heads
 
 from .places import keys_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from llmtune import Asked
 
     from . import RewardModelConfig
 
@@ -47,19 +49,19 @@ class ModelReward:
 
     def score(self, completions: Sequence[Completion], context: StageContext) -> list[float]:
         """What the model says of each answer. Collective."""
-        ending = written_after(context.tokenizer)
-        rows = [conversation(each, ending) for each in completions]
-        return context.with_model("reward", lambda it, its: self._read(it, its, rows, context)).tolist()
+        return context.with_model("reward", lambda it, its: self._read(it, its, completions, context)).tolist()
 
-    def _read(self, model: Any, its: StageContext, rows: Sequence[Sequence[int]], context: StageContext) -> Tensor:
-        """(rows,) float32, some rows at a time. Ranks read on until the last of them has read all of its own."""
+    def _read(self, model: Any, its: StageContext, completions: Sequence[Completion], context: StageContext) -> Tensor:
+        """(completions,) float32, some at a time. Ranks read on until the last of them has read all of its own."""
         (head,) = output_heads(model)
         pad_id, device = model.config.get_text_config().pad_token_id, next(model.parameters()).device
+        ending, prompts = written_after(context.tokenizer), [its.prompt_of(each) for each in completions]
+        rows = [[*tokens_of(asked), *said(each, ending)] for asked, each in zip(prompts, completions, strict=True)]
         found = torch.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda at: -len(rows[at]))
         while context.total(torch.tensor(float(len(order)), device=device)) > 0:
             some, order = order[: self.config.batch_size], order[self.config.batch_size :]
-            batch = context.batch([(rows[at], len(rows[at])) for at in some])
+            batch = its.batch([(rows[at], len(rows[at])) for at in some], prompts=[prompts[at] for at in some])
             hidden_TD = its.hidden_states(model, batch).flatten(0, 1)
             ends = torch.tensor(last_positions(batch, [rows[at] for at in some], pad_id), dtype=torch.int64)
             logits = model.get_submodule(head)(hidden_TD.index_select(0, ends.to(hidden_TD.device)))
@@ -74,12 +76,16 @@ def written_after(tokenizer: Any) -> list[int] | None:
     return tokenizer(after, add_special_tokens=False)["input_ids"] if said else None
 
 
-def conversation(completion: Completion, ending: Sequence[int] | None) -> list[int]:
-    """Prompt and answer as the template writes them; a token that ended the answer is part of the `ending`."""
+def tokens_of(prompt: Asked) -> Sequence[int]:
+    """A prompt's tokens."""
+    return prompt.ids if isinstance(prompt, ShownPrompt) else prompt
+
+
+def said(completion: Completion, ending: Sequence[int] | None) -> Sequence[int]:
+    """The answer as the template writes it; a token that ended it is part of the `ending`."""
     if ending is None:
-        return [*completion.prompt_ids, *completion.ids]
-    said = completion.ids if completion.cut else completion.ids[:-1]
-    return [*completion.prompt_ids, *said, *ending]
+        return completion.ids
+    return [*(completion.ids if completion.cut else completion.ids[:-1]), *ending]
 
 
 def last_positions(batch: Batch, rows: Sequence[Sequence[int]], pad_id: int | None) -> list[int]:

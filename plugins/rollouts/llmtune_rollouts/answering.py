@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from llmtune import Batch, Completion, GenerateConfig, RunContext, StageContext
+from llmtune import Batch, Completion, GenerateConfig, RunContext, ShownPrompt, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,17 +45,20 @@ def reference_keys(keys: RolloutReferenceKeys) -> dict[str, Any]:
 
 def answered(model: Any, batch: Batch, context: StageContext, config: GenerateConfig, answers: int = 1) -> list[Said]:
     """`answers` answers to each prompt of a batch, one after the other. Collective."""
-    prompts = batch.rows()
+    prompts = batch.prompts()
     samples = [sample for sample in batch.sample_ids for _ in range(answers)]
     seeds = [context.seed_of(sample, draw) for sample in batch.sample_ids for draw in range(answers)]
     found = context.generate(model, [prompt for prompt in prompts for _ in range(answers)], config, seeds)
     columns = batch.columns or ({},) * len(prompts)
-    texts = context.tokenizer.batch_decode(prompts) if prompts else []
+    shown = [prompt.shown if isinstance(prompt, ShownPrompt) else None for prompt in prompts]
+    texts = [
+        context.tokenizer.decode(ids) if its is None else its.text for its, ids in zip(shown, batch.rows(), strict=True)
+    ]
     return [
         Said(
             Completion(
                 prompt=texts[at // answers], answer=answer.text, prompt_ids=answer.prompt_ids, ids=answer.ids,
-                cut=answer.cut, columns=columns[at // answers],
+                cut=answer.cut, columns=columns[at // answers], shown=shown[at // answers],
             ),
             sample,
         )
@@ -76,7 +79,7 @@ def batch_of(said: Sequence[Said], context: StageContext, masked: bool = False) 
     for completion, _ in said:
         ids = [*completion.prompt_ids, *completion.ids]
         rows.append((ids, len(ids) if masked and completion.cut else len(completion.prompt_ids)))
-    return context.batch(rows, [sample for _, sample in said])
+    return context.batch(rows, [sample for _, sample in said], [completion.asked for completion, _ in said])
 
 
 def lengths(batch: Batch) -> Tensor:

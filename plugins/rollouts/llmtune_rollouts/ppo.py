@@ -147,7 +147,8 @@ class Policy:
         for (completion, _), silent in zip(rows, score_S.isnan().tolist(), strict=True):
             ids = [*completion.prompt_ids, *completion.ids]
             sequences.append((ids, len(ids) if silent else len(completion.prompt_ids)))
-        batch = context.batch(sequences, [sample for _, sample in rows])
+        prompts = [completion.asked for completion, _ in rows]
+        batch = context.batch(sequences, [sample for _, sample in rows], prompts)
         batch.weight = float(len(batch.targets))
         logps_N, values_N = self._seen(model, batch, context)
         rewards_N, extra = torch.zeros_like(logps_N), dict(scores)
