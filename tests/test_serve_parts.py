@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import llmtune
 from llmtune.cli import main
@@ -101,8 +101,7 @@ def test_a_model_without_template_continues_texts_only(tmp_path: Path) -> None:
 
 def test_models_that_keep_more_than_keys_and_values_are_refused() -> None:
     require_joinable(tiny_model("gemma2", sliding_window=4))
-    model = tiny_model()
-    model.config.rope_parameters = {**model.config.rope_parameters, "mrope_section": [1, 1, 2]}
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4))
     with pytest.raises(PlanError, match="cannot be batched as they come"):
         require_joinable(model)
 
@@ -121,12 +120,11 @@ def test_rows_that_join_and_leave_are_answered_as_alone(family: str) -> None:
 
     rows = [row(at) for at in range(6)]
     with torch.no_grad():
-        batch.join(rows[:1])
+        batch.waiting.extend(rows[:1])
         for more in rows[1:], [], []:
             batch.step()
-            for each in more:
-                batch.join([each])
-        while batch.rows:
+            batch.waiting.extend(more)
+        while batch.busy:
             batch.step()
     for at, each in enumerate(rows):
         request = each.request
@@ -139,9 +137,13 @@ def test_rows_that_join_and_leave_are_answered_as_alone(family: str) -> None:
 
 def test_many_prompts_are_read_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuous, "READ_TOKENS", 10)
-    rows: Any = [SimpleNamespace(request=SimpleNamespace(prompt_ids=range(size))) for size in (4, 4, 3, 20, 1)]
-    found = [[len(each.request.prompt_ids) for each in portion] for portion in continuous._portions(rows)]
-    assert found == [[4, 4], [3], [20], [1]]
+    batch = RowBatch(tiny_model())
+    config = GenerateConfig()
+    for size in (4, 4, 3, 20, 1):
+        ask = AnswerRequest(model="m", prompt_ids=(5,) * size, config=config, room=1, seed=0, stop=frozenset())
+        batch.waiting.append(AnswerRow(ask, print))
+    found = iter(batch._portion, [])
+    assert [[len(row.ids) for row in portion] for portion in found] == [[4, 4], [3], [20], [1]]
 
 
 def test_a_client_that_leaves_ends_the_work() -> None:
@@ -189,4 +191,4 @@ def test_far_too_many_prompts_are_refused_before_they_are_read() -> None:
     server = Server([], SimpleNamespace(), ServeConfig(max_concurrent=2))  # type: ignore[arg-type]
     body = TextRequest(model="m", prompt=["a"] * 3)
     with pytest.raises(Refused, match="asks for 3 answers, the server gives 2 at a time"):
-        server.text_prompts(SimpleNamespace(), body)  # type: ignore[arg-type]
+        server.places(body.answers).__enter__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -87,10 +87,15 @@ class MediaReader(Protocol):
         ...
 
     def prompt_tensors(
-        self, rows: Sequence[ShownText], ids: Sequence[Sequence[int]], width: int
+        self,
+        rows: Sequence[ShownText],
+        ids: Sequence[Sequence[int]],
+        width: int,
+        given: Sequence[int] | None = None,
     ) -> Mapping[str, Tensor]:
         """What a model is given of prompts besides their tokens, where these are padded on the left to `width`; nothing
-        where none shows anything. Raises DataError where a file has changed since `ids` were made."""
+        where none shows anything. `given` says how many of each row's tokens are the prompt's, where others, already
+        answered, follow. Raises DataError where a file has changed since `ids` were made."""
         ...
 
 
@@ -208,6 +213,12 @@ class AnswerRequest:
     """The text of the prompt with what it shows, where it shows anything."""
     top_logprobs: int | None = None
     """How many of the likeliest tokens are told at each place, with the token's own logarithm; None tells neither."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the answer has already."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit as many times as the answer has it already."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens, before all else that changes them."""
 
 
 class NewToken(NamedTuple):
@@ -239,6 +250,8 @@ class ServedModel:
     """What of it these files lack, as half a sentence; None where they are all of it."""
     load: Callable[[], tuple[Any, Callable[[], AbstractContextManager[Any]]]]
     """Reads the weights: the model, and blocks in which it answers as this one."""
+    media: MediaReader | None = None
+    """What reads media that requests show, for an engine that `TakesMedia`; None where the model reads text only."""
 
 
 class Serving(Protocol):

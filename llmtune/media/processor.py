@@ -220,10 +220,16 @@ class MediaProcessor:
         return self.read(rows).tensors([*map(ShownTokens, map(np.asarray, ids), rows)], layout)
 
     def prompt_tensors(
-        self, rows: Sequence[ShownText], ids: Sequence[Sequence[int]], width: int
+        self,
+        rows: Sequence[ShownText],
+        ids: Sequence[Sequence[int]],
+        width: int,
+        given: Sequence[int] | None = None,
     ) -> Mapping[str, Tensor]:
-        """The same of prompts that are padded on the left to `width` tokens."""
-        return self.read(rows).tensors([*map(ShownTokens, map(np.asarray, ids), rows)], "left", width)
+        """The same of prompts that are padded on the left to `width` tokens, of which the first ones may be `given`."""
+        counts = given or map(len, ids)
+        some = [count if count < len(own) else None for count, own in zip(counts, ids, strict=True)]
+        return self.read(rows).tensors([*map(ShownTokens, map(np.asarray, ids), rows, some)], "left", width)
 
     def _called(self, rows: Sequence[ShownText], **options: Any) -> Any:
         """The processor's answer for some texts with their media; tensors of tokens have a row for each text."""

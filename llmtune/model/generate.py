@@ -165,12 +165,16 @@ def _answer(
 
 
 def processors(
-    config: GenerateConfig, pads: Sequence[int], generators: Sequence[random.Random]
+    config: GenerateConfig,
+    pads: Sequence[int],
+    generators: Sequence[random.Random],
+    further: Sequence[LogitsProcessor] = (),
 ) -> Iterator[LogitsProcessor]:
-    """What turns logits into choices, for rows with so much padding, in the order of transformers; sampling by row
-    comes last and leaves one token."""
+    """What turns logits into choices, for rows with so much padding, in the order of transformers, with `further`
+    penalties after its own; sampling by row comes last and leaves one token."""
     if config.repetition_penalty != 1:
         yield RepetitionPenalty(config.repetition_penalty, pads)
+    yield from further
     if not config.do_sample or config.num_beams > 1:
         return
     if config.temperature != 1:

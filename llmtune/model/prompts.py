@@ -45,6 +45,8 @@ class PromptBatch:
     """The token of padding."""
     device: torch.device
     media: MediaReader | None = None
+    given: Sequence[int] | None = None
+    """How many of each row's tokens are its prompt's, where some said tokens follow; None: all are."""
 
     @cached_property
     def ids_BT(self) -> Tensor:
@@ -64,7 +66,7 @@ class PromptBatch:
         be read."""
         if self.media is None or not any(shown.media for shown in self.shown):
             return {}
-        made = self.media.prompt_tensors(self.shown, self.ids, self.width)
+        made = self.media.prompt_tensors(self.shown, self.ids, self.width, self.given)
         return {name: value.to(self.device) for name, value in made.items()}
 
     def open(self) -> None:
@@ -74,10 +76,11 @@ class PromptBatch:
     def distinct(self) -> tuple[PromptBatch, Tensor]:
         """The prompts without repeats, and (B,) the number of each row's among them."""
         places: dict[tuple[Any, ...], int] = {}
-        numbers = [places.setdefault(each, len(places)) for each in zip(self.ids, self.shown, strict=True)]
-        ids, shown = zip(*places, strict=True)
+        rows = zip(self.ids, self.shown, self.given or map(len, self.ids), strict=True)
+        numbers = [places.setdefault(each, len(places)) for each in rows]
+        ids, shown, given = zip(*places, strict=True)
         once = PromptBatch(
-            ids=ids, shown=shown, width=self.width, pad=self.pad, device=self.device, media=self.media
+            ids=ids, shown=shown, width=self.width, pad=self.pad, device=self.device, media=self.media, given=given
         )  # fmt: skip
         return once, torch.tensor(numbers, device=self.device)
 

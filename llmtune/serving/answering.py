@@ -7,25 +7,32 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from starlette.requests import Request
 
 from llmtune.contract.errors import DataError, LlmtuneError
-from llmtune.contract.examples import BadRow, Conversation
+from llmtune.contract.examples import BadRow, Conversation, ShownText
 from llmtune.contract.generation import AnswerRequest, GenerateConfig, NewToken, Serving
 from llmtune.data.formats.chats import OpenAi
 from llmtune.inference.said import THINK, Channels, SaidPiece
+from llmtune.media.files import MediaFiles
+from llmtune.media.rows import shown
 from llmtune.model.generate import ContextFull, alike_up_to, room_of
 from llmtune.model.generation import plain_ids
+from llmtune.model.prompts import ends_in_media
 from llmtune.serving.bodies import ChatRequest, TextRequest
 from llmtune.serving.choices import Choice
 from llmtune.serving.config import ServeConfig
 from llmtune.serving.errors import Refused
+from llmtune.serving.media import RequestMedia
 from llmtune.serving.metrics import Metrics
 from llmtune.serving.models import ModelOffer, named
 
@@ -37,6 +44,8 @@ class AskedPrompt:
     ids: tuple[int, ...]
     channels: Callable[[], Channels] | None = None
     """How an answer is told apart; None where it is text that goes on."""
+    shown: ShownText | None = None
+    """The text with what it shows, where it shows anything."""
 
 
 class Server:
@@ -45,6 +54,7 @@ class Server:
     def __init__(self, offers: Sequence[ModelOffer], serving: Serving, config: ServeConfig) -> None:
         self.offers, self.serving, self.config = offers, serving, config
         self.metrics, self.started, self.taken = Metrics(), int(time.time()), 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="llmtune-read")  # tokenizers have settings
 
     def offer(self, name: str) -> ModelOffer:
         """The model of a name."""
@@ -58,8 +68,9 @@ class Server:
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
         """Room for so many answers, or 429."""
-        self.check_count(count)
         most = self.config.max_concurrent
+        if count > most:
+            raise Refused(400, f"the request asks for {count} answers, the server gives {most} at a time", param="n")
         if self.taken + count > most:
             raise Refused(
                 429, f"{self.taken} of {most} answers are being made; come again", code="too_many_requests",
@@ -71,40 +82,54 @@ class Server:
         finally:
             self._take(-count)
 
-    def check_count(self, count: int) -> None:
-        """Refuse more answers than the server ever gives at a time; before its prompts are read, as that takes long."""
-        if count > (most := self.config.max_concurrent):
-            raise Refused(400, f"the request asks for {count} answers, the server gives {most} at a time", param="n")
-
     def _take(self, count: int) -> None:
         self.taken += count
         self.metrics.running.set(self.taken)
 
-    def chat_prompt(self, offer: ModelOffer, body: ChatRequest) -> AskedPrompt:
-        """The prompt of a conversation, as rows of a data set are read and rendered."""
+    async def read(self, body: ChatRequest | TextRequest, held: ExitStack) -> Answering:
+        """All answers to a request, not yet begun. Its prompts are read in a thread, as long ones take seconds. `held`
+        keeps the files that they show."""
+        folder = None
+        if isinstance(body, ChatRequest) and any(isinstance(each.get("content"), list) for each in body.messages):
+            made = TemporaryDirectory(prefix="llmtune-serve-", ignore_cleanup_errors=True)
+            folder = Path(held.enter_context(made))
+            body = await asyncio.to_thread(self._with_files, body, folder)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self.answering, body, folder)
+
+    def _with_files(self, body: ChatRequest, folder: Path) -> ChatRequest:
+        offer = self.offer(body.model)
+        taken = RequestMedia(self.config, folder).taken(body.messages, offer.reader, partial(_reads, offer))
+        return body.model_copy(update={"messages": taken})
+
+    def chat_prompt(self, offer: ModelOffer, body: ChatRequest, folder: Path | None) -> AskedPrompt:
+        """The prompt of a conversation, as rows of a data set are read and rendered; what it shows is in `folder`."""
         if offer.renderer is None:
             raise Refused(
                 400, f"{offer.name} has no chat template, so that it continues text only: use /v1/completions, or "
                 "serve it with template=NAME", param="messages",
             )  # fmt: skip
+        _check_form(body)
         tools = [each.model_dump(exclude_none=True) for each in body.tools or ()] if body.tool_choice != "none" else []
         row = {"messages": body.messages, "tools": tools, "chat_template_kwargs": body.chat_template_kwargs or {}}
         try:
-            asked: Conversation = OpenAi().convert(row)
+            asked = shown(OpenAi().convert(row), {}, MediaFiles(folder=folder) if folder and offer.media else None)
+            assert isinstance(asked, Conversation)
             if all(message["role"] == "system" for message in asked.messages):
                 raise BadRow("no question", "nothing is asked: there are system messages only")
-            ids = offer.renderer.prompt(asked).ids.tolist()
+            made = offer.renderer.prompt(asked)
         except BadRow as bad:
             raise Refused(400, f"messages: {bad.reason}: {bad.detail}", param="messages") from None
+        ids = made.ids.tolist()
+        if made.shown is not None and ends_in_media(ids, offer.media):
+            raise Refused(400, "messages: the chat template says nothing after the last picture", param="messages")
         begun = str(offer.tokenizer.decode(ids[-8:])).rstrip().endswith(THINK)
-        return AskedPrompt(tuple(ids), partial(Channels, offer.calls if tools else None, begun))
+        return AskedPrompt(tuple(ids), partial(Channels, offer.calls if tools else None, begun), made.shown)
 
     def text_prompts(self, offer: ModelOffer, body: TextRequest) -> list[AskedPrompt]:
         """The prompts of texts, or of lists of tokens."""
         given = body.prompt
         many: Sequence[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-        self.check_count(len(many) * (body.n or 1))
-        words = offer.model_config.get_text_config().vocab_size
+        words = offer.words
         try:
             found = [plain_ids(offer.tokenizer, each)[0].tolist() if isinstance(each, str) else each for each in many]
         except DataError as error:
@@ -113,17 +138,18 @@ class Server:
             raise Refused(400, f"prompt: {odd[0]} is no token, there are {words}", param="prompt")
         return [AskedPrompt(tuple(ids)) for ids in found]
 
-    def answering(
-        self, offer: ModelOffer, prompts: Sequence[AskedPrompt], body: ChatRequest | TextRequest
-    ) -> Answering:
-        """All answers to a request, not yet begun."""
-        most = body.max_tokens
+    def answering(self, body: ChatRequest | TextRequest, folder: Path | None = None) -> Answering:
+        """All answers to a request, not yet begun; what it shows is in `folder`."""
+        offer, most = self.offer(body.model), body.max_tokens
         top = body.logprobs if isinstance(body, TextRequest) else None
         if isinstance(body, ChatRequest):
             most = body.max_completion_tokens or most
             top = (body.top_logprobs or 0) if body.logprobs else None
             if body.top_logprobs is not None and not body.logprobs:
                 raise Refused(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
+            prompts = [self.chat_prompt(offer, body, folder)]
+        else:
+            prompts = self.text_prompts(offer, body)
         limit = self.config.max_answer_tokens
         if limit is not None and most is not None and most > limit:
             raise Refused(
@@ -133,6 +159,9 @@ class Server:
         if most is not None:
             config = replace(config, max_new_tokens=most)
         seed = random.getrandbits(62) if body.seed is None else body.seed
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+        if odd := [token for token in bias if token >= offer.words]:
+            raise Refused(400, f"logit_bias: {odd[0]} is no token, there are {offer.words}", param="logit_bias")
         found = []
         for prompt in prompts:
             try:
@@ -144,10 +173,31 @@ class Server:
                 channels = None if prompt.channels is None else prompt.channels()
                 request = AnswerRequest(
                     model=offer.name, prompt_ids=prompt.ids, config=config, room=room, seed=seed + number,
-                    stop=offer.stop, top_logprobs=top,
+                    stop=offer.stop, shown=prompt.shown, top_logprobs=top, logit_bias=bias,
+                    presence_penalty=body.presence_penalty or 0.0, frequency_penalty=body.frequency_penalty or 0.0,
                 )  # fmt: skip
                 found.append((request, Choice.of(len(found), offer, room, body.stops, channels)))
         return Answering(self, found)
+
+
+def _reads(offer: ModelOffer) -> Sequence[str]:
+    """The kinds of media that a model reads. Raises Refused where its processor cannot be made."""
+    try:
+        return () if offer.media is None else offer.media.reads
+    except DataError as error:
+        raise Refused(400, f"{error}", param="messages") from None
+
+
+def _check_form(body: ChatRequest) -> None:
+    """Refuse what would need an answer that is held to a form."""
+    free = "answers are said freely here and held to no form; "
+    if body.response_format is not None and (form := body.response_format.type) != "text":
+        fix = "ask for JSON in a message, and check what comes"
+        raise Refused(400, f"response_format: found {form}, allowed is text: {free}{fix}", param="response_format")
+    if body.tool_choice not in (None, "auto", "none"):
+        found = "required" if body.tool_choice == "required" else "a function"
+        fix = "name one tool alone in tools, and ask for its call in a message"
+        raise Refused(400, f"tool_choice: found {found}, allowed are auto and none: {free}{fix}", param="tool_choice")
 
 
 def _beside(offer: ModelOffer, prompt_tokens: int) -> list[int]:
@@ -235,6 +285,8 @@ def _failed(error: Exception) -> Refused:
     """What a client is told of an error of the engine."""
     if isinstance(error, torch.OutOfMemoryError):
         return Refused(503, "the device's memory is full; ask for less, or come again", code="out_of_memory")
+    if isinstance(error, DataError):
+        return Refused(400, f"{error}")
     told = str(error) if isinstance(error, LlmtuneError | ConnectionError) else f"{type(error).__name__}: {error}"
     return Refused(500, f"no answer could be made: {told}")
 

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractContextManager, aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -65,16 +65,12 @@ def make_app(server: Server) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None, responses=_STREAMS, dependencies=key)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
-        offer = server.offer(body.model)
-        answering = server.answering(offer, [server.chat_prompt(offer, body)], body)
-        return await _respond(answering, ChatForm(offer.name, bool(body.logprobs)), body, request)
+        return await _respond(server, ChatForm(body.model, bool(body.logprobs)), body, request)
 
     @app.post("/v1/completions", response_model=None, responses=_STREAMS, dependencies=key)
     async def complete(body: TextRequest, request: Request) -> Response:
         """Continues texts."""
-        offer = server.offer(body.model)
-        answering = server.answering(offer, server.text_prompts(offer, body), body)
-        return await _respond(answering, TextForm(offer.name, body.logprobs is not None), body, request)
+        return await _respond(server, TextForm(body.model, body.logprobs is not None), body, request)
 
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -163,24 +159,24 @@ class TextForm:
 
 
 async def _respond(
-    answering: Answering, form: ChatForm | TextForm, body: ChatRequest | TextRequest, request: Request
+    server: Server, form: ChatForm | TextForm, body: ChatRequest | TextRequest, request: Request
 ) -> Response:
     if body.stream_options is not None and not body.stream:
         raise Refused(400, "stream_options: needs stream: true", param="stream_options")
-    places = answering.server.places(len(answering.rows))
-    if not body.stream:
-        with places:
+    with ExitStack() as places:
+        places.enter_context(server.places(body.answers))
+        answering = await server.read(body, places)
+        if not body.stream:
             found = await while_there(request, _whole(answering, form))
-        return JSONResponse(found) if found is not None else Response(status_code=499)
-    places.__enter__()  # refuses before the stream begins
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(_events(answering, form, usage), places)
+            return JSONResponse(found) if found is not None else Response(status_code=499)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(_events(answering, form, usage), places.pop_all())
 
 
 class EventStream(StreamingResponse):
     """A stream of events that has its places until it ends, or its client has gone."""
 
-    def __init__(self, events: AsyncGenerator[str], places: AbstractContextManager[None]) -> None:
+    def __init__(self, events: AsyncGenerator[str], places: ExitStack) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.events, self.places = events, places
 
@@ -189,7 +185,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self.events.aclose()  # a client may leave between two events
-            self.places.__exit__(None, None, None)
+            self.places.close()
 
 
 async def _whole(answering: Answering, form: ChatForm | TextForm) -> dict[str, Any]:

@@ -39,9 +39,12 @@ class _Asked(_Strict):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
+    """By the number of a token."""
     user: str | None = None
     """Has no effect, as those that follow."""
     metadata: dict[str, Any] | None = None
@@ -71,6 +74,13 @@ class Tool(BaseModel):
     function: _Function
 
 
+class ResponseFormat(BaseModel):
+    """What an answer is to look like."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["text", "json_object", "json_schema"]
+
+
 class ChatRequest(_Asked):
     """A conversation that is to be answered."""
 
@@ -79,11 +89,16 @@ class ChatRequest(_Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as `enable_thinking`."""
+
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return self.n or 1
 
 
 class TextRequest(_Asked):
@@ -101,6 +116,12 @@ class TextRequest(_Asked):
     echo: Literal[False] | None = None
     best_of: Count | None = None
     suffix: None = None
+
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return (self.n or 1) * (1 if one else len(self.prompt))
 
     @model_validator(mode="after")
     def _best_is_all(self) -> TextRequest:

@@ -34,6 +34,18 @@ class ServeConfig:
     """Most tokens of an answer that a request may ask for; null is what the model has room for."""
     max_body_mb: Annotated[float, Gt(0)] = 8
     """Largest body of a request in megabytes."""
+    max_media: Annotated[int, Ge(0)] = 16
+    """Most pictures and sounds that a request shows."""
+    max_media_pixels: Annotated[int, Ge(1)] = 2**25
+    """Most pixels of a picture that a request shows, before it is made smaller: a file of some kilobytes may hold
+    billions."""
+    max_media_seconds: Annotated[float, Gt(0)] = 600
+    """Most seconds of a sound that a request shows."""
+    allowed_media_domains: list[str] = field(default_factory=list)
+    """Domains that pictures are fetched from (`https` alone) where a request names an address; none by default, as the
+    server would ask for a stranger what only it can reach."""
+    allowed_local_media_path: str | None = None
+    """Folder whose files a request may show by a `file://` address; null is none."""
     timeout: Annotated[float, Gt(0)] = 600
     """Most seconds that a request takes, from its arrival to its last token."""
     root_path: str = ""

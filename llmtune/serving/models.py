@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from llmtune.model.generate import has_template, require_head, stop_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llmtune.media.processor import MediaProcessor
     from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.recipe import Recipe
 
@@ -45,10 +47,19 @@ class ModelOffer:
     """None where there is no chat template: text is continued, and there are no conversations."""
     calls: CallFormat | None
     stop: frozenset[int]
+    media: MediaProcessor | None
+    """What reads media that conversations show; None where they are text."""
+    reader: str
+    """What errors call who reads them."""
 
     @property
     def name(self) -> str:
         return self.served.name
+
+    @property
+    def words(self) -> int:
+        """How many tokens the model can say."""
+        return int(self.model_config.get_text_config().vocab_size)
 
 
 def offers(
@@ -94,8 +105,14 @@ def _offer(recipe: Recipe, plan: ModelPlan, config: GenerateConfig, served: Serv
     renderer = None
     if has_template(tokenizer, data.template_variables):
         renderer = chat_renderer(recipe, tokenizer, config.default_system)
+    media = None if renderer is None else renderer.media
+    if (
+        media is not None and served.media is None
+    ):  # the engine's thread has one of its own, as tokenizers have settings
+        served = replace(served, media=replace(media, tokenizer=deepcopy(tokenizer)))
     return ModelOffer(
         served=served, tokenizer=tokenizer, model_config=plan.module.config, config=config, renderer=renderer,
+        media=media, reader=served.name,
         calls=None if renderer is None else call_format(renderer, data.tool_format),
         stop=frozenset(stop_tokens(plan.module, tokenizer, data.template_variables)),
     )  # fmt: skip

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import uvicorn
 
 from llmtune.contract.errors import PlanError
-from llmtune.contract.generation import GenerateConfig, Serves
+from llmtune.contract.generation import GenerateConfig, Serves, TakesMedia
 from llmtune.inference.chat import parts_of
 from llmtune.serving.answering import Server
 from llmtune.serving.app import make_app
@@ -33,6 +33,8 @@ def serve(path: str, given: Mapping[str, Any]) -> None:
         engine = parts_of(recipe, ("engine_config",)).one("engine_config")
         if not isinstance(engine.built, Serves):
             raise PlanError(f"{engine.full_label} answers no requests that come one by one, which a server needs")
+        if not (isinstance(engine.built, TakesMedia) and engine.built.takes_media):
+            found = [replace(each, media=None, reader=f"{each.name} with {engine.full_label}") for each in found]
         doing.info("Loading the weights")
         serving = engine.built.serve([offer.served for offer in found])
         try:

@@ -122,11 +122,13 @@ def _until(text: str, stop: Sequence[str]) -> str:
 
 
 class _StopTexts:
-    """Ends a batch of answers when each holds a text that ends it."""
+    """Ends a batch of answers when each holds a text that ends it. Only the end of an answer is looked at anew."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], rows: int) -> None:
         self.tokenizer, self.stop = tokenizer, stop
+        self.longest = max(map(len, stop), default=0)
         self.said: list[list[int]] = [[] for _ in range(rows)]
+        """The last tokens of each answer."""
         self.ended = [False] * rows
 
     def __call__(self, tokens: Sequence[int | None]) -> bool:
@@ -135,6 +137,20 @@ class _StopTexts:
                 self.ended[at] = True
                 continue
             self.said[at].append(token)
-            text = str(self.tokenizer.decode(self.said[at], skip_special_tokens=True))
+            text = self._text(self.said[at])
             self.ended[at] = _until(text, self.stop) != text
+            self.said[at] = self._end(self.said[at], text)
         return all(self.ended)
+
+    def _end(self, ids: list[int], text: str) -> list[int]:
+        """What of an answer's last tokens a text that ends it may begin in; they have the same text alone. A character
+        takes 4 tokens at most, and some more are kept so that there is mostly nothing to cut."""
+        most = 4 * self.longest + 16
+        if len(ids) < 2 * most:
+            return ids
+        end = ids[-most:]
+        own = self._text(end)
+        return end if len(own) >= self.longest + 4 and text.endswith(own) else ids
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

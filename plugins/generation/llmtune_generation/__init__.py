@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from llmtune import Plugin, hookimpl
+from llmtune import Ge, Plugin, hookimpl
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersConfig:
-    """The engine has no keys: how an answer is drawn is said with the command."""
+    """How the engine answers; how an answer is drawn is said with the command."""
+
+    max_cache_tokens: Annotated[int, Ge(1)] | None = None
+    """While serving, most tokens of prompts and answers together that a model's cache may come to hold, with padding;
+    further requests wait. One request alone is always answered. null is no limit."""
 
 
 def build(config: TransformersConfig) -> Any:
     """The engine."""
     from .transformers_engine import TransformersEngine
 
-    return TransformersEngine()
+    return TransformersEngine(config.max_cache_tokens)
 
 
 @hookimpl

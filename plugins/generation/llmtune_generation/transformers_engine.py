@@ -13,6 +13,9 @@ class TransformersEngine:
 
     takes_media = True
 
+    def __init__(self, max_cache_tokens: int | None = None) -> None:
+        self.max_cache_tokens = max_cache_tokens
+
     def generate(
         self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int] | ShownPrompt], config: GenerateConfig, *,
         seeds: Sequence[int] | None = None, stop: Sequence[int] | None = None,
@@ -21,4 +24,4 @@ class TransformersEngine:
         return generate(model, tokenizer, prompts, config, seeds=seeds, stop=stop, watch=watch, media=media)
 
     def serve(self, models: Sequence[ServedModel]) -> Serving:
-        return ContinuousServing(models)
+        return ContinuousServing(models, self.max_cache_tokens)

@@ -36,6 +36,8 @@ def body_of(request: AnswerRequest, model: str, stream: bool) -> dict[str, Any]:
     return {
         "model": model, "prompt": list(request.prompt_ids), "max_tokens": request.room,
         **(drawn if config.do_sample else greedy), "repetition_penalty": config.repetition_penalty,
+        "presence_penalty": request.presence_penalty, "frequency_penalty": request.frequency_penalty,
+        "logit_bias": {str(token): value for token, value in request.logit_bias.items()} or None,
         "seed": request.seed % 2**63,  # what ends an answer is llmtune's to say
         "stop_token_ids": sorted(request.stop), "ignore_eos": True, "skip_special_tokens": False,
         "return_token_ids": True, "stream": stream,

@@ -91,9 +91,13 @@ class Models:
             with self.lock, torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, -1].float()
             raw = logits.log_softmax(-1)
+            for token, value in (body["logit_bias"] or {}).items():
+                logits[int(token)] += value
             seen = torch.tensor(sorted(set(ids)))
             penalty, held = body["repetition_penalty"], logits[seen]
             logits[seen] = torch.where(held < 0, held * penalty, held / penalty)
+            for token in set(said := ids[len(body["prompt"]) :]):
+                logits[token] -= body["presence_penalty"] + said.count(token) * body["frequency_penalty"]
             if body["temperature"] == 0:
                 token, logs = int(logits.argmax()), logits.log_softmax(-1)
             else:

@@ -145,7 +145,7 @@ def test_requests_that_come_one_by_one_name_base_and_adapter(files: Path, runnin
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files / "model"), files / "adapter").eval()
     engine = build(VllmConfig(vllm_server_base_url=running_server, vllm_api_key="theirs"))
     serving = engine.serve([replace(served(files), name="base"), served(files, adapter=str(files / "adapter"))])
-    came: dict[str, Any] = {name: SimpleQueue() for name in ("base", "model", "long")}
+    came: dict[str, Any] = {name: SimpleQueue() for name in ("base", "model", "long", "weighed")}
     asked = AnswerRequest(
         model="base", prompt_ids=(5, 6, 7), config=GREEDY, room=6, seed=1, stop=frozenset([2]), top_logprobs=2
     )
@@ -153,7 +153,10 @@ def test_requests_that_come_one_by_one_name_base_and_adapter(files: Path, runnin
         leave = serving.submit(replace(asked, room=400, stop=frozenset()), came["long"].put)
         for name in ("base", "model"):
             serving.submit(replace(asked, model=name), came[name].put)
-        said = {name: list(iter(lambda name=name: came[name].get(timeout=60), None)) for name in ("base", "model")}
+        weighed = replace(asked, presence_penalty=2.0, frequency_penalty=1.5, logit_bias={9: 100.0, 8: 99.0})
+        serving.submit(weighed, came["weighed"].put)
+        names = ("base", "model", "weighed")
+        said = {name: list(iter(lambda name=name: came[name].get(timeout=60), None)) for name in names}
         leave()
     finally:
         serving.close()
@@ -166,6 +169,7 @@ def test_requests_that_come_one_by_one_name_base_and_adapter(files: Path, runnin
     assert [token for token, _ in first.top] == likeliest.indices.tolist()
     assert [log for _, log in first.top] == pytest.approx(likeliest.values.tolist(), abs=1e-5)
     assert came["long"].qsize() < 400
+    assert {token.id for token in said["weighed"]} == {8, 9}
 
 
 def on_rank(url: str, keys: dict[str, Any], model: str) -> list[Any]:

@@ -1,0 +1,197 @@
+"""Pictures and sounds that requests show become files of the request's own, checked before anything decodes
+them. Who asks is a stranger: no path is read, and no address asked, but where a key allows it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from llmtune.contract.errors import listed
+from llmtune.media.marks import kinds_text
+from llmtune.serving.config import ServeConfig
+from llmtune.serving.errors import Refused
+
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
+"""Kinds of pictures that are opened. Pillow knows others, one of which starts a program."""
+_SHOWS = {"image_url": "image", "input_audio": "audio"}
+_FETCH_S = 20.0
+
+
+@dataclass
+class RequestMedia:
+    """The pictures and sounds of one request."""
+
+    config: ServeConfig
+    folder: Path
+    """Where their files are, which are gone when the request is answered."""
+    kinds: list[str] = field(default_factory=list)
+    """Of the media so far."""
+
+    def taken(
+        self, messages: Sequence[Mapping[str, Any]], reader: str, sees: Callable[[], Sequence[str]]
+    ) -> list[dict[str, Any]]:
+        """The messages with files in place of what they show to `reader`, a model that `sees` such kinds. Raises
+        Refused."""
+        parts = [part for message in messages for part in _parts(message) if part.get("type") in _SHOWS]
+        shown = [_SHOWS[part["type"]] for part in parts]
+        reads = sees() if shown else ()
+        if unseen := [kind for kind in shown if kind not in reads]:
+            what = f"{reader} reads {' and '.join(['text', *reads]) if reads else 'text only'}"
+            raise _refused(f"{what}, and {kinds_text(unseen)} was given")
+        if len(parts) > self.config.max_media:
+            raise _refused(f"{kinds_text(shown)} were given, this server takes {self.config.max_media} at a time")
+        return [
+            {**message, "content": [self._taken(part, number) for part in _parts(message)]}
+            if isinstance(message.get("content"), list)
+            else dict(message)
+            for number, message in enumerate(messages, start=1)
+        ]
+
+    def _taken(self, part: Any, number: int) -> Any:
+        where, kind = f"message {number}", part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image_url":
+            source = part["image_url"].get("url") if isinstance(part.get("image_url"), Mapping) else part["image_url"]
+            return {"type": "image", "image": self._kept(_checked_picture, self._bytes(source, where), where, "image")}
+        if kind == "input_audio":
+            given = part.get("input_audio")
+            data = given.get("data") if isinstance(given, Mapping) else None
+            content = _decoded(data, where)
+            return {"type": "audio", "audio": self._kept(_checked_sound, content, where, "audio")}
+        if kind not in ("text", "reasoning", "tool_call"):
+            raise _refused(f"{where} has a part of type {kind}, allowed are {listed(('text', *_SHOWS))}")
+        return part
+
+    def _kept(self, check: Any, content: bytes, where: str, kind: str) -> str:
+        self.kinds.append(kind)
+        place = self.folder / f"{kind}-{len(self.kinds)}"
+        place.write_bytes(content)
+        check(place, self.config, where)
+        return str(place)
+
+    def _bytes(self, source: Any, where: str) -> bytes:
+        """What a data URL holds, or what is at an address or in a file where the server's keys allow that."""
+        if not isinstance(source, str) or not source:
+            raise _refused(f"{where} has an image_url without url, allowed is data:image/TYPE;base64,CONTENT")
+        scheme = urllib.parse.urlsplit(source[:2000]).scheme.lower()
+        if scheme == "data":
+            head, _, content = source.partition(",")
+            if not head.endswith(";base64"):
+                raise _refused(f"{where} has the URL {head[:40]!r}, allowed is data:image/TYPE;base64,CONTENT")
+            return _decoded(content, where)
+        if scheme == "https":
+            return self._fetched(source, where)
+        return self._read(source, where)
+
+    def _read(self, source: str, where: str) -> bytes:
+        folder = self.config.allowed_local_media_path
+        address = urllib.parse.urlsplit(source)
+        if folder is None or address.scheme != "file" or address.netloc not in ("", "localhost"):
+            allowed = "a data URL" + ("" if folder is None else f", or file:// and a path in {folder}")
+            fix = "; the server reads files where its key allowed_local_media_path names their folder"
+            raise _refused(f"{where} has the URL {source[:60]!r}, allowed is {allowed}{fix if folder is None else ''}")
+        root = Path(folder).expanduser().resolve()
+        place = Path(urllib.parse.unquote(address.path)).resolve()
+        if not place.is_relative_to(root) or not place.is_file():
+            raise _refused(f"{where} has the URL {source[:60]!r}, and there is no such file in {folder}")
+        with place.open("rb") as file:
+            return self._no_more(file.read(self._most_bytes + 1), where)
+
+    def _fetched(self, address: str, where: str) -> bytes:
+        allowed = self.config.allowed_media_domains
+        _check_domain(address, allowed, where)
+        opener = urllib.request.build_opener(_Redirects(allowed, where))
+        try:
+            with opener.open(address, timeout=_FETCH_S) as answer:
+                return self._no_more(answer.read(self._most_bytes + 1), where)
+        except (OSError, ValueError, HTTPException) as error:
+            raise _refused(f"{where}: {address[:80]} cannot be fetched ({error})") from None
+
+    @property
+    def _most_bytes(self) -> int:
+        return int(self.config.max_body_mb * 1e6)
+
+    def _no_more(self, content: bytes, where: str) -> bytes:
+        if len(content) > self._most_bytes:
+            raise _refused(f"{where} shows a file of more than {self._most_bytes} bytes; the server's key max_body_mb")
+        return content
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Goes on to other addresses only where these may be asked, too."""
+
+    def __init__(self, allowed: Sequence[str], where: str) -> None:
+        self.allowed, self.where = allowed, where
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _check_domain(newurl, self.allowed, self.where)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_domain(address: str, allowed: Sequence[str], where: str) -> None:
+    found = urllib.parse.urlsplit(address)
+    if found.scheme.lower() != "https" or (found.hostname or "") not in allowed:
+        domains = f"allowed is https:// of {listed(allowed)}" if allowed else "allowed is a data URL"
+        fix = "" if allowed else "; the server fetches from domains that its key allowed_media_domains names"
+        raise _refused(f"{where} has the URL {address[:80]!r}, {domains}{fix}")
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _decoded(content: Any, where: str) -> bytes:
+    try:
+        return base64.b64decode(content, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise _refused(f"{where} shows what is no base64; allowed are the file's bytes in base64") from None
+
+
+def _checked_picture(place: Path, config: ServeConfig, where: str) -> None:
+    """Refused for what no picture is, or one that is huge once it is decoded. Its head is all that is read."""
+    from PIL import Image
+
+    try:
+        with Image.open(place, formats=PICTURES) as image:
+            width, height = image.size
+    except Exception:  # of what is broken, Pillow raises whatever it likes, with the file's path
+        raise _refused(f"{where} shows no picture that can be read, allowed are {listed(PICTURES)}") from None
+    if width * height > config.max_media_pixels:
+        size = f"{where} shows a picture of {width:,} x {height:,} pixels"
+        raise _refused(f"{size}, allowed are {config.max_media_pixels:,} in all; make it smaller")
+
+
+def _checked_sound(place: Path, config: ServeConfig, where: str) -> None:
+    """Refused for what is neither wav nor mp3, or too long. Other kinds may name files that would be read."""
+    with place.open("rb") as file:
+        head = file.read(12)
+    wav = head[:4] == b"RIFF" and head[8:] == b"WAVE"
+    mp3 = head[:3] == b"ID3" or (head[:1] == b"\xff" and len(head) > 1 and head[1] >= 0xE0)
+    seconds = _seconds(place, "wav" if wav else "mp3") if wav or mp3 else None
+    if seconds is None:
+        raise _refused(f"{where} has no sound that can be read, allowed are wav and mp3")
+    if seconds > config.max_media_seconds:
+        raise _refused(f"{where} has a sound of {seconds:,.0f} s, allowed are {config.max_media_seconds:g}; cut it")
+
+
+def _seconds(place: Path, format: str) -> float | None:
+    """How long a sound says that it is; None where it cannot be read."""
+    import av
+
+    try:
+        with av.open(str(place), format=format) as container:
+            return None if container.duration is None else container.duration / 1e6
+    except (OSError, ValueError):  # av's errors are of these
+        return None
+
+
+def _refused(said: str) -> Refused:
+    return Refused(400, said, param="messages")
