@@ -78,10 +78,13 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many there are, without padding; 0 where there are no rows."""
+        """How many there are, without padding and documents that are no samples; 0 where there are no rows."""
         if not self.sequences:
             return 0
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        if self.document_starts is not None and not self.row_tokens:
+            return int(self.document_starts[self.sequences])
+        rows = self.input_ids[: self.sequences]
+        return rows.numel() if self.attention_mask is None else int(self.attention_mask[: self.sequences].sum())
 
     def rows(self) -> list[list[int]]:
         """The tokens of each sequence, without padding."""
