@@ -62,6 +62,12 @@ class Plain:
 
     def logps(self, asked: Asked, answer: Sequence[int], temperature: float = 1.0) -> Tensor:
         """(tokens,) the log-probability of each token of an answer."""
+        start, found = self.after(asked, answer)
+        logits = found.logits[0, start - 1 : -1].float()
+        return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).squeeze(1)
+
+    def after(self, asked: Asked, answer: Sequence[int]) -> tuple[int, Any]:
+        """The tokens of a question, and what the model says to it and to these tokens of an answer."""
         inputs = self.inputs([asked.turn(self.place)], add_generation_prompt=True)
         prompt = inputs["input_ids"]
         new = torch.tensor([list(answer)])
@@ -70,8 +76,7 @@ class Plain:
             if name == "cross_attention_mask":
                 more = inputs[name][:, -1:].expand(-1, new.shape[1], -1, -1)
             inputs[name] = torch.cat([inputs[name], more], 1)
-        logits = self.model(**inputs).logits[0, prompt.shape[1] - 1 : -1].float()
-        return (logits / temperature).log_softmax(-1).gather(1, new[0, :, None]).squeeze(1)
+        return prompt.shape[1], self.model(**inputs, output_hidden_states=True)
 
 
 def shaken(folder: Path, target: Path, by: float = 0.05) -> Path:
