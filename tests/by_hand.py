@@ -69,16 +69,26 @@ def optimizer_by_hand(keys: dict[str, Any], model: Any, weights: list[Any], plan
     return create_optimizer(plan.parts.one("optim_config").built, groups, context)
 
 
+Row = tuple[list[int], list[int]]
+"""Tokens and labels."""
+
+
 @functools.cache
-def encoded(model: str, lines: str) -> list[tuple[list[int], list[int]]]:
-    """The rows of a file by the tokenizer of `model`, once for all that train on them."""
+def encoded(model: str, lines: str) -> list[Any]:
+    """The rows of a file by the tokenizer of `model`, once for all that train on them; of pairs both answers' rows."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return [encode(tokenizer, json.loads(line)["messages"]) for line in lines.splitlines()]
+
+    def row(tree: dict[str, Any]) -> Any:
+        if "messages" in tree:
+            return encode(tokenizer, tree["messages"])
+        return tuple(encode(tokenizer, tree["prompt"] + tree[answer]) for answer in ("chosen", "rejected"))
+
+    return [row(json.loads(line)) for line in lines.splitlines()]
 
 
-def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Any, messages: list[dict[str, str]]) -> Row:
     """Token by token: ChatML written out, answers and their end-of-turn counted."""
     ids: list[int] = []
     labels: list[int] = []
@@ -92,18 +102,21 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], l
     return ids, labels
 
 
-def mean_loss(model: Any, batch: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
-    return mean_and_output(model, batch, pad)[0]
-
-
-def mean_and_output(
-    model: Any, batch: list[tuple[list[int], list[int]]], pad: int, **keys: Any
-) -> tuple[torch.Tensor, Any]:
-    """The mean loss over a batch of (tokens, labels), and what the model gave for it."""
+def padded(batch: list[Row], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and the attention mask of rows, each as long as the longest."""
     longest = max(len(ids) for ids, _ in batch)
     ids = torch.tensor([i + [pad] * (longest - len(i)) for i, _ in batch])
     labels = torch.tensor([y + [-100] * (longest - len(y)) for _, y in batch])
-    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in batch])
+    return ids, labels, torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in batch])
+
+
+def mean_loss(model: Any, batch: list[Row], pad: int) -> torch.Tensor:
+    return mean_and_output(model, batch, pad)[0]
+
+
+def mean_and_output(model: Any, batch: list[Row], pad: int, **keys: Any) -> tuple[torch.Tensor, Any]:
+    """The mean loss over a batch of (tokens, labels), and what the model gave for it."""
+    ids, labels, mask = padded(batch, pad)
     given = model(input_ids=ids, attention_mask=mask, **keys)
     logits, wanted = given.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100), given

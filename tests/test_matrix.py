@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from tests.matrix.__main__ import pairwise_both
-from tests.matrix.axes import AXES, BASE_AXES, OPTIMIZER_AXES, USE_AXES, Combo, grid, pairwise, refusals, sliced
+from tests.matrix.axes import (
+    AXES,
+    BASE_AXES,
+    OPTIMIZER_AXES,
+    STAGE_AXES,
+    USE_AXES,
+    Combo,
+    grid,
+    pairwise,
+    refusals,
+    sliced,
+)
 from tests.matrix.inference import check_inference
 from tests.matrix.reference import References
 from tests.matrix.runner import Result, check_refusals, quiet, run_all
@@ -64,7 +75,7 @@ def test_a_wrong_run_is_noticed(scene: Scene, tmp_path: Path) -> None:
 
 
 def test_few_combinations_cover_every_pair() -> None:
-    for axes in (AXES, OPTIMIZER_AXES, BASE_AXES):
+    for axes in (AXES, OPTIMIZER_AXES, BASE_AXES, STAGE_AXES):
         legal = [combo for combo in grid(axes) if not refusals(combo)]
 
         def pairs(combos: list[Combo], axes: Any = axes) -> set[object]:

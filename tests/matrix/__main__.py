@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.matrix.axes import BASE_AXES, OPTIMIZER_AXES, USE_AXES, Combo, grid, pairwise, sliced
+from tests.matrix.axes import BASE_AXES, OPTIMIZER_AXES, STAGE_AXES, USE_AXES, Combo, grid, pairwise, sliced
 from tests.matrix.families import family_combos
 from tests.matrix.inference import check_inference
 from tests.matrix.reference import References
@@ -53,7 +54,7 @@ def chosen(options: argparse.Namespace) -> list[Combo]:
     """What the options ask for, each once."""
     combos: list[Combo] = []
     if options.whole:
-        combos += grid() + grid(OPTIMIZER_AXES) + grid(BASE_AXES)
+        combos += grid() + grid(OPTIMIZER_AXES) + grid(BASE_AXES) + grid(STAGE_AXES)
     elif options.pairwise:
         combos += pairwise_both()
     if options.families:
@@ -63,10 +64,11 @@ def chosen(options: argparse.Namespace) -> list[Combo]:
     return sliced(list(dict.fromkeys(combos)), options.slice)
 
 
+@functools.cache
 def pairwise_both() -> list[Combo]:
     """All pairs among the legal combinations, and all pairs among those that must be refused, of each grid."""
     found = []
-    for everything in (grid(), grid(OPTIMIZER_AXES), grid(BASE_AXES)):
+    for everything in (grid(), grid(OPTIMIZER_AXES), grid(BASE_AXES), grid(STAGE_AXES)):
         found += pairwise([combo for combo in everything if not expected_sentences(combo)])
         found += pairwise([combo for combo in everything if expected_sentences(combo)])
     return found

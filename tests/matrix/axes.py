@@ -37,6 +37,17 @@ BASE_AXES: dict[str, tuple[Any, ...]] = {
 }
 """The other quantised bases than those of bitsandbytes, on what loading and computing could depend on."""
 
+STAGE_AXES: dict[str, tuple[Any, ...]] = {
+    "stage": ("dpo", "orpo", "kto_pair"),
+    "base": ("full precision", "nf4"),
+    "method": ("full", "lora", "modules_to_save", "continued", "llama_pro", "ia3"),
+    "kernels": AXES["kernels"],
+    "ranks": (1, 2),
+    "accumulation": AXES["accumulation"],
+    "packing": AXES["packing"],
+}
+"""Stages of pairs, on what their losses and references could depend on."""
+
 USE_AXES: dict[str, tuple[Any, ...]] = {
     "use": ("inference",),
     "base": AXES["base"],
@@ -63,6 +74,7 @@ class Combo:
     packing: bool = False
     checkpointing: str = "none"
     optimizer: str = "adamw"
+    stage: str = "sft"
 
     @property
     def name(self) -> str:
@@ -72,6 +84,7 @@ class Combo:
                 self.use, self.family, self.init, self.base, self.method, f"kernels:{self.kernels}",
                 f"ranks:{self.ranks}", f"accumulation:{self.accumulation}", "packed" if self.packing else "unpacked",
                 f"checkpointing:{self.checkpointing}", *([] if self.optimizer == "adamw" else [self.optimizer]),
+                *([] if self.stage == "sft" else [self.stage]),
             )
         )  # fmt: skip
 
@@ -150,13 +163,17 @@ def pairwise(combos: Sequence[Combo]) -> list[Combo]:
     Greedy: the next one is the first of those that add most pairs.
     """
     names = [field.name for field in fields(Combo) if len({getattr(combo, field.name) for combo in combos}) > 1]
-    held = [frozenset(itertools.combinations([(name, getattr(combo, name)) for name in names], 2)) for combo in combos]
-    missing = set().union(*held)
+    bits: dict[Any, int] = {}
+    held = []
+    for combo in combos:
+        pairs = itertools.combinations([(name, getattr(combo, name)) for name in names], 2)
+        held.append(sum(1 << bits.setdefault(pair, len(bits)) for pair in pairs))
+    missing = (1 << len(bits)) - 1
     chosen = []
     while missing:
-        best = max(range(len(combos)), key=lambda index: len(held[index] & missing))
+        best = max(range(len(combos)), key=lambda index: (held[index] & missing).bit_count())
         chosen.append(combos[best])
-        missing -= held[best]
+        missing &= ~held[best]
     return chosen
 
 

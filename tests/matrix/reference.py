@@ -12,9 +12,10 @@ import transformers
 from peft import IA3Config, OFTConfig, PeftConfig, get_peft_model
 
 import llmtune
-from tests.by_hand import adapt_by_hand, base_by_hand, expand_by_hand, train_by_hand
+from tests.by_hand import adapt_by_hand, base_by_hand, encoded, expand_by_hand, train_by_hand
 from tests.matrix.axes import Combo
 from tests.matrix.scene import Scene
+from tests.matrix.stages import loss_of_stage
 
 TUNERS: dict[str, Callable[[], PeftConfig]] = {
     "oft": lambda: OFTConfig(r=0, oft_block_size=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -39,17 +40,17 @@ class Reference:
 
 
 class References:
-    """One for each (family, base, method, packing, optimizer): nothing else may change a number."""
+    """One for each (family, base, method, packing, optimizer, stage): nothing else may change a number."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self._known: dict[tuple[Any, ...], Reference] = {}
-        self._plans: dict[tuple[str, bool], Any] = {}
+        self._plans: dict[tuple[str, bool, str], Any] = {}
         self._starts: dict[str, dict[str, torch.Tensor]] = {}
 
     def of(self, combo: Combo) -> Reference:
         """The reference of `combo`, trained on first use."""
-        key = (combo.family, combo.base, combo.method, combo.packing, combo.optimizer)
+        key = (combo.family, combo.base, combo.method, combo.packing, combo.optimizer, combo.stage)
         if key not in self._known:
             self._known[key] = self._train(combo)
         return self._known[key]
@@ -67,7 +68,10 @@ class References:
         elif peft:
             model = adapt_by_hand(model, peft, self.starts(combo), self.scene.family(combo).targets)
         before = logits(model)
-        numbers = train_by_hand(keys, model, self._plan(combo, keys))
+        loss_of = None
+        if combo.stage != "sft":
+            loss_of = loss_of_stage(combo.stage, model, encoded(keys["model"], Path(keys["dataset"]).read_text()))
+        numbers = train_by_hand(keys, model, self._plan(combo, keys), loss_of)
         return Reference(numbers=numbers, logits=logits(model), before=before)
 
     def _plan(self, combo: Combo, keys: dict[str, Any]) -> Any:
@@ -75,7 +79,7 @@ class References:
         other optimisers than torch's ask for more than that: what of this model trains."""
         if combo.optimizer != "adamw":
             return llmtune.plan(keys, nproc=combo.ranks)
-        if (key := (combo.family, combo.packing)) not in self._plans:
+        if (key := (combo.family, combo.packing, combo.stage)) not in self._plans:
             self._plans[key] = llmtune.plan(keys, nproc=combo.ranks)
         return self._plans[key]
 

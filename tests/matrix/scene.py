@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmtune.testing.tiny import tiny_preferences
 from tests.by_hand import base_by_hand
 from tests.matrix.axes import Combo
 from tests.matrix.families import FAMILIES, Family, make_model_folder
+from tests.matrix.stages import STAGES
 
 STEPS = 5
 GLOBAL_BATCH = 16
@@ -60,6 +62,7 @@ class Scene:
         root.mkdir(parents=True, exist_ok=True)
         self.data = self._write("train.jsonl", 44, 0)
         self.evaluation = self._write("eval.jsonl", 6, 100)
+        self.pairs = str(tiny_preferences(root, rows=44))
 
     def _write(self, name: str, count: int, first: int) -> str:
         """Short conversations of different lengths, some with two turns."""
@@ -124,6 +127,8 @@ class Scene:
             "per_device_eval_batch_size": 2, "ddp_timeout": 60, "overwrite_output_dir": True,
             **FAMILIES[combo.family].keys, **OPTIMIZERS[combo.optimizer],
         }  # fmt: skip
+        if combo.stage != "sft":
+            keys |= {**STAGES[combo.stage], "dataset": self.pairs, "eval_dataset": self.pairs}
         keys["kernel_config"] = None if combo.kernels == "none" else combo.kernels
         if combo.method == "ia3":  # its vectors are few, and start at 1
             keys["learning_rate"] *= 10

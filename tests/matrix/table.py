@@ -6,9 +6,20 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from tests.matrix.axes import AXES, BASE_AXES, OPTIMIZER_AXES, QUANTISED, REFUSED, USE_AXES, Combo, grid, refusals
+from tests.matrix.axes import (
+    AXES,
+    BASE_AXES,
+    OPTIMIZER_AXES,
+    QUANTISED,
+    REFUSED,
+    STAGE_AXES,
+    USE_AXES,
+    Combo,
+    grid,
+    refusals,
+)
 from tests.matrix.families import FAMILIES, WAYS, Family
-from tests.matrix.runner import LEARNT, TOLERANCE, TOLERANCES, Result, expected_sentences
+from tests.matrix.runner import LEARNT, ROUNDED, TOLERANCE, Result, expected_sentences
 from tests.matrix.scene import GLOBAL_BATCH, STEPS
 
 PAGE = "docs/matrix.md"
@@ -21,10 +32,12 @@ def page(results: Sequence[Result]) -> str:
     used = [r for r in results if r.combo.use == "inference"]
     others = [r for r in train if r.combo.optimizer != "adamw"]
     bases = [r for r in train if r.combo.base in BASE_AXES["base"]]
-    families = [r for r in train if r.combo not in _GRID and r not in bases and r.combo.optimizer == "adamw"]
+    stages = [r for r in train if r.combo.stage != "sft"]
+    apart = {r.combo for r in [*others, *bases, *stages]}
+    families = [r for r in train if r.combo not in _GRID and r.combo not in apart]
     parts = [
         _head(plain, used, families), _axes(plain), _methods(plain), _bases(bases), _optimizers(others),
-        _inference(used), _families(families),
+        _stages(stages), _inference(used), _families(families),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -115,21 +128,33 @@ compared elsewhere (`plugins/quant/tests`)."""
 
 
 def _optimizers(others: Sequence[Result]) -> str:
-    rows = []
-    for name in OPTIMIZER_AXES["optimizer"]:
-        row = [name]
-        for method in OPTIMIZER_AXES["method"]:
-            cell = [r for r in others if (r.combo.optimizer, r.combo.method) == (name, method)]
-            trained = [r for r in cell if not refusals(r.combo)]
-            row.append(_cell(trained or cell, not trained))
-        ran = [r for r in others if r.combo.optimizer == name and not refusals(r.combo)]
-        rows.append([*row, *(_largest(ran, what) for what in _WORDS)])
     text = f"""Every pair of an optimiser with a base, method, number of ranks, accumulation and packing. The reference
 steps with the same optimiser on one process's model; what each optimiser does is compared with its authors' program
-elsewhere (`plugins/optim/tests`). The saved result's logits may differ by {TOLERANCES["muon"]:.0e} after `muon`, which
-makes rounding as large as everything else."""
-    head = ["", *OPTIMIZER_AXES["method"], *_WORDS.values()]
-    return f"## Optimisers\n\n{text}\n\n" + _table(head, rows)
+elsewhere (`plugins/optim/tests`). `muon` makes rounding as large as everything else: its losses and norms may differ by
+{ROUNDED["muon"][0]:.0e}, the saved result's logits by {ROUNDED["muon"][1]:.0e}."""
+    return f"## Optimisers\n\n{text}\n\n" + _by_method(others, "optimizer", OPTIMIZER_AXES)
+
+
+def _stages(stages: Sequence[Result]) -> str:
+    text = f"""Every pair of a loss of preference pairs with a base, method, kernels, number of ranks, accumulation and
+packing. The reference has the formulas written by hand (`tests/matrix/stages.py`) over whole logits, and asks the model
+as it was at its start; with one, losses and norms may differ by {ROUNDED["dpo"][0]:.0e}, as log-ratios are small
+differences of large sums. More of them, and reward models, KTO, GRPO and PPO, are compared with TRL and composed
+elsewhere (`plugins/preference/tests`, `plugins/rollouts/tests`, `tests/test_preferences_composed.py`)."""
+    return f"## Stages\n\n{text}\n\n" + _by_method(stages, "stage", STAGE_AXES)
+
+
+def _by_method(results: Sequence[Result], axis: str, axes: Mapping[str, Sequence[Any]]) -> str:
+    rows = []
+    for value in axes[axis]:
+        row, mine = [value], [r for r in results if getattr(r.combo, axis) == value]
+        for method in axes["method"]:
+            cell = [r for r in mine if r.combo.method == method]
+            trained = [r for r in cell if not refusals(r.combo)]
+            row.append(_cell(trained or cell, not trained))
+        ran = [r for r in mine if not refusals(r.combo)]
+        rows.append([*row, *(_largest(ran, what) for what in _WORDS)])
+    return _table(["", *axes["method"], *_WORDS.values()], rows)
 
 
 def _inference(used: Sequence[Result]) -> str:

@@ -70,12 +70,15 @@ def test_muon_is_torchs(keys) -> None:
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left", "full"])
 def test_galore_is_the_authors(proj_type) -> None:
     published = pytest.importorskip("galore_torch")
+    # From both sides a gradient becomes its singular values. What lies beside the diagonal is rounding, 1e-7, which
+    # Adam would scale to whole steps.
+    eps = 1e-4 if proj_type == "full" else 1e-8
 
     def make(named: Named) -> Any:
         group = {"params": [p for _, p in named], "rank": 4, "update_proj_gap": 3, "scale": 0.5, "proj_type": proj_type}
-        return published.GaLoreAdamW([group], lr=RATE, eps=1e-8, no_deprecation_warning=True)
+        return published.GaLoreAdamW([group], lr=RATE, eps=eps, no_deprecation_warning=True)
 
-    compare(*pair("galore", make, rank=4, update_interval=3, scale=0.5, proj_type=proj_type))
+    compare(*pair("galore", make, rank=4, update_interval=3, scale=0.5, proj_type=proj_type, eps=eps))
 
 
 @pytest.mark.parametrize(
