@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llmtune.contract.errors import listed
 from llmtune.contract.examples import BadRow
-from llmtune.media.marks import MARKS, kinds_in
+from llmtune.media.marks import BOUNDARY, MARKS, joined_parts, kinds_in
 
 _KINDS = {
     type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
@@ -46,7 +46,8 @@ _MEDIA = {
 
 
 def content_of(value: Any, place: str) -> Content:
-    """Text, or a list of parts. Parts of one type are joined with nothing between, as transformers' own templates do.
+    """Text, or a list of parts. Parts of one type are joined with nothing between, as transformers' own templates do;
+    beside media they can still be told apart.
 
     Raises:
         BadRow: `value` is neither, a part is of another type, or the parts stand in an order that no template writes.
@@ -68,12 +69,13 @@ def content_of(value: Any, place: str) -> Content:
         what = f"{place} has parts in the order {listed(order)}, allowed is {listed(_PARTS)}"
         raise BadRow("parts out of order", what)
     found = {name: [said for own, said in parts if own == name] for name in _PARTS}
-    return Content("".join(found["text"]), "".join(found["reasoning"]), tuple(found["tool_call"]), shown)
+    text = joined_parts(found["text"]) if shown else "".join(found["text"])
+    return Content(text, "".join(found["reasoning"]), tuple(found["tool_call"]), shown)
 
 
 def _unmarked(text: str, place: str) -> str:
-    if kinds_in(text):
-        raise BadRow("private-use characters", f"{place} holds U+E010 to U+E012, which stand for media")
+    if BOUNDARY in text or kinds_in(text):
+        raise BadRow("private-use characters", f"{place} holds U+E010 to U+E013, which stand for media")
     return text
 
 

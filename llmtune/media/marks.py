@@ -5,14 +5,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import pairwise
 
 from llmtune.contract.examples import MEDIA_KINDS, Message
 
 MARKS = {kind: chr(0xE010 + number) for number, kind in enumerate(MEDIA_KINDS)}
 """The character that stands for a medium of each kind."""
+BOUNDARY = chr(0xE013)
+"""The character that stands between two parts of a content where no medium does: templates that trim texts, or begin a
+line for each, write two parts otherwise than one."""
 _KIND = {mark: kind for kind, mark in MARKS.items()}
 _ANY = re.compile("([" + "".join(_KIND) + "])")
+
+
+def joined_parts(parts: Sequence[str]) -> str:
+    """One text of a content's parts, each of which is a text or the mark of a medium."""
+    text = "".join(parts[:1])
+    for before, part in pairwise(parts):
+        told_apart = bool(before) and bool(part) and (before in _KIND or part in _KIND)
+        text += part if told_apart else BOUNDARY + part
+    return text
 
 
 def kinds_in(text: str) -> list[str]:
@@ -32,18 +44,24 @@ def with_marks_as(text: str, written: Callable[[str], str], begin: str = "") -> 
 
 def texts_between(text: str) -> list[str]:
     """What a text says before, between and after its media, without what is empty."""
-    return [part for part in _ANY.split(text) if part and part not in _KIND]
+    return [part for part in _parts(text) if part and part not in _KIND]
 
 
 def as_parts(message: Message) -> Message:
     """The message with a list of parts for its content, as transformers' templates of models that read media want it:
     `{type: text, text: ...}`, `{type: image}`."""
-    parts: list[dict[str, Any]] = [
+    content = [
         {"type": _KIND[part]} if part in _KIND else {"type": "text", "text": part}
-        for part in _ANY.split(message["content"])
-        if part
+        for part in _parts(message["content"])
     ]
-    return {**message, "content": parts}
+    return {**message, "content": content}
+
+
+def _parts(text: str) -> list[str]:
+    found: list[str] = []
+    for piece in text.split(BOUNDARY):
+        found += [part for part in _ANY.split(piece) if part] or [""]
+    return found
 
 
 def kinds_text(kinds: Sequence[str]) -> str:

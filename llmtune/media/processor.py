@@ -7,7 +7,7 @@ transformers has it for every kind of model.
 from __future__ import annotations
 
 import inspect
-import shutil
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -345,7 +345,10 @@ def media_processor(
 
 
 def copy_processor(folder: Path, target: Path) -> None:
-    """Put the files of the processor in `folder`, where there are any, beside a model that was trained from it."""
+    """Put the files of the processor in `folder`, where there are any, beside a model that was trained from it, whose
+    chat template they would go before."""
     for name in PROCESSOR_FILES:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+            said = json.loads((folder / name).read_text("utf-8"))
+            said.pop("chat_template", None)
+            (target / name).write_text(json.dumps(said, indent=2) + "\n", "utf-8")

@@ -265,7 +265,20 @@ def read_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenize
         )
     except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
         raise LoadError(f"{files.folder} has no usable tokenizer: {_first_line(error, config)}") from error
+    if template := _processor_template(files.folder):
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template that stands in a file which a processor reads and a tokenizer does not, as of most models that
+    read media and were published before 2025."""
+    for name in ("processor_config.json", "chat_template.json"):
+        place = folder / name
+        template = json.loads(place.read_text("utf-8")).get("chat_template") if place.is_file() else None
+        if isinstance(template, str):
+            return template
+    return None
 
 
 def auto_class(config: ModelConfig, model_config: PretrainedConfig) -> Any:
