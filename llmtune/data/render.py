@@ -118,7 +118,11 @@ class Renderer:
         return sequence._replace(shown=shown)
 
     def _shown(self, conversation: Conversation, text: str, length: int) -> ShownText:
-        """A rendering of the first `length` messages, with the media that these show."""
+        """A rendering of the first `length` messages, with the media that these show. BadRow where it holds stand-ins,
+        which no processor reads."""
+        if self._literal is not None and self._literal.restored(text) != text:
+            what = "the row shows media, and its text spells special tokens"
+            raise BadRow("media in literal text", f"{what}, allowed without split_special_tokens; mend the text")
         count = sum(len(kinds_in(message["content"])) for message in conversation.messages[:length])
         return ShownText(text, tuple(conversation.media[:count]))
 
