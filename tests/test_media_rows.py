@@ -4,7 +4,6 @@ tensors that are the processor's own."""
 from __future__ import annotations
 
 import base64
-import random
 import struct
 import wave
 import zlib
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Conversation, ShownText
@@ -27,9 +25,8 @@ from llmtune.data.formats.pairs import PreferencePairs
 from llmtune.data.render import Renderer
 from llmtune.media.config import MediaConfig
 from llmtune.media.files import MediaFiles
-from llmtune.media.loading import load_processor
 from llmtune.media.marks import texts_between
-from llmtune.media.opening import open_audio, open_image, open_video
+from llmtune.media.opening import open_audio, open_blank, open_image, open_video
 from llmtune.media.processor import MediaProcessor
 from tests.tiny_media import MODELS, draw
 
@@ -183,6 +180,8 @@ def test_pictures_of_every_kind_are_what_transformers_opens(tmp_path: Path) -> N
 
     random_bytes = np.random.default_rng(0)
     color = Image.fromarray(random_bytes.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+    turned = color.getexif()
+    turned[0x0112] = 6
     clear = Image.fromarray(random_bytes.integers(0, 255, (9, 12, 4), dtype=np.uint8), "RGBA")
     color.convert("CMYK").save(tmp_path / "cmyk.jpg")
     Image.fromarray(random_bytes.integers(0, 65535, (9, 12), dtype=np.uint16)).save(tmp_path / "bits16.png")
@@ -191,16 +190,35 @@ def test_pictures_of_every_kind_are_what_transformers_opens(tmp_path: Path) -> N
     clear.save(tmp_path / "clear.webp", lossless=True)
     clear.convert("LA").save(tmp_path / "grey.png")
     color.convert("1").save(tmp_path / "bit.png")
+    color.save(tmp_path / "turned.tiff", exif=turned)
+    color.save(tmp_path / "turned.png", exif=turned)
     for name in ("moves.gif", "moves.webp"):
         color.save(tmp_path / name, save_all=True, append_images=[color.rotate(180)])
-    exif = color.getexif()
-    exif[0x0112] = 6
-    color.save(tmp_path / "turned.jpg", exif=exif)
+    color.save(tmp_path / "turned.jpg", exif=turned)
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 10
+    assert len(files) == 12
     for file in files:
         ours, theirs = open_image(str(file), None, None), load_image(str(file))
         assert (ours.size, ours.tobytes()) == (theirs.size, theirs.tobytes()), file.name
+        for most, least in ((None, None), (50, None), (None, 300)):  # what is told by the head of a file
+            whole, blank = open_image(str(file), most, least), open_blank(str(file), most, least)
+            assert (blank.size, blank.mode) == (whole.size, whole.mode), file.name
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "tiff", "bmp"])
+def test_a_picture_that_is_cut_off_is_found_before_it_is_trained_on(kind: str, tmp_path: Path) -> None:
+    """Wherever the file ends too early: told by its size as well as opened."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    whole, cut = tmp_path / f"whole.{kind}", tmp_path / f"cut.{kind}"
+    Image.fromarray(noise).save(whole)
+    content = whole.read_bytes()
+    for share in (0.02, 0.3, 0.6, 0.95):
+        cut.write_bytes(content[: int(len(content) * share)])
+        for read in (open_image, open_blank):
+            with pytest.raises(BadRow, match=f"cut.{kind} cannot be read"):
+                read(str(cut), None, None)
 
 
 def test_videos_and_sounds_that_would_fill_the_memory_are_refused(
@@ -258,53 +276,22 @@ def test_videos_and_sounds_are_sampled(folder: Path, tmp_path: Path) -> None:
         open_audio(str(folder / "broken.png"), 16000)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "gemma3", "idefics3", "qwen2_5_vl", "qwen3_vl"])
-def test_ids_and_tensors_are_those_of_the_processor(
-    name: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Of random conversations with pictures in every place, one by one and as a batch."""
-    from PIL import Image
+def test_special_tokens_that_are_to_be_text_are_refused_beside_pictures(folder: Path, tmp_path: Path) -> None:
+    """The processor reads the whole text at once; rows that spell none train."""
+    from transformers import AutoTokenizer
 
-    model = MODELS[name](tmp_path_factory.mktemp(name))
-    processor = load_processor(model)
-    processor.tokenizer.padding_side = "right"
-    media = MediaProcessor(folder=model, tokenizer=processor.tokenizer, config=MediaConfig(image_min_pixels=None))
-    renderer, draw = Renderer(processor.tokenizer, media=media), random.Random(3)
-    rows, theirs = [], []
-    for _ in range(6):
-        ours: list[dict[str, Any]] = []
-        conversation, images = [], []
-        for role in ("user", "assistant") * draw.randint(1, 3):
-            parts: list[dict[str, Any]] = []
-            while not parts or draw.random() < 0.5:
-                if role == "user" and draw.random() < 0.5:
-                    images.append(f"{draw.randint(0, 1)}.png")
-                    parts.append({"type": "image", "image": images[-1]})
-                else:
-                    parts.append({"type": "text", "text": draw.choice(("hello ", " world", "\n<b>é</b>", "in the"))})
-            if not any(part["type"] == "text" and part["text"].strip() for part in parts):
-                parts.append({"type": "text", "text": "what"})
-            ours.append({"role": role, "content": parts})
-            opened = [{**p, "image": Image.open(folder / p["image"])} if "image" in p else p for p in parts]
-            conversation.append({"role": role, "content": opened})
-        rows.append(read(folder, {"messages": ours}))
-        theirs.append(conversation)
-    found = [result[0] for result in renderer.encode(rows) if not isinstance(result, BadRow)]
-    assert len(found) == len(rows)
-    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    for ours_made, conversation in zip(found, theirs, strict=True):
-        alone = processor.apply_chat_template(conversation, **how)
-        assert ours_made.ids.tolist() == alone["input_ids"][0].tolist()
-        said = processor.tokenizer.decode(ours_made.ids[ours_made.mask])
-        answers = [turn["content"] for turn in conversation if turn["role"] == "assistant"]
-        assert said == "".join("".join(part["text"] for part in answer) + "<|im_end|>" for answer in answers)
-    batch = processor.apply_chat_template(theirs, processor_kwargs={"padding": True}, **how)
-    shown = [each.shown or ShownText("") for each in found]
-    tensors = media.tensors(shown, [each.ids for each in found], "padded")
-    expected = {key: value for key, value in batch.items() if key not in ("input_ids", "attention_mask")}
-    assert tensors.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(tensors[key], value, rtol=0, atol=0)
+    model = MODELS["qwen2_vl"](tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    media = MediaProcessor(folder=model, tokenizer=tokenizer)
+    renderer = Renderer(tokenizer, media=media, split_special_tokens=True)
+    spelt, plain = (read(folder, asks(f"<image>{said}") | {"images": ["0.png"]}) for said in ("<|im_end|>", "what"))
+    (refused, (found,)) = renderer.encode([spelt, plain])
+    assert isinstance(refused, BadRow)
+    assert "allowed without split_special_tokens" in str(refused)
+    with pytest.raises(BadRow, match="its text spells special tokens"):
+        renderer.prompt(spelt)
+    (expected,) = Renderer(tokenizer, media=media).encode([plain])[0]
+    assert found.ids.tolist() == expected.ids.tolist()
 
 
 def test_a_picture_that_changed_is_found(folder: Path, tmp_path: Path) -> None:

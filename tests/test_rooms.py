@@ -47,6 +47,7 @@ TOKENIZER_FILES = {
     f"llmtune.{name}"
     for name in (
         "inference.inspect",
+        "media.by_size",
         "media.loading",
         "media.opening",
         "media.processor",

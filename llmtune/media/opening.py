@@ -17,6 +17,8 @@ from llmtune.media.config import MediaConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+"""EXIF's tag of how a camera was held, and its values of one that lay on a side."""
 MOST_PIXELS = 2**27
 """Pixels of a picture that is still opened: 134 million, 400 MB once it is decoded. A file of some kilobytes may claim
 more."""
@@ -41,24 +43,53 @@ class Video(NamedTuple):
 
 def open_image(path: str, most: int | None, least: int | None) -> Image:
     """A picture as RGB, turned as its EXIF data say, with `least` to `most` pixels. BadRow if it cannot be read."""
+    from PIL import ImageOps
+
+    with _picture(path) as image:
+        found = ImageOps.exif_transpose(image).convert("RGB")
+        size = fitted(found.size, most, least)
+        return found if found.size == size else found.resize(size)
+
+
+def open_blank(path: str, most: int | None, least: int | None) -> Image:
+    """A picture that shows nothing, of the size that `open_image` gives. BadRow if the file cannot be read.
+
+    All of the file is decoded, or a broken one would be found in the middle of a run; but of JPEG every eighth pixel,
+    and what takes longer than that, resizing, is left out.
+    """
     from PIL import Image, ImageOps
+
+    with _picture(path) as image:
+        lies = image.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+        whole = image.size[::-1] if lies else image.size
+        coarse = image.draft(image.mode, (1, 1))
+        upright = ImageOps.exif_transpose(image)
+        upright.crop((0, 0, 1, 1)).convert("RGB")  # raises where the whole picture would
+    return Image.new("RGB", fitted(whole if coarse else upright.size, most, least))
+
+
+@contextmanager
+def _picture(path: str) -> Iterator[Any]:
+    """The opened file of a picture, of which the head was read."""
+    from PIL import Image
 
     with _reading(path), Image.open(path) as image:
         if image.width * image.height > MOST_PIXELS:
             what = f"{path} has {image.width:,} x {image.height:,} pixels"
             raise BadRow("huge media", f"{what}, allowed are {MOST_PIXELS:,} in all; make it smaller")
-        return resized(ImageOps.exif_transpose(image).convert("RGB"), most, least)
+        yield image
 
 
-def resized(image: Image, most: int | None, least: int | None) -> Image:
-    """The picture, or one of the same shape with about `most` or `least` pixels."""
-    pixels = image.width * image.height
+def fitted(size: tuple[int, int], most: int | None, least: int | None) -> tuple[int, int]:
+    """The size, or one of the same shape with about `most` or `least` pixels."""
+    width, height = size
+    pixels = width * height
     wanted = most if most is not None and pixels > most else least if least is not None and pixels < least else None
     if wanted is None:
-        return image
+        return size
     factor = math.sqrt(wanted / pixels)
     rounded = math.floor if wanted < pixels else math.ceil
-    return image.resize((max(1, rounded(image.width * factor)), max(1, rounded(image.height * factor))))
+    return max(1, rounded(width * factor)), max(1, rounded(height * factor))
 
 
 def open_video(path: str | tuple[str, ...], config: MediaConfig) -> Video:
@@ -113,7 +144,9 @@ def open_audio(path: str, sampling_rate: int) -> np.ndarray:
 
 
 def _small(frame: Any, most: int | None, least: int | None) -> Image:
-    return resized(frame.to_image(), most, least)
+    image = frame.to_image()
+    size = fitted(image.size, most, least)
+    return image if size == image.size else image.resize(size)
 
 
 def _stacked(images: list[Image]) -> np.ndarray:

@@ -20,9 +20,10 @@ import numpy as np
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Media, ShownText
+from llmtune.media.by_size import by_size
 from llmtune.media.config import MediaConfig
 from llmtune.media.loading import load_processor
-from llmtune.media.opening import Video, open_audio, open_image, open_video
+from llmtune.media.opening import Video, open_audio, open_blank, open_image, open_video
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,10 @@ class MediaProcessor:
         found.tokenizer = self.tokenizer
         return found
 
+    @cached_property
+    def _by_size(self) -> Any:
+        return by_size(self.processor)
+
     def facts(self) -> dict[str, Any]:
         """What tokens depend on, besides the files: what the processor's own files say, and the recipe's keys."""
         said = [path.read_text("utf-8") for path in map(self.folder.joinpath, PROCESSOR_FILES) if path.is_file()]
@@ -150,7 +155,8 @@ class MediaProcessor:
     def encode(self, shown: ShownText, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """(tokens,) int32 of a text with its media, and for each span of its characters the tokens (first, stop) that
         share one with it. BadRow where media cannot be read, or the text has no place for each."""
-        out = self._called([shown], return_offsets_mapping=True, **{_REPLACED: True})
+        quick = not self.trust_remote_code  # a model's own code may count by what a picture shows
+        out = self._called([shown], quick, return_offsets_mapping=True, **{_REPLACED: True})
         offsets = np.asarray(out["offset_mapping"][0]).reshape(-1, 2).tolist()
         replaced = next(iter(out.get("text_replacement_offsets", ())), ())
         ends = [each["span"][1] for each in replaced]
@@ -231,26 +237,28 @@ class MediaProcessor:
         some = [count if count < len(own) else None for count, own in zip(counts, ids, strict=True)]
         return self.read(rows).tensors([*map(ShownTokens, map(np.asarray, ids), rows, some)], "left", width)
 
-    def _called(self, rows: Sequence[ShownText], **options: Any) -> Any:
-        """The processor's answer for some texts with their media; tensors of tokens have a row for each text."""
+    def _called(self, rows: Sequence[ShownText], quick: bool = False, **options: Any) -> Any:
+        """The processor's answer for some texts with their media; tensors of tokens have a row for each text. With
+        `quick` its tokens alone, for which it is given the sizes of pictures."""
         kinds = {medium.kind for row in rows for medium in row.media}
         if kinds != {"audio"}:
-            return self._answered(rows, **options)
+            return self._answered(rows, quick, **options)
         # Sounds are one list for all texts, and some processors (Audio Flamingo) want one of each text.
         places = [at for at, row in enumerate(rows) if row.media]
-        out = self._answered([rows[at] for at in places], **options)
+        out = self._answered([rows[at] for at in places], quick, **options)
         if len(places) == len(rows):
             return out
         return {
             name: _in_places(value, places, len(rows)) if name in _PER_TOKEN else value for name, value in out.items()
         }
 
-    def _answered(self, rows: Sequence[ShownText], **options: Any) -> Any:
-        opened = [[self.opened(medium) for medium in row.media] for row in rows]
+    def _answered(self, rows: Sequence[ShownText], quick: bool, **options: Any) -> Any:
+        processor = self._by_size if quick else self.processor
+        found = [[self.opened(medium, quick) for medium in row.media] for row in rows]
         given: dict[str, Any] = {}
         for kind in {medium.kind for row in rows for medium in row.media}:
             own = [[one for one, medium in zip(some, row.media, strict=True) if medium.kind == kind]
-                   for some, row in zip(opened, rows, strict=True)]  # fmt: skip
+                   for some, row in zip(found, rows, strict=True)]  # fmt: skip
             given[ARGUMENT[kind]] = own if kind == "image" else [one for some in own for one in some]
         if "videos" in given:
             given["video_metadata"] = [_metadata(video) for video in given["videos"]]
@@ -263,12 +271,13 @@ class MediaProcessor:
             options["add_special_tokens"] = False
         given |= {name: options.pop(name) for name in ("return_tensors", _REPLACED) if name in options}
         try:  # `padding` outside of `text_kwargs` would be that of sounds, too
-            return self.processor(text=[row.text for row in rows], text_kwargs=options, **given)
+            return processor(text=[row.text for row in rows], text_kwargs=options, **given)
         except Exception as error:  # processors raise ValueError, IndexError, StopIteration, TypeError
             raise BadRow("processor refuses", f"{type(self.processor).__name__} says: {error}") from error
 
-    def opened(self, medium: Media) -> Any:
-        """What a processor is given of a medium. BadRow if it cannot be read, or the model reads none of its kind."""
+    def opened(self, medium: Media, quick: bool = False) -> Any:
+        """What a processor is given of a medium, with `quick` of a picture a blank one of its size. BadRow if it
+        cannot be read, or the model reads none of its kind."""
         if medium.kind not in self.reads:
             taken = f"{type(self.processor).__name__} takes {' and '.join(self.reads) or 'text alone'}"
             fix = "; of models that see video, that part needs torchvision" if medium.kind == "video" else ""
@@ -280,7 +289,8 @@ class MediaProcessor:
         assert isinstance(medium.path, str)
         if medium.kind == "audio":
             return open_audio(medium.path, self.sampling_rate)
-        return open_image(medium.path, self.config.image_max_pixels, self.config.image_min_pixels)
+        read = open_blank if quick else open_image
+        return read(medium.path, self.config.image_max_pixels, self.config.image_min_pixels)
 
     def _opened_blank(self, kind: str) -> Any:
         from PIL import Image
