@@ -36,7 +36,7 @@ class Run:
         self._answers = answers
         self._conversation: Any = None
         self._generation: dict[str, Any] = {}
-        self._model: tuple[Any, Any] | None = None
+        self._plan: Any = None
 
     @property
     def status(self) -> str:
@@ -67,16 +67,28 @@ class Run:
 
     def model(self) -> tuple[Any, Any]:
         """The trained model (adapter in place) and its tokenizer, loaded once, on the best device here."""
-        if self._model is None:
-            from llmtune.inference.reopen import open_model
+        plan = self._opened()
+        return plan.module, plan.tokenizer
 
-            self._model = open_model(self.output_dir, **self._trust)
-        return self._model
+    def _opened(self) -> Any:
+        if self._plan is None:
+            from llmtune.inference.reopen import fill, open_plan
 
-    def chat(self, text: str, **generation: Any) -> str:
-        """Answer `text`, continuing the conversation.
+            plan = open_plan(self.output_dir, **self._trust)
+            fill(plan, self.output_dir)
+            self._plan = plan
+        return self._plan
 
-        Keywords are generation parameters (`temperature=0.2`), from this answer on. Raises RecipeError for a wrong one.
+    def chat(
+        self, text: str | Sequence[Mapping[str, Any]], *, images: Sequence[Any] = (), videos: Sequence[Any] = (),
+        audios: Sequence[Any] = (), **generation: Any,
+    ) -> str:  # fmt: skip
+        """Answer `text`, continuing the conversation, or a list of messages, which begins another.
+
+        `images`, `videos` and `audios` (files, data URLs, bytes, or pictures of Pillow) are shown where `<image>`,
+        `<video>` and `<audio>` stand in `text`, else before it; contents of messages may have parts that show them, in
+        OpenAI's shape. Other keywords are generation parameters (`temperature=0.2`), from this answer on. Raises
+        RecipeError for a wrong one, and DataError for what cannot be shown.
         """
         if self._conversation is None or generation:
             from llmtune.inference.chat import conversation_for, generate_config
@@ -85,20 +97,28 @@ class Run:
             recipe, given = recipe_of(self.output_dir, **self._trust), {**self._generation, **generation}
             config = generate_config(recipe, given)
             if self._conversation is None:
-                self._conversation = conversation_for(recipe, *self.model(), config)
+                self._conversation = conversation_for(recipe, self._opened(), config)
             self._conversation.config, self._generation = config, given
-        return self._conversation.ask(text)
+        from llmtune.inference.chat import asked
 
-    def reward(self, answer: str | Sequence[Mapping[str, Any]], question: str | None = None) -> float:
+        return asked(self._conversation, text, image=images, video=videos, audio=audios)
+
+    def reward(
+        self, answer: str | Sequence[Mapping[str, Any]], question: str | None = None, *, images: Sequence[Any] = (),
+        videos: Sequence[Any] = (), audios: Sequence[Any] = (),
+    ) -> float:  # fmt: skip
         """What a trained reward model (stage_config rm) gives an `answer` to a `question`, or messages that end with an
-        answer. Raises PlanError where the run trained no reward model."""
+        answer; `images`, `videos` and `audios` are shown as in `chat`. Raises PlanError where the run trained no reward
+        model."""
+        from llmtune.inference.prompts import prompt_writer
         from llmtune.inference.reopen import recipe_of
         from llmtune.inference.reward import reward_of
 
         asked = [] if question is None else [{"role": "user", "content": question}]
         messages = [*asked, {"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        variables = recipe_of(self.output_dir, **self._trust).data.template_variables
-        return reward_of(*self.model(), messages, variables)
+        plan = self._opened()
+        writer = prompt_writer(recipe_of(self.output_dir, **self._trust), plan)
+        return reward_of(plan.module, writer, messages, image=images, video=videos, audio=audios)
 
     def predict(self, dataset: Any = None, *, nproc: int | None = None, **keys: Any) -> Predictions:
         """Answer the rows of `dataset` (left out: of the recipe's `eval_dataset`); see `llmtune.predict`."""

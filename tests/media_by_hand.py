@@ -91,3 +91,50 @@ def shaken(folder: Path, target: Path, by: float = 0.05) -> Path:
     moved = {name: each + by * torch.randn(each.shape, generator=generator) for name, each in tensors.items()}
     save_file(moved, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def decided_by_what_is_shown(folder: Path) -> Path:
+    """The model, its weights made large enough for what is shown to decide the answer."""
+    from transformers import AutoModelForMultimodalLM
+
+    model: Any = AutoModelForMultimodalLM.from_pretrained(folder)
+    for each in model.parameters():
+        each.data.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+class AnswersByHand:
+    """A model and its processor, as transformers opens them."""
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        from transformers import AutoModelForMultimodalLM
+
+        self.processor, self.place = load_processor(folder), place
+        self.model: Any = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def answer(self, messages: Sequence[dict[str, Any]], tokens: int = 6) -> str:
+        """What the model answers to messages whose parts name files."""
+        own = self.processor
+        turns = []
+        for message in messages:
+            said = message["content"]
+            parts = [{"type": "text", "text": said}] if isinstance(said, str) else [self._part(part) for part in said]
+            turns.append({**message, "content": parts})
+        batch = own.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        never = [*own.image_token_ids, *own.video_token_ids, *own.audio_token_ids]
+        with torch.no_grad():
+            said = self.model.generate(
+                **batch, do_sample=False, max_new_tokens=tokens, suppress_tokens=[each for each in never if each],
+                eos_token_id=own.tokenizer.eos_token_id, pad_token_id=own.tokenizer.pad_token_id,
+            )  # fmt: skip
+        return own.tokenizer.decode(said[0, batch["input_ids"].shape[1] :]).strip()
+
+    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
+        from PIL import Image
+
+        if part["type"] == "image":
+            return {"type": "image", "image": Image.open(self.place / part["image"])}
+        return {"type": "audio", "audio": heard(self.place / part["audio"])} if part["type"] == "audio" else part

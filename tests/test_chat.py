@@ -13,6 +13,7 @@ import torch
 from llmtune.contract.errors import DataError, RecipeError
 from llmtune.contract.generation import Answer
 from llmtune.contract.schema import decode
+from llmtune.data.prompts import PromptWriter, files_of_user
 from llmtune.inference.talk import Compared, chat_loop
 from llmtune.inference.tools import OfferedTools, read_tools
 from llmtune.model.generate import stop_tokens
@@ -304,7 +305,11 @@ def scripted(tokenizer, *answers):
 def with_tools(model, tokenizer, generate, **keys):
     recipe = load_recipe({"model": "m", "dataset": "d", **keys})
     talk = ChatSession(model, tokenizer, config=GREEDY, generate=generate)
-    talk.tools = OfferedTools.of(tokenizer, recipe, [ADD])
+    data = recipe.data
+    writer = PromptWriter(
+        name="m", config=data, base_dir=recipe.base_dir, tokenizer=tokenizer, media=None, files=files_of_user(data)
+    )
+    talk.tools = OfferedTools.of(writer, [ADD])
     return talk
 
 

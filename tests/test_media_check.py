@@ -47,7 +47,7 @@ def test_a_mark_without_a_picture_is_told_where_a_model_would_be_blind(tmp_path:
     data.write_text(json.dumps([{**row, "images": None}, {"messages": row["messages"], "imgs": ["0.png"]}]))
     found = check_data(data, model=str(model))
     assert [each.reason for each in found.bad] == ["marks and files differ"] * 2
-    assert "the messages have 1 mark <image> and the row names no images" in str(found.bad[0])
+    assert "found 1 mark <image> and no image beside the text" in str(found.bad[0])
     assert not check_data(data, model=tiny_llama).bad  # a word as any other
 
 

@@ -127,8 +127,8 @@ def test_files_without_marks_lead_the_first_question(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason", "said"),
     [
-        (asks("<image><image>") | {"images": ["0.png"]}, "marks and files differ", "2 marks <image> and .* 1 image;"),
-        (asks("<image>") | {"images": ["0.png", "1.png"]}, "marks and files differ", "1 mark <image> and .* 2 images"),
+        (asks("<image><image>") | {"images": ["0.png"]}, "marks and files differ", "2 marks <image> for 1 image;"),
+        (asks("<image>") | {"images": ["0.png", "1.png"]}, "marks and files differ", "1 mark <image> for 2 images"),
         (asks("<image>") | {"images": ["none.png"]}, "missing media", "no file .*none.png; paths count from media_dir"),
         (asks("<image>") | {"images": ["../outside.png"]}, "media outside of media_dir", "outside of .*inside"),
         (asks("<image>") | {"images": ["link.png"]}, "media outside of media_dir", "outside of .*inside"),

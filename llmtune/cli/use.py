@@ -20,6 +20,11 @@ def add_commands(commands: Any) -> None:
     add_model(chat)
     add_overrides(chat, "generation parameters (temperature=0.2), tools=FILE or recipe keys")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    for kind in ("image", "video", "audio"):
+        chat.add_argument(
+            f"--{kind}", metavar="FILE", action="append", default=[],
+            help=f"goes with the prompt, or with the first question; <{kind}> in it says where",
+        )  # fmt: skip
     chat.add_argument(
         "--compare",
         metavar="BASE",
@@ -62,12 +67,13 @@ def _chat(options: Any) -> None:
     beside: Compared | None = None
     if options.compare is not None:
         beside = compared(conversation, options.model, options.compare, keys)
+    files = {"image": options.image, "video": options.video, "audio": options.audio}
     if options.prompt is None:
-        chat_loop(conversation, guides=sys.stdin.isatty(), dims=dims(), beside=beside)
+        chat_loop(conversation, guides=sys.stdin.isatty(), dims=dims(), beside=beside, files=files)
         return
     if conversation.completes:
         print(NO_TEMPLATE, file=sys.stderr)
-    say_answer(conversation, options.prompt, beside)
+    say_answer(conversation, options.prompt, beside, files)
 
 
 def dims() -> bool:

@@ -32,6 +32,11 @@ class Media:
     path: str | tuple[str, ...]
     """The file; of a video that comes in pictures, their files."""
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All its files."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
 
 @dataclass(frozen=True)
 class ShownText:

@@ -11,7 +11,16 @@ from itertools import islice
 import numpy as np
 
 from llmtune.contract.errors import DataError, listed
-from llmtune.contract.examples import BadRow, Conversation, Example, Preference, Prompt, UnpairedPreference
+from llmtune.contract.examples import (
+    BadRow,
+    Conversation,
+    Example,
+    Preference,
+    Prompt,
+    ShownText,
+    UnpairedPreference,
+)
+from llmtune.contract.generation import Asked, ShownPrompt
 from llmtune.data.config import Source
 from llmtune.data.formats import LOOKED_AT, Chosen, read_row
 from llmtune.data.formats.choose import NOUNS
@@ -35,6 +44,13 @@ class Question:
     """The prompt's tokens."""
     label: str | None
     """The answer that the row has, as the model would say it; None where it has none."""
+    shown: ShownText | None = None
+    """The prompt's text and what it shows, where it shows anything."""
+
+    @property
+    def asked(self) -> Asked:
+        """The prompt as engines take it."""
+        return list(self.ids) if self.shown is None else ShownPrompt(ids=self.ids, shown=self.shown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +123,12 @@ class QuestionReader:
             label = (self._control.sub("", text) if self.skip_special_tokens else text).strip()
         if all(message["role"] == "system" for message in asked):
             raise BadRow("no question", "nothing is asked before the answer")
-        ids = renderer.prompt(replace(conversation, messages=asked)).ids.tolist()
+        prompt = renderer.prompt(replace(conversation, messages=asked))
+        ids = prompt.ids.tolist()
         if self.most_tokens is not None and len(ids) > self.most_tokens:
             what = f"the prompt has {len(ids):,} tokens, and the model has room for {self.most_tokens:,} and an answer"
             raise BadRow("too long", what)
-        return Question(row, tuple(ids), label)
+        return Question(row, tuple(ids), label, prompt.shown)
 
     @cached_property
     def _control(self) -> re.Pattern[str]:

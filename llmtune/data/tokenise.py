@@ -156,7 +156,8 @@ class Tokeniser:
             return [sample]
         policy, losses = self.config.cutoff_policy, piece.losses
         if policy == "error":
-            raise BadRow("too long", f"has {longest:,} tokens, allowed are cutoff_len={self.cutoff:,}")
+            what = f"has {longest:,} tokens, allowed are cutoff_len={self.cutoff:,}"
+            raise BadRow("too long", f"{what}; shorten it, or raise cutoff_len")
         if isinstance(example, Text) and policy == "truncate" and sample[0].shown is None:
             return [[sample[0].part(at, at + self.cutoff)] for at in range(0, longest, self.cutoff)]
         # Between the marks of a picture no sample can be cut, and what a cut leaves of its text is another text.

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, RecipeError, raise_all
-from llmtune.contract.generation import ReadsFiles
+from llmtune.contract.errors import DataError, LlmtuneError, RecipeError, raise_all
+from llmtune.contract.generation import ReadsFiles, asking
 from llmtune.contract.records import SwitchesOff
 from llmtune.contract.schema import decode, field_types
+from llmtune.data.prompts import with_shown
+from llmtune.inference.prompts import prompt_writer
 from llmtune.inference.reopen import filled_for, open_plan, recipe_of
 from llmtune.inference.tools import OfferedTools, read_tools
 from llmtune.model.generate import require_head
@@ -20,8 +22,8 @@ from llmtune.recipe.parts import find_parts
 from llmtune.recipe.registry import Registry
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+    from llmtune.contract.examples import Message
+    from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.parts import BuiltPlugin, Parts
     from llmtune.recipe.recipe import Recipe
 
@@ -35,23 +37,35 @@ def generate_config(recipe: Recipe, given: Mapping[str, Any]) -> GenerateConfig:
 
 
 def conversation_for(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
+    recipe: Recipe, plan: ModelPlan, config: GenerateConfig, engine: BuiltPlugin | None = None
 ) -> ChatSession:
     """A conversation as the recipe's samples were rendered in training; plain text is continued where the tokenizer has
-    no chat template."""
-    return _conversation(recipe, model, tokenizer, config, parts_of(recipe, ("engine_config",)).one("engine_config"))
+    no chat template. `engine` answers; None is the recipe's."""
+    require_head(plan.module)
+    engine = engine or parts_of(recipe, ("engine_config",)).one("engine_config")
+    variables, writer = recipe.data.template_variables, prompt_writer(recipe, plan)
+    completes = not has_template(plan.tokenizer, variables)
+    return ChatSession(
+        plan.module, plan.tokenizer, variables, config, completes=completes,
+        generate=asking(engine.built, engine.full_label, writer.media), write=writer.asked,
+        offer=None if completes else partial(OfferedTools.of, writer),
+    )  # fmt: skip
 
 
-def _conversation(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig,
-    engine: BuiltPlugin,
-) -> ChatSession:  # fmt: skip
-    require_head(model)
-    variables = recipe.data.template_variables
-    completes = not has_template(tokenizer, variables)
-    offer = None if completes else partial(OfferedTools.of, tokenizer, recipe)
-    generate = engine.built.generate
-    return ChatSession(model, tokenizer, variables, config, completes=completes, generate=generate, offer=offer)
+def asked(conversation: ChatSession, text: str | Sequence[Mapping[str, Any]], **files: Sequence[Any]) -> str:
+    """The answer to a text, or to messages, which begin another conversation; with `files` that it shows, by kind."""
+    if isinstance(text, str):
+        return conversation.ask(with_shown(text, **files))
+    messages: list[Message] = [dict(each) for each in text] or [{}]
+    *before, last = messages
+    if last.get("role") != "user":
+        raise DataError("the messages end with no question, needed is a last one of the role user")
+    if isinstance(last.get("content"), str):
+        last["content"] = with_shown(last["content"], **files)
+    elif any(files.values()):
+        raise DataError("files are given beside messages whose last one has parts; name them as parts of it")
+    conversation.messages = before
+    return conversation.ask(last["content"])
 
 
 def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
@@ -72,7 +86,7 @@ def open_chat(model: str | Path, /, **keys: Any) -> ChatSession:
     require_head(plan.module)
     engine = parts_of(recipe, ("engine_config",)).one("engine_config")
     filled_for(plan, model, engine)
-    conversation = _conversation(recipe, plan.module, plan.tokenizer, config, engine)
+    conversation = conversation_for(recipe, plan, config, engine)
     if tools is not None:
         if conversation.offer is None:
             raise RecipeError("tools: the tokenizer has no chat template, which writes them; name one: template=chatml")

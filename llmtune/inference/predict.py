@@ -115,7 +115,7 @@ def predict(path: str | Path, /, **given: Any) -> Predictions:
         plan = open_plan(path, device=request.device, ranks=ranks, **request.overrides)
         require_head(plan.module)
         doing.info("Reading the questions")
-        questions = questions_of(recipe, known_formats(recipe), plan.tokenizer, plan.module.config, request.config)
+        questions = questions_of(recipe, known_formats(recipe), plan, request.config)
         if any(key.startswith("eval_config") for key in request.overrides):  # else it was meant for other rows
             raise_all([PlanError(sentence) for sentence in label_objections(parts, questions, True)])
     except (LlmtuneError, OSError) as error:

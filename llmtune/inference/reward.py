@@ -9,32 +9,58 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.contract.errors import PlanError
+from llmtune.contract.errors import DataError, PlanError
+from llmtune.contract.examples import BadRow, Conversation
 from llmtune.data import prepare
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.distributed.ranks import Ranks
-from llmtune.inference.reopen import open_model, recipe_of
+from llmtune.inference.reopen import fill, open_plan, recipe_of
 from llmtune.model.content import for_template
 from llmtune.planning.data_plan import access_of
 from llmtune.recipe.parts import known_formats
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmtune.contract.stages import Batch
+    from llmtune.data.prompts import PromptWriter
 
 Messages = Sequence[Mapping[str, Any]]
 ROWS_AT_ONCE = 8
 
 
-def reward_of(model: Any, tokenizer: Any, messages: Messages, variables: Mapping[str, Any]) -> float:
-    """The reward of a conversation that ends with the answer in question. Raises PlanError where the model gives none.
+def reward_of(model: Any, writer: PromptWriter, messages: Messages, **files: Sequence[Any]) -> float:
+    """The reward of a conversation that ends with the answer in question; `files` are what it shows, by their kind.
 
-    `variables` are the chat template's, as in training.
+    Raises PlanError where the model gives none, and DataError for a conversation that cannot be read.
     """
     require_rewards(model)
-    turns = for_template(tokenizer, messages, variables)
-    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True, **variables)["input_ids"]
+    try:
+        conversation = writer.read([dict(each) for each in messages], files=files)
+        given = _shown(writer, conversation) if conversation.media else _text(writer, messages)
+    except BadRow as bad:
+        raise DataError(bad.detail) from bad
     with torch.no_grad():
-        return float(model(input_ids=ids.to(model.device)).logits[0, 0])
+        return float(model(**{name: each.to(model.device) for name, each in given.items()}).logits[0, 0])
+
+
+def _text(writer: PromptWriter, messages: Messages) -> dict[str, Tensor]:
+    """What the model is given of texts."""
+    variables = writer.config.template_variables
+    turns = for_template(writer.tokenizer, messages, variables)
+    made: Any = writer.tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True, **variables)
+    return {"input_ids": made["input_ids"]}
+
+
+def _shown(writer: PromptWriter, conversation: Conversation) -> dict[str, Tensor]:
+    """What the model is given of a conversation that shows something, as rows of a data set are read."""
+    (found,) = writer.renderer.encode([conversation])
+    if isinstance(found, BadRow):
+        raise found
+    (row,) = found
+    assert writer.media is not None and row.shown is not None
+    ids = row.ids.tolist()
+    return {"input_ids": torch.tensor([ids]), **writer.media.prompt_tensors([row.shown], [ids], len(ids))}
 
 
 def require_rewards(model: Any) -> None:
@@ -52,20 +78,22 @@ def rewards_of_rows(path: str | Path, dataset: Any, **overrides: Any) -> Iterato
     The rows are rendered as the run of `path` rendered its own. Raises PlanError where the model gives no rewards, and
     DataError for rows that cannot be used.
     """
-    recipe = recipe_of(path, **overrides)
-    model, tokenizer = open_model(path, **overrides)
-    require_rewards(model)
+    recipe, plan = recipe_of(path, **overrides), open_plan(path, **overrides)
+    require_rewards(plan.module)
+    fill(plan, path)
+    model, tokenizer, media = plan.module, plan.tokenizer, plan.media
     data = replace(
         recipe.data, dataset=dataset, eval_dataset=None, val_size=0, streaming=False, max_samples=None,
         tokenized_path=None, cutoff_policy="drop",
     )  # fmt: skip
     samples = prepare(
         data, tokenizer, seed=0, base_dir=Path.cwd(), formats=known_formats(recipe),
-        learns=("preference", "conversation"), stage="a reward", access=access_of(recipe),
+        learns=("preference", "conversation"), stage="a reward", access=access_of(recipe), media=media,
     ).train  # fmt: skip
     batches = evaluation_batches(
-        samples, per_device=ROWS_AT_ONCE, ranks=Ranks(), flat=False, pad_id=tokenizer.pad_token_id, device=model.device
-    )
+        samples, per_device=ROWS_AT_ONCE, ranks=Ranks(), flat=False, pad_id=tokenizer.pad_token_id, device=model.device,
+        media=media,
+    )  # fmt: skip
     found = {number: values for batch in batches for number, values in _of_samples(model, batch, samples.width)}
     names = ("chosen", "rejected") if samples.width == 2 else ("reward",)
     for number in sorted(found):

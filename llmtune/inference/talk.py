@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -18,16 +19,20 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.contract.errors import DataError, PlanError, did_you_mean
+from llmtune.contract.examples import MEDIA_KINDS
+from llmtune.data.prompts import with_shown
 from llmtune.inference.chat import open_chat
 from llmtune.inference.said import THINK, THOUGHT, Channels
 from llmtune.inference.tools import OfferedTools, call_text
-from llmtune.model.generation import ChatSession
+from llmtune.model.generation import ChatSession, Said
 
 NO_TEMPLATE = "The tokenizer has no chat template, so text is continued as it is; to chat, name one: template=chatml"
-COMMANDS = ("/reset", "/clear", "/system", "/save", "/base", "/help", "/exit")
+SHOWS = {f"/{kind}": kind for kind in MEDIA_KINDS}
+COMMANDS = ("/reset", "/clear", "/system", "/save", "/base", *SHOWS, "/help", "/exit")
 HELP = """/reset forgets the conversation, /system TEXT sets the system message,
 /save FILE adds the conversation to a file as a row to train on,
 /base switches the adapter off or on, /exit leaves, /help shows this.
+/image FILE goes with what you ask next, as do /video FILE and /audio FILE.
 \""" begins and ends a text of several lines, \\ at the end of a line goes on.
 Ctrl-C stops an answer, Ctrl-D leaves."""
 TOOLS_HELP = "Where the model calls a tool, type the result, and it goes on from that."
@@ -40,7 +45,7 @@ class Compared:
 
     sessions: Mapping[str, ChatSession]
 
-    def answers(self, text: str, columns: bool = False) -> str:
+    def answers(self, text: Said, columns: bool = False) -> str:
         """The answers of all, in columns or one after the other."""
         said = {name: session.ask(text) for name, session in self.sessions.items()}
         if not columns:
@@ -81,6 +86,8 @@ class _Terminal:
     guides: bool
     dims: bool
     beside: Compared | None
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """What the next question shows, by its kind."""
 
     @property
     def sessions(self) -> list[ChatSession]:
@@ -108,9 +115,12 @@ class _Terminal:
         """Does what a command says; what is told of it."""
         word, _, rest = text.partition(" ")
         rest, talk = rest.strip(), self.conversation
+        if word in SHOWS:
+            return self._show(SHOWS[word], rest)
         if word in ("/reset", "/clear"):
             for each in self.sessions:
                 each.clear()
+            self.files = {}
             return "The conversation is forgotten."
         if word == "/system":
             for each in self.sessions if rest else ():
@@ -126,6 +136,15 @@ class _Terminal:
             talk.around = talk.base if off else nullcontext
             return "The adapter is off: the base answers." if off else "The adapter is on."
         return HELP if word == "/help" else f"{word} is no command.{did_you_mean(word, COMMANDS)}\n{HELP}"
+
+    def _show(self, kind: str, name: str) -> str:
+        if not name:
+            return f"/{kind} needs a file: /{kind} FILE"
+        file = Path(name).expanduser()
+        if ":" not in name[:8] and not file.is_file():
+            return f"There is no file {file}."
+        self.files.setdefault(kind, []).append(as_named(name))
+        return f"{name} goes with what you ask next."
 
     def _save(self, name: str) -> str:
         if not name:
@@ -144,10 +163,12 @@ class _Terminal:
 
     def answer(self, text: str) -> None:
         """Writes the answer, or those of both models."""
+        files, self.files = self.files, {}
+        asked = with_shown(text, **files)
         if self.beside is not None:
-            self.write(self.beside.answers(text, columns=self.guides))
+            self.write(self.beside.answers(asked, columns=self.guides))
             return
-        pieces, tools = self.conversation.stream(text), self.conversation.tools
+        pieces, tools = self.conversation.stream(asked), self.conversation.tools
         more_results = len(self.conversation.open_calls) > 1
         said = False
         try:
@@ -189,17 +210,18 @@ def chat_loop(
     guides: bool = True,
     dims: bool = False,
     beside: Compared | None = None,
+    files: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Talk in the terminal until /exit or Ctrl-D. Ctrl-C stops the answer that is being written.
 
     `read` takes a prompt and returns a line, `write` takes text; None prints. Unless it `guides`, as where lines come
     from a pipe, answers are all that is written. `dims` shows thoughts dimmed. With `beside` all of its conversations
-    answer, of which `conversation` is one.
+    answer, of which `conversation` is one. `files` are what the first question shows, by their kind.
     """
     if guides and read is input:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  arrow keys and earlier lines
-    talk = _Terminal(conversation, read, write or _print, guides, dims, beside)
+    talk = _Terminal(conversation, read, write or _print, guides, dims, beside, _named(files))
     if guides:
         notes = [NO_TEMPLATE] * conversation.completes + [HELP] + [TOOLS_HELP] * (conversation.tools is not None)
         talk.write("\n".join([*notes, ""]))
@@ -225,9 +247,21 @@ def chat_loop(
             talk.write(f"{error}\n")
 
 
-def say_answer(conversation: ChatSession, text: str, beside: Compared | None = None) -> None:
-    """Print the answer to one text, or those of both models, and nothing else."""
-    _Terminal(conversation, input, _print, guides=False, dims=False, beside=beside).answer(text)
+def say_answer(
+    conversation: ChatSession, text: str, beside: Compared | None = None,
+    files: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Print the answer to one text, or those of both models, and nothing else. `files` are what it shows, by kind."""
+    _Terminal(conversation, input, _print, False, False, beside, _named(files)).answer(text)
+
+
+def as_named(name: str) -> str:
+    """A file by its whole path, so that a conversation that is saved finds it; an address as it is."""
+    return name if ":" in name[:8] else str(Path(name).expanduser().absolute())
+
+
+def _named(files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {kind: [as_named(name) for name in names] for kind, names in files.items() if names}
 
 
 _print = partial(print, end="", flush=True)

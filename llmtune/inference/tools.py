@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import DataError, RecipeError
-from llmtune.contract.examples import BadRow, Conversation, Message
+from llmtune.contract.examples import BadRow, Message
 from llmtune.data.messages import normal_tools
-from llmtune.data.render import Renderer
+from llmtune.data.prompts import PromptWriter
 from llmtune.data.tool_calls import CallFormat, call_format
-from llmtune.data.tool_format import read_tool_format
 from llmtune.inference.said import Channels
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe.recipe import Recipe
+    from llmtune.contract.generation import Asked
 
 
 @dataclass
@@ -27,29 +24,26 @@ class OfferedTools:
     """Tools in a conversation: how they are written, and how calls of them are read."""
 
     tools: list[dict[str, Any]]
-    renderer: Renderer
+    writer: PromptWriter
     format: CallFormat | None
     """How calls stand in an answer; None where that is not known, so that they stay text."""
     kept: frozenset[int]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, given: Any) -> OfferedTools:
+    def of(cls, writer: PromptWriter, given: Any) -> OfferedTools:
         """Tools as a recipe's rows have them. Raises RecipeError where they are none, or the template writes none."""
-        tools, renderer = read_tools(given), chat_renderer(recipe, tokenizer)
-        format = call_format(renderer, recipe.data.tool_format)
-        offered = cls(tools, renderer, format, format.tokens(tokenizer) if format else frozenset())
+        tools = read_tools(given)
+        format = call_format(writer.renderer, writer.config.tool_format)
+        offered = cls(tools, writer, format, format.tokens(writer.tokenizer) if format else frozenset())
         try:
             offered.prompt([{"role": "user", "content": "-"}])
         except DataError as error:
             raise RecipeError(f"tools: {error}") from error
         return offered
 
-    def prompt(self, messages: list[Message]) -> list[int]:
-        """The tokens of a conversation up to the answer. Raises DataError where the template cannot write it."""
-        try:
-            return self.renderer.prompt(Conversation(messages=messages, tools=self.tools)).ids.tolist()
-        except BadRow as bad:
-            raise DataError(str(bad)) from bad
+    def prompt(self, messages: list[Message]) -> Asked:
+        """The prompt of a conversation. Raises DataError where the template cannot write it."""
+        return self.writer.asked(messages, self.tools)
 
     def message(self, said: str, thinking: bool) -> Message:
         """An answer's text as a message, with thoughts and calls apart."""
@@ -66,15 +60,6 @@ class OfferedTools:
                 for number, call in enumerate(channels.calls, start=1)
             ]
         return message
-
-
-def chat_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, default_system: str | None = None) -> Renderer:
-    """What writes a conversation with a model as the rows of its recipe were written."""
-    data = recipe.data
-    return Renderer(
-        tokenizer, template_kwargs=data.template_variables, default_system=default_system,
-        tool_format=read_tool_format(data.tool_format, recipe.base_dir), split_special_tokens=data.split_special_tokens,
-    )  # fmt: skip
 
 
 def read_tools(given: Any) -> list[dict[str, Any]]:

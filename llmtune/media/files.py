@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -26,10 +27,13 @@ _SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class MediaFiles:
-    """Where a data set's media are."""
+    """Where media are that rows or messages name."""
 
     folder: Path
-    """What relative paths count from, and what no path may lead out of, through links neither: `media_dir`."""
+    """What relative paths count from, of a data set its `media_dir`."""
+    reach: Literal["folder", "anywhere", "nowhere"] = "folder"
+    """Where paths may lead: not out of the folder, through links neither; `anywhere`, as where a person names them; or
+    `nowhere`, as where a stranger asks."""
     fetches: bool = False
     """Whether `https` and `http` addresses are fetched."""
 
@@ -45,6 +49,7 @@ class MediaFiles:
     def _file(self, kind: str, source: Any) -> str:
         if isinstance(source, Mapping):
             source = next((source[key] for key in ("bytes", "path", "url", "data") if source.get(key)), None)
+        source = str(source) if isinstance(source, Path) else _saved(source)
         if isinstance(source, bytes):
             return _kept(source)
         if not isinstance(source, str) or not source:
@@ -59,13 +64,17 @@ class MediaFiles:
         return self._inside(urllib.parse.unquote(source.partition("://")[2]) if scheme == "file" else source)
 
     def _inside(self, path: str) -> str:
+        if self.reach == "nowhere":
+            allowed = f"a data URL{' or an address' if self.fetches else ''}"
+            raise BadRow("media by path", f"{path[:80]!r} is a path, allowed is {allowed}")
         folder = self.folder.resolve()
         found = (folder / Path(path).expanduser()).resolve()
-        if not found.is_relative_to(folder):
+        if self.reach == "folder" and not found.is_relative_to(folder):
             what = f"{path} is {found}, outside of {folder}"
             raise BadRow("media outside of media_dir", f"{what}; name a folder that holds all files with media_dir")
         if not found.is_file():
-            raise BadRow("missing media", f"there is no file {found}; paths count from media_dir, which is {folder}")
+            counts = f"paths count from {'media_dir, which is ' if self.reach == 'folder' else ''}{folder}"
+            raise BadRow("missing media", f"there is no file {found}; {counts}")
         return str(found)
 
     def _fetched(self, address: str) -> str:
@@ -86,6 +95,19 @@ class MediaFiles:
             flush(fetched)
             fetched.replace(place)
         return str(place)
+
+
+def _saved(source: Any) -> Any:
+    """The bytes of a picture of Pillow, turned as its EXIF data say; anything else as it is."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        return source
+    if not isinstance(source, Image.Image):
+        return source
+    content = io.BytesIO()
+    ImageOps.exif_transpose(source).convert("RGB").save(content, "PNG")
+    return content.getvalue()
 
 
 def _with_article(kind: str) -> str:

@@ -20,7 +20,7 @@ from llmtune.contract.examples import (
     UnpairedPreference,
 )
 from llmtune.media.files import MediaFiles
-from llmtune.media.marks import MARKS, kinds_in, kinds_text
+from llmtune.media.marks import MARKS, as_parts, kinds_in, kinds_text
 
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
 """Columns of files, by what they hold."""
@@ -93,13 +93,30 @@ def _shown_text(example: Text, columns: Mapping[str, Sequence[Any]], files: Medi
     return replace(example, text=message["content"], media=tuple(media))
 
 
+def with_files(text: str, columns: Mapping[str, Sequence[Any]]) -> str | list[dict[str, Any]]:
+    """The content of a message that shows files, by their kind, where marks (`<image>`) stand in a text for them, else
+    at its beginning. BadRow where marks and files do not match."""
+    if not columns:
+        return text
+    (message,) = _led([_spelt({"role": "user", "content": text}, columns)], columns)
+    marks = kinds_in(message["content"])
+    for kind, sources in columns.items():
+        _check_counts(kind, marks.count(kind), len(sources))
+    waiting = {kind: iter(sources) for kind, sources in columns.items()}
+    return [
+        part if part["type"] == "text" else {**part, part["type"]: next(waiting[part["type"]])}
+        for part in as_parts(message)["content"]
+    ]
+
+
 def _without_files(texts: Sequence[str], columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> None:
     """BadRow for marks of pictures in a row that names none, before a model that reads some: it would be blind, or find
     more places than pictures. `<video>` and `<audio>` may be what a text on web pages says."""
     marks = sum(text.count("<image>") for text in texts)
     if files is not None and marks and "image" not in columns:
-        what = f"the messages have {_counted(marks, 'mark')} <image> and the row names no images"
-        raise BadRow("marks and files differ", f"{what}; name them in a column images")
+        what = f"found {_counted(marks, 'mark')} <image> and no image beside the text"
+        fix = "name its file: in a row with `images`, in `llmtune chat` with --image or /image"
+        raise BadRow("marks and files differ", f"{what}; {fix}")
 
 
 def _spelt(message: Message, columns: Mapping[str, Any]) -> Message:
@@ -137,11 +154,14 @@ def _matched(
                 media.append(files.find(kind, source))
         bare.append({key: value for key, value in message.items() if key != "media"})
     for kind, count in marks.items():
-        given = len(columns.get(kind, ()))
-        if count != given:
-            what = f"the messages have {_counted(count, 'mark')} <{kind}> and the row names {_counted(given, kind)}"
-            raise BadRow("marks and files differ", f"{what}; each mark needs a file, and each file a mark")
+        _check_counts(kind, count, len(columns.get(kind, ())))
     return bare, media
+
+
+def _check_counts(kind: str, marks: int, files: int) -> None:
+    if marks != files:
+        what = f"found {_counted(marks, 'mark')} <{kind}> for {_counted(files, kind)}"
+        raise BadRow("marks and files differ", f"{what}; each mark needs a file, and each file a mark")
 
 
 def _counted(count: int, kind: str) -> str:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from llmtune.contract.errors import DivergedError, PlanError
 from llmtune.contract.generation import AnswerRequest, Deliver, MediaReader, NewToken, ServedModel
-from llmtune.model.generate import processors
+from llmtune.model.generate import processors, suppressing
 from llmtune.model.penalties import SaidPenalties, SaidPenalty, biased
 from llmtune.model.prefill import CACHE
 from llmtune.model.prompts import NOTHING, PromptBatch, positions, read_but_last
@@ -100,6 +100,7 @@ class RowBatch:
         require_joinable(model)
         self.model, self.around, self.media, self.max_cache_tokens = model.eval(), around, media, max_cache_tokens
         self.device = next(model.parameters()).device
+        self.never = [*suppressing(model.config)]
         self.rows: list[AnswerRow] = []
         self.waiting: deque[AnswerRow] = deque()
         self._state: _State | None = None
@@ -235,7 +236,7 @@ class RowBatch:
             ids_GT, scores_GV = state.ids_BT[at_G], biased_BV[at_G]
             config, generators = self.rows[places[0]].request.config, [self.rows[at].generator for at in places]
             penalties = SaidPenalties([said[at] for at in places])
-            for process in processors(config, [pads[at] for at in places], generators, [penalties]):
+            for process in processors(config, [pads[at] for at in places], generators, [penalties, *self.never]):
                 scores_GV = process(ids_GT, scores_GV)
             tokens_B[at_G] = scores_GV.argmax(-1)
         return tokens_B, torch.isfinite(logits_BV.amax(-1))

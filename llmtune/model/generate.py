@@ -26,6 +26,7 @@ from llmtune.contract.examples import ShownText
 from llmtune.contract.generation import Answer, Asked, GenerateConfig, MediaReader
 from llmtune.distributed.ranks import fail_together, from_all
 from llmtune.model.content import for_template
+from llmtune.model.modalities import placeholders_of
 from llmtune.model.prefill import prefilled
 from llmtune.model.prompts import NOTHING, PromptBatch, ends_in_media, shown_by, tokens_of
 from llmtune.model.skeleton import config_value
@@ -114,7 +115,7 @@ def _batch(
         media=media,
     )  # fmt: skip
     drawn_beams = config.num_beams > 1 and config.do_sample
-    finite, generators = RefusesNan(), [random.Random(row.seed) for row in asked]
+    finite, generators, never = RefusesNan(), [random.Random(row.seed) for row in asked], suppressing(model.config)
     settings: dict[str, Any] = {
         "do_sample": drawn_beams, "num_beams": config.num_beams, "use_cache": True, "repetition_penalty": 1.0,
         "max_new_tokens": max(row.room for row in asked), "eos_token_id": list(stop) or None, "pad_token_id": pad,
@@ -133,7 +134,7 @@ def _batch(
         said_BT = model.generate(
             input_ids=prompts.ids_BT, attention_mask=prompts.real_BT, synced_gpus=spread, **settings,
             **(before or prompts.tensors),
-            logits_processor=LogitsProcessorList([finite, *processors(config, pads, generators)]),
+            logits_processor=LogitsProcessorList([finite, *processors(config, pads, generators, [*never])]),
             stopping_criteria=StoppingCriteriaList(
                 [Ends(asked, width, stop, watch if config.num_beams == 1 and rows else None, len(rows))]
             ),
@@ -171,7 +172,7 @@ def processors(
     further: Sequence[LogitsProcessor] = (),
 ) -> Iterator[LogitsProcessor]:
     """What turns logits into choices, for rows with so much padding, in the order of transformers, with `further`
-    penalties after its own; sampling by row comes last and leaves one token."""
+    ones after penalties of its own; sampling by row comes last and leaves one token."""
     if config.repetition_penalty != 1:
         yield RepetitionPenalty(config.repetition_penalty, pads)
     yield from further
@@ -184,6 +185,13 @@ def processors(
     if config.top_p < 1:
         yield TopPLogitsWarper(config.top_p)
     yield DrawsByRow(generators)
+
+
+def suppressing(model_config: Any) -> Iterator[LogitsProcessor]:
+    """What keeps the tokens that stand for pictures and sounds in prompts out of answers; nothing where there are
+    none."""
+    if tokens := placeholders_of(model_config):
+        yield Suppresses(tokens)
 
 
 class RefusesNan(LogitsProcessor):
@@ -213,6 +221,17 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
         pads = self.pads_B.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.pads_B))
         padding = torch.arange(input_ids.shape[1], device=input_ids.device) < pads[:, None]
         return super().__call__(torch.where(padding, input_ids[:, -1:], input_ids), scores)
+
+
+class Suppresses(LogitsProcessor):
+    """Takes away all probability of some tokens."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        own = [token for token in self.tokens if token < scores.shape[-1]]  # some models have no output for them
+        return scores.index_fill(-1, torch.tensor(own, dtype=torch.long, device=scores.device), -torch.inf)
 
 
 class DrawsByRow(LogitsProcessor):

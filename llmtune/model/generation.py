@@ -7,15 +7,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import Message
-from llmtune.contract.generation import Answer, GenerateConfig
+from llmtune.contract.generation import Answer, Asked, GenerateConfig
 from llmtune.model.content import for_template
 from llmtune.model.generate import ContextFull, generate, has_template, stop_tokens
+from llmtune.model.prompts import tokens_of
 from llmtune.model.text_decoder import TextDecoder
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["ChatSession", "ContextFull", "GenerateConfig", "answer", "encode", "has_template", "plain_ids"]
+
+Said: TypeAlias = str | list[dict[str, Any]]
+"""What is said: text, or parts in OpenAI's shape, some of which show a picture, a video or a sound."""
 
 
 class OffersTools(Protocol):
@@ -33,8 +37,8 @@ class OffersTools(Protocol):
     kept: frozenset[int]
     """Control tokens that answers show all the same, as a call begins with them."""
 
-    def prompt(self, messages: list[Message]) -> list[int]:
-        """The tokens of a conversation up to the answer, with the tools. Raises DataError where it has none."""
+    def prompt(self, messages: list[Message]) -> Asked:
+        """The prompt of a conversation, with the tools. Raises DataError where it has none."""
         ...
 
     def message(self, said: str, thinking: bool) -> Message:
@@ -60,6 +64,8 @@ class ChatSession:
     completes: bool = False
     generate: Callable[..., list[Answer]] = generate
     """The `generate` of an `Engine`."""
+    write: Callable[[list[Message]], Asked] | None = None
+    """Makes the prompt of messages that may show pictures, video and sound; None: they are text."""
     seed: int | None = None
     """What each answer is drawn from; None draws one from torch's generator."""
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -79,7 +85,7 @@ class ChatSession:
         at = max((at for at, message in enumerate(self.messages) if message["role"] == "assistant"), default=None)
         return [] if at is None else self.messages[at].get("tool_calls", [])[len(self.messages) - 1 - at :]
 
-    def ask(self, text: str) -> str:
+    def ask(self, text: Said) -> str:
         """The whole answer to `text`. Works on sharded models, if every rank asks the same. Raises like `stream`."""
         if self._is_one_of_several_results(text):
             return ""
@@ -89,7 +95,7 @@ class ChatSession:
         self._keep(asked, said)
         return said
 
-    def stream(self, text: str) -> Generator[str, None, None]:
+    def stream(self, text: Said) -> Generator[str, None, None]:
         """The answer to `text`, piece by piece. A caller that stops early ends it there: what it saw is kept.
 
         Raises ContextFull if the conversation leaves no room for an answer; the question is then not kept.
@@ -113,7 +119,7 @@ class ChatSession:
         """Forget all turns."""
         self.messages = []
 
-    def _said(self, text: str) -> list[Message]:
+    def _said(self, text: Said) -> list[Message]:
         """The conversation with `text` at its end: a question, or the result of a call."""
         if not self.open_calls:
             return [*self.messages, {"role": "user", "content": text}]
@@ -121,26 +127,31 @@ class ChatSession:
         result = {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": text}
         return [*self.messages, result]
 
-    def _is_one_of_several_results(self, text: str) -> bool:
+    def _is_one_of_several_results(self, text: Said) -> bool:
         """Whether `text` is a result, now kept, after which others are awaited."""
         if awaited := len(self.open_calls) > 1:
             self.messages = self._said(text)
         return awaited
 
-    def _prepare(self, text: str) -> tuple[list[Message], list[int]]:
-        """The conversation with `text` at its end, and the tokens of the prompt."""
+    def _prepare(self, text: Said) -> tuple[list[Message], Asked]:
+        """The conversation with `text` at its end, and its prompt."""
         asked = self._said(text)
         if self.completes:
+            if not isinstance(text, str):
+                what = "the tokenizer has no chat template, which writes where pictures and sounds stand"
+                raise DataError(f"{what}; name one: template=NAME")
             return asked, plain_ids(self.tokenizer, text)[0].tolist()
         whole = self.with_system(asked)
         if self.tools is not None:
             prompt = self.tools.prompt(whole)
+        elif self.write is not None:
+            prompt = self.write(whole)
         else:
             prompt = encode(self.tokenizer, whole, self.template_kwargs)[0].tolist()
-        self.thinking = str(self.tokenizer.decode(prompt[-8:])).rstrip().endswith("<think>")
+        self.thinking = str(self.tokenizer.decode(list(tokens_of(prompt)[-8:]))).rstrip().endswith("<think>")
         return asked, prompt
 
-    def _answer(self, prompt: list[int], watch: Callable[[Sequence[int | None]], bool] | None = None) -> Answer:
+    def _answer(self, prompt: Asked, watch: Callable[[Sequence[int | None]], bool] | None = None) -> Answer:
         stop = stop_tokens(self.model, self.tokenizer, self.template_kwargs)
         seeds = None if self.seed is None else [self.seed]
         with self.around():
@@ -148,7 +159,7 @@ class ChatSession:
                 self.model, self.tokenizer, [prompt], self.config, seeds=seeds, stop=stop, watch=watch
             )[0]
 
-    def _pieces(self, prompt: list[int]) -> Iterator[str]:
+    def _pieces(self, prompt: Asked) -> Iterator[str]:
         """Pieces of the answer. It is made in a thread of its own; leaving the iterator stops it at the next token."""
         device = next(self.model.parameters()).device
         left, failures = threading.Event(), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmtune.contract.examples import MEDIA_KINDS
 from llmtune.contract.structure import output_heads
 from llmtune.model.skeleton import config_value
 
@@ -43,6 +44,12 @@ def parts_of(model: Any) -> dict[str, Part]:
         else:
             found[name] = "multi_modal_projector"
     return found
+
+
+def placeholders_of(config: Any) -> list[int]:
+    """The tokens that stand for pictures, video and sound in a model's prompts, and that no answer may hold."""
+    names = [f"{kind}_token_{end}" for kind in MEDIA_KINDS for end in ("id", "index")]
+    return sorted({int(token) for name in names if (token := config_value(config, name)) is not None})
 
 
 def _tower(model: Any, modality: str, inside: set[int]) -> Any:

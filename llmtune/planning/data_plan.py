@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmtune.data.units import Units
     from llmtune.distributed.ranks import Ranks
     from llmtune.media.processor import MediaProcessor
+    from llmtune.planning.model_plan import ModelPlan
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
 
@@ -70,18 +71,18 @@ def prepare_for(
 
 
 def questions_of(
-    recipe: Recipe, formats: Formats, tokenizer: Any, model_config: Any, config: GenerateConfig,
-    evaluated: TokenSamples | None = None,
-) -> list[Question]:  # fmt: skip
+    recipe: Recipe, formats: Formats, model: ModelPlan, config: GenerateConfig, evaluated: TokenSamples | None = None
+) -> list[Question]:
     """What the model is asked of the rows that the recipe evaluates on, of which `evaluated` are the samples; without
     these, of all rows of `dataset`."""
     data, entries = recipe.data, sources(recipe.data.dataset)
     if evaluated is not None:
         entries = sources(data.eval_dataset, "eval_dataset") or entries
     make = Making(
-        data, tokenizer, recipe.base_dir, formats, KINDS, "a prediction", recipe.train.seed, access=access_of(recipe)
-    )
-    limit = limit_of(model_config, config)
+        data, model.tokenizer, recipe.base_dir, formats, KINDS, "a prediction", recipe.train.seed,
+        access=access_of(recipe), media=model.media,
+    )  # fmt: skip
+    limit = limit_of(model.module.config, config)
     reader = QuestionReader(
         make=make, most_tokens=limit - 1 if limit else None, skip_special_tokens=config.skip_special_tokens
     )

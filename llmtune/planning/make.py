@@ -35,6 +35,7 @@ from llmtune.planning.objections import (
     streaming_objections,
 )
 from llmtune.planning.plan import Plan
+from llmtune.planning.prompts import sample_prompt_objections
 from llmtune.recipe.parts import Parts, collect, find_parts, formats_of
 from llmtune.terminal import doing
 
@@ -91,6 +92,9 @@ def make_plan(
     with collect(problems):
         model = plan_model(recipe, parts, pretrained, precision, ranks, device, "train")
     problems += [PlanError(sentence) for sentence in sample_objections(recipe, parts, ranks, prepared)]
+    problems += [
+        PlanError(sentence) for sentence in sample_prompt_objections(recipe, pretrained.tokenizer, pretrained.media)
+    ]
     questions: list[Question] = []
     if model is not None and prepared.evaluation is not None:
         with collect(problems):
@@ -148,7 +152,7 @@ def evaluated(
         with collect(problems):
             require_head(model.module)
             formats, config = formats_of(parts, registry), GenerateConfig(**vars(recipe.generation))
-            questions = questions_of(recipe, formats, model.tokenizer, model.module.config, config, evaluation)
+            questions = questions_of(recipe, formats, model, config, evaluation)
             problems += [PlanError(sentence) for sentence in label_objections(parts, questions)]
     raise_all(problems)
     return questions

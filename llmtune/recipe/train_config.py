@@ -78,7 +78,7 @@ class TrainConfig:
     """Draw the loss curve into `output_dir` at the end."""
     sample_prompts: tuple[str, ...] = ()
     """Questions answered before and after training, shown side by side: the likeliest tokens, at most `max_new_tokens`
-    of them, or 64."""
+    of them, or 64. `<image>FILE</image>` in one shows a picture; so do `<video>` and `<audio>`."""
 
     do_predict: bool = False
     """Once training is done, answer the rows that are evaluated on (`eval_dataset`, or those of `val_size`) and write

@@ -18,8 +18,8 @@ from llmtune.contract.records import SwitchesOff
 from llmtune.data.render import Renderer
 from llmtune.data.tool_calls import CallFormat, call_format
 from llmtune.inference.chat import generate_config
+from llmtune.inference.prompts import prompt_writer
 from llmtune.inference.reopen import fill, on_disk, open_plan, recipe_of, saved_at
-from llmtune.inference.tools import chat_renderer
 from llmtune.model.edits import named_tensors
 from llmtune.model.generate import has_template, require_head, stop_tokens
 
@@ -104,7 +104,7 @@ def _offer(recipe: Recipe, plan: ModelPlan, config: GenerateConfig, served: Serv
     data, tokenizer = recipe.data, plan.tokenizer
     renderer = None
     if has_template(tokenizer, data.template_variables):
-        renderer = chat_renderer(recipe, tokenizer, config.default_system)
+        renderer = prompt_writer(recipe, plan, default_system=config.default_system).renderer
     media = None if renderer is None else renderer.media
     if (
         media is not None and served.media is None

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,8 @@ import torch
 
 from llmtune.contract.errors import PlanError, listed, noting
 from llmtune.contract.evaluation import Prediction
+from llmtune.contract.generation import asking
+from llmtune.data.hashes import file_hash
 from llmtune.data.workers import progress
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import first_does, from_all
@@ -24,7 +27,7 @@ from llmtune.training.file_names import PREDICT_RESULTS, PREDICT_SETTINGS, PREDI
 from llmtune.training.measure import measured_answers
 
 if TYPE_CHECKING:
-    from llmtune.contract.generation import GenerateConfig
+    from llmtune.contract.generation import GenerateConfig, MediaReader
     from llmtune.data.questions import Question
     from llmtune.distributed.ranks import Ranks
     from llmtune.planning.model_plan import ModelPlan
@@ -46,6 +49,8 @@ class Predictor:
     """Questions that a rank answers at a time."""
     seed: int
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    media: MediaReader | None = None
+    """What reads what questions show; None where the model reads text only."""
 
     def answers(self, questions: Sequence[Question], first: int = 0) -> Generator[list[Prediction]]:
         """Predictions of the questions from number `first` on, in their order, some at a time, the same on every rank.
@@ -72,17 +77,21 @@ class Predictor:
         self, questions: Sequence[Question], numbers: Sequence[int], stop: Sequence[int]
     ) -> list[tuple[int, Prediction]]:
         asked = [questions[number] for number in numbers]
-        said = self.engine.built.generate(
-            self.objective.model, self.tokenizer, [list(each.ids) for each in asked], self.config,
+        said = asking(self.engine.built, self.engine.full_label, self.media)(
+            self.objective.model, self.tokenizer, [each.asked for each in asked], self.config,
             seeds=[seed_of(self.seed, number) for number in numbers], stop=stop,
         )  # fmt: skip
         return [
             (number, Prediction(
-                row=question.row, prompt=str(self.tokenizer.decode(question.ids)), predict=answer.text,
-                label=question.label, cut=answer.cut,
+                row=question.row, prompt=self._written(question), predict=answer.text, label=question.label,
+                cut=answer.cut,
             ))
             for number, question, answer in zip(numbers, asked, said, strict=True)
         ]  # fmt: skip
+
+    def _written(self, question: Question) -> str:
+        """The prompt as the template writes it: with one place for each picture."""
+        return str(self.tokenizer.decode(question.ids)) if question.shown is None else question.shown.text
 
 
 def predictor_of(
@@ -93,6 +102,7 @@ def predictor_of(
         objective=objective, tokenizer=plan.tokenizer, engine=engine, config=config, ranks=plan.ranks,
         seed=recipe.train.seed,
         batch_size=recipe.train.per_device_eval_batch_size, template_variables=recipe.data.template_variables,
+        media=plan.media,
     )  # fmt: skip
 
 
@@ -126,10 +136,11 @@ def predict_to(
 
 
 def digest_of(questions: Sequence[Question]) -> str:
-    """SHA-256 of prompts and labels."""
-    digest = hashlib.sha256()
+    """SHA-256 of prompts, with the files that they show, and labels."""
+    digest, hashed = hashlib.sha256(), cache(file_hash)
     for each in questions:
-        digest.update(json.dumps([each.ids, each.label]).encode())
+        shown = [] if each.shown is None else [path for medium in each.shown.media for path in medium.paths]
+        digest.update(json.dumps([each.ids, each.label, *(hashed(Path(path)) for path in shown)]).encode())
     return digest.hexdigest()
 
 

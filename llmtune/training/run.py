@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.contract.errors import LlmtuneError, PlanError, RewardError, blaming, counted, raise_all
-from llmtune.contract.generation import ReadsFiles
-from llmtune.contract.loggers import SampleAnswer
+from llmtune.contract.generation import GenerateConfig, ReadsFiles
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
     check_agreement,
@@ -27,7 +26,6 @@ from llmtune.distributed.ranks import (
     wait_for_all,
 )
 from llmtune.distributed.stopping import StopRequest
-from llmtune.model.generation import ChatSession, GenerateConfig, has_template
 from llmtune.planning.decisions import as_decided, decided
 from llmtune.planning.engine import asks_engine, close_engine, served_model
 from llmtune.planning.make import make_plan
@@ -51,6 +49,7 @@ from llmtune.training.out_of_memory import explain_out_of_memory
 from llmtune.training.outcome import Outcome
 from llmtune.training.plot import plot_metrics
 from llmtune.training.predict import predict_to, predictor_of, write_results
+from llmtune.training.samples import as_samples, sample_answers
 from llmtune.training.save import write_adapter, write_result
 from llmtune.training.status import Milestones
 
@@ -300,7 +299,7 @@ def _finish(plan: Plan, keeper: TrainingCallbacks, before: list[str], show: Call
     checkpoint.require_finite(checkpoint.training_state(module, None)[0], plan.steps)
     after = sample_answers(plan, objective, "after")
     if keeper.loggers is not None:
-        keeper.loggers.samples(keeper.loggers.last, _samples(plan, after))
+        keeper.loggers.samples(keeper.loggers.last, as_samples(plan, after))
     reshard(objective)
     doing.info("Writing the result")
     result = write_result(plan.model, plan.output_dir / "model")
@@ -358,37 +357,5 @@ def start_loggers(
     )
     loggers.start(run_folder.plain(plan.recipe.resolved))
     if not first_step:
-        loggers.samples(0, _samples(plan, answers))
+        loggers.samples(0, as_samples(plan, answers))
     return loggers
-
-
-SAMPLE_TOKENS = 64
-"""Most tokens of an answer to a sample prompt, where the recipe does not say."""
-
-
-def _samples(plan: Plan, answers: Sequence[str]) -> list[SampleAnswer]:
-    questions = plan.recipe.train.sample_prompts if answers else ()
-    return [SampleAnswer(question=asked, answer=said) for asked, said in zip(questions, answers, strict=True)]
-
-
-def sample_answers(plan: Plan, objective: Objective, when: str) -> list[str]:
-    """Greedy answers to the recipe's `sample_prompts`. Collective: every rank generates the same."""
-    if plan.recipe.train.sample_prompts:
-        doing.info("Answering the sample prompts %s training", when)
-    data, module, tokenizer = plan.recipe.data, plan.model.module, plan.model.tokenizer
-    longest = plan.recipe.generation.max_new_tokens or SAMPLE_TOKENS
-    config = GenerateConfig(do_sample=False, max_new_tokens=longest, default_system=data.default_system)
-    variables = data.template_variables
-    completes = not has_template(tokenizer, variables)
-    engine = plan.parts.one("engine_config").built
-    objective.eval()
-    answers = [
-        objective(
-            lambda question=question: ChatSession(
-                module, tokenizer, variables, config, completes=completes, generate=engine.generate
-            ).ask(question)
-        )
-        for question in plan.recipe.train.sample_prompts
-    ]
-    objective.train()
-    return answers

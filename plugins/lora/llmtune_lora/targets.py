@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 """Kinds of layers that can get an adapter; quantised layers are subclasses of nn.Linear."""
 
+_FROZEN = (
+    "freeze_language_model, freeze_vision_tower or freeze_multi_modal_projector keeps as they are; set false what is "
+    "to be adapted"
+)
+
 
 def adaptable(module: nn.Module) -> bool:
     """Whether the layer computes what PEFT adds to: Llama 4's router is an nn.Linear whose result is a pair."""
@@ -47,13 +52,16 @@ def adapted_layers(
     nothing, or a layer that is named for both.
     """
     wanted = split_names(target_modules)
-    possible = [name for name, module in model.named_modules() if adaptable(module) and name not in frozen]
+    layers = [name for name, module in model.named_modules() if adaptable(module)]
+    possible = [name for name in layers if name not in frozen]
     chosen: set[str] = set()
     for name in wanted:
         if name == "all":
             chosen |= {layer for layer, _ in linear_layers(model) if layer in possible and not _within(layer, saved)}
             continue
         hits = named(possible, name)
+        if not hits and named(layers, name):
+            raise PlanError(f'peft_config.target_modules: "{name}" names layers that {_FROZEN}, or name others')
         if not hits:
             raise PlanError(_nothing_named(model, name, possible))
         if both := [hit for hit in hits if _within(hit, saved)]:
@@ -62,6 +70,8 @@ def adapted_layers(
                 "adapter or a trained copy, so take it out of one"
             )
         chosen |= set(hits)
+    if not chosen and any(name in frozen for name in layers):
+        raise PlanError(f"peft_config: there is nothing to adapt but layers that {_FROZEN}")
     if not chosen:
         raise PlanError(
             f'peft_config.target_modules: found nothing to adapt in {type(model).__name__}; name layers, or "all"'
