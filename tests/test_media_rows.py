@@ -22,7 +22,10 @@ from llmtune.data.config import DataConfig
 from llmtune.data.formats import Chosen, read_row
 from llmtune.data.formats.chats import Alpaca, OpenAi, ShareGpt
 from llmtune.data.formats.pairs import PreferencePairs
+from llmtune.data.formats.plain import PlainText
+from llmtune.data.reading import Row
 from llmtune.data.render import Renderer
+from llmtune.data.tokenise import Tokeniser
 from llmtune.media.config import MediaConfig
 from llmtune.media.files import MediaFiles
 from llmtune.media.marks import texts_between
@@ -138,12 +141,58 @@ def test_files_without_marks_lead_the_first_question(folder: Path) -> None:
         (asks("What?", "<image>") | {"images": ["0.png"]}, "media in an answer", "message 2 .* shows 1 image"),
         (asks("<image>") | {"images": ["0.png"], "image": "1.png"}, "two columns of media", "images and image"),
         (asks("a \ue010 b"), "private-use characters", "U\\+E010"),
+        (
+            asks([{"type": "text", "text": "<image> or"}, {"type": "image", "image": "1.png"}]) | {"images": ["0.png"]},
+            "marks beside parts", "parts name, and others by marks in its text",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(folder: Path, row: dict[str, Any], reason: str, said: str) -> None:
     with pytest.raises(BadRow, match=said) as caught:
         read(folder, row)
     assert caught.value.reason == reason
+
+
+def test_an_answer_of_a_pair_shows_nothing_in_any_of_its_turns(folder: Path) -> None:
+    """Its pictures would be places in the text that nothing fills."""
+    shows = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "And here?"}]
+    turns = [("assistant", "A"), ("user", shows), ("assistant", "B")]
+    chosen = [{"role": role, "content": content} for role, content in turns]
+    pair = {"prompt": [{"role": "user", "content": "What?"}], "chosen": chosen, "rejected": chosen[:1]}
+    with pytest.raises(BadRow, match="message 3 .user. shows 1 image, .* is in its prompt"):
+        read(folder, pair, PreferencePairs())
+    with pytest.raises(BadRow, match="the row holds 1 image, and .* reads text only"):
+        read_row(Chosen(format=PreferencePairs(), name="pairs", why=""), pair)
+    with pytest.raises(BadRow, match="1 mark <image> and no image"):
+        read(folder, {"prompt": "What?", "chosen": "See <image>.", "rejected": "A"}, PreferencePairs())
+
+
+def test_a_text_that_spells_a_place_of_media_is_told_where_the_row_shows_none(folder: Path, tmp_path: Path) -> None:
+    """The model would look for a picture there, in the middle of a run."""
+    from transformers import AutoTokenizer
+
+    model = MODELS["qwen2_5_vl"](tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    media = MediaProcessor(folder=model, tokenizer=tokenizer)
+    row = read(folder, asks("What is <|image_pad|>?"))
+    for write in (lambda each: each.encode([row])[0], lambda each: _caught(each.prompt, row)):
+        found = write(Renderer(tokenizer, media=media))
+        assert isinstance(found, BadRow) and "a text says <|image_pad|>, which stands for media" in str(found)
+        assert not isinstance(write(Renderer(tokenizer, media=media, split_special_tokens=True)), BadRow)
+        assert not isinstance(write(Renderer(tokenizer)), BadRow)
+    piece = Tokeniser(DataConfig(dataset="a"), tokenizer, media=media).encode(
+        Chosen(format=PlainText(), name="text", why="", media=MediaFiles(folder=folder)),
+        [Row({"text": "See <|image_pad|>."}, 1), Row({"text": "See <|im_start|>."}, 2)], "texts:",
+    )  # fmt: skip
+    assert [bad.reason for bad in piece.bad] == ["place without media"]
+    assert piece.numbers == [2]
+
+
+def _caught(write: Any, row: Any) -> Any:
+    try:
+        return write(row)
+    except BadRow as bad:
+        return bad
 
 
 def test_a_model_that_reads_text_only_is_told_so(folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -90,6 +91,7 @@ class Renderer:
                 if conversation.media:
                     results[row] = [self._encode_shown(conversation, *each, masked) for each in found]
                 else:
+                    self.check_unshown([message["content"] for message in conversation.messages])
                     waiting += [(row, text, turns) for text, turns, _ in found]
             except BadRow as bad:
                 results[row] = bad
@@ -136,6 +138,7 @@ class Renderer:
             shown = self._shown(conversation, text, len(conversation.messages))
             ids, _ = self.media.encode(shown, [])
             return TokenSequence(ids, np.zeros(len(ids), bool), shown=shown)
+        self.check_unshown([message["content"] for message in conversation.messages])
         ((ids, _),) = self._segments.encode([text], [[]])
         return TokenSequence(ids, np.zeros(len(ids), bool))
 
@@ -157,6 +160,18 @@ class Renderer:
         if eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
         return np.array(ids, np.int32)
+
+    def check_unshown(self, texts: Sequence[str]) -> None:
+        """BadRow where a text of a row that shows nothing spells a token that stands for media, which the model would
+        look for."""
+        spelt = {found[0] for text in texts for found in self.special.pattern.finditer(text)}
+        if self.media is None or self.split_special_tokens or not spelt:
+            return
+        with suppress(DataError):  # without a processor no row of the run shows any
+            places = self.tokenizer.convert_ids_to_tokens(self.media.placeholders)
+            if wrong := sorted(spelt.intersection(places)):
+                what = f"a text says {wrong[0]}, which stands for media, and the row shows none"
+                raise BadRow("place without media", f"{what}; take it out, or set split_special_tokens: true")
 
     def shown_text(self, example: Text) -> TokenSequence:
         """A plain text that shows media, with what stands before and after any text. Nothing that stands for media

@@ -110,6 +110,7 @@ class Tokeniser:
     def _text(self, example: Text) -> TokenSequence:
         if example.media:
             return self.renderer.shown_text(example)
+        self.renderer.check_unshown([example.text])
         ids = self.renderer.text(example.text)
         return TokenSequence(ids, np.ones(len(ids), bool))
 

@@ -60,19 +60,18 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
         return example
     asked = example.prompt if isinstance(example, Preference) else example.messages
     answers = [*example.chosen, *example.rejected] if isinstance(example, Preference) else []
-    _without_files([message["content"] for message in asked], columns, files)
+    _without_files([message["content"] for message in [*asked, *answers]], columns, files)
     if not columns and not any(kinds_in(message["content"]) for message in [*asked, *answers]):
         return example
     if files is None:
-        held = _all(columns) or kinds_text([kind for message in asked for kind in kinds_in(message["content"])])
-        raise BadRow(
-            "not only text", f"the row holds {held}, and the model reads text only, or the command asks in text only"
-        )
+        kinds = [kind for message in [*asked, *answers] for kind in kinds_in(message["content"])]
+        raise BadRow("not only text", f"the row holds {_all(columns) or kinds_text(kinds)}, {_TEXT_ONLY}")
     asked = [_spelt(message, columns) for message in asked]
     for number, message in enumerate([*asked, *(_spelt(each, columns) for each in answers)], start=1):
-        if message["role"] == "assistant" and (kinds := kinds_in(message["content"])):
-            what = f"message {number} (assistant) shows {kinds_text(kinds)}"
-            raise BadRow("media in an answer", f"{what}, allowed is text; models answer in text")
+        if (kinds := kinds_in(message["content"])) and (message["role"] == "assistant" or number > len(asked)):
+            why = "models answer in text" if message["role"] == "assistant" else "what a pair shows is in its prompt"
+            what = f"message {number} ({message['role']}) shows {kinds_text(kinds)}"
+            raise BadRow("media in an answer", f"{what}, allowed is text; {why}")
     asked = _led(asked, columns)
     messages, media = _matched(asked, columns, files)
     if isinstance(example, Preference):
@@ -82,10 +81,7 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
 
 def _shown_text(example: Text, columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> Text:
     if files is None:
-        raise BadRow(
-            "not only text",
-            f"the row holds {_all(columns)}, and the model reads text only, or the command asks in text only",
-        )
+        raise BadRow("not only text", f"the row holds {_all(columns)}, {_TEXT_ONLY}")
     if kinds_in(example.text):
         raise BadRow("private-use characters", "the text holds U+E010 to U+E012, which stand for media")
     asked = [_spelt({"role": "user", "content": example.text}, columns)]
@@ -123,6 +119,9 @@ def _spelt(message: Message, columns: Mapping[str, Any]) -> Message:
     content = message["content"]
     for kind in columns:
         content = content.replace(f"<{kind}>", MARKS[kind])
+    if content != message["content"] and any(source is not None for source in message.get("media", ())):
+        what = "a message shows files that its parts name, and others by marks in its text"
+        raise BadRow("marks beside parts", f"{what}; let parts name all of them, or a column of the row")
     return message if content == message["content"] else {**message, "content": content}
 
 
