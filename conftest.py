@@ -42,7 +42,7 @@ SLOW = (
     "test_generate", "test_stranger_rollouts", "test_tuners", "test_evaluation_contract", "test_badam",
     "test_layerwise", "test_precomputed", "test_model_options", "test_packed_integers", "test_vllm",
     "test_media_training", "test_media_rollouts", "test_media_rollouts_spread", "test_media_rollouts_rewards",
-    "test_media_stages", "test_media_pairs", "test_audio_training", "test_video_training",
+    "test_media_rollouts_trl", "test_media_stages", "test_media_pairs", "test_audio_training", "test_video_training",
     "test_torchvision",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""

@@ -11,10 +11,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from llmtune.contract.examples import Media
+from llmtune.media import processor
+from llmtune.media.kept import KeptMedia
+from llmtune.media.opening import open_image
 from llmtune.testing import running
 from tests import tiny_audio, tiny_media
 from tests.media_by_hand import Asked, Plain
@@ -123,6 +128,35 @@ def test_an_update_is_that_of_a_loop_in_transformers(name: str, models: Any, pla
     ]
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_what_a_prompt_shows_is_opened_once_for_all_of_its_answers(
+    models: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, objective = running.start(grpo(models("llava"), place, "once"))
+    found: list[str] = []
+
+    def opening(path: str, *sizes: int | None) -> Any:
+        found.append(Path(path).name)
+        return open_image(path, *sizes)
+
+    monkeypatch.setattr(processor, "open_image", opening)
+    prepared(plan, objective)
+    assert sorted(found) == ["0.png", "1.png", "2.png", "4.png"]
+
+
+def test_no_more_is_kept_open_than_there_is_room_for() -> None:
+    opened: list[Media] = []
+
+    def sound(medium: Media) -> Any:
+        opened.append(medium)
+        return np.zeros(int(str(medium.path)), np.float32)
+
+    first, second, large = (Media("audio", name) for name in ("10", "20", "100"))
+    kept = KeptMedia(160)
+    for medium in (first, second, first, second, large, second, first):
+        assert len(kept.get(medium, sound)) == int(str(medium.path))
+    assert opened == [first, second, large, second, first]
 
 
 SEES = """

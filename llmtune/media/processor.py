@@ -22,6 +22,7 @@ from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Media, ShownText
 from llmtune.media.by_size import by_size
 from llmtune.media.config import MediaConfig
+from llmtune.media.kept import KeptMedia
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import Video, open_audio, open_blank, open_image, open_video
 
@@ -101,6 +102,8 @@ class MediaProcessor:
     """The run's tokenizer, which takes the place of the processor's own."""
     config: MediaConfig = field(default_factory=MediaConfig)
     trust_remote_code: bool = False
+    keeps_bytes: int = 0
+    """Most bytes of opened media that are kept for whoever asks for them again."""
 
     @cached_property
     def processor(self) -> Any:
@@ -282,6 +285,14 @@ class MediaProcessor:
             taken = f"{type(self.processor).__name__} takes {' and '.join(self.reads) or 'text alone'}"
             fix = "; of models that see video, that part needs torchvision" if medium.kind == "video" else ""
             raise BadRow("media the model cannot read", f"{taken}, and a message shows {medium.kind}{fix}")
+        keeps = self.keeps_bytes and not quick
+        return self._kept.get(medium, self._opened) if keeps else self._opened(medium, quick)
+
+    @cached_property
+    def _kept(self) -> KeptMedia:
+        return KeptMedia(self.keeps_bytes)
+
+    def _opened(self, medium: Media, quick: bool = False) -> Any:
         if medium.path == BLANK:
             return self._opened_blank(medium.kind)
         if medium.kind == "video":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from llmtune.training.layerwise import LayerwiseUpdates
 from llmtune.training.loop import LossScale, Training
 from llmtune.training.objective import BeforeTraining, Context, FrozenModel, Objective, OwnModel
 from llmtune.training.precomputed import kept_numbers, precomputed, with_numbers
-from llmtune.training.rollouts import Rollouts
+from llmtune.training.rollouts import KEPT_BYTES, Rollouts
 from llmtune.training.router_balance import RouterBalance
 from llmtune.training.schedule import WarmedSchedule
 
@@ -88,11 +88,12 @@ def asked(plan: Plan, own: Mapping[str, FrozenModel]) -> list[dict[str, FrozenMo
 
 def make_rollouts(plan: Plan, further: Sequence[Mapping[str, FrozenModel]]) -> Rollouts:
     """What the plan's stage needs to let its model answer; `further` are the models that each reward asks."""
-    batches = plan.data.batches
+    batches, media = plan.data.batches, plan.model.media
+    media = None if media is None else replace(media, keeps_bytes=KEPT_BYTES)
     return Rollouts(
         tokenizer=plan.model.tokenizer, engine=plan.parts.one("engine_config"), rewards=plan.parts.at("reward_config"),
         further=further, flat=batches.flat, pad_id=batches.pad_id, device=plan.device, ranks=plan.ranks,
-        seed=plan.recipe.train.seed, media=plan.model.media,
+        seed=plan.recipe.train.seed, media=media,
     )  # fmt: skip
 
 
