@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtune import GenerateConfig
+from llmtune.contract.errors import PluginError
 from llmtune.contract.examples import Media
 from llmtune.media import processor
 from llmtune.media.kept import KeptMedia
@@ -143,6 +145,18 @@ def test_what_a_prompt_shows_is_opened_once_for_all_of_its_answers(
     monkeypatch.setattr(processor, "open_image", opening)
     prepared(plan, objective)
     assert sorted(found) == ["0.png", "1.png", "2.png", "4.png"]
+
+
+def test_a_stage_that_forgets_what_its_prompts_show_is_told(models: Any, place: Path) -> None:
+    """A model would answer them without seeing anything."""
+    plan, objective = running.start(grpo(models("llava"), place, "forgets"))
+    (batch,) = plan.data.batches.step(0, plan.device)
+    context: Any = objective.context
+    with pytest.raises(PluginError, match="shows none; the stage has to give"):
+        context.generate(plan.model.module, batch.rows(), GenerateConfig(max_new_tokens=2), range(4))
+    with pytest.raises(PluginError, match="shows none; the stage has to give"):
+        context.batch([(row, 1) for row in batch.rows()])
+    assert not context.batch([([1, 2, 3], 1)]).media
 
 
 def test_no_more_is_kept_open_than_there_is_room_for() -> None:

@@ -67,10 +67,10 @@ class ReferenceAnswers:
         """One answer to each prompt, with its reward."""
         made, config = [], GenerateConfig(max_new_tokens=self.answer_tokens, temperature=1.0, top_p=1.0, top_k=0)
         for batch in batches:
-            prompts = batch.rows()
+            prompts = batch.prompts()
             seeds = [context.seed_of(sample) for sample in batch.sample_ids]
             answers = context.generate(model, prompts, config, seeds)
-            texts = context.tokenizer.batch_decode(prompts) if prompts else []
+            texts = [str(context.tokenizer.decode([*each.prompt_ids])) for each in answers]
             completions = [
                 Completion(
                     prompt=text, answer=each.text, prompt_ids=each.prompt_ids, ids=each.ids, cut=each.cut,
@@ -79,7 +79,7 @@ class ReferenceAnswers:
                 for text, each, columns in zip(texts, answers, batch.columns, strict=True)
             ]  # fmt: skip
             rows = [([*each.prompt_ids, *each.ids], len(each.prompt_ids)) for each in completions]
-            said = context.batch(rows, batch.sample_ids)
+            said = context.batch(rows, batch.sample_ids, prompts)
             said.extra = {"rewards": context.score(completions).nan_to_num(0.0).sum(1)}
             made.append(said)
         return made

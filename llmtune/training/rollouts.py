@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from llmtune.contract.examples import ShownText
     from llmtune.contract.generation import Answer, Asked, Completion, GenerateConfig
     from llmtune.contract.stages import Batch, StageContext
     from llmtune.distributed.ranks import Ranks
@@ -62,6 +63,8 @@ class Rollouts:
         self, model: Any, prompts: Sequence[Asked], config: GenerateConfig, seeds: Sequence[int]
     ) -> list[Answer]:
         """Answers by the engine, one for each prompt. Collective."""
+        if self.media is not None:
+            fail_together(self._unshown([tokens_of(each) for each in prompts], [shown_by(each) for each in prompts]))
         ask = asking(self.engine.built, self.engine.full_label, self.media)
         with blaming(self.engine.full_label, "generate"):
             return ask(model, self.tokenizer, prompts, config, seeds=seeds)
@@ -125,7 +128,7 @@ class Rollouts:
         own += self.media.fillers(sorted(kinds), [row.shown for row in own])
         blank = [TokenSequence(each.ids, np.zeros(len(each.ids), bool)) for each in own[len(rows) :]]
         made = collate(rows, sample_ids=sample_ids, fillers=blank, **layout)
-        error: DataError | None = None
+        error: Exception | None = self._unshown([row.ids.tolist() for row in rows], [each.shown for each in own])
         try:
             read = self.media.read([row.shown for row in own])
             made.media = read.tensors(own, "flat" if self.flat else "padded")
@@ -133,6 +136,17 @@ class Rollouts:
             error = met
         fail_together(error)
         return replace(to_device(replace(made, media={}), self.device), media=made.media)
+
+    def _unshown(self, rows: Sequence[Sequence[int]], shown: Sequence[ShownText]) -> PluginError | None:
+        """What to say to a stage that gives rows without what they show, which the model would not miss."""
+        places = set(self.media.placeholders if self.media is not None else ())
+        for ids, its in zip(rows, shown, strict=False):
+            if not its.media and not places.isdisjoint(ids):
+                return PluginError(
+                    "stage_config: a row has tokens that stand for media, and shows none; the stage has to give "
+                    "`context.generate` what `Batch.prompts` gave it, and `context.batch` these prompts"
+                )
+        return None
 
 
 LARGEST = float(np.finfo(np.float32).max)
