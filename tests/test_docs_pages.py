@@ -69,7 +69,8 @@ def test_the_recipe_of_a_task_can_be_planned(page: Path, desk: Path, tiny_llama:
             if name == "clips.yaml":  # its rows are read where there is torchvision: see test_torchvision
                 load_recipe(desk / name)
                 continue
-            made = {"scenes.yaml": llava, "counts.yaml": llava, "calls.yaml": qwen2_audio}.get(name)
+            seen = dict.fromkeys(("scenes.yaml", "choices.yaml", "counts.yaml"), llava)
+            made = {**seen, "calls.yaml": qwen2_audio}.get(name)
             model = tiny_llama if made is None else str(made(desk / made.__name__))
             plan = llmtune.plan(desk / name, model=model, device="cpu")
             assert plan.steps > 0

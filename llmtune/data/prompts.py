@@ -101,7 +101,8 @@ class PromptWriter:
             what = f"{self.name} reads {' and '.join(['text', *sees]) if sees else 'text only'}"
             fix = "; that part needs torchvision, where the model has one" if "video" in unseen and sees else ""
             raise BadRow("media the model cannot read", f"{what}, and {kinds_text(unseen)} was given{fix}")
-        found = shown(asked, files or {}, None if self.media is None else self.files)
+        named = {kind: some for kind, some in (files or {}).items() if some}
+        found = shown(asked, named, None if self.media is None else self.files)
         assert isinstance(found, Conversation)
         return found
 
