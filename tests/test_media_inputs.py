@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers.image_utils import load_image
 from transformers.utils import is_torchvision_available
 
 import llmtune
@@ -153,12 +154,34 @@ def conversations(draw: st.DrawFn, kinds: list[str], tools: bool) -> dict[str, A
     return {"messages": messages, **({"tools": TOOLS} if tools else {})}
 
 
+def with_marks(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row with marks in its texts and columns of files; and with the parts that these say: the texts between."""
+    marked: dict[str, Any] = {**row, "messages": []}
+    said: dict[str, Any] = {**row, "messages": []}
+    for message in row["messages"]:
+        content, parts = message["content"], message["content"]
+        if not isinstance(content, str) and any(part["type"] != "text" for part in content):
+            content, parts = "", []
+            for part in message["content"]:
+                kind = part["type"]
+                content += part["text"] if kind == "text" else f"<{kind}>"
+                if kind == "text" and parts and parts[-1]["type"] == "text":
+                    parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+                elif kind != "text" or part["text"]:
+                    parts.append(part)
+                if kind != "text":
+                    marked.setdefault(f"{kind}s", []).append(part[kind])
+        marked["messages"].append({**message, "content": content})
+        said["messages"].append({**message, "content": parts})
+    return marked, said
+
+
 def as_given(row: dict[str, Any], folder: Path, parts_only: bool) -> list[dict[str, Any]]:
     """The same for transformers; texts as parts where the template reads nothing else."""
 
     def shown(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] == "image":
-            return {"type": "image", "path": str(folder / part["image"])}  # which it opens itself
+            return {"type": "image", "image": load_image(str(folder / part["image"]))}
         return {"type": "audio", "audio": heard(folder / part["audio"])} if part["type"] == "audio" else part
 
     turns = []
@@ -190,14 +213,17 @@ def test_inputs_are_those_of_the_processor(
     for holder in (processor, processor.tokenizer, media.tokenizer):
         holder.chat_template = written
     rows = data.draw(st.lists(conversations([*marks], tools), min_size=1, max_size=3))
+    said = rows
+    if data.draw(st.booleans()):
+        rows, said = map(list, zip(*map(with_marks, rows), strict=True))
     chosen = Chosen(format=OpenAi(), name="openai", why="", media=MediaFiles(folder=folder))
     results = Renderer(media.tokenizer, media=media).encode([read_row(chosen, row) for row in rows])
     found = [result[0] for result in results if not isinstance(result, BadRow)]
     assert len(found) == len(rows), results
-    turns, how = [as_given(row, folder, parts_only) for row in rows], {"tools": TOOLS if tools else None}
+    turns, how = [as_given(row, folder, parts_only) for row in said], {"tools": TOOLS if tools else None}
     for own, text in zip(found, asked(turns, **how), strict=True):
-        said = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
-        assert processor.tokenizer.decode(own.ids[own.mask]) == "".join(said)
+        answers = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+        assert processor.tokenizer.decode(own.ids[own.mask]) == "".join(answers)
     how |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for own, each in zip(found, turns, strict=True):
         assert own.ids.tolist() == asked(each, **how)["input_ids"][0].tolist()
@@ -261,7 +287,10 @@ def test_the_template_that_a_processor_reads_is_taken(place: str, folder: Path, 
     (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns, "images": ["0.png"]}] * 2))
     keys = {"model": str(model), "dataset": str(tmp_path / "rows.json"), "media_dir": str(folder), "bf16": False}
     processor = AutoProcessor.from_pretrained(model)
-    turns[0]["content"] = [{"type": "image", "path": str(folder / "0.png")}, {"type": "text", "text": " what "}]
+    turns[0]["content"] = [
+        {"type": "image", "image": load_image(str(folder / "0.png"))},
+        {"type": "text", "text": " what "},
+    ]
     expected = processor.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"][0]
     assert llmtune.plan(keys).data.prepared.train.ids[: len(expected)].tolist() == expected
     run = llmtune.train(keys, template=str(tmp_path / "other.jinja"), output_dir=str(tmp_path / "run"), max_steps=1)

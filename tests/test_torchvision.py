@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_what_needs_torchvision_learns_as_in_transformers_and_pictures_are_taken_as_without_it(
     environment: dict[str, str],
 ) -> None:
-    chosen = ["tests/test_media_training.py", "tests/test_video_training.py"]
+    chosen = ["tests/test_media_inputs.py", "tests/test_media_training.py", "tests/test_video_training.py"]
     chosen += ["-k", "pixtral or sees_video or less_their_part_for_video"]
     command = [sys.executable, "-m", "pytest", *chosen, "-n", "0", "-p", "no:cacheprovider", "-q"]
     root = Path(__file__).parent.parent
