@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,14 @@ import torch
 
 from llmtune.data.batch_loader import BatchLoader, precomputed_for
 from llmtune.data.batches import to_device
-from llmtune.data.workers import WorkerPool, rank_workers
+from llmtune.data.workers import Ahead, WorkerPool, rank_workers
 
 if TYPE_CHECKING:
     from llmtune.contract.stages import Batch
+
+
+_TAKEN = 2
+"""Batches that are held ready besides those that processes are at."""
 
 
 @dataclass(kw_only=True)
@@ -25,7 +29,8 @@ class BatchesAhead:
     pool: WorkerPool
     step: int = -1
     """The step that comes next."""
-    batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+    batches: Ahead | None = None
+    """Taken from the processes by a thread: what one of them sends may keep the loop waiting for milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,8 @@ class MediaLoader(BatchLoader):
     def close(self) -> None:
         """End the processes."""
         for ahead in self._ahead:
+            if ahead.batches is not None:
+                ahead.batches.close()
             ahead.pool.close()
         self._ahead.clear()
 
@@ -61,14 +68,17 @@ class MediaLoader(BatchLoader):
         if step != ahead.step:
             self._begin(ahead, step)
         ahead.step += 1
-        found = list(islice(ahead.batches, self.micro_steps))
+        assert ahead.batches is not None
+        found = [ahead.batches.next() for _ in range(self.micro_steps)]
         for batch in found:  # the processes began before anything was computed
             batch.extra = precomputed_for(self.samples, batch.sample_ids)
         return [to_device(batch, device) for batch in found]
 
     def _begin(self, ahead: BatchesAhead, step: int) -> None:
         items = (share for number in count(step) for share in self.shares(self.order.step_units(number)))
-        ahead.step, ahead.batches = step, ahead.pool.in_order(items)
+        if ahead.batches is not None:
+            ahead.batches.close()
+        ahead.step, ahead.batches = step, Ahead(ahead.pool.in_order(items), _TAKEN)
 
     def _made(self, share: tuple[list[int], Mapping[int, int]]) -> Batch:
         torch.set_num_threads(1)  # others compute at the same time, and threads of a forked process may hang

@@ -23,12 +23,12 @@ from llmtune.data.batch_loader import BatchLoader, UnitBatches, row_lengths
 from llmtune.data.making import check_bad_rows
 from llmtune.data.order import grouped
 from llmtune.data.report import Losses, SourceReport
-from llmtune.data.streaming.chunks import PIECE_ROWS, Ahead, RowPiece, TokenPiece, in_turn, own_pieces
+from llmtune.data.streaming.chunks import PIECE_ROWS, RowPiece, TokenPiece, in_turn, own_pieces
 from llmtune.data.streaming.rows import check_size
 from llmtune.data.streaming.steps import Reading, StepUnits, StreamChunk, across
 from llmtune.data.tokens import TokenSamples
 from llmtune.data.units import make_units
-from llmtune.data.workers import WorkerPool, rank_workers
+from llmtune.data.workers import Ahead, WorkerPool, rank_workers
 from llmtune.distributed.ranks import fail_together, from_all
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pickle
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -109,6 +109,25 @@ class WorkerPool:
         """End the processes once they are done with the items they have."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+class Ahead:
+    """The items of an endless iterator, of which a thread makes the next ones while others are used."""
+
+    def __init__(self, items: Iterator[Any], count: int = 1) -> None:
+        self._items, self._thread = items, ThreadPoolExecutor(1, "llmtune-ahead")
+        self._made = deque(self._thread.submit(next, items) for _ in range(count))
+
+    def next(self) -> Any:
+        """The next item. Raises what making it raised, each time it is asked for."""
+        item = self._made[0].result()
+        self._made.popleft()
+        self._made.append(self._thread.submit(next, self._items))
+        return item
+
+    def close(self) -> None:
+        """Make no more items."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def in_order(work: Callable[[Item], Result], items: Iterator[Item], workers: int | None = None) -> Iterator[Result]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -156,21 +155,3 @@ def in_turn(everyone: Sequence[Sequence[TokenPiece]], before: int) -> list[Token
     hands = [iter(pieces) for pieces in everyone]
     count = sum(map(len, everyone))
     return [next(hands[number % len(hands)]) for number in range(before, before + count)]
-
-
-class Ahead:
-    """The items of an endless iterator, of which a thread makes the next one while others are used."""
-
-    def __init__(self, items: Iterator[Any]) -> None:
-        self._items, self._thread = items, ThreadPoolExecutor(1, "llmtune-stream")
-        self._next = self._thread.submit(next, items)
-
-    def next(self) -> Any:
-        """The next item. Raises what making it raised, each time it is asked for."""
-        item = self._next.result()
-        self._next = self._thread.submit(next, self._items)
-        return item
-
-    def close(self) -> None:
-        """Make no more items."""
-        self._thread.shutdown(cancel_futures=True)

@@ -11,10 +11,10 @@ import numpy as np
 
 from llmtune.data.batch_loader import UnitBatches
 from llmtune.data.report import Losses, SourceReport
-from llmtune.data.streaming.chunks import Ahead, OwnPieces, TokenPiece
+from llmtune.data.streaming.chunks import OwnPieces, TokenPiece
 from llmtune.data.tokens import TokenSamples
 from llmtune.data.units import Units
-from llmtune.data.workers import WorkerPool
+from llmtune.data.workers import Ahead, WorkerPool
 
 if TYPE_CHECKING:
     from llmtune.media.processor import ReadMedia

@@ -1,0 +1,61 @@
+"""Batches whose media other processes read ahead are those that this one reads, in their order; and so are errors."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmtune
+from llmtune.contract.errors import DataError
+from llmtune.data.media_loader import MediaLoader
+from tests.tiny_media import MODELS, rows
+
+pytest.importorskip("PIL")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> MediaLoader:
+    """Of eight rows, one in each step."""
+    keys = {
+        "model": str(MODELS["llava"](tmp_path / "model")), "dataset": str(rows(tmp_path)), "bf16": False,
+        "output_dir": str(tmp_path / "run"), "preprocessing_num_workers": 2, "per_device_train_batch_size": 1,
+        "disable_shuffling": True,
+    }  # fmt: skip
+    found = llmtune.plan(keys).data.batches
+    assert isinstance(found, MediaLoader)
+    return found
+
+
+def same(found: list[Any], expected: list[Any]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(dict(one.media), dict(other.media), rtol=0, atol=0)
+        assert one.sample_ids == other.sample_ids
+
+
+def test_batches_come_in_the_order_of_steps_from_wherever_one_begins(loader: MediaLoader) -> None:
+    expected = [loader.step(step, CPU) for step in range(8)]
+    loader.start(3)
+    for step in (3, 4, 5, 0, 1, 2, 3, 7):
+        same(loader.step(step, CPU), expected[step])
+    loader.close()
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("llmtune-ahead")]
+    same(loader.step(1, CPU), expected[1])
+
+
+def test_a_file_that_broke_since_stops_the_step_that_shows_it(loader: MediaLoader, tmp_path: Path) -> None:
+    expected = [loader.step(step, CPU) for step in range(4)]
+    broken = tmp_path / "4.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    loader.start()
+    for step in range(4):
+        same(loader.step(step, CPU), expected[step])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"4.png cannot be read .*; it could be read when the data were tokenised"):
+            loader.step(4, CPU)
+    same(loader.step(1, CPU), expected[1])
+    loader.close()
