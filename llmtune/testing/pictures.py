@@ -104,24 +104,24 @@ _PENS: dict[str, Callable[[ImageDraw, int, int, int, str], None]] = {
 
 
 def vision_model_folder(folder: Path, seed: int = 0) -> Path:
-    """Save a LLaVA of a SigLIP tower and a llama with random weights, some 1.5 million, and its processor."""
+    """Save a LLaVA of a SigLIP tower and a llama with random weights, some 1.3 million, and its processor."""
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipVisionConfig
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     tokenizer, size = _tokenizer(), {"height": SIZE // 2, "width": SIZE // 2}
     processor = LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size=size), tokenizer=tokenizer, patch_size=8,
+        image_processor=SiglipImageProcessorPil(size=size), tokenizer=tokenizer, patch_size=6,
         vision_feature_select_strategy="full", chat_template=TEMPLATE,
     )  # fmt: skip
-    width = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    width = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlavaConfig(
-        vision_config=SiglipVisionConfig(image_size=SIZE // 2, patch_size=8, vision_use_head=False, **width),
+        vision_config=SiglipVisionConfig(image_size=SIZE // 2, patch_size=6, vision_use_head=False, **width),
         text_config=tiny_config(
             vocab_size=len(tokenizer), num_key_value_heads=4, head_dim=32, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **width,
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=36,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=64,
         vision_feature_select_strategy="full", vision_feature_layer=-1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
