@@ -15,7 +15,9 @@ import llmtune
 from llmtune.media.config import MediaConfig
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import open_video
+from llmtune.testing import running
 from tests.test_audio_training import by_hand
+from tests.test_media_rollouts import prepared
 from tests.test_media_training import TRAINED, losses, recipe, same
 from tests.tiny_media import MODELS, draw
 
@@ -86,43 +88,44 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) -> None:
-    """Videos of several lengths in one batch; `video_fps` reaches the positions in time."""
-    pytest.importorskip("torchvision")
+def asked_by_hand(folder: Path, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The question of a row as transformers wants it, and what its processor is given with the text."""
     from PIL import Image
-    from transformers import AutoModelForImageTextToText
-
-    model = MODELS[name](tmp_path / "model")
-    processor, made = load_processor(model), []
 
     def shown(video: Any) -> tuple[np.ndarray, dict[str, Any]]:
         if isinstance(video, list):
-            frames = np.stack([np.asarray(Image.open(tmp_path / each)) for each in video])
+            frames = np.stack([np.asarray(Image.open(folder / each)) for each in video])
             rate, numbers, total = 4.0, list(range(len(video))), len(video)
         else:
             total = {"short.mp4": 10, "long.mp4": 25}[video]
             numbers = sorted({int(at) for at in np.linspace(0, total - 1, int(total / RATE * 4))})
-            frames, rate = taken(tmp_path / video, numbers)[0], float(RATE)
+            frames, rate = taken(folder / video, numbers)[0], float(RATE)
         return frames, {"total_num_frames": total, "fps": rate, "duration": total / rate, "frames_indices": numbers}
 
+    parts: list[dict[str, Any]] = []
+    for number, text in enumerate(row["messages"][0]["content"].split("<video>")):
+        parts += [{"type": "video"}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    given: dict[str, Any] = {"return_tensors": "pt"}
+    if videos := [shown(video) for video in row["videos"]]:
+        given |= {"videos": [frames for frames, _ in videos], "video_metadata": [about for _, about in videos],
+                  "do_sample_frames": False}  # fmt: skip
+    return [{"role": "user", "content": parts}], given
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) -> None:
+    """Videos of several lengths in one batch; `video_fps` reaches the positions in time."""
+    pytest.importorskip("torchvision")
+    from transformers import AutoModelForImageTextToText
+
+    model = MODELS[name](tmp_path / "model")
+    processor, made = load_processor(model), []
     for row in rows(tmp_path):
-        question, answer = (message["content"] for message in row["messages"])
-        parts: list[dict[str, Any]] = []
-        for number, text in enumerate(question.split("<video>")):
-            parts += [{"type": "video"}] if number else []
-            parts += [{"type": "text", "text": text}] if text else []
-        asked = [{"role": "user", "content": parts}]
-        videos = [shown(video) for video in row["videos"]]
-        given: dict[str, Any] = {"return_tensors": "pt"}
-        if videos:
-            given |= {"videos": [frames for frames, _ in videos], "video_metadata": [about for _, about in videos],
-                      "do_sample_frames": False}  # fmt: skip
+        asked, given = asked_by_hand(tmp_path, row)
         start = processor.apply_chat_template(asked, add_generation_prompt=True)
-        said = processor.apply_chat_template(
-            [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        )
-        batch = dict(processor(text=[said], **given))
+        answer = {"role": "assistant", "content": [{"type": "text", "text": row["messages"][1]["content"]}]}
+        batch = dict(processor(text=[processor.apply_chat_template([*asked, answer])], **given))
         labels = torch.full_like(batch["input_ids"], -100)
         first = processor(text=[start], **given)["input_ids"].shape[1]
         labels[0, first:-1] = batch["input_ids"][0, first:-1]
@@ -131,3 +134,35 @@ def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) ->
     keys = {**TRAINED, "video_fps": 4.0, "video_min_pixels": None, "video_max_pixels": None}
     llmtune.train(recipe(model, tmp_path, tmp_path / "run", per_device_train_batch_size=3, **keys))
     same(losses(tmp_path / "run"), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_what_a_model_that_sees_video_says_is_read_as_by_hand(name: str, tmp_path: Path) -> None:
+    """Log-probabilities of its answers in a roll-out are those of transformers, a row at a time."""
+    pytest.importorskip("torchvision")
+    from transformers import AutoModelForImageTextToText
+
+    model, asked = MODELS[name](tmp_path / "model"), rows(tmp_path)
+    keys = {"video_fps": 4.0, "video_min_pixels": None, "video_max_pixels": None, "per_device_train_batch_size": 3}
+    stage = {"name": "grpo", "num_generations": 2, "max_new_tokens": 5, "num_iterations": 2}
+    plan, objective = running.start(
+        recipe(model, tmp_path, tmp_path / "run", **keys)
+        | {"stage_config": stage, "reward_config": "reference", "disable_shuffling": True}
+    )
+    processor = load_processor(model)
+    plain: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+    for batch in prepared(plan, objective):
+        for number, (sample, row) in enumerate(zip(batch.sample_ids, batch.rows(), strict=True)):
+            question, given = asked_by_hand(tmp_path, asked[sample])
+            text = processor.apply_chat_template(question, add_generation_prompt=True)
+            inputs = dict(processor(text=[text], **given))
+            prompt, mine = inputs["input_ids"], batch.target_sequence == number
+            ids = torch.tensor([row[-int(mine.sum()) :]])
+            assert [*prompt[0].tolist(), *ids[0].tolist()] == row
+            for key in [key for key, each in inputs.items() if each.shape[:2] == prompt.shape]:
+                more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}.get(key, torch.zeros_like(ids))
+                inputs[key] = torch.cat([inputs[key], more], 1)
+            logits = plain(**inputs).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+            expected = logits.gather(1, ids[0, :, None])[:, 0]
+            torch.testing.assert_close(batch.extra["old_logps"][mine], expected, rtol=1e-5, atol=1e-5)
