@@ -28,7 +28,7 @@ from llmtune.distributed.ranks import fail_together, from_all
 from llmtune.model.content import for_template
 from llmtune.model.modalities import placeholders_of
 from llmtune.model.prefill import prefilled
-from llmtune.model.prompts import NOTHING, PromptBatch, ends_in_media, shown_by, tokens_of
+from llmtune.model.prompts import NOTHING, PromptBatch, ends_in_media, sees_empty_places, shown_by, tokens_of
 from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def generate(
     # Beams that are sampled are drawn from one generator, so each prompt has a batch of its own.
     most = alike_up_to(model.config)
     alone = most is not None and any(len(row.ids) + row.room > most for row in rows)
+    alone = alone or (sees_empty_places(model) and len({len(row.shown.media) for row in rows}) > 1)
     size = 1 if alone or (config.num_beams > 1 and config.do_sample) else max(1, len(rows))
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     if spread:  # whoever has no rows left computes along, as the others gather its shards

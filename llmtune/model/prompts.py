@@ -5,6 +5,7 @@ B rows · T tokens
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,6 +122,12 @@ def positions(real_BT: Tensor, moved_B: Tensor) -> Tensor:
 def reads_anew(tensors: dict[str, Tensor]) -> bool:
     """Whether each token of an answer looks at what is shown by a mask of its own (Mllama)."""
     return "cross_attention_mask" in tensors
+
+
+def sees_empty_places(model: Any) -> bool:
+    """Whether tokens before the first picture of a row see the empty places that rows with more pictures make in its
+    batch, as cross attention of transformers masks none (Mllama)."""
+    return "cross_attention_mask" in inspect.signature(model.base_model.forward).parameters
 
 
 def of_tokens(value: Tensor, ids_BT: Tensor) -> bool:
