@@ -70,7 +70,7 @@ def test_an_update_of_ppo_is_that_of_a_loop_in_transformers(name: str, models: A
     trained = [*after.model.parameters(), *new_head.parameters()]
     norms = [torch.nn.utils.get_total_norm([each.grad for each in some if each.grad is not None]).item()
              for some in (module.parameters(), trained)]  # fmt: skip
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5, abs=5e-7)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

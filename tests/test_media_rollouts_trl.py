@@ -48,7 +48,7 @@ def test_loss_and_gradient_equal_trls(name: str, models: Any, place: Path, tmp_p
         torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
         for model in (plan.model.module, plain.model)
     ]
-    assert STAGE["beta"] == 0.1 and found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert STAGE["beta"] == 0.1 and found.item() == pytest.approx(expected.item(), rel=1e-5, abs=5e-7)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

@@ -76,12 +76,6 @@ class MediaReader(Protocol):
         """The tokens that stand for what is shown."""
         ...
 
-    @property
-    def unsaid(self) -> Sequence[int]:
-        """These, and the special tokens that the template writes around them: no answer has any, as the model would
-        look for something that is shown there."""
-        ...
-
     def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> Sequence[tuple[Any, ShownText, Any]]:
         """Tokens and text of a prompt that shows something blank, and None, for each of `kinds` that no row shows."""
         ...

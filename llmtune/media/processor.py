@@ -145,16 +145,6 @@ class MediaProcessor:
         found = [*own.image_token_ids, *own.video_token_ids, *own.audio_token_ids]
         return [int(token) for token in found if token is not None]
 
-    @cached_property
-    def unsaid(self) -> list[int]:
-        """These, and the special tokens that stand around them."""
-        special, found = set(self.tokenizer.all_special_ids), {*self.placeholders}
-        for kind in self.reads:
-            with suppress(BadRow):  # the template has no place for it
-                around = self.tokenizer(self.written(kind), add_special_tokens=False)["input_ids"]
-                found |= special.intersection(around)
-        return sorted(found)
-
     def encode(self, shown: ShownText, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """(tokens,) int32 of a text with its media, and for each span of its characters the tokens (first, stop) that
         share one with it. BadRow where media cannot be read, or the text has no place for each."""

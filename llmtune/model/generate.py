@@ -121,8 +121,6 @@ def _batch(
         "do_sample": drawn_beams, "num_beams": config.num_beams, "use_cache": True, "repetition_penalty": 1.0,
         "max_new_tokens": max(row.room for row in asked), "eos_token_id": list(stop) or None, "pad_token_id": pad,
     }  # fmt: skip
-    if media is not None:
-        settings["suppress_tokens"] = [*media.unsaid] or None
     if drawn_beams:
         settings |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     if config.num_beams > 1:

@@ -47,8 +47,11 @@ def parts_of(model: Any) -> dict[str, Part]:
 
 
 def placeholders_of(config: Any) -> list[int]:
-    """The tokens that stand for pictures, video and sound in a model's prompts, and that no answer may hold."""
+    """The tokens that stand for pictures, video and sound in a model's prompts, or by which it counts them (Qwen-Omni
+    those before each), and that no answer may hold."""
     names = [f"{kind}_token_{end}" for kind in MEDIA_KINDS for end in ("id", "index")]
+    if config_value(config, "audio_start_token_id") is not None:
+        names += ["audio_start_token_id", "vision_start_token_id"]
     return sorted({int(token) for name in names if (token := config_value(config, name)) is not None})
 
 
