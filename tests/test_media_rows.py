@@ -97,6 +97,8 @@ def test_addresses_are_fetched_once_and_kept(folder: Path, tmp_path: Path, monke
         found = files.find("image", f"{address}/0.png")
         with pytest.raises(BadRow, match="404"):
             files.find("image", f"{address}/nothing.png")
+        with pytest.raises(BadRow, match="a b.png: URL can't contain control characters"):
+            files.find("image", f"{address}/a b.png")
         server.shutdown()
     assert Path(str(found.path)).read_bytes() == (folder / "0.png").read_bytes()
     assert files.find("image", f"{address}/0.png") == found
@@ -138,6 +140,9 @@ def test_files_without_marks_lead_the_first_question(folder: Path) -> None:
         (asks("<image>") | {"images": ["https://a.b/c.png"]}, "media on the network", "media_from_network: true"),
         (asks("<image>") | {"images": ["data:image/png;base64,%%"]}, "bad data URL", "data:TYPE;base64,CONTENT"),
         (asks("<image>") | {"images": [7]}, "bad media", "an image is int"),
+        (asks("<image>") | {"images": ["iVBORw0K" * 99]}, "bad media", "File name too long.*data:TYPE;base64,CONTENT"),
+        (asks("<image>") | {"images": ["a\0b"]}, "bad media", "null byte"),
+        (asks("<image>") | {"images": ["~nobody-here/0.png"]}, "bad media", "home directory"),
         (asks("What?", "<image>") | {"images": ["0.png"]}, "media in an answer", "message 2 .* shows 1 image"),
         (asks("<image>") | {"images": ["0.png"], "image": "1.png"}, "two columns of media", "images and image"),
         (asks("a \ue010 b"), "private-use characters", "U\\+E010"),

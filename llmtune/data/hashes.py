@@ -82,4 +82,5 @@ def folder_hash(folder: Path) -> str:
 @cache
 def own_code_hash() -> str:
     """SHA-256 of the code with which llmtune makes tokens of data."""
-    return folder_hash(Path(__file__).parent)
+    rooms = Path(__file__).parent.parent
+    return " ".join(folder_hash(rooms / name) for name in ("data", "media"))

@@ -6,13 +6,13 @@ import base64
 import binascii
 import hashlib
 import io
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -68,11 +68,17 @@ class MediaFiles:
             allowed = f"a data URL{' or an address' if self.fetches else ''}"
             raise BadRow("media by path", f"{path[:80]!r} is a path, allowed is {allowed}")
         folder = self.folder.resolve()
-        found = (folder / Path(path).expanduser()).resolve()
+        try:
+            found = (folder / Path(path).expanduser()).resolve()
+            there = found.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, as base64 is; a zero byte; the home of nobody
+            said = error.strerror if isinstance(error, OSError) else error
+            what = f"{path[:40]!r} cannot be the begin of a path ({said})"
+            raise BadRow("bad media", f"{what}; content in base64 is written as data:TYPE;base64,CONTENT") from None
         if self.reach == "folder" and not found.is_relative_to(folder):
             what = f"{path} is {found}, outside of {folder}"
             raise BadRow("media outside of media_dir", f"{what}; name a folder that holds all files with media_dir")
-        if not found.is_file():
+        if not there:
             counts = f"paths count from {'media_dir, which is ' if self.reach == 'folder' else ''}{folder}"
             raise BadRow("missing media", f"there is no file {found}; {counts}")
         return str(found)
@@ -85,9 +91,10 @@ class MediaFiles:
         place = _place(hashlib.sha256(address.encode()).hexdigest())
         if not place.exists():
             try:
-                with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
+                asked = urllib.request.Request(address, headers={"User-Agent": "llmtune"})  # some refuse Python's own
+                with urllib.request.urlopen(asked, timeout=_SECONDS) as answer:
                     content = answer.read(LARGEST_DOWNLOAD + 1)
-            except (OSError, ValueError, urllib.error.URLError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 raise BadRow("media cannot be fetched", f"{address[:80]}: {error}") from None
             if len(content) > LARGEST_DOWNLOAD:
                 raise BadRow("media cannot be fetched", f"{address[:80]} has more than {LARGEST_DOWNLOAD:,} bytes")
