@@ -257,6 +257,8 @@ class MediaProcessor:
             given["video_metadata"] = [_metadata(video) for video in given["videos"]]
             given["videos"] = [video.frames for video in given["videos"]]
             given["do_sample_frames"] = False
+            if "return_tensors" not in options:  # SmolVLM and InternVL take no lists of their pictures
+                given |= {f"{kind}_kwargs": {"return_tensors": "pt"} for kind in ("images", "videos") if kind in given}
         if "audio" in given:
             given["sampling_rate"] = self.sampling_rate
         bos = self.tokenizer.bos_token
