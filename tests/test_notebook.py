@@ -26,7 +26,7 @@ REPLACED = {
     '"HuggingFaceTB/SmolLM2-135M-Instruct"': "TINY",
     '"per_device_train_batch_size": 8': '"per_device_train_batch_size": 2',
     '"num_train_epochs": 3': '"max_steps": 6',
-    '"num_train_epochs": 2': '"max_steps": 6',
+    '"num_train_epochs": 4': '"max_steps": 6',
     "pictures=1500, held_out=100": "pictures=12, held_out=8",
     '"max_steps": 20': '"max_steps": 4, "num_train_epochs": 1, "max_samples": 12',
     'output_dir="runs/second", save_steps=10': 'output_dir="runs/second", max_steps=40',
