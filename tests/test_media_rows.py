@@ -302,6 +302,37 @@ def test_videos_and_sounds_that_would_fill_the_memory_are_refused(
         open_audio(str(tmp_path / "sound.wav"), 16000)
 
 
+def test_no_file_reads_others_or_runs_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Playlists name files outside of media_dir, and pictures of PostScript run Ghostscript."""
+    av = pytest.importorskip("av")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    with av.open(tmp_path / "secret.ts", "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert len(open_video(str(tmp_path / "secret.ts"), MediaConfig()).frames)
+    lines = "#EXTM3U", "#EXT-X-TARGETDURATION:2", "#EXTINF:2.0,", "../secret.ts", "#EXT-X-ENDLIST"
+    (inside / "list.m3u8").write_text("\n".join(lines))
+    with av.open(inside / "list.m3u8") as container:
+        assert container.format.name == "hls"
+    (inside / "link.ts").symlink_to(tmp_path / "secret.ts")
+    (inside / "list.mp4").write_text("ffconcat version 1.0\nfile link.ts\n")
+    for name in ("list.m3u8", "list.mp4"):
+        with pytest.raises(BadRow, match=f"{name} cannot be read"):
+            open_video(str(inside / name), MediaConfig())
+    (inside / "drawn.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(BadRow, match="is a program that draws a picture"):
+        open_image(str(inside / "drawn.png"), None, None)
+    pictures = tuple(str(draw(inside / f"{number}.png", "red", "circle", (32, 24))) for number in range(3))
+    monkeypatch.setattr("llmtune.media.opening.MOST_VIDEO_PIXELS", 2 * 32 * 24)
+    with pytest.raises(BadRow, match="0.png has pictures of 32 x 24 pixels, of which 3 are taken"):
+        open_video(pictures, MediaConfig(video_min_pixels=None))
+
+
 def test_videos_and_sounds_are_sampled(folder: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     with av.open(tmp_path / "video.mp4", "w") as container:

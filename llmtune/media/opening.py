@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,6 +74,8 @@ def _picture(path: str) -> Iterator[Any]:
     from PIL import Image
 
     with _reading(path), Image.open(path) as image:
+        if image.format == "EPS":
+            raise BadRow("broken media", f"{path} is a program that draws a picture, allowed are pictures")
         if image.width * image.height > MOST_PIXELS:
             what = f"{path} has {image.width:,} x {image.height:,} pixels"
             raise BadRow("huge media", f"{what}, allowed are {MOST_PIXELS:,} in all; make it smaller")
@@ -97,10 +99,9 @@ def open_video(path: str | tuple[str, ...], config: MediaConfig) -> Video:
     most, least = config.video_max_pixels, config.video_min_pixels
     if not isinstance(path, str):  # pictures that somebody has taken already
         taken = _spread(len(path), config.video_maxlen)
-        images = [open_image(path[at], most, least) for at in taken]
-        return Video(_stacked(images), config.video_fps, taken, len(path))
-    av = _library()
-    with _reading(path), av.open(path) as container:
+        images = (open_image(path[at], most, least) for at in taken)
+        return Video(_stacked(images, len(taken), path[0]), config.video_fps, taken, len(path))
+    with _container(path) as container:
         if not container.streams.video:
             raise BadRow("broken media", f"{path} holds no video")
         stream = container.streams.video[0]
@@ -108,28 +109,21 @@ def open_video(path: str | tuple[str, ...], config: MediaConfig) -> Video:
         fps = float(stream.average_rate or stream.guessed_rate or 24)
         wanted = min(config.video_maxlen, max(1, math.floor(total / fps * config.video_fps)))
         taken = _spread(total, wanted)
-        size = f"{path} has pictures of {stream.width:,} x {stream.height:,} pixels"
         if stream.width * stream.height > MOST_PIXELS:
+            size = f"{path} has pictures of {stream.width:,} x {stream.height:,} pixels"
             raise BadRow("huge media", f"{size}, allowed are {MOST_PIXELS:,}; make it smaller")
-        kept = len(taken) * min(stream.width * stream.height, most or MOST_PIXELS)
-        if kept > MOST_VIDEO_PIXELS:
-            allowed = f"allowed are {MOST_VIDEO_PIXELS:,} pixels in all; lower video_maxlen or video_max_pixels"
-            raise BadRow("huge media", f"{size}, of which {len(taken):,} are taken, {allowed}")
         container.seek(0)
         frames = islice(enumerate(container.decode(stream)), taken[-1] + 1)
-        found = [_small(frame, most, least) for at, frame in frames if at in taken]
-    if not found:
-        raise BadRow("broken media", f"{path} holds no picture that can be decoded")
-    return Video(_stacked(found), fps, taken[: len(found)], total)
+        found = _stacked((_small(frame, most, least) for at, frame in frames if at in taken), len(taken), path)
+    return Video(found, fps, taken[: len(found)], total)
 
 
 def open_audio(path: str, sampling_rate: int) -> np.ndarray:
     """(samples,) float32 of a sound in one channel. BadRow if it cannot be read."""
-    av = _library()
-    with _reading(path), av.open(path) as container:
+    with _container(path) as container:
         if not container.streams.audio:
             raise BadRow("broken media", f"{path} holds no sound")
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
+        resampler = _library().AudioResampler(format="flt", layout="mono", rate=sampling_rate)
         parts, samples = [], 0
         for frame in chain(container.decode(container.streams.audio[0]), [None]):  # None: what it still holds
             new = [part.to_ndarray().reshape(-1) for part in resampler.resample(frame)]
@@ -149,9 +143,20 @@ def _small(frame: Any, most: int | None, least: int | None) -> Image:
     return image if size == image.size else image.resize(size)
 
 
-def _stacked(images: list[Image]) -> np.ndarray:
-    size = images[0].size
-    return np.stack([np.asarray(each if each.size == size else each.resize(size)) for each in images])
+def _stacked(images: Iterable[Image], count: int, path: str) -> np.ndarray:
+    """At most `count` pictures, in the size of the first one. BadRow for more pixels than are kept of a video."""
+    found: list[np.ndarray] = []
+    size = (0, 0)
+    for image in images:
+        size = size if found else image.size
+        if count * size[0] * size[1] > MOST_VIDEO_PIXELS:
+            what = f"{path} has pictures of {size[0]:,} x {size[1]:,} pixels, of which {count:,} are taken"
+            allowed = f"allowed are {MOST_VIDEO_PIXELS:,} pixels in all; lower video_maxlen or video_max_pixels"
+            raise BadRow("huge media", f"{what}, {allowed}")
+        found.append(np.asarray(image if image.size == size else image.resize(size)))
+    if not found:
+        raise BadRow("broken media", f"{path} holds no picture that can be decoded")
+    return np.stack(found)
 
 
 def _spread(total: int, wanted: int) -> list[int]:
@@ -168,6 +173,14 @@ def _reading(path: str) -> Iterator[None]:
     except Exception as error:  # decoders raise whatever they like, from OSError to SyntaxError
         said = str(error) or type(error).__name__
         raise BadRow("broken media", f"{path} cannot be read ({said})") from None
+
+
+@contextmanager
+def _container(path: str) -> Iterator[Any]:
+    """The opened file of a video or sound. Other files that it lists are not read: they might be anywhere."""
+    av = _library()
+    with _reading(path), open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+        yield container
 
 
 def _library() -> Any:
