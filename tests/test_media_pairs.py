@@ -95,6 +95,14 @@ def test_dpo_on_pictures_equals_its_formula_with_every_reference(
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_reference_is_asked_again_about_pictures_that_are_seen_otherwise(place: Path, gemma: Path) -> None:
+    """They have the same tokens, whatever their size; the model that begins as its own reference learns of 0."""
+    stage = {"name": "dpo", "pref_beta": BETA, "ref_model": str(gemma), "precompute_reference": True}
+    for name, most in (("whole", None), ("small", 30)):
+        found = first(place, f"seen-{name}", gemma, stage, image_max_pixels=most)
+        assert found["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
 def test_orpo_on_pictures_equals_its_formula(place: Path, gemma: Path) -> None:
     sums, counts = said(Plain(gemma, gemma, place))
     means = sums / counts
