@@ -98,7 +98,8 @@ class Server:
 
     def _with_files(self, body: ChatRequest, folder: Path) -> ChatRequest:
         offer = self.offer(body.model)
-        taken = RequestMedia(self.config, folder).taken(body.messages, offer.reader, partial(_reads, offer))
+        reads = () if offer.media is None else offer.media.reads
+        taken = RequestMedia(self.config, folder).taken(body.messages, offer.reader, reads)
         return body.model_copy(update={"messages": taken})
 
     def chat_prompt(self, offer: ModelOffer, body: ChatRequest, folder: Path | None) -> AskedPrompt:
@@ -118,7 +119,8 @@ class Server:
                 raise BadRow("no question", "nothing is asked: there are system messages only")
             made = offer.renderer.prompt(asked)
         except BadRow as bad:
-            raise Refused(400, f"messages: {bad.reason}: {bad.detail}", param="messages") from None
+            detail = bad.detail.replace(f"{folder}/", "")
+            raise Refused(400, f"messages: {bad.reason}: {detail}", param="messages") from None
         ids = made.ids.tolist()
         if made.shown is not None and ends_in_media(ids, offer.media):
             raise Refused(400, "messages: the chat template says nothing after the last picture", param="messages")
@@ -178,14 +180,6 @@ class Server:
                 )  # fmt: skip
                 found.append((request, Choice.of(len(found), offer, room, body.stops, channels)))
         return Answering(self, found)
-
-
-def _reads(offer: ModelOffer) -> Sequence[str]:
-    """The kinds of media that a model reads. Raises Refused where its processor cannot be made."""
-    try:
-        return () if offer.media is None else offer.media.reads
-    except DataError as error:
-        raise Refused(400, f"{error}", param="messages") from None
 
 
 def _check_form(body: ChatRequest) -> None:

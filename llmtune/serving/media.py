@@ -8,7 +8,7 @@ import binascii
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -35,18 +35,14 @@ class RequestMedia:
     kinds: list[str] = field(default_factory=list)
     """Of the media so far."""
 
-    def taken(
-        self, messages: Sequence[Mapping[str, Any]], reader: str, sees: Callable[[], Sequence[str]]
-    ) -> list[dict[str, Any]]:
-        """The messages with files in place of what they show to `reader`, a model that `sees` such kinds. Raises
+    def taken(self, messages: Sequence[Mapping[str, Any]], reader: str, reads: Sequence[str]) -> list[dict[str, Any]]:
+        """The messages with files in place of what they show to `reader`, a model that `reads` such kinds. Raises
         Refused."""
-        parts = [part for message in messages for part in _parts(message) if part.get("type") in _SHOWS]
-        shown = [_SHOWS[part["type"]] for part in parts]
-        reads = sees() if shown else ()
+        shown = [_SHOWS[kind] for each in messages for part in _parts(each) if (kind := _kind(part)) in _SHOWS]
         if unseen := [kind for kind in shown if kind not in reads]:
             what = f"{reader} reads {' and '.join(['text', *reads]) if reads else 'text only'}"
             raise _refused(f"{what}, and {kinds_text(unseen)} was given")
-        if len(parts) > self.config.max_media:
+        if len(shown) > self.config.max_media:
             raise _refused(f"{kinds_text(shown)} were given, this server takes {self.config.max_media} at a time")
         return [
             {**message, "content": [self._taken(part, number) for part in _parts(message)]}
@@ -56,9 +52,10 @@ class RequestMedia:
         ]
 
     def _taken(self, part: Any, number: int) -> Any:
-        where, kind = f"message {number}", part.get("type") if isinstance(part, Mapping) else None
+        where, kind = f"message {number}", _kind(part)
         if kind == "image_url":
-            source = part["image_url"].get("url") if isinstance(part.get("image_url"), Mapping) else part["image_url"]
+            given = part.get("image_url")
+            source = given.get("url") if isinstance(given, Mapping) else given
             return {"type": "image", "image": self._kept(_checked_picture, self._bytes(source, where), where, "image")}
         if kind == "input_audio":
             given = part.get("input_audio")
@@ -80,7 +77,7 @@ class RequestMedia:
         """What a data URL holds, or what is at an address or in a file where the server's keys allow that."""
         if not isinstance(source, str) or not source:
             raise _refused(f"{where} has an image_url without url, allowed is data:image/TYPE;base64,CONTENT")
-        scheme = urllib.parse.urlsplit(source[:2000]).scheme.lower()
+        scheme = source.partition(":")[0].lower() if ":" in source[:8] else ""
         if scheme == "data":
             head, _, content = source.partition(",")
             if not head.endswith(";base64"):
@@ -92,7 +89,7 @@ class RequestMedia:
 
     def _read(self, source: str, where: str) -> bytes:
         folder = self.config.allowed_local_media_path
-        address = urllib.parse.urlsplit(source)
+        address = _split(source, where)
         if folder is None or address.scheme != "file" or address.netloc not in ("", "localhost"):
             allowed = "a data URL" + ("" if folder is None else f", or file:// and a path in {folder}")
             fix = "; the server reads files where its key allowed_local_media_path names their folder"
@@ -136,11 +133,23 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check_domain(address: str, allowed: Sequence[str], where: str) -> None:
-    found = urllib.parse.urlsplit(address)
+    found = _split(address, where)
     if found.scheme.lower() != "https" or (found.hostname or "") not in allowed:
         domains = f"allowed is https:// of {listed(allowed)}" if allowed else "allowed is a data URL"
         fix = "" if allowed else "; the server fetches from domains that its key allowed_media_domains names"
         raise _refused(f"{where} has the URL {address[:80]!r}, {domains}{fix}")
+
+
+def _split(address: str, where: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(address)
+    except ValueError as error:
+        raise _refused(f"{where} has the URL {address[:60]!r}, which is none ({error})") from None
+
+
+def _kind(part: Any) -> str:
+    """The type of a part of a content."""
+    return str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
 
 
 def _parts(message: Mapping[str, Any]) -> list[Any]:
@@ -161,12 +170,13 @@ def _checked_picture(place: Path, config: ServeConfig, where: str) -> None:
 
     try:
         with Image.open(place, formats=PICTURES) as image:
-            width, height = image.size
+            pixels = image.width * image.height
+    except Image.DecompressionBombError:
+        pixels = 2**63
     except Exception:  # of what is broken, Pillow raises whatever it likes, with the file's path
         raise _refused(f"{where} shows no picture that can be read, allowed are {listed(PICTURES)}") from None
-    if width * height > config.max_media_pixels:
-        size = f"{where} shows a picture of {width:,} x {height:,} pixels"
-        raise _refused(f"{size}, allowed are {config.max_media_pixels:,} in all; make it smaller")
+    if pixels > config.max_media_pixels:
+        raise _refused(f"{where} shows a picture of more than {config.max_media_pixels:,} pixels; make it smaller")
 
 
 def _checked_sound(place: Path, config: ServeConfig, where: str) -> None:

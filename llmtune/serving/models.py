@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.contract.errors import PlanError, listed
+from llmtune.contract.errors import DataError, PlanError, listed
 from llmtune.contract.generation import GenerateConfig, ServedModel
 from llmtune.contract.records import SwitchesOff
 from llmtune.data.render import Renderer
@@ -105,17 +105,24 @@ def _offer(recipe: Recipe, plan: ModelPlan, config: GenerateConfig, served: Serv
     renderer = None
     if has_template(tokenizer, data.template_variables):
         renderer = prompt_writer(recipe, plan, default_system=config.default_system).renderer
-    media = None if renderer is None else renderer.media
-    if (
-        media is not None and served.media is None
-    ):  # the engine's thread has one of its own, as tokenizers have settings
+    media, reader = _media(None if renderer is None else renderer.media, served.name)
+    if media is not None:  # tokenizers have settings, and the engine has a thread of its own
         served = replace(served, media=replace(media, tokenizer=deepcopy(tokenizer)))
     return ModelOffer(
         served=served, tokenizer=tokenizer, model_config=plan.module.config, config=config, renderer=renderer,
-        media=media, reader=served.name,
+        media=media, reader=reader,
         calls=None if renderer is None else call_format(renderer, data.tool_format),
         stop=frozenset(stop_tokens(plan.module, tokenizer, data.template_variables)),
     )  # fmt: skip
+
+
+def _media(media: MediaProcessor | None, name: str) -> tuple[MediaProcessor | None, str]:
+    """What reads media for a model, and what errors call the model: with the reason where its processor is not to be
+    had, so that text alone is served."""
+    try:
+        return media if media is not None and media.reads else None, name
+    except DataError as error:
+        return None, f"{name} ({error})"
 
 
 def _load(plan: ModelPlan, path: str) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:
