@@ -86,6 +86,12 @@ def test_mistakes_are_told(words: list[str], sentence: str, capsys: pytest.Captu
     assert sentence in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["plugins", "new", "mine", "--point", "reward_config", "--folder", str(tmp_path / "file")]) == 2
+    assert "cannot be written (Not a directory); name another folder" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plugins", "new", "mine", "--point", "reward_config", "--folder", str(tmp_path)]
     assert main(words) == 0

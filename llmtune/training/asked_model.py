@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmtune.contract.generation import GenerateConfig
+from llmtune.contract.stages import Batch
 from llmtune.data.workers import progress
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import from_all
@@ -91,21 +92,19 @@ class SpreadModel:
     def _logps(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
         """Of the rows of a batch. A rank without any goes through the model all the same."""
         asked = rows or [([self.tokenizer.eos_token_id or 0] * 2, 1)]
-        model = cast("Any", self.predictor.objective.model)
-        ids_BT, real_BT = _padded([ids for ids, _ in asked], next(model.parameters()).device)
-        longest = max(count for _, count in asked)
-        places_BT = (real_BT.cumsum(-1) - 1).clamp(min=0)
-        logits_BKV = model(
-            input_ids=ids_BT, attention_mask=real_BT, position_ids=places_BT, use_cache=False,
-            logits_to_keep=longest + 1,
-        ).logits[:, -longest - 1 : -1].float()  # fmt: skip
-        logps_BKV, targets_BK = logits_BKV.log_softmax(-1), ids_BT[:, -longest:]
-        logps_BK = logps_BKV.gather(-1, targets_BK[..., None])[..., 0]
-        right_BK = logps_BKV.argmax(-1) == targets_BK
-        return [
-            (float(logps_BK[at, longest - count :].sum()), bool(right_BK[at, longest - count :].all()))
-            for at, (_, count) in enumerate(rows)
-        ]
+        objective = self.predictor.objective
+        device = next(objective.model.parameters()).device
+        ids_BT, real_BT = _padded([ids for ids, _ in asked], device)
+        width, counts = ids_BT.shape[1], [count for _, count in asked]
+        spots = [row * width + place for row, count in enumerate(counts) for place in range(width - count, width)]
+        at_N = torch.tensor(spots, device=device)
+        batch = Batch(
+            input_ids=ids_BT, labels=ids_BT, weight=float(len(spots)), predict_at=at_N - 1,
+            targets=ids_BT.flatten()[at_N], attention_mask=real_BT, position_ids=(real_BT.cumsum(-1) - 1).clamp(min=0),
+        )  # fmt: skip
+        logps_N, likeliest_N = objective.context.logps_and_likeliest(objective.model, batch)
+        said = zip(logps_N.split(counts), (likeliest_N == batch.targets).split(counts), strict=True)
+        return [(float(logps.sum()), bool(right.all())) for _, (logps, right) in zip(rows, said, strict=False)]
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -217,6 +217,18 @@ class Context(StageContext):
         found = [_logits(some_CX, head, transform).argmax(-1) for some_CX in values_NX.split(_positions(head))]
         return torch.cat(found)
 
+    def logps_and_likeliest(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(N,) float32, the log-probability of each of the batch's N targets, and (N,) the likeliest tokens; without
+        gradients. Logits are there for some positions at a time only."""
+        values_NX, head, transform = self._at_targets(model, batch)
+        logps, likeliest = [], []
+        size = _positions(head)
+        for some_CX, targets_C in zip(values_NX.split(size), batch.targets.split(size), strict=True):
+            logs_CV = _logits(some_CX, head, transform).float().log_softmax(-1)
+            logps.append(logs_CV.gather(-1, targets_C[:, None])[:, 0])
+            likeliest.append(logs_CV.argmax(-1))
+        return torch.cat(logps), torch.cat(likeliest)
+
     def _at_targets(
         self, model: Any, batch: Batch
     ) -> tuple[Tensor, nn.Module | None, Callable[[Tensor], Tensor] | None]:

@@ -40,10 +40,14 @@ def new_plugin(name: str, point: str, folder: Path | None = None) -> Path:
         "Name": "".join(part.capitalize() for part in name.split("_")),
         "llmtune": f"llmtune>={minor},<{after}", "question": POINTS[point].question,
     }  # fmt: skip
-    for path, text in _files(point).items():
-        file = target / _filled(path, words)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_filled(text, words), encoding="utf-8")
+    try:
+        for path, text in _files(point).items():
+            file = target / _filled(path, words)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(_filled(text, words), encoding="utf-8")
+    except OSError as error:
+        what = f"--folder: {target} cannot be written ({error.strerror})"
+        raise RecipeError(f"{what}; name another folder") from None
     return target
 
 
