@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import llmtune
+from llmtune.inference.reward import rewards_of_rows
 from llmtune.testing.ranks import in_ranks
 from tests.media_by_hand import Plain, shaken
 from tests.test_media_stages import ASKED, BETTER, STREAMED, WORSE, labelled, recipe, shown
@@ -119,13 +120,19 @@ def test_a_reward_model_of_pictures_learns_its_margins_as_by_hand(place: Path, g
     found = first(place, "rm", gemma, **keys)
     judge: Any = AutoModelForSequenceClassification.from_pretrained(place / "run-rm" / "model", dtype=torch.float32)
     judge.eval()
-    plain, ahead = Plain(gemma, gemma, place), []
+    plain, scores = Plain(gemma, gemma, place), []
     with torch.no_grad():
         for asked, *both in zip(ASKED, BETTER, WORSE, strict=True):
             turns = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in both]
-            scores = [judge(**plain.inputs([asked.turn(place), turn])).logits.item() for turn in turns]
-            ahead.append(scores[0] - scores[1] - 0.3)
-    assert found["loss"] == pytest.approx(-logsigmoid(torch.tensor(ahead)).mean().item(), rel=1e-5)
+            scores.append([judge(**plain.inputs([asked.turn(place), turn])).logits.item() for turn in turns])
+    ahead = torch.tensor([better - worse - 0.3 for better, worse in scores])
+    assert found["loss"] == pytest.approx(-logsigmoid(ahead).mean().item(), rel=1e-5)
+    run = llmtune.load(place / "run-rm")
+    for asked, better, (expected, _) in zip(ASKED, BETTER, scores, strict=True):
+        files = [place / name for name in asked.images]
+        assert run.reward(better, asked.text, images=files) == pytest.approx(expected, abs=1e-5)
+    rows = list(rewards_of_rows(place / "run-rm", str(place / "rm.json"), device="cpu"))
+    assert [[row["chosen"], row["rejected"]] for row in rows] == [pytest.approx(both, abs=1e-5) for both in scores]
 
 
 def test_rows_with_pictures_learn_on_two_ranks_what_they_learn_on_one(place: Path, gemma: Path, other: Path) -> None:

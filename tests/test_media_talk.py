@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 import llmtune
+from llmtune.cli import main
 from llmtune.contract.errors import DataError
 from llmtune.inference.chat import asked
+from llmtune.inference.talk import chat_loop
 from tests import tiny_audio, tiny_media
 from tests.media_by_hand import AnswersByHand, decided_by_what_is_shown
 
@@ -113,6 +116,53 @@ def test_what_cannot_be_shown_is_told_in_a_sentence(
     with pytest.raises(DataError, match=said) as found:
         asked(talk, text, **files)
     assert "\n" not in str(found.value) and not talk.messages
+
+
+def lines(talk: Any, said: list[str]) -> str:
+    """What the terminal shows of a conversation of these lines."""
+    written, rest = [], iter(said)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    chat_loop(talk, read, written.append, guides=False)
+    return "".join(written)
+
+
+def test_the_terminal_shows_files_and_a_conversation_that_is_kept_is_a_row_to_train_on(
+    models: Any, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(place)
+    theirs, kept = AnswersByHand(models("llava"), place), tmp_path / "kept.jsonl"
+    red, blue = ({"type": "image", "image": str(place / f"{color}.png")} for color in ("red", "blue"))
+    first = theirs.answer([{"role": "user", "content": [red, {"type": "text", "text": "what is it"}]}])
+    shown = lines(llmtune.open_chat(models("llava"), **GREEDY), [
+        "/image", "/image gone.png", "/image red.png", "what is it", "/image blue.png", "<image> and <image>",
+        "/image blue.png", "and <image> here", f"/save {kept}",
+    ])  # fmt: skip
+    told = ["/image needs a file: /image FILE", "There is no file gone.png.", "red.png goes with what you ask next."]
+    assert shown.startswith("\n".join([*told, first, ""]))
+    assert "found 2 marks <image> for 1 image" in shown
+    row = json.loads(kept.read_text())
+    assert row["messages"][0]["content"] == [red, {"type": "text", "text": "what is it"}]
+    assert row["messages"][2]["content"][1] == blue and len(row["messages"]) == 4
+    keys = {"model": str(models("llava")), "dataset": str(kept), "media_dir": str(place), "max_steps": 1}
+    assert llmtune.plan({**keys, "output_dir": str(tmp_path / "run")}).data.prepared.train.media_kinds == ("image",)
+
+
+def test_the_command_shows_files(models: Any, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    red = {"type": "image", "image": str(place / "red.png")}
+    words = [f"{key}={json.dumps(value)}" for key, value in GREEDY.items() if key != "device"]
+    command = ["chat", str(models("llava")), *words, "device=cpu", "--prompt", "what is <image>"]
+    assert main([*command, "--image", str(place / "red.png")]) == 0
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what is "}, red]}]
+    expected = AnswersByHand(models("llava"), place).answer(asked)
+    assert capsys.readouterr().out.endswith(f"{expected}\n")
+    assert main(command) == DataError.exit_code
+    assert "found 1 mark <image> and no image beside the text; name its file" in capsys.readouterr().err
 
 
 def test_a_model_that_reads_text_says_so(place: Path, tiny_llama: str) -> None:
