@@ -60,8 +60,8 @@ class SlurmConfig:
 
     nodes: Annotated[int, Ge(1)] = 1
     """Machines of the job; `--nnodes` wins over it."""
-    ranks_per_node: Annotated[int, Ge(1)] = 1
-    """Ranks on each machine; `--nproc` wins over it."""
+    ranks_per_node: Annotated[int, Ge(1)] | None = None
+    """Ranks on each machine; null is one for each of `gpus_per_node`, else one. `--nproc` wins over it."""
     gpus_per_node: Annotated[int, Ge(0)] | None = None
     """GPUs to ask for on each machine; null is one for each rank, and none where the recipe says `device: cpu`."""
     cpus_per_task: Annotated[int, Ge(1)] | None = None

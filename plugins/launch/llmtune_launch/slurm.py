@@ -88,7 +88,7 @@ class Slurm:
         return machines.most if machines.given else self.config.nodes
 
     def _ranks_per_node(self, request: LaunchRequest) -> int:
-        return request.ranks or self.config.ranks_per_node
+        return request.ranks or self.config.ranks_per_node or self.config.gpus_per_node or 1
 
     def _script(self, request: LaunchRequest) -> Path:
         return request.output_dir.with_name(f"{request.output_dir.name}.sbatch")

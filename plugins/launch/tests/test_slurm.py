@@ -77,10 +77,11 @@ def test_a_dry_run_prints_the_script_of_several_machines(tmp_path: Path) -> None
 
 
 def test_the_command_line_says_how_many_machines(tmp_path: Path) -> None:
-    recipe = write(tmp_path, nodes=2, cpus_per_task=6)
+    recipe = write(tmp_path, nodes=2, cpus_per_task=6, gpus_per_node=4)
     lines = run(tmp_path, recipe, "--dry-run", "--nnodes", "1").stdout.rstrip().splitlines()
     assert "#SBATCH --nodes=1" in lines and "#SBATCH --cpus-per-task=6" in lines
     assert lines[-1].startswith("srun --kill-on-bad-exit=1 --cpus-per-task=6 ") and "--nnodes" not in lines[-1]
+    assert " --nproc 4" in lines[-1]  # a rank for each GPU
     assert "--nnodes: found 2:4, allowed is one number" in run(tmp_path, recipe, "--dry-run", "--nnodes", "2:4").stderr
 
 
