@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.contract.errors import DataError
+from llmtune.contract.errors import DataError, LlmtuneError
 from llmtune.data.media_loader import MediaLoader
+from tests.spawn import in_ranks
 from tests.tiny_media import MODELS, rows
 
 pytest.importorskip("PIL")
@@ -59,3 +60,27 @@ def test_a_file_that_broke_since_stops_the_step_that_shows_it(loader: MediaLoade
             loader.step(4, CPU)
     same(loader.step(1, CPU), expected[1])
     loader.close()
+
+
+def _met(keys: dict[str, Any]) -> str:
+    torch.distributed.init_process_group("gloo")
+    with pytest.raises(LlmtuneError) as met:
+        llmtune.train(keys)
+    return str(met.value)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_all_ranks_stop_for_a_file_that_one_of_them_cannot_read(evaluated: bool, tmp_path: Path) -> None:
+    keys = {
+        "model": str(MODELS["llava"](tmp_path / "model")), "dataset": str(rows(tmp_path)), "bf16": False,
+        "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "disable_shuffling": True, "save_steps": None, "max_steps": 4, "ddp_timeout": 60,
+    }  # fmt: skip
+    if evaluated:
+        (tmp_path / "eval").mkdir()
+        keys |= {"eval_dataset": str(rows(tmp_path / "eval")), "eval_strategy": "steps", "eval_steps": 1}
+    llmtune.plan(keys)  # tokenises the rows
+    broken = tmp_path / ("eval/4.png" if evaluated else "4.png")
+    broken.write_bytes(broken.read_bytes()[:60])
+    for said in in_ranks(2, tmp_path / "ranks", _met, keys):
+        assert f"{broken.name} cannot be read" in said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -16,6 +16,7 @@ from llmtune.data.order import Order, cut, deal, padding_share, split
 from llmtune.data.sequence import TokenSequence
 from llmtune.data.tokens import shown_in, told_columns
 from llmtune.data.units import SampleSlice, Units, make_units
+from llmtune.distributed.ranks import together
 from llmtune.media.processor import ShownTokens
 
 if TYPE_CHECKING:
@@ -307,12 +308,13 @@ def evaluation_batches(
     media: MediaProcessor | None = None,
 ) -> Iterator[Batch]:
     """Every one of the `chosen` samples (all, if None) once, over all ranks, each seen alone; each rank gets the same
-    number of batches, the last ones maybe empty. Longest first, so that little is padded."""
+    number of batches, the last ones maybe empty. Longest first, so that little is padded. Collective where rows show
+    media: all ranks raise what one of them meets in a file."""
     order = np.arange(len(samples)) if chosen is None else chosen
     order = order[np.argsort(-samples.lengths[order], kind="stable")].tolist()
     others = other_answers(samples, order)
     for start in range(0, len(order), per_device * ranks.batch_ranks):
         first = start + ranks.batch_rank * per_device
         part = order[first : first + per_device]
-        batch = sample_batch(samples, part, flat=flat, pad_id=pad_id, ranks=ranks, others=others, media=media)
-        yield to_device(batch, device)
+        make = partial(sample_batch, samples, part, flat=flat, pad_id=pad_id, ranks=ranks, others=others, media=media)
+        yield to_device(make() if media is None else together(make), device)

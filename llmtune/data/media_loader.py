@@ -13,6 +13,7 @@ import torch
 from llmtune.data.batch_loader import BatchLoader, precomputed_for
 from llmtune.data.batches import to_device
 from llmtune.data.workers import Ahead, WorkerPool, rank_workers
+from llmtune.distributed.ranks import together
 
 if TYPE_CHECKING:
     from llmtune.contract.stages import Batch
@@ -61,7 +62,8 @@ class MediaLoader(BatchLoader):
         self._ahead.clear()
 
     def step(self, step: int, device: torch.device) -> list[Batch]:
-        """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them."""
+        """This rank's micro-batches of the 0-based optimiser step; always `micro_steps` of them. Collective where
+        processes were started: all ranks raise what one of them meets."""
         if not self._ahead:  # a batch that is looked at before a run
             return super().step(step, device)
         (ahead,) = self._ahead
@@ -69,7 +71,9 @@ class MediaLoader(BatchLoader):
             self._begin(ahead, step)
         ahead.step += 1
         assert ahead.batches is not None
-        found = [ahead.batches.next() for _ in range(self.micro_steps)]
+        take = ahead.batches.next
+        # A file that broke since is met by one rank, and the others would wait for it in the forward pass.
+        found: list[Batch] = together(lambda: [take() for _ in range(self.micro_steps)])
         for batch in found:  # the processes began before anything was computed
             batch.extra = precomputed_for(self.samples, batch.sample_ids)
         return [to_device(batch, device) for batch in found]

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from llmtune.data.streaming.steps import Reading, StepUnits, StreamChunk, across
 from llmtune.data.tokens import TokenSamples
 from llmtune.data.units import make_units
 from llmtune.data.workers import Ahead, WorkerPool, rank_workers
-from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.distributed.ranks import from_all, together
 
 if TYPE_CHECKING:
     from llmtune.contract.examples import ShownText
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from llmtune.distributed.ranks import Ranks
     from llmtune.media.processor import MediaProcessor, ReadMedia
 
-Result = TypeVar("Result")
 
 STEP_TOKENS = 1 << 28
 """Most tokens of a step, at 5 to 9 bytes each on every rank; the largest models are trained with a tenth of that."""
@@ -311,15 +310,3 @@ class StreamLoader(BatchLoader):
         if lines and reading.bad_rows is not None:
             with reading.bad_rows.open("ab") as file:
                 file.write(lines)
-
-
-def together(work: Callable[[], Result]) -> Result:
-    """The result of `work`; or, on every rank, the error that one of them met. Collective."""
-    result: list[Result] = []
-    error: Exception | None = None
-    try:
-        result.append(work())
-    except Exception as met:
-        error = met
-    fail_together(error)
-    return result[0]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmtune.contract.errors import LlmtuneError, PlanError
 from llmtune.contract.records import ParallelDims
@@ -14,6 +14,8 @@ from llmtune.contract.records import ParallelDims
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,18 @@ def fail_together(error: Exception | None) -> None:
             if any(str(other) != str(found) for other, _ in met):
                 found.where = f"rank {rank} on {host}: "
         raise found
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """The result of `work`; or, on every rank, the error that one of them met. Collective."""
+    result: list[Result] = []
+    error: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as met:
+        error = met
+    fail_together(error)
+    return result[0]
 
 
 def tell_the_others(error: Exception, timeout_s: int) -> None:
