@@ -269,17 +269,17 @@ THINKING = (
 def test_thinking_is_as_the_recipe_says_in_training_chat_and_sample_answers(
     tiny_llama: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmtune.model import generation
+    from llmtune.data import prompts
 
     seen: list[str] = []
-    encode = generation.encode
+    encode = prompts.encode
 
     def spy(tokenizer: Any, messages: Any, variables: Any) -> torch.Tensor:
         ids = encode(tokenizer, messages, variables)
         seen.append(tokenizer.decode(ids[0]).rpartition("[assistant] ")[2])
         return ids
 
-    monkeypatch.setattr(generation, "encode", spy)
+    monkeypatch.setattr(prompts, "encode", spy)
     (tmp_path / "my.jinja").write_text(THINKING)
     keys = recipe(tiny_llama, chats, tmp_path / "run", template=str(tmp_path / "my.jinja"), max_steps=1)
     run = llmtune.train({**keys, "enable_thinking": False, "sample_prompts": ["Who?"]})
