@@ -56,17 +56,17 @@ def run(base: Path, chats: str, tmp_path_factory: pytest.TempPathFactory) -> llm
 
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every prompt that is rendered from here on."""
-    from llmtune.model import generation
+    from llmtune.data import prompts
 
     seen: list[str] = []
-    encode = generation.encode
+    encode = prompts.encode
 
     def spy(tokenizer: Any, messages: Any, kwargs: Any) -> torch.Tensor:
         ids = encode(tokenizer, messages, kwargs)
         seen.append(tokenizer.decode(ids[0]))
         return ids
 
-    monkeypatch.setattr(generation, "encode", spy)
+    monkeypatch.setattr(prompts, "encode", spy)
     return seen
 
 
