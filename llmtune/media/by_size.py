@@ -21,14 +21,14 @@ def by_size(processor: Any) -> Any:
     kept: dict[Any, tuple[Any, list[str]]] = {}
 
     def process(images: Any, **options: Any) -> tuple[Any, list[str]]:
-        sizes = _sizes(images)
-        if sizes not in kept:
+        asked = _sizes(images), options.get("return_tensors")  # lists and tensors of the same sizes are two answers
+        if asked not in kept:
             if len(kept) == _MOST_KEPT:
                 kept.clear()
             made, texts = processor._process_images(images, **{**options, **_NO_WORK})
             made.update({name: _without_pixels(value) for name, value in made.items()})
-            kept[sizes] = made, texts
-        made, texts = kept[sizes]
+            kept[asked] = made, texts
+        made, texts = kept[asked]
         return copy.copy(made), [*texts]
 
     found = copy.copy(processor)
