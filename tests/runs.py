@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +42,23 @@ def stored_types(folder: Path) -> set[str]:
     found = [load_file(file) for file in folder.glob("*.safetensors")]
     found += [torch.load(file, weights_only=True) for file in folder.glob("*.bin")]
     return {str(tensor.dtype) for tensors in found for tensor in tensors.values()}
+
+
+def killed_at(step: int, run: Path, train: Callable[[], object]) -> None:
+    """Train in a process that SIGKILL ends as soon as `run` has as many checkpoints as `step`."""
+
+    def dies() -> None:
+        while len([*(run / "checkpoints").glob("step-*")]) < step:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            threading.Thread(target=dies, daemon=True).start()
+            train()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL

@@ -4,10 +4,7 @@ adapters on few bits as well; and what does not go with them is refused in a sen
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,9 @@ import torch
 import llmtune
 from llmtune.testing import running, tiny_model_folder
 from llmtune.testing.ranks import in_ranks
+from tests.runs import killed_at
 from tests.test_media_rollouts import STAGE, answers, grpo, models, prepared, shaken
-from tests.test_media_stages import ASKED, _dies_at
+from tests.test_media_stages import ASKED
 from tests.test_resume import assert_equal_runs, forget_after
 
 __all__ = ["models"]
@@ -84,15 +82,7 @@ def test_a_stream_that_was_killed_goes_on_bit_by_bit(models: Any, place: Path) -
     keys = grpo(models("llava"), place, "stream", **INTERRUPTED, streaming=True)
     running.train(keys)
     streamed = {**keys, "output_dir": str(place / "streamed")}
-    child = os.fork()
-    if not child:
-        try:
-            threading.Thread(target=_dies_at, args=(place / "streamed" / "checkpoints", 2), daemon=True).start()
-            running.train(streamed)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    killed_at(2, place / "streamed", lambda: running.train(streamed))
     running.train(streamed)
     assert_equal_runs(place / "run-stream", place / "streamed")
 

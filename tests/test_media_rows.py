@@ -275,17 +275,22 @@ def test_a_picture_that_is_cut_off_is_found_before_it_is_trained_on(kind: str, t
                 read(str(cut), None, None)
 
 
-def test_videos_and_sounds_that_would_fill_the_memory_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def write_video(path: Path, codec: str, frames: int) -> None:
+    """Black pictures of 64 x 48, ten a second."""
     av = pytest.importorskip("av")
-    with av.open(tmp_path / "video.mp4", "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(4):
+        for _ in range(frames):
             frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def test_videos_and_sounds_that_would_fill_the_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "video.mp4", "mpeg4", 4)
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setnchannels(1), sound.setsampwidth(2), sound.setframerate(8000)
         sound.writeframes(bytes(2 * 8000))
@@ -307,13 +312,7 @@ def test_no_file_reads_others_or_runs_programs(tmp_path: Path, monkeypatch: pyte
     av = pytest.importorskip("av")
     inside = tmp_path / "inside"
     inside.mkdir()
-    with av.open(tmp_path / "secret.ts", "w", format="mpegts") as container:
-        stream = container.add_stream("mpeg2video", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(20):
-            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_video(tmp_path / "secret.ts", "mpeg2video", 20)
     assert len(open_video(str(tmp_path / "secret.ts"), MediaConfig()).frames)
     lines = "#EXTM3U", "#EXT-X-TARGETDURATION:2", "#EXTINF:2.0,", "../secret.ts", "#EXT-X-ENDLIST"
     (inside / "list.m3u8").write_text("\n".join(lines))

@@ -4,10 +4,6 @@ those of one rank on two."""
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import torch
 
 import llmtune
 from tests.media_by_hand import Asked, Plain, shaken
+from tests.runs import killed_at
 from tests.test_media_training import inputs_by_hand
 from tests.test_resume import assert_equal_runs, forget_after
 from tests.tiny_media import MODELS
@@ -142,24 +139,9 @@ def test_a_stream_of_pictures_is_the_same_run_as_rows_read_before(
 
 def test_a_stream_of_pictures_that_was_killed_goes_on_bit_by_bit(place: Path, streamed: dict[str, Any]) -> None:
     keys = {**streamed, "output_dir": str(place / "killed")}
-    child = os.fork()
-    if not child:
-        try:
-            threading.Thread(target=_dies_at, args=(place / "killed" / "checkpoints", 3), daemon=True).start()
-            llmtune.train(keys)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    killed_at(3, place / "killed", lambda: llmtune.train(keys))
     llmtune.train(keys)
     assert_equal_runs(place / "run-streamed", place / "killed")
-
-
-def _dies_at(checkpoints: Path, step: int) -> None:
-    while len([*checkpoints.glob("step-*")]) < step:
-        time.sleep(0.001)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_rows_with_pictures_grouped_by_length_go_on_bit_by_bit_and_are_evaluated_as_by_hand(

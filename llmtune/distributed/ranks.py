@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -175,16 +176,26 @@ def fail_together(error: Exception | None) -> None:
         raise found
 
 
-def together(work: Callable[[], Result]) -> Result:
-    """The result of `work`; or, on every rank, the error that one of them met. Collective."""
-    result: list[Result] = []
+@contextmanager
+def failing_together(spread: bool = True) -> Iterator[None]:
+    """An error inside is raised on every rank, as by `fail_together`; unless work is `spread` on this one alone.
+    Collective where it is."""
     error: Exception | None = None
     try:
-        result.append(work())
+        yield
     except Exception as met:
         error = met
-    fail_together(error)
-    return result[0]
+    if spread:
+        fail_together(error)
+    elif error is not None:
+        raise error
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """The result of `work`; or, on every rank, the error that one of them met. Collective."""
+    with failing_together():
+        result = work()
+    return result
 
 
 def tell_the_others(error: Exception, timeout_s: int) -> None:

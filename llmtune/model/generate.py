@@ -24,7 +24,7 @@ from transformers import (
 from llmtune.contract.errors import DataError, DivergedError, PlanError
 from llmtune.contract.examples import ShownText
 from llmtune.contract.generation import Answer, Asked, GenerateConfig, MediaReader
-from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.distributed.ranks import failing_together, from_all
 from llmtune.model.content import for_template
 from llmtune.model.modalities import placeholders_of
 from llmtune.model.prefill import prefilled
@@ -63,7 +63,7 @@ def generate(
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
     spread = torch.distributed.is_initialized() and any(isinstance(value, DTensor) for value in model.parameters())
     stop = stop_tokens(model, tokenizer) if stop is None else stop
-    with _together(spread):
+    with failing_together(spread):
         rows = [
             PromptRow(ids := tokens_of(prompt), room_of(model.config, len(ids), config), seed, shown_by(prompt))
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -126,7 +126,7 @@ def _batch(
     if config.num_beams > 1:
         settings["length_penalty"] = config.length_penalty
     once, number_B = prompts.distinct() if again else (prompts, None)
-    with _together(spread):
+    with failing_together(spread):
         once.open()
     before = {} if number_B is None else prefilled(model, once, number_B, settings["max_new_tokens"])
     with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
@@ -138,7 +138,7 @@ def _batch(
                 [Ends(asked, width, stop, watch if config.num_beams == 1 and rows else None, len(rows))]
             ),
         )  # fmt: skip
-    with _together(spread):
+    with failing_together(spread):
         if not finite.kept:
             raise DivergedError("the model's logits are not finite, so that it has no answers; its weights are damaged")
     said = said_BT[:, width:].tolist()
@@ -351,20 +351,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _together(spread: bool) -> Iterator[None]:
-    """An error inside is raised on all ranks that the model is spread over, which would wait for this one else."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    if spread:
-        fail_together(error)
-    elif error is not None:
-        raise error
 
 
 @contextmanager

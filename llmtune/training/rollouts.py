@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmtune.contract.errors import DataError, PluginError, RewardError, blaming
+from llmtune.contract.errors import PluginError, RewardError, blaming
 from llmtune.contract.generation import ShownPrompt, asking
 from llmtune.data.batches import collate, to_device
 from llmtune.data.sequence import TokenSequence
-from llmtune.distributed.ranks import fail_together, from_all
+from llmtune.distributed.ranks import fail_together, failing_together, from_all
 from llmtune.media.processor import ShownTokens
 from llmtune.model.prompts import shown_by, tokens_of
 from llmtune.recipe.parts import BuiltPlugin, reward_names
@@ -80,16 +80,13 @@ class Rollouts:
         """
         found = np.full((len(completions), len(self.rewards)), np.nan, dtype=np.float32)
         for at, (part, context) in enumerate(zip(self.rewards, contexts, strict=True)):
-            error: Exception | None = None
-            try:
-                with blaming(part.full_label, "score"):
-                    scores = part.built.score(completions, context)
-                found[:, at] = checked(part, completions, scores)
-            except PluginError as met:
-                error = RewardError(str(met))
-            except Exception as met:
-                error = met
-            fail_together(error)
+            with failing_together():
+                try:
+                    with blaming(part.full_label, "score"):
+                        scores = part.built.score(completions, context)
+                    found[:, at] = checked(part, completions, scores)
+                except PluginError as met:
+                    raise RewardError(str(met)) from None
         if (group := self.ranks.dims.tensor) > 1:  # computes one result, whatever a reward says the second time
             found = from_all(found)[self.ranks.rank // group * group]
         return torch.from_numpy(found).to(self.device)
@@ -128,13 +125,11 @@ class Rollouts:
         own += self.media.fillers(sorted(kinds), [row.shown for row in own])
         blank = [TokenSequence(each.ids, np.zeros(len(each.ids), bool)) for each in own[len(rows) :]]
         made = collate(rows, sample_ids=sample_ids, fillers=blank, **layout)
-        error: Exception | None = self._unshown([row.ids.tolist() for row in rows], [each.shown for each in own])
-        try:
+        with failing_together():
+            if wrong := self._unshown([row.ids.tolist() for row in rows], [each.shown for each in own]):
+                raise wrong
             read = self.media.read([row.shown for row in own])
             made.media = read.tensors(own, "flat" if self.flat else "padded")
-        except DataError as met:
-            error = met
-        fail_together(error)
         return replace(to_device(replace(made, media={}), self.device), media=made.media)
 
     def _unshown(self, rows: Sequence[Sequence[int]], shown: Sequence[ShownText]) -> PluginError | None:
