@@ -184,8 +184,12 @@ def row_lengths(samples: TokenSamples, units: Units) -> np.ndarray:
 
 
 def other_answers(samples: TokenSamples, order: Sequence[int]) -> dict[int, int]:
-    """For each of some labelled samples the next one in `order`, whose answer it is paired with; none of others."""
-    return dict(zip(order, [*order[1:], *order[:1]], strict=True)) if samples.labels is not None else {}
+    """For each of some labelled samples another one, whose answer it is paired with: the next in `order`, and where
+    that has one sample alone, the next of all. None of samples that are not labelled."""
+    if samples.labels is None:
+        return {}
+    following = zip(order, [*order[1:], *order[:1]], strict=True)
+    return {one: other if other != one else (one + 1) % len(samples) for one, other in following}
 
 
 class Crossed(NamedTuple):

@@ -108,6 +108,7 @@ def plan_data(
     micro_steps = train.gradient_accumulation_steps * reads
     # Any id will do: padding is masked by position and never a target.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    _check_others(prepared, train.per_device_train_batch_size * micro_steps * ranks.batch_ranks)
     if prepared.stream is not None:
         batches = StreamLoader.over(
             prepared.stream, prepared.train, per_device=train.per_device_train_batch_size,
@@ -139,6 +140,22 @@ def plan_data(
             wanted, micros = micro_steps // reads, batches.micro_steps // reads
             notes.append(f"gradient_accumulation_steps: {wanted:,} -> {micros}, as the others would have no row")
     return DataPlan(prepared=prepared, batches=batches, notes=tuple(notes))
+
+
+def _check_others(prepared: Prepared, rows: int) -> None:
+    """PlanError for labelled answers that cannot be compared with another one's; steps have `rows` rows."""
+    if prepared.train.labels is None:
+        return
+    begin = "stage_config: each labelled answer is compared with that to another prompt, and"
+    if prepared.stream is not None and rows == 1:  # as a stream knows no rows but those of the step
+        raise PlanError(
+            f"{begin} a step of this stream has one; set per_device_train_batch_size or gradient_accumulation_steps "
+            "to 2 or more, or streaming: false"
+        )
+    given = (("the data", "dataset", prepared.train), ("the rows to evaluate on", "eval_dataset", prepared.evaluation))
+    for noun, key, samples in given:
+        if samples is not None and len(samples) == 1:
+            raise PlanError(f"{begin} {noun} are a single one; give at least 2 rows ({key})")
 
 
 def _without_bare(units: Units, first: str = "") -> tuple[str, ...]:

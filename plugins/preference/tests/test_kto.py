@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,40 @@ def test_loss_gradient_and_rewards_equal_trls(tmp_path: Path) -> None:
     assert (total / count).item() == pytest.approx(judge._metrics["train"]["rewards/chosen"][0], rel=1e-4)
 
 
-def test_each_prompt_meets_the_answer_of_another_row(tmp_path: Path) -> None:
-    plan = llmtune.plan(keys(tmp_path))
-    tokenizer, seen = plan.model.tokenizer, set()
-    for batch in plan.data.batches.step(0, plan.device):
-        for own, crossed in zip(batch.input_ids, batch.mismatched.input_ids, strict=True):
-            own, crossed = tokenizer.decode(own), tokenizer.decode(crossed)
-            mark = "<|im_start|>assistant"
-            assert own.split(mark)[0] == crossed.split(mark)[0] and mark in crossed
-            seen.add(own.split(mark)[1] == crossed.split(mark)[1])
-    assert False in seen
+@pytest.mark.parametrize("size", [1, 3], ids="batch{}".format)
+def test_each_prompt_meets_the_answer_to_another_one(tmp_path: Path, size: int) -> None:
+    given = keys(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=1, disable_shuffling=True)
+    given["dataset"] = write(tmp_path, 4)  # a last step of one answer, if batches are of three
+    plan = llmtune.plan(given)
+    tokenizer, mark = plan.model.tokenizer, "<|im_start|>assistant"
+    met: dict[str, str] = {}
+    for step in range(plan.data.batches.order.steps_per_epoch):
+        for batch in plan.data.batches.step(step, plan.device):
+            for own, crossed in zip(batch.input_ids, batch.mismatched.input_ids, strict=True):
+                question, other = tokenizer.decode(own).split(mark)[0], tokenizer.decode(crossed).split(mark)
+                assert other[0] == question
+                met[question.split("number ")[1][0]] = other[1].split("answer ")[1][0]
+    assert met == {1: dict(zip("0123", "1230", strict=True)), 3: dict(zip("0123", "1200", strict=True))}[size]
+
+
+def write(folder: Path, rows: int) -> str:
+    lines = [
+        {"messages": [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": f"answer {i}"}],
+         "label": i % 2 == 0} for i in range(rows)
+    ]  # fmt: skip
+    path = folder / f"rows-{rows}.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def test_answers_without_another_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(llmtune.PlanError, match="the data are a single one; give at least 2 rows"):
+        llmtune.plan(keys(tmp_path, dataset=write(tmp_path, 1)))
+    with pytest.raises(llmtune.PlanError, match="the rows to evaluate on are a single one"):
+        llmtune.plan(keys(tmp_path, eval_dataset=write(tmp_path, 1), eval_strategy="epoch"))
+    alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    with pytest.raises(llmtune.PlanError, match="a step of this stream has one; set per_device_train_batch_size"):
+        llmtune.plan(keys(tmp_path, streaming=True, max_steps=2, **alone))
 
 
 def test_steps_with_one_label_only_train_and_report_what_they_have(tmp_path: Path) -> None:
