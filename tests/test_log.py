@@ -307,6 +307,15 @@ def test_loss_table_shows_first_last_and_evaluations() -> None:
     assert rows[50] == ["50", "5.0000", "1.00e-04"]
 
 
+def test_loss_table_has_what_says_more_than_the_loss() -> None:
+    rows = [{"step": step, "loss": 0.0, "kl": 0.1, "reward": step / 3, "tokens_per_second": 9.0} for step in (1, 2)]
+    assert [line.split() for line in loss_table(rows).splitlines()] == [
+        ["step", "loss", "reward", "tokens/s"],
+        ["1", "0.0000", "0.3333", "9"],
+        ["2", "0.0000", "0.6667", "9"],
+    ]
+
+
 def test_loss_table_of_little() -> None:
     assert loss_table([]) == "No metrics were logged."
     assert loss_table([{"step": 3, "loss": 1.0}], most=1).splitlines() == ["step    loss", "   3  1.0000"]

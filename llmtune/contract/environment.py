@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,8 @@ class Variable:
     """The key of `llmtune serve` that is taken from it where it is not given."""
     instead: str = ""
     """What is said where it is set, as it changes nothing here."""
+    silent: Sequence[str] = field(default=("", "0", "false", "no", "off"), hash=False)
+    """Values with which nothing is said."""
 
     @property
     def answer(self) -> str:
@@ -72,7 +74,7 @@ def named_plugins() -> dict[str, tuple[str, str]]:
 def remarks() -> Iterator[str]:
     """A line for each variable that is set and changes nothing here, though somebody may expect it to."""
     for name, variable in variables().items():
-        if variable.instead and os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off"):
+        if variable.instead and os.environ.get(name, "").lower() not in variable.silent:
             yield f"{name} is set: {variable.instead}"
 
 

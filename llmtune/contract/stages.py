@@ -336,7 +336,8 @@ class Measures(Protocol):
     """Optional on a stage: what its losses report, so that a plan knows the names."""
 
     metrics: Sequence[str]
-    """Every name that `StageLoss.metrics` can hold; an evaluation reports `eval_NAME`."""
+    """Every name that `StageLoss.metrics` can hold; an evaluation reports `eval_NAME`. `reward`, `rewards/accuracies`,
+    `rewards/margins` and `kl` are shown beside the loss, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)

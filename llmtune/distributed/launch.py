@@ -248,4 +248,6 @@ def write_temporary_recipe(recipe: dict[str, object], folder: Path) -> Path:
 
 
 class LaunchError(LlmtuneError):
-    """A rank of a run failed; its own message is above."""
+    """The ranks of a run cannot be started; or one of them failed, and its own message is above."""
+
+    exit_code = 2

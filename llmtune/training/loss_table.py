@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmtune.terminal import table_text
+from llmtune.training.status import MAIN
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("step", "d"),
     "epoch": ("epoch", ".2f"),
     "loss": ("loss", ".4f"),
+    **{name: (name, ".4g") for name in MAIN},
     "eval_loss": ("eval loss", ".4f"),
     "learning_rate": ("learning rate", ".2e"),
     "grad_norm": ("grad norm", ".3g"),
@@ -28,10 +30,11 @@ def loss_table(metrics: Sequence[Mapping[str, Any]], most: int = 10) -> str:
     chosen = set(_spread(evaluated, most // 2))
     chosen |= set(_spread(range(len(rows)), most - len(chosen)))
     shown = [rows[index] for index in sorted(chosen)]
+    told = [name for name in MAIN if any(row.get(name) is not None for row in shown)][:1]
     columns = [
         [heading, *(format(row[key], form) if row.get(key) is not None else "" for row in shown)]
         for key, (heading, form) in COLUMNS.items()
-        if any(row.get(key) is not None for row in shown)
+        if any(row.get(key) is not None for row in shown) and (key in told or key not in MAIN)
     ]
     head, *cells = zip(*columns, strict=True)
     return table_text(head, cells)

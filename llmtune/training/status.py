@@ -15,7 +15,8 @@ RECENT = 20
 FEWEST = 5
 """Losses below which no trend is told."""
 MAIN = ("reward", "rewards/accuracies", "rewards/margins", "kl")
-"""Metrics that say more of preferences and rewards than the loss does; the first two that a run has are shown."""
+"""Metrics that say more of preferences and rewards than the loss does: the first two that a run has are shown beside
+it, and the first is in the table at the end."""
 GIB = 2**30
 
 

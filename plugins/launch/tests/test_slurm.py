@@ -92,6 +92,8 @@ def test_what_cannot_be_queued(queue: Path, tmp_path: Path, monkeypatch: pytest.
         llmtune.train(tmp_path / recipe)
     (queue / "sbatch").write_text("#!/bin/bash\necho 'invalid partition' >&2; exit 1\n")
     monkeypatch.chdir(tmp_path)
-    assert "sbatch refused run.sbatch: invalid partition" in run(tmp_path, recipe).stderr
+    refused = run(tmp_path, recipe)
+    assert "sbatch refused run.sbatch: invalid partition" in refused.stderr and refused.returncode == 2
     (queue / "sbatch").unlink()
-    assert "needs the command sbatch, which is not on the PATH here" in run(tmp_path, recipe).stderr
+    alone = run(tmp_path, recipe)
+    assert "needs the command sbatch, which is not on the PATH here" in alone.stderr and alone.returncode == 2

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import Parameter
+from math import isfinite
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ class FunctionReward:
                 f"reward_config function: {self.name} failed at {place.filename}:{place.lineno}: "
                 f"{type(error).__name__}: {said}; nothing was learnt from this step"
             ) from error
-        return numbers(scores, self.name, len(completions))
+        return numbers(scores, self.name, completions)
 
 
 def value(name: str, completion: Completion) -> Any:
@@ -121,8 +122,9 @@ def parameters(function: Callable[..., Any], config: FunctionConfig) -> tuple[tu
     return asked, takes_all
 
 
-def numbers(scores: Any, name: str, count: int) -> list[float | None]:
+def numbers(scores: Any, name: str, completions: Sequence[Completion]) -> list[float | None]:
     """The scores as a list of numbers, None where the function says nothing. Raises PluginError for anything else."""
+    count = len(completions)
     values = scores.tolist() if hasattr(scores, "tolist") else scores
     told = isinstance(values, list | tuple) and len(values) == count
     if not told or not all(each is None or hasattr(each, "__float__") for each in values):
@@ -130,4 +132,12 @@ def numbers(scores: Any, name: str, count: int) -> list[float | None]:
             f"reward_config function: {name} returned {scores!r:.200} for {count} answers, allowed is a list of as "
             "many numbers, None where there is nothing to say; nothing was learnt from this step"
         )
-    return [None if each is None else float(each) for each in values]
+    found = [None if each is None else float(each) for each in values]
+    for each, completion in zip(found, completions, strict=True):
+        if each is not None and not isfinite(each):
+            raise PluginError(
+                f"reward_config function: {name} gave {each} for the answer {completion.answer[:200]!r} to the prompt "
+                f"that ends in {completion.prompt[-100:]!r}, allowed is a finite number, or None where there is "
+                "nothing to say; nothing was learnt from this step"
+            )
+    return found
