@@ -60,8 +60,8 @@ class Batch:
     piece_start: int = 0
     """Where the piece begins in its row."""
     mismatched: Batch | None = None
-    """Where rows are labelled: each of their prompts with the answer to another one of the step (KTO's estimate of how
-    far the model has moved)."""
+    """Where rows are labelled: each of their prompts with the answer to another one, of the step if it has several
+    (KTO's estimate of how far the model has moved)."""
     columns: tuple[Mapping[str, Any], ...] = ()
     """For each sample the columns of its row that are not tokens: of prompts all, of preferences `margin`, if given.
     Where the data show media, `images`, `videos` and `audios` are lists of the files that a row shows."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,6 +10,8 @@ from torch import nn
 from llmtune import OptimizerContext, ParameterGroup, PlanError
 
 from . import AdamWConfig
+from .groups import require_parameters, torch_groups
+from .whole import WholeMatrixOptimizer, whole_groups
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where torch >= 2.11 has a fused AdamW."""
@@ -28,8 +29,6 @@ class AdamWFactory:
         config = self.config
         require_parameters(groups)
         if config.layerwise:
-            from .whole import WholeMatrixOptimizer, whole_groups
-
             settings = {"betas": config.betas, "eps": config.eps}
             return WholeMatrixOptimizer(*whole_groups(groups, lambda *_: False, {}, settings, config.weight_decay))
         fused = choose_fused(config.fused, [pair for group in groups for pair in group.parameters])
@@ -39,32 +38,6 @@ class AdamWFactory:
         if fused:
             optimizer.register_step_pre_hook(place_step_counters)
         return optimizer
-
-
-def loss_of(closure: Callable[[], Any] | None) -> Any:
-    """What the closure of an optimiser's `step` computes, with gradients; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def torch_groups(groups: Sequence[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
-    """The groups as torch's optimisers take them."""
-    return [
-        {
-            "params": [parameter for _, parameter in group.parameters],
-            "lr": group.lr,
-            "weight_decay": weight_decay if group.decays else 0.0,
-        }
-        for group in groups
-    ]
-
-
-def require_parameters(groups: Sequence[ParameterGroup]) -> None:
-    """PlanError where nothing trains."""
-    if not any(group.parameters for group in groups):
-        raise PlanError("optim_config: no parameter of the model trains; let peft_config leave some trainable")
 
 
 def choose_fused(wanted: bool | None, named: Sequence[tuple[str, nn.Parameter]]) -> bool:

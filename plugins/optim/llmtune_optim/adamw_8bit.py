@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmtune import OptimizerContext, ParameterGroup, PlanError, RunContext
 
 from . import AdamW8bitConfig
-from .adamw import loss_of, require_parameters, torch_groups
+from .groups import loss_of, require_parameters, torch_groups
 from .whole import local
 
 

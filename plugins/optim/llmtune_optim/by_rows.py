@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from llmtune import OptimizerContext, ParameterGroup
 
-from .adamw import loss_of, require_parameters, torch_groups
 from .configs import AdafactorConfig, AdamMiniConfig
+from .groups import loss_of, require_parameters, torch_groups
 from .whole import adamw_step, local
 
 BY_HEAD = ("q_proj", "k_proj", "wq", "wk", "query", "key")

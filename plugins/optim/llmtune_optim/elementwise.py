@@ -9,8 +9,8 @@ import torch
 
 from llmtune import OptimizerContext, ParameterGroup
 
-from .adamw import loss_of, require_parameters, torch_groups
 from .configs import LionConfig, SgdConfig
+from .groups import loss_of, require_parameters, torch_groups
 from .whole import local
 
 

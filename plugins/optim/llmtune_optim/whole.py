@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from llmtune import ParameterGroup
 
-from .adamw import loss_of, require_parameters
+from .groups import loss_of, require_parameters
 
 Whole = dict[str, Tensor]
 """The tensors that belong to one matrix, whole: its `update`, at first the gradient, and its state."""
