@@ -181,12 +181,15 @@ class Renderer:
             raise BadRow(
                 "media in literal text", "the row shows media, which split_special_tokens keeps from being read"
             )
-        text, spans = with_marks_as(example.text, self.media.written, self.media.begin)
-        shown = ShownText(text + (self.tokenizer.eos_token or ""), tuple(example.media))
-        ids, places = self.media.encode(shown, spans)
-        mask = np.ones(len(ids), bool)
+        text, marks = with_marks_as(example.text, self.media.written, self.media.begin)
+        text += self.tokenizer.eos_token or ""
+        bounds = [0, *(at for mark in marks for at in mark), len(text)]
+        between = [run for run in zip(bounds[::2], bounds[1::2], strict=True) if run[0] < run[1]]
+        shown = ShownText(text, tuple(example.media))
+        ids, places = self.media.encode(shown, between)
+        mask = np.zeros(len(ids), bool)
         for first, stop in places:
-            mask[first:stop] = False
+            mask[first:stop] = True
         return TokenSequence(ids, mask, shown=shown)
 
     def render(self, conversation: Conversation, messages: list[Message], prompt: bool = False) -> str:

@@ -6,6 +6,7 @@ transformers has it for every kind of model.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from bisect import bisect_left, bisect_right
@@ -25,6 +26,7 @@ from llmtune.media.config import MediaConfig
 from llmtune.media.kept import KeptMedia
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import Video, open_audio, open_blank, open_image, open_video
+from llmtune.media.spans import by_replacements, by_runs, keeping_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,8 +115,17 @@ class MediaProcessor:
         return found
 
     @cached_property
-    def _by_size(self) -> Any:
-        return by_size(self.processor)
+    def _texts(self) -> list[Any]:
+        """The texts that the processors of `_reader` give their tokenizer."""
+        return []
+
+    @cached_property
+    def _reader(self) -> Any:
+        """The processor for tokens alone."""
+        # a model's own code may count by what a picture shows
+        found = copy.copy(self.processor) if self.trust_remote_code else by_size(self.processor)
+        found.tokenizer = keeping_texts(self.tokenizer, self._texts)
+        return found
 
     def facts(self) -> dict[str, Any]:
         """What tokens depend on, besides the files: what the processor's own files say, and the recipe's keys."""
@@ -148,18 +159,26 @@ class MediaProcessor:
     def encode(self, shown: ShownText, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """(tokens,) int32 of a text with its media, and for each span of its characters the tokens (first, stop) that
         share one with it. BadRow where media cannot be read, or the text has no place for each."""
-        quick = not self.trust_remote_code  # a model's own code may count by what a picture shows
-        out = self._called([shown], quick, return_offsets_mapping=True, **{_REPLACED: True})
-        offsets = np.asarray(out["offset_mapping"][0]).reshape(-1, 2).tolist()
+        self._texts.clear()
+        out = self._called([shown], True, return_offsets_mapping=True, **{_REPLACED: True})
+        ids = np.asarray(out["input_ids"][0], np.int32)
+        if not spans:
+            return ids, []
+        whole = str(next(iter(self._texts[-1]), "")) if self._texts else ""
         replaced = next(iter(out.get("text_replacement_offsets", ())), ())
-        ends = [each["span"][1] for each in replaced]
-        gained = [0, *(each["new_span"][1] - each["span"][1] for each in replaced)]
+        places = by_replacements(whole, shown.text, spans, replaced) or by_runs(whole, shown.text, spans, self._marks())
+        if not places or "offset_mapping" not in out:
+            what = f"{type(self.processor).__name__} writes a text in which the answers of the row cannot be found"
+            raise BadRow("answers that cannot be told", f"{what}; use a model of another kind")
+        offsets = np.asarray(out["offset_mapping"][0]).reshape(-1, 2).tolist()
         starts, stops = [start for start, _ in offsets], [stop for _, stop in offsets]
-        found = []
-        for span in spans:
-            start, stop = (at + gained[bisect_right(ends, at)] for at in span)
-            found.append((bisect_right(stops, start), bisect_left(starts, stop)))
-        return np.asarray(out["input_ids"][0], np.int32), found
+        found = [(bisect_right(stops, start), bisect_left(starts, stop)) for start, stop in places]
+        return ids, found
+
+    def _marks(self) -> list[str]:
+        """The tokens in what stands for media in a text."""
+        written = "".join(map(self.written, self.reads))
+        return [token for token in self.tokenizer.get_added_vocab() if token in written]
 
     def fillers(self, kinds: Sequence[str], rows: Sequence[ShownText]) -> list[ShownTokens]:
         """A document with a blank medium of each of `kinds` that no row shows.
@@ -246,7 +265,8 @@ class MediaProcessor:
         }
 
     def _answered(self, rows: Sequence[ShownText], quick: bool, **options: Any) -> Any:
-        processor = self._by_size if quick else self.processor
+        processor = self._reader if quick else self.processor
+        quick = quick and not self.trust_remote_code
         found = [[self.opened(medium, quick) for medium in row.media] for row in rows]
         given: dict[str, Any] = {}
         for kind in {medium.kind for row in rows for medium in row.media}:
@@ -257,8 +277,8 @@ class MediaProcessor:
             given["video_metadata"] = [_metadata(video) for video in given["videos"]]
             given["videos"] = [video.frames for video in given["videos"]]
             given["do_sample_frames"] = False
-            if "return_tensors" not in options:  # SmolVLM and InternVL take no lists of their pictures
-                given |= {f"{kind}_kwargs": {"return_tensors": "pt"} for kind in ("images", "videos") if kind in given}
+        if "return_tensors" not in options:  # Ovis 2, and of video SmolVLM and InternVL, take no lists
+            given |= {f"{kind}_kwargs": {"return_tensors": "pt"} for kind in ("images", "videos") if kind in given}
         if "audio" in given:
             given["sampling_rate"] = self.sampling_rate
         bos = self.tokenizer.bos_token

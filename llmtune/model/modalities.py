@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers import PreTrainedConfig
+
 from llmtune.contract.examples import MEDIA_KINDS
 from llmtune.contract.structure import output_heads
 from llmtune.model.skeleton import config_value
@@ -61,16 +63,18 @@ def _tower(model: Any, modality: str, inside: set[int]) -> Any:
         found = model.get_encoder(modality=modality)
     except (AttributeError, TypeError, ValueError):
         return None
-    around = any(id(module) in inside for module in found.modules())
-    return None if around else found
+    # There is none in a model whose kind has one in other sizes (Gemma 4's without sound).
+    return None if found is None or any(id(module) in inside for module in found.modules()) else found
 
 
 def _towers_by_config(model: Any) -> list[Any]:
-    """Encoders that transformers has no usual name for, as of Phi-4 and Granite Speech: models in the model that are
-    made from its config's part for pictures or sound."""
+    """Encoders that transformers has no usual name for, as of Phi-4, Granite Speech and VibeVoice: models in the model
+    that are made from parts of its config for other things than text and what projects to it."""
     config = getattr(model, "config", None)
-    names = ("vision_config", "audio_config", "encoder_config")
-    kinds = {type(part) for name in names if (part := config_value(config, name)) is not None}
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    parts = {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
+    kinds = {type(part) for name, part in parts.items() if "projector" not in name} - {type(config.get_text_config())}
     return [module for module in model.modules() if type(getattr(module, "config", None)) in kinds]
 
 

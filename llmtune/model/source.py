@@ -308,7 +308,13 @@ def auto_class(config: ModelConfig, model_config: PretrainedConfig) -> Any:
     able = [kind for kind in kinds if type(model_config) in kind._model_mapping]
     if able:  # of Mllama the causal one is its text part alone
         saved = config_value(model_config, "architectures") or ()
-        return next((kind for kind in able if kind._model_mapping[type(model_config)].__name__ in saved), able[0])
+        chosen = next((kind for kind in able if kind._model_mapping[type(model_config)].__name__ in saved), able[0])
+        if config.model_class == "llm" and chosen is not AutoModelForCausalLM and model_config.is_encoder_decoder:
+            raise PlanError(
+                f"model: {model_config.model_type} models answer by a decoder that reads another text than their "
+                "encoder does; allowed are models that go on with the text that they read"
+            )
+        return chosen
     raise PlanError(
         f"model: transformers has no {kinds[0].__name__} for {model_config.model_type} models; use a model "
         "of another architecture, or another model_class"

@@ -3,8 +3,9 @@ row must come to what the row comes to. Every model is asked, because some canno
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from functools import partial
+from dataclasses import replace
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llmtune.contract.errors import PlanError
-from llmtune.data.batch_loader import BatchLoader, sample_batch
+from llmtune.data.batch_loader import BatchLoader, other_answers, sample_batch
 from llmtune.data.batches import collate, split_row, to_device
 from llmtune.distributed.ranks import Ranks
 
@@ -51,20 +52,15 @@ def check_isolation(objective: Objective, device: torch.device, packing: bool) -
         raise PlanError(f"packing: {type(objective.model).__name__} cannot keep documents apart ({found}); {fix}")
 
 
-def check_media_isolation(
-    objective: Objective, device: torch.device, loader: BatchLoader, media: MediaProcessor | None
-) -> None:
+def check_media_isolation(objective: Objective, device: torch.device, loader: BatchLoader) -> None:
     """The same of samples that show media, where the data have any, which have to come to what they come to in a row
     of their own: masks and positions of pictures follow rules of their own. Collective; some small forwards."""
     samples = loader.samples
     if not loader.flat or not samples.media_kinds:
         return
-    chosen, made = (
-        _some(samples),
-        partial(sample_batch, samples, pad_id=loader.pad_id, ranks=_ALONE, media=media),
-    )
-    batches = [made(order, flat=True) for order in (chosen, chosen[::-1])]
-    found = _hidden_states(objective, [*batches, *(made([at], flat=False) for at in chosen)], device)
+    chosen = _some(samples)
+    batches = [_batch(loader, order, flat=True) for order in (chosen, chosen[::-1])]
+    found = _hidden_states(objective, [*batches, *(_batch(loader, [at], flat=False) for at in chosen)], device)
     alone = dict(zip(chosen, found[2:], strict=True))
     shift = 0.0
     for order, packed in zip((chosen, chosen[::-1]), found[:2], strict=True):
@@ -80,6 +76,60 @@ def check_media_isolation(
         )
 
 
+def check_media_reading(
+    objective: Objective, device: torch.device, loader: BatchLoader, media: MediaProcessor | None
+) -> None:
+    """Raise PlanError if a model that reads media cannot be given what its processor makes of a sample, takes nothing
+    of it, or sees tokens before they are to be said. Collective; two forwards of one sample.
+
+    Some kinds read a prompt in both directions (PaliGemma, whose processor has to be told where it ends) or fill in
+    blanks (DiffusionGemma): they would see the answers that they are to learn, and the loss curve would look splendid.
+    """
+    model, samples = type(objective.model).__name__, loader.samples
+    if media is None or samples.kind == "prompt":
+        return
+    at = min(
+        _some(samples), key=lambda each: (not any(one.media for one in samples.shown(each)), samples.lengths[each])
+    )
+    batch = _batch(loader, [at], loader.flat)
+    own, base = (_forward_keys(each) for each in (objective.model, objective.model.base_model))
+    for name in (name for name, value in batch.media.items() if value.is_floating_point()):
+        if name not in own | base and not media.trust_remote_code:
+            raise PlanError(
+                f"model: {model} takes no {name}, which {type(media.processor).__name__} makes of what rows show: it "
+                "would learn to answer blindly; use a checkpoint whose config.json names a class that reads them"
+            )
+    said_at = 1 + batch.predict_at[batch.predict_at < batch.input_ids.shape[1]]
+    later = said_at[len(said_at) // 2 :]
+    tokens, which = batch.input_ids[0, later].unique(return_inverse=True)
+    changed = replace(batch, input_ids=batch.input_ids.clone())
+    changed.input_ids[0, later] = tokens.roll(1)[which]
+    try:
+        said, other = _hidden_states(objective, [batch, changed], device)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        what = f"what its processor makes of {samples.origin(at)} ({type(error).__name__}: {error})"
+        raise PlanError(f"model: transformers' {model} cannot read {what}; use a model of another kind") from error
+    before = said[: later[0]]
+    leak = ((before - other[: later[0]]).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-6)).max().item()
+    if leak > (1e-4 if _rounding(objective) < 1e-2 else 5e-2):  # of the same shapes; experts may get other numbers
+        raise PlanError(
+            f"model: {model} sees tokens before it is to say them (hidden states change by {leak:.0e} of their size "
+            "with tokens that come later), so that its loss would be that of copying; use a model that reads from "
+            "left to right"
+        )
+
+
+def _batch(loader: BatchLoader, chosen: list[int], flat: bool) -> Batch:
+    others = other_answers(loader.samples, chosen)
+    return sample_batch(
+        loader.samples, chosen, flat=flat, pad_id=loader.pad_id, ranks=_ALONE, others=others, media=loader.media
+    )
+
+
+def _forward_keys(model: Any) -> set[str]:
+    return set(inspect.signature(type(model).forward).parameters)
+
+
 def _some(samples: TokenSamples) -> list[int]:
     """Some samples that show media, and some that show none."""
     shows = [any(each.media for each in samples.shown(at)) for at in range(min(len(samples), _LOOKED_AT))]
@@ -92,7 +142,7 @@ def check_media_split(objective: Objective, ranks: Ranks, device: torch.device, 
     samples, name = loader.samples, type(objective.model).__name__
     if not samples.media_kinds:
         return
-    whole = sample_batch(samples, _some(samples), flat=True, pad_id=loader.pad_id, ranks=_ALONE, media=loader.media)
+    whole = _batch(loader, _some(samples), flat=True)
     piece, begin = split_row(whole, ranks), f"dist_config: cp_size is {ranks.dims.context}, but {name} "
     expected, found = _hidden_states(objective, [whole, piece], device)
     expected = expected[piece.piece_start :][: len(found)]

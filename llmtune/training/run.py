@@ -37,7 +37,13 @@ from llmtune.training import checkpoint, resume, run_folder
 from llmtune.training.building import build_run, make_training
 from llmtune.training.callbacks import TrainingCallbacks, eval_interval, save_interval
 from llmtune.training.file_names import PREDICTIONS, QUARANTINE
-from llmtune.training.isolation import check_isolation, check_media_isolation, check_media_split, check_split
+from llmtune.training.isolation import (
+    check_isolation,
+    check_media_isolation,
+    check_media_reading,
+    check_media_split,
+    check_split,
+)
 from llmtune.training.lock import LAG_S, FolderLock, launcher, require_shared
 from llmtune.training.log import Loggers, read_metrics
 from llmtune.training.loop import train
@@ -194,9 +200,10 @@ def _run(
     with blaming(plan.parts.one("optim_config").full_label, "create"):
         optimizer = make_optimizer(plan)
     training = make_training(plan, objective, optimizer, first_step)
+    check_media_reading(objective, plan.device, plan.data.batches, plan.model.media)
     if plan.data.batches.flat:
         check_isolation(objective, plan.device, plan.recipe.data.isolates)
-        check_media_isolation(objective, plan.device, plan.data.batches, plan.model.media)
+        check_media_isolation(objective, plan.device, plan.data.batches)
     if plan.ranks.dims.context > 1:
         check_split(objective, plan.ranks, plan.device)
         check_media_split(objective, plan.ranks, plan.device, plan.data.batches)
