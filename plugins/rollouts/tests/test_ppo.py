@@ -337,9 +337,7 @@ def test_a_fixed_cost_stays(tmp_path: Path) -> None:
 
 def test_a_reward_that_is_no_number_ends_the_run_in_a_sentence(tmp_path: Path) -> None:
     given = keys(tmp_path, reward_config={**REWARD, "function": "ppo_worth:broken"})
-    with pytest.raises(
-        LlmtuneError, match="reward_config function: .* gave nan for the answer .*nothing was learnt"
-    ):
+    with pytest.raises(LlmtuneError, match="reward_config function: .* gave nan for the answer .*nothing was learnt"):
         running.train(given)
 
 
