@@ -34,6 +34,12 @@ def test_an_engine_of_trl_comes_with_its_keys(tmp_path: Path) -> None:
         "name": "vllm", "vllm_server_base_url": "http://there:8000", "vllm_gpu_util": 0.3, "vllm_maxlen": 512,
     }  # fmt: skip
     assert "vllm_mode" in found.idle
+    corrected = convert(given + " --use_peft true --vllm_importance_sampling_clip_max 2.0 "
+                        "--vllm_importance_sampling_mode token_mask")  # fmt: skip
+    stage = corrected.recipe["stage_config"]
+    assert (stage["sampling_correction"], stage["sampling_clip_max"]) == ("token_mask", 2.0)
+    uncorrected = convert(given + " --use_peft true --vllm_importance_sampling_correction false")
+    assert uncorrected.recipe["stage_config"]["sampling_correction"] is None
     without = convert(given)
     assert "engine_config" not in without.recipe and "use_vllm" in without.lost
 

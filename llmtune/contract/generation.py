@@ -105,6 +105,10 @@ class Answer:
     """Whether the limit came first: no token ended the answer."""
     text: str
     """The answer's tokens as text, without white space around it."""
+    logps: tuple[float, ...] | None = field(default=None, compare=False)
+    """The log-probability of each token where it was drawn, temperature and cuts included; NaN where it is not known of
+    one. An engine tells it of all answers of a run that it computes otherwise than the model that trains; None is what
+    that model itself says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,9 +130,17 @@ def _entry(name: str, subset: str | None, split: str) -> Any:
     return entry | ({"subset": subset} if subset else {}) | ({"split": split} if split != "train" else {})
 
 
+_CORRECTION = {
+    "vllm_importance_sampling_mode": "sampling_correction", "vllm_importance_sampling_cap": "sampling_clip_max",
+    "vllm_importance_sampling_clip_max": "sampling_clip_max", "vllm_importance_sampling_clip_min": "sampling_clip_min",
+    "vllm_importance_sampling_correction": "sampling_correction",
+}  # fmt: skip
+"""How the answers of vLLM are corrected, here by keys of the stage."""
+
+
 def _engine(draft: Draft) -> None:
     """`use_vllm`: its server follows an adapter, and no other training."""
-    own = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization", "vllm_max_model_length")
+    own = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization", "vllm_max_model_length", *_CORRECTION)
     if not draft.take("use_vllm"):
         draft.ask_nothing("use_vllm", *own, why="vLLM is not asked")
         return
@@ -152,6 +160,14 @@ def _engine(draft: Draft) -> None:
     draft.set("engine_config.vllm_gpu_util", share, "vllm_gpu_memory_utilization", note=said)
     if draft.has("vllm_max_model_length"):
         draft.set("engine_config.vllm_maxlen", draft.take("vllm_max_model_length"), "vllm_max_model_length")
+    if draft.take("vllm_importance_sampling_correction", True):
+        draft.ask_nothing("vllm_importance_sampling_correction", why="answers of vLLM are corrected")
+    else:
+        draft.set("stage_config.sampling_correction", None, "vllm_importance_sampling_correction")
+        draft.ask_nothing(*_CORRECTION, why="nothing is corrected")
+    for there, here in _CORRECTION.items():
+        if there in draft.left:
+            draft.set(f"stage_config.{here}", draft.take(there), there)  # a limit that is null is none
 
 
 def _adapter(draft: Draft) -> None:

@@ -23,6 +23,16 @@ class AnswerKeys:
     """Sample from this many likeliest tokens; 0 is all."""
     reward_weights: tuple[float, ...] | None = None
     """What each reward of `reward_config` counts, in its order; null counts them all 1."""
+    sampling_correction: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = (
+        "sequence_mask"
+    )
+    """Where answers are drawn by another engine than the model itself (vLLM): the loss is multiplied by how much
+    likelier they are to the model, by tokens or whole answers; beyond the limits below that is the limit (`truncate`)
+    or 0 (`mask`). null does not correct."""
+    sampling_clip_max: Annotated[float, Gt(0)] | None = 3.0
+    """Most of that ratio; null sets no limit."""
+    sampling_clip_min: Annotated[float, Gt(0)] | None = None
+    """Least of that ratio; null sets no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,8 @@ class Said(NamedTuple):
     completion: Completion
     sample: int
     """The number of its prompt's sample."""
+    logps: Sequence[float] | None = None
+    """Those of its tokens in the engine that drew them; None where that is the model."""
 
 
 def generate_config(keys: AnswerKeys) -> GenerateConfig:
@@ -61,6 +64,7 @@ def answered(model: Any, batch: Batch, context: StageContext, config: GenerateCo
                 cut=answer.cut, columns=columns[at // answers], shown=shown[at // answers],
             ),
             sample,
+            answer.logps,
         )
         for at, (answer, sample) in enumerate(zip(found, samples, strict=True))
     ]  # fmt: skip
@@ -76,15 +80,45 @@ def dealt(said: Sequence[Said], batches: int) -> list[list[int]]:
 def batch_of(said: Sequence[Said], context: StageContext, masked: bool = False) -> Batch:
     """Prompts and answers as one batch, in which the answers train; with `masked` not those that were cut."""
     rows = []
-    for completion, _ in said:
+    for completion, *_ in said:
         ids = [*completion.prompt_ids, *completion.ids]
         rows.append((ids, len(ids) if masked and completion.cut else len(completion.prompt_ids)))
-    return context.batch(rows, [sample for _, sample in said], [completion.asked for completion, _ in said])
+    return context.batch(rows, [one.sample for one in said], [one.completion.asked for one in said])
+
+
+SAMPLING = ("sampling/ratio", "sampling/logp_difference")
+"""What is reported of answers that another engine has drawn: means over tokens."""
 
 
 def lengths(batch: Batch) -> Tensor:
     """(S,) trained tokens of each answer."""
     return batch.per_sequence(torch.ones(len(batch.targets), device=batch.targets.device))
+
+
+def drawn_elsewhere(said: Sequence[Said], rewards_S: Tensor, keys: AnswerKeys, context: StageContext) -> bool:
+    """Whether a step's answers, on whatever rank, are to be corrected for the engine that drew them. Collective."""
+    told = rewards_S.new_tensor(float(sum(one.logps is not None for one in said)))
+    return keys.sampling_correction is not None and bool(context.total(told))
+
+
+def correction(said: Sequence[Said], batch: Batch, logps_N: Tensor, keys: AnswerKeys) -> dict[str, Tensor]:
+    """(N,) each, for `Batch.extra`: what the loss of a target is multiplied by, as the engine drew it with another
+    probability than the model's, and how far the logarithms of the two are apart."""
+    counts = lengths(batch).long().tolist()
+    drawn = [
+        torch.full((count,), math.nan) if one.logps is None else torch.tensor(one.logps[:count])
+        for one, count in zip(said, counts, strict=True)
+    ]
+    apart_N = logps_N - torch.cat([*drawn, torch.empty(0)]).to(logps_N)
+    log_ratio_N = apart_N.nan_to_num(0.0)
+    level, _, beyond = str(keys.sampling_correction).partition("_")
+    if level == "sequence":
+        log_ratio_N = batch.per_sequence(log_ratio_N).index_select(0, batch.target_sequence)
+    ratio_N = log_ratio_N.exp()
+    held_N = ratio_N.clamp(keys.sampling_clip_min or 0.0, keys.sampling_clip_max or math.inf)
+    if beyond == "mask":
+        held_N = torch.where(held_N == ratio_N, ratio_N, 0.0)
+    return dict(zip(SAMPLING, (held_N, apart_N.abs()), strict=True))
 
 
 def objections(keys: AnswerKeys, context: RunContext, model: Any) -> Iterator[str]:
@@ -117,10 +151,11 @@ def judged(
 
 
 def reported(extra: Mapping[str, Tensor], *more: str) -> dict[str, Tensor]:
-    """What of a batch's `extra` is reported, under the names of metrics: rewards, `judged`, and names with the
-    beginnings `more`."""
+    """What of a batch's `extra` is reported, under the names of metrics: rewards, `judged`, `SAMPLING`, and names with
+    the beginnings `more`."""
     named = {"length": "completions/length", "cut": "completions/cut", "frac_reward_zero_std": "frac_reward_zero_std"}
-    return {named.get(name, name): extra[name] for name in extra if name in named or name.startswith(("reward", *more))}
+    begin = ("reward", "sampling/", *more)
+    return {named.get(name, name): extra[name] for name in extra if name in named or name.startswith(begin)}
 
 
 def counted(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,14 @@ from llmtune import Batch, ModelSpec, RunContext, StageContext, StageLoss
 
 from .advantages import moments
 from .answering import (
+    SAMPLING,
     Said,
     answered,
     batch_of,
+    correction,
     counted,
     dealt,
+    drawn_elsewhere,
     generate_config,
     judged,
     lengths,
@@ -51,7 +54,7 @@ class Groups:
         self.generation = generate_config(config)
         self.answer_tokens = config.max_new_tokens
         self.updates, self.splits = config.num_iterations, config.num_generations
-        self.metrics = (*METRICS, "kl") if config.beta else METRICS
+        self.metrics = (*METRICS, *SAMPLING, *(("kl",) if config.beta else ()))
         self.models: Mapping[str, ModelSpec] = (
             {"reference": ModelSpec(keys=reference_keys(config), key="ref_model")} if config.beta else {}
         )
@@ -72,6 +75,7 @@ class Groups:
             "advantages": advantages_S, "reward_std": deviation_S, "frac_reward_zero_std": (deviation_S == 0).float(),
             **judged(completions, scores_SR, rewards_S, context),
         }  # fmt: skip
+        elsewhere = drawn_elsewhere(said, rewards_S, config, context)
         made = []
         for chosen in dealt(said, len(batches) * groups):
             spots = torch.tensor(chosen, dtype=torch.int64, device=rewards_S.device)
@@ -80,7 +84,7 @@ class Groups:
             batch.extra = {name: values.index_select(0, spots) for name, values in extra.items()}
             if config.loss_type in ("bnpo", "dapo"):
                 batch.weight = float(len(batch.targets))
-            made.append(self._known(model, batch, context))
+            made.append(self._known(model, batch, rows, elsewhere, context))
         return made
 
     def advantages(self, rewards_S: Tensor, context: StageContext) -> tuple[Tensor, Tensor]:
@@ -96,11 +100,13 @@ class Groups:
             advantages_S = advantages_S / (math.sqrt(found.sample_variance) + SMALL)
         return advantages_S.nan_to_num(0.0), deviation_S
 
-    def _known(self, model: Any, batch: Batch, context: StageContext) -> Batch:
+    def _known(self, model: Any, batch: Batch, rows: Sequence[Said], elsewhere: bool, context: StageContext) -> Batch:
         """The batch with what is known of its targets before the update: log-probabilities now, and the reference's."""
         heat, extra = self.config.temperature, dict(batch.extra)
-        if self.updates > 1:
-            extra["old_logps"] = context.token_logps(model, batch, heat)
+        if self.updates > 1 or elsewhere:
+            extra["old_logps"] = logps_N = context.token_logps(model, batch, heat)
+            if elsewhere:
+                extra |= correction(rows, batch, logps_N, self.config)
         if self.config.beta:
             extra["ref_logps"] = context.with_model("reference", lambda it, its: its.token_logps(it, batch, heat))
         return replace(batch, extra=extra)
@@ -123,7 +129,7 @@ class Groups:
         high = config.epsilon if config.epsilon_high is None else config.epsilon_high
         within_N = ratio_N.clamp(1 - config.epsilon, 1 + high)
         free_N = ratio_N if config.delta is None else ratio_N.clamp(max=config.delta)
-        loss_N = -torch.min(free_N * advantage_N, within_N * advantage_N)
+        loss_N = -torch.min(free_N * advantage_N, within_N * advantage_N) * batch.extra.get("sampling/ratio", 1.0)
         metrics = {name: counted(values) for name, values in reported(batch.extra).items()}
         clipped_N = ((ratio_N < 1 - config.epsilon) & (advantage_N < 0)) | ((ratio_N > 1 + high) & (advantage_N > 0))
         metrics["clipped"] = counted(clipped_N.float())

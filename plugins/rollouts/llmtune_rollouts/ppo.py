@@ -15,10 +15,13 @@ from llmtune import Batch, ModelEdit, ModelSpec, RunContext, StageContext, Stage
 from .adaptive import KlCoefficient, RunningScale
 from .advantages import gae, moments, whitened
 from .answering import (
+    SAMPLING,
     Said,
     answered,
+    correction,
     counted,
     dealt,
+    drawn_elsewhere,
     generate_config,
     judged,
     lengths,
@@ -37,7 +40,7 @@ HEAD = "value_head"
 """The module that says how much reward is still to come."""
 METRICS = (
     "policy_loss", "value_loss", "clipped", "value_clipped", "values", "returns", "reward", "explained_variance",
-    "completions/length", "completions/cut", "kl", "kl_coef",
+    "completions/length", "completions/cut", *SAMPLING, "kl", "kl_coef",
 )  # fmt: skip
 """All that is reported but what each reward says."""
 EPSILON = torch.finfo(torch.float32).eps
@@ -92,7 +95,8 @@ class Policy:
         config = self.config
         laid = list(self._laid(model, batches, context))
         scored = self._scored(laid, context, adapts=model.training)
-        made = [self._known(model, rows, scores, context) for rows, scores in zip(laid, scored, strict=True)]
+        elsewhere = drawn_elsewhere([one for rows in laid for one in rows], scored[0]["score"], config, context)
+        made = [self._known(model, rows, scores, elsewhere, context) for rows, scores in zip(laid, scored, strict=True)]
         rewards = [batch.extra["token_rewards"] for batch in made]
         values = [batch.extra["old_values"] for batch in made]
         if config.ppo_whiten_rewards:
@@ -140,15 +144,16 @@ class Policy:
         parts = {name: values.split([len(rows) for rows in laid]) for name, values in extra.items()}
         return [{name: values[at] for name, values in parts.items()} for at in range(len(laid))]
 
-    def _known(self, model: Any, rows: Sequence[Said], scores: Mapping[str, Tensor], context: StageContext) -> Batch:
+    def _known(
+        self, model: Any, rows: Sequence[Said], scores: Mapping[str, Tensor], elsewhere: bool, context: StageContext
+    ) -> Batch:
         """The answers as a batch, with what is known of their tokens before an update."""
         heat, score_S = self.config.temperature, scores["score"]
         sequences = []
-        for (completion, _), silent in zip(rows, score_S.isnan().tolist(), strict=True):
+        for (completion, *_), silent in zip(rows, score_S.isnan().tolist(), strict=True):
             ids = [*completion.prompt_ids, *completion.ids]
             sequences.append((ids, len(ids) if silent else len(completion.prompt_ids)))
-        prompts = [completion.asked for completion, _ in rows]
-        batch = context.batch(sequences, [sample for _, sample in rows], prompts)
+        batch = context.batch(sequences, [one.sample for one in rows], [one.completion.asked for one in rows])
         batch.weight = float(len(batch.targets))
         logps_N, values_N = self._seen(model, batch, context)
         rewards_N, extra = torch.zeros_like(logps_N), dict(scores)
@@ -159,6 +164,8 @@ class Policy:
             extra["kl"] = torch.where(score_S.isnan(), torch.nan, kl_S)
         last_S = lengths(batch).long().cumsum(0) - 1
         rewards_N = rewards_N.index_add(0, last_S[~score_S.isnan()], score_S[~score_S.isnan()])
+        if elsewhere:
+            extra |= correction(rows, batch, logps_N, self.config)
         batch.extra = {**extra, "old_logps": logps_N, "old_values": values_N, "token_rewards": rewards_N}
         return batch
 
@@ -184,7 +191,7 @@ class Policy:
         ratio_N = (logps_N - extra["old_logps"]).exp()
         free_N = -extra["advantages"] * ratio_N
         held_N = -extra["advantages"] * ratio_N.clamp(1 - config.cliprange, 1 + config.cliprange)
-        policy_N = torch.max(free_N, held_N)
+        policy_N = torch.max(free_N, held_N) * extra.get("sampling/ratio", 1.0)
         moved_N = (values_N - extra["old_values"]).clamp(-config.cliprange_value, config.cliprange_value)
         error_N = (values_N - extra["returns"]).square()
         held_error_N = (extra["old_values"] + moved_N - extra["returns"]).square()

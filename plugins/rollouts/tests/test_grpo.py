@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     ),
     "hot": ({"temperature": 1.7, "beta": 0.3}, {"temperature": 1.7, "beta": 0.3}),
+    **{
+        f"drawn elsewhere, {mode}": (
+            {"sampling_correction": mode, "sampling_clip_max": 1.1, "sampling_clip_min": 0.9, "beta": 0.3},
+            {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.1,
+             "vllm_importance_sampling_clip_min": 0.9, "beta": 0.3},
+        )
+        for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    },
 }  # fmt: skip
 
 
@@ -74,8 +85,14 @@ def test_loss_and_gradient_equal_trls(case: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     given, theirs = CASES[case]
+    elsewhere = case.startswith("drawn elsewhere")
     given = keys(tmp_path, {"num_iterations": 2, **given}, gradient_accumulation_steps=1)
     plan, objective = running.start(given)
+    if elsewhere:
+        usual = objective.context.generate
+        objective.context.generate = lambda *asked: [
+            replace(each, logps=tuple(drawn_with(each.ids))) for each in usual(*asked)
+        ]
     reference = copy.deepcopy(plan.model.module).eval()
     batches = prepared(plan, objective)
     with torch.no_grad(), torch.random.fork_rng():  # between two updates, so that probabilities have moved
@@ -98,6 +115,10 @@ def test_loss_and_gradient_equal_trls(case: str, tmp_path: Path) -> None:
     )  # fmt: skip
     judge.current_gradient_accumulation_steps = 1
     inputs = laid_out(batches, reference, given["stage_config"].get("temperature", 1.0))
+    if elsewhere:
+        inputs["importance_sampling_ratio"] = ratio = trls_ratio(judge, reference, inputs)
+        within = (ratio > 0.91) & (ratio < 1.09)
+        assert within.any() and not within.all()
     expected = judge._compute_loss(model.train(), inputs)
     expected.backward()
     norms = [
@@ -110,6 +131,27 @@ def test_loss_and_gradient_equal_trls(case: str, tmp_path: Path) -> None:
         kl = [one.metrics["kl"] for one in found]
         ours = sum(value for value, _ in kl) / sum(count for _, count in kl)
         assert float(ours) == pytest.approx(judge._metrics["train"]["kl"][0], rel=1e-5)
+
+
+def drawn_with(ids: Sequence[int]) -> list[float]:
+    """What an engine could tell of tokens that it has drawn, about as likely as they are, all but the first."""
+    logps = -5.5 + 0.1 * torch.randn(len(ids), generator=torch.Generator().manual_seed(sum(ids)))
+    return [math.nan, *logps.tolist()[1:]]
+
+
+def trls_ratio(judge: Any, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What TRL multiplies the loss of these answers by, if they are vLLM's."""
+    asked, said = (
+        [ids[mask == 1].tolist() for ids, mask in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
+        for part in ("prompt", "completion")
+    )
+    answers = asked, said, None, [""] * len(said), [*map(drawn_with, said)], {}, None, None
+    judge.use_vllm, judge._generate = True, lambda prompts: answers
+    trained = copy.deepcopy(judge.model.state_dict())
+    judge.model.load_state_dict(model.state_dict())
+    found = judge._generate_and_score_completions([{"prompt": "How much?"}] * len(said))["importance_sampling_ratio"]
+    judge.model.load_state_dict(trained)
+    return found
 
 
 def laid_out(batches: list[Any], reference: Any, temperature: float) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def shaken(model: Any, by: float = 0.01) -> None:
         torch.manual_seed(1)
         for weight in model.parameters():
             weight += by * torch.randn_like(weight)
+
+
+def test_answers_that_another_engine_drew_are_corrected(tmp_path: Path) -> None:
+    """With both limits at 2 each token counts twice to the policy, and to the values as before."""
+    sums = []
+    for told in (None, -5.0):
+        twice = {"sampling_correction": "token_truncate", "sampling_clip_max": 2.0, "sampling_clip_min": 2.0}
+        plan, objective = running.start(keys(tmp_path, twice))
+        usual = objective.context.generate
+
+        def generate(*asked: Any, usual: Any = usual, told: float | None = told) -> Any:
+            return [replace(one, logps=told and (told,) * len(one.ids)) for one in usual(*asked)]
+
+        objective.context.generate = generate
+        batches = prepared(plan, objective)
+        shaken(plan.model.module)
+        found = [objective(batch).metrics for batch in batches]
+        sums.append([sum(each[name][0].item() for each in found) for name in ("policy_loss", "value_loss")])
+        assert ("sampling/logp_difference" in found[0]) == bool(told)
+    assert sums[1] == pytest.approx([2 * sums[0][0], sums[0][1]], rel=1e-5)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from . import VllmConfig
 
 Watch = Callable[[Sequence[int | None]], bool]
+Tokens = list[NewToken]
+CERTAIN = 1e-6
+"""How far the logarithm of a probability of 1 may be from 0."""
 
 
 class VllmEngine:
@@ -72,6 +76,8 @@ class VllmEngine:
                 require_readable(model.adapter, self._max_rank)
             server = VllmServer(self.config, model.folder, model.dtype, adapters=adapters, trains=write is not None)
             self.client = Client(server)
+            if write is not None:
+                require_processed(self.client, self.config.vllm_answer_timeout)
             name = server.base if model.adapter is None else server.load_adapter(model.adapter)
             return name, server.base, server.most_tokens
 
@@ -126,6 +132,7 @@ class VllmEngine:
                 AnswerRequest(
                     model=self._name, prompt_ids=tuple(prompt), config=config, seed=seed, stop=ends,
                     room=self._room(model.config, len(prompt), config),
+                    top_logprobs=None if self.trained is None else 0,
                 )
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]  # fmt: skip
@@ -133,10 +140,11 @@ class VllmEngine:
         said = self._said(together(asked), watch)
         return [
             Answer(
-                prompt_ids=tuple(prompt), ids=tuple(ids), cut=not ids or ids[-1] not in ends,
+                prompt_ids=tuple(prompt), ids=ids, cut=not ids or ids[-1] not in ends,
                 text=str(tokenizer.decode(ids, skip_special_tokens=config.skip_special_tokens)).strip(),
+                logps=None if self.trained is None else logps,
             )
-            for prompt, ids in zip(prompts, said, strict=True)
+            for prompt, (ids, logps) in zip(prompts, map(unzipped, said), strict=True)
         ]  # fmt: skip
 
     def _room(self, model_config: Any, prompt_tokens: int, config: GenerateConfig) -> int:
@@ -148,7 +156,7 @@ class VllmEngine:
             )
         return room
 
-    def _said(self, requests: list[AnswerRequest], watch: Watch | None) -> list[list[int]]:
+    def _said(self, requests: list[AnswerRequest], watch: Watch | None) -> list[Tokens]:
         if not other_ranks():
             assert self.client is not None
             return asked_together(self.client, requests, self.config.vllm_answer_timeout, watch)
@@ -157,7 +165,7 @@ class VllmEngine:
         wanted = dict.fromkeys((each.prompt_ids, each.seed) for requests in every for each in requests)
         firsts = {(each.prompt_ids, each.seed): each for requests in reversed(every) for each in requests}
 
-        def ask() -> list[list[int]]:
+        def ask() -> list[Tokens]:
             assert self.client is not None
             return asked_together(self.client, [firsts[one] for one in wanted], self.config.vllm_answer_timeout)
 
@@ -213,9 +221,25 @@ class VllmServing:
         self.client.server.close()
 
 
+def require_processed(client: Client, patience: float) -> None:
+    """PlanError where the server tells log-probabilities before temperature and cuts: with one token to draw from, that
+    of the drawn one is 0 after them."""
+    config = GenerateConfig(temperature=1.0, top_k=1)
+    probe = AnswerRequest(
+        model=client.server.base, prompt_ids=(1, 2, 3), config=config, room=1, seed=0, stop=frozenset(), top_logprobs=0
+    )  # some tokens: after one alone, such as that of padding, all may be alike
+    ((token,),) = asked_together(client, [probe], patience)
+    if token.logprob is None or not abs(token.logprob) <= CERTAIN:
+        raise PlanError(
+            f"engine_config: vLLM at {client.server.url} tells the probabilities of tokens as they were before "
+            "temperature, top_p and top_k, and roll-outs are corrected by those that answers are drawn with; start it "
+            "with --logprobs-mode processed_logprobs"
+        )
+
+
 def asked_together(
     client: Client, requests: Sequence[AnswerRequest], patience: float, watch: Watch | None = None
-) -> list[list[int]]:
+) -> list[Tokens]:
     """The tokens of the answers, in their order. Raises VllmLost where none comes in `patience` seconds."""
     for request in requests:
         require_known(request)
@@ -224,7 +248,7 @@ def asked_together(
         client.submit(request, request.model, lambda item, at=at: came.put((at, item)), stream=watch is not None)
         for at, request in enumerate(requests)
     ]
-    said: list[list[int]] = [[] for _ in requests]
+    said: list[Tokens] = [[] for _ in requests]
     ended, step = [False] * len(requests), 0
     try:
         while not all(ended):
@@ -240,32 +264,38 @@ def asked_together(
             if item is None:
                 ended[at] = True
             else:
-                said[at].append(item.id)
+                said[at].append(item)
             # A step is over when each answer has its token, or none any more.
-            while watch and any(len(ids) > step for ids in said) and _whole(said, ended, step):
+            while watch and any(len(tokens) > step for tokens in said) and _whole(said, ended, step):
                 step += 1
                 if watch(_new(said, step)):
-                    return [ids[:step] for ids in said]
+                    return [tokens[:step] for tokens in said]
         return said
     finally:
         for cancel in cancels:
             cancel()
 
 
-def watched(said: Sequence[list[int]], watch: Watch) -> Iterable[list[int]]:
+def watched(said: Sequence[Tokens], watch: Watch) -> Iterable[Tokens]:
     """Finished answers as far as the watcher lets them go on."""
     for step in range(1, max(map(len, said), default=0) + 1):
         if watch(_new(said, step)):
-            return [ids[:step] for ids in said]
+            return [tokens[:step] for tokens in said]
     return said
 
 
-def _whole(said: Sequence[list[int]], ended: Sequence[bool], step: int) -> bool:
-    return all(over or len(ids) > step for ids, over in zip(said, ended, strict=True))
+def _whole(said: Sequence[Tokens], ended: Sequence[bool], step: int) -> bool:
+    return all(over or len(tokens) > step for tokens, over in zip(said, ended, strict=True))
 
 
-def _new(said: Sequence[list[int]], step: int) -> list[int | None]:
-    return [ids[step - 1] if len(ids) >= step else None for ids in said]
+def _new(said: Sequence[Tokens], step: int) -> list[int | None]:
+    return [tokens[step - 1].id if len(tokens) >= step else None for tokens in said]
+
+
+def unzipped(tokens: Tokens) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The tokens of an answer, and the logarithms of their probabilities."""
+    logps = (math.nan if token.logprob is None else token.logprob for token in tokens)
+    return tuple(token.id for token in tokens), tuple(logps)
 
 
 class TrainedAdapter:

@@ -218,7 +218,8 @@ def test_chat_and_predictions_need_no_weights_here(files: Path, running_server: 
 def test_roll_outs_come_from_the_adapter_as_it_is(
     files: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each step greedy answers through the server are those of the model in memory, whose adapter has learnt."""
+    """At each step greedy answers through the server are those of the model in memory, whose adapter has learnt, and
+    those that are drawn come with the model's log-probabilities, so that there is nothing to correct."""
     from llmtune_vllm.engine import VllmEngine
 
     usual, greedy_answers = VllmEngine.generate, []
@@ -236,7 +237,7 @@ def test_roll_outs_come_from_the_adapter_as_it_is(
     monkeypatch.setenv("RANK", "0")
     recipe = running.tiny_recipe(
         tmp_path, kind="prompt", model=str(files / "model"), reward_config="reference", max_steps=2,
-        stage_config={"name": "grpo", "num_generations": 2, "max_new_tokens": 4}, learning_rate=0.1,
+        stage_config={"name": "grpo", "num_generations": 2, "max_new_tokens": 4, "temperature": 1.5}, learning_rate=0.1,
         peft_config={"name": "lora", "r": 4, "lora_dropout": 0.0, "target_modules": "all"},
         per_device_train_batch_size=2, disable_shuffling=True,
         engine_config={
@@ -245,6 +246,8 @@ def test_roll_outs_come_from_the_adapter_as_it_is(
         },
     )  # fmt: skip
     trained = running.train(recipe)
+    for row in trained.metrics:
+        assert row["sampling/logp_difference"] < 1e-4 and row["sampling/ratio"] == pytest.approx(1, abs=1e-4)
     assert any("lora_B" in name and tensor.any() for name, tensor in trained.tensors.items())
     assert len(greedy_answers) >= 2 and greedy_answers[0] != greedy_answers[-1]
     words = json.loads(told.read_text())
@@ -287,6 +290,14 @@ def test_ppo_rolls_out_beside_its_value_head(command: str, tmp_path: Path) -> No
     given = {"reward_config": "reference", "stage_config": "ppo", "peft_config": "lora"}
     engine = {"name": "vllm", "vllm_command": command}
     assert running.plan(running.tiny_recipe(tmp_path, kind="prompt", engine_config=engine, **given)).steps
+
+
+def test_a_server_that_tells_other_probabilities_than_it_draws_with_rolls_nothing_out(
+    files: Path, running_server: str
+) -> None:
+    engine = build(VllmConfig(vllm_server_base_url=running_server, vllm_api_key="theirs"))
+    with pytest.raises(PlanError, match="before temperature.*start it with --logprobs-mode processed_logprobs"):
+        engine.open(served(files), write=lambda folder: None)
 
 
 def start(command: str, files: Path, **keys: Any) -> VllmServer:
