@@ -4,6 +4,7 @@ one rank on two."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.nn.functional import logsigmoid
 
 import llmtune
 from llmtune.inference.reward import rewards_of_rows
+from llmtune.testing import running
 from llmtune.testing.ranks import in_ranks
+from llmtune.training.isolation import check_media_isolation
 from tests.media_by_hand import Plain, shaken
 from tests.test_media_stages import ASKED, BETTER, STREAMED, WORSE, labelled, recipe, shown
 from tests.test_parity import train_each
@@ -102,6 +105,20 @@ def test_a_reference_is_asked_again_about_pictures_that_are_seen_otherwise(place
     for name, most in (("whole", None), ("small", 30)):
         found = first(place, f"seen-{name}", gemma, stage, image_max_pixels=most)
         assert found["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_pairs_end_to_end_are_checked_to_be_apart(place: Path, gemma: Path) -> None:
+    """As attention that knows the bounds of documents has them: a sample is two, each with the pictures."""
+    plan, objective = running.start(recipe(gemma, place, "apart", pairs(), stage_config="dpo"))
+    loader = replace(plan.data.batches, flat=True)
+    check_media_isolation(objective, plan.device, loader)
+
+    def unbounded(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {name: value for name, value in given.items() if name not in ("position_ids", "cu_seq_lens_q")}
+
+    objective.model.base_model.register_forward_pre_hook(unbounded, with_kwargs=True, prepend=True)
+    with pytest.raises(llmtune.PlanError, match="reads documents beside ones that show media otherwise"):
+        check_media_isolation(objective, plan.device, loader)
 
 
 def test_orpo_on_pictures_equals_its_formula(place: Path, gemma: Path) -> None:

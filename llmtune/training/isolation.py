@@ -193,7 +193,8 @@ def _end_to_end(documents: list[np.ndarray]) -> Batch:
 
 
 def _hidden_states(objective: Objective, batches: list[Batch], device: torch.device) -> list[Tensor]:
-    """The backbone's last states (T, D) of batches of one row, in float32, without dropout and gradients."""
+    """The backbone's last states (T, D) of each batch's tokens, row after row without padding, in float32, without
+    dropout and gradients."""
     model: Any = objective.model
     training = objective.training
     objective.eval()
@@ -204,6 +205,7 @@ def _hidden_states(objective: Objective, batches: list[Batch], device: torch.dev
             result = objective(lambda inputs=inputs: model.base_model(**inputs))
             # A few models are their own base model, whose result is logits.
             states = result.last_hidden_state if hasattr(result, "last_hidden_state") else result.logits
-            found.append(states[0].float())
+            mask = batch.attention_mask
+            found.append((states.flatten(0, 1) if mask is None else states[mask.to(device).bool()]).float())
     objective.train(training)
     return found
