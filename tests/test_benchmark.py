@@ -53,8 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> llmtune.Run:
+    """Of a model that has no position beyond its last."""
     made = tmp_path_factory.mktemp("trained")
-    return llmtune.train(tiny_recipe(made, sizes={"initializer_range": 0.5}, max_steps=2, learning_rate=1e-2))
+    return llmtune.train(tiny_recipe(made, "gpt2", {"initializer_range": 0.5}, max_steps=2, learning_rate=1e-2))
 
 
 def harness(run: llmtune.Run, folder: Path, kind: str, **keys: Any) -> dict[str, float]:

@@ -94,13 +94,15 @@ class SpreadModel:
         asked = rows or [([self.tokenizer.eos_token_id or 0] * 2, 1)]
         objective = self.predictor.objective
         device = next(objective.model.parameters()).device
-        ids_BT, real_BT = _padded([ids for ids, _ in asked], device)
+        # The last token is asked and not read: a row may have one more than the model has positions.
+        ids_BT, real_BT = _padded([ids[:-1] for ids, _ in asked], device)
         width, counts = ids_BT.shape[1], [count for _, count in asked]
         spots = [row * width + place for row, count in enumerate(counts) for place in range(width - count, width)]
-        at_N = torch.tensor(spots, device=device)
+        targets = [token for ids, count in asked for token in ids[-count:]]
         batch = Batch(
-            input_ids=ids_BT, labels=ids_BT, weight=float(len(spots)), predict_at=at_N - 1,
-            targets=ids_BT.flatten()[at_N], attention_mask=real_BT, position_ids=(real_BT.cumsum(-1) - 1).clamp(min=0),
+            input_ids=ids_BT, labels=ids_BT, weight=float(len(spots)), predict_at=torch.tensor(spots, device=device),
+            targets=torch.tensor(targets, device=device), attention_mask=real_BT,
+            position_ids=(real_BT.cumsum(-1) - 1).clamp(min=0),
         )  # fmt: skip
         logps_N, likeliest_N = objective.context.logps_and_likeliest(objective.model, batch)
         said = zip(logps_N.split(counts), (likeliest_N == batch.targets).split(counts), strict=True)

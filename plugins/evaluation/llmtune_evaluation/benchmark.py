@@ -159,10 +159,15 @@ class HarnessModel(TemplateLM):
         return list(self.tokenizer.encode(string, **given))
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        rows = []
+        rows, most = [], self.asked.context_tokens
         for _, context, continuation in requests:
+            if len(continuation) > most:
+                raise PlanError(
+                    f"task: asks for an answer of {len(continuation)} tokens, and the model takes {most}; choose "
+                    "another task or model"
+                )
             # Of what is too long the end is kept, as the harness does: the last token is asked and not read.
-            rows.append(((context + continuation)[-self.asked.context_tokens - 1 :], len(continuation)))
+            rows.append(((context + continuation)[-most - 1 :], len(continuation)))
         return self.asked.continuation_logps(rows, self.batch_size)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
