@@ -156,13 +156,13 @@ def test_questions_about_sounds_are_answered_as_by_transformers(tmp_path: Path) 
         check(served, folder, auto, [*questions, asked("hello world")])
 
 
-def mp3(path: Path) -> bytes:
+def mp3(path: Path, seconds: int = 1, bit_rate: int = 64_000) -> bytes:
     import av
     import numpy as np
 
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mp3", rate=16000, layout="mono")
-        wave = (0.4 * np.sin(np.arange(16000) / 9)).astype(np.float32)[None]
+    with av.open(str(path), "w", options={"write_xing": "0", "id3v2_version": "0"}) as file:
+        stream = file.add_stream("mp3", rate=16000, layout="mono", bit_rate=bit_rate)
+        wave = (0.4 * np.sin(np.arange(16000 * seconds) / 9)).astype(np.float32)[None]
         frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
         frame.sample_rate = 16000
         for packet in [*stream.encode(frame), *stream.encode(None)]:
@@ -304,6 +304,9 @@ def test_sounds_are_wav_or_mp3_of_some_length(tmp_path: Path) -> None:
     assert heard(wav) and heard(mp3(tmp_path / "a.mp3"))
     with pytest.raises(media.Refused, match="a sound of 2 s, allowed are 1"):
         heard(wav, 1)
+    dense, sparse = (mp3(tmp_path / "a.mp3", 3, bit_rate) for bit_rate in (160_000, 8_000))
+    with pytest.raises(media.Refused, match="a sound of 6 s, allowed are 5"):  # by the bytes of its beginning 3
+        heard(dense + sparse, 5)
     for other in (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", b"", b"RIFF", json.dumps({}).encode()):
         with pytest.raises(media.Refused, match="no sound that can be read, allowed are wav and mp3"):
             heard(other)

@@ -193,13 +193,15 @@ def _checked_sound(place: Path, config: ServeConfig, where: str) -> None:
 
 
 def _seconds(place: Path, format: str) -> float | None:
-    """How long a sound says that it is; None where it cannot be read."""
+    """How long a sound is by all of its packets, as its head may say anything; None where it cannot be read."""
     import av
 
     try:
         with av.open(str(place), format=format) as container:
-            return None if container.duration is None else container.duration / 1e6
-    except (OSError, ValueError):  # av's errors are of these
+            (sound,) = container.streams.audio
+            ticks = sum(packet.duration or 0 for packet in container.demux(sound))
+            return float(ticks * (sound.time_base or 0)) or None
+    except (OSError, ValueError):  # av's errors are of these, and so is a file without any sound
         return None
 
 
