@@ -14,7 +14,7 @@ from llmtune.contract.errors import ErrorList, PluginError
 from llmtune.contract.events import StepDone
 from llmtune.contract.extension_points import EXTENSION_POINTS
 from llmtune.contract.records import API_VERSION
-from llmtune.recipe.listing import print_listing
+from llmtune.recipe.listing import listing_text
 from llmtune.recipe.registry import Registry
 
 ROOT = Path(__file__).parent.parent
@@ -274,20 +274,16 @@ def test_observers_are_those_of_named_plugins(install: Callable[..., str], monke
         registry.observers()
 
 
-def test_the_listing_shows_every_point_and_every_failure(
-    install: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_listing_shows_every_point_and_every_failure(install: Callable[..., str]) -> None:
     install("acme-one", more='requires=("no-such-package-x",)')
     install("acme-two", "1 / 0", ("shattered",))
-    print_listing(Registry().listing())
-    text = capsys.readouterr().out
+    text = listing_text(Registry().listing())
     for point in EXTENSION_POINTS:
         assert f"{point}: " in text
     assert "How weights arrive on the ranks." in text and "Where metrics go besides `metrics.jsonl`." in text
     assert "acme-one 1.0" in text and "Made up" in text and "[needs no-such-package-x]" in text
     assert "Not usable:" in text and "ZeroDivisionError" in text
-    print_listing(Registry().listing(), as_json=True)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(listing_text(Registry().listing(), as_json=True))
     assert [entry["name"] for entry in found["extension_points"]] == list(EXTENSION_POINTS)
     (row,) = [row for row in found["plugins"] if row["name"] == "strange"]
     assert row["state"] == "ok" and row["requires"] == [{"requirement": "no-such-package-x", "met": False}]

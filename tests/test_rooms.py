@@ -7,8 +7,10 @@ A room may import itself and the rooms before it. Annotations (`if TYPE_CHECKING
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -213,7 +215,9 @@ def light() -> frozenset[str]:
         "        main(command)\n"
         "print(*(name for name in sys.modules if name.partition('.')[0] == 'llmtune'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as cache:  # in which nothing is remembered
+        env = {**os.environ, "LLMTUNE_CACHE": cache}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     return frozenset(done.stdout.split())
 
 

@@ -176,18 +176,6 @@ def test_no_function_is_long() -> None:
     assert not long
 
 
-@pytest.mark.parametrize("command", [["--help"], ["plugins"], ["schema"], ["train", "--help"], ["runs", "list"]])
-def test_these_commands_load_no_torch(command: list[str]) -> None:
-    code = (
-        "import sys, contextlib, io\nfrom llmtune.cli import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
-        f"    main({command!r})\n"
-        "print([name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
 def test_importing_llmtune_loads_almost_nothing() -> None:
     code = (
         "import sys; before = set(sys.modules); import llmtune; new = set(sys.modules) - before\n"

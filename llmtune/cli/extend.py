@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,20 @@ def add_commands(commands: Any) -> None:
 
 
 def _plugins(options: Any) -> None:
-    from llmtune.recipe.listing import print_listing
+    from llmtune.recipe.remembered import remembered
+
+    if options.json:
+        print(remembered("plugins-json", partial(_listing, as_json=True)))
+    else:
+        say(remembered("plugins", _listing))
+
+
+def _listing(as_json: bool = False) -> tuple[str, bool]:
+    from llmtune.recipe.listing import listing_text
     from llmtune.recipe.registry import Registry
 
-    print_listing(Registry().listing(), as_json=options.json)
+    registry = Registry()
+    return listing_text(registry.listing(), as_json), _sound(registry)
 
 
 def _new(options: Any) -> None:
@@ -67,9 +78,21 @@ def _check(options: Any) -> int:
 
 
 def _schema(options: Any) -> None:
+    from llmtune.recipe.remembered import remembered
+
+    print(remembered("schema", _written_schema))
+
+
+def _written_schema() -> tuple[str, bool]:
     import json
 
     from llmtune.recipe.reference import recipe_schema
     from llmtune.recipe.registry import Registry
 
-    print(json.dumps(recipe_schema(Registry()), indent=2))
+    registry = Registry()
+    return json.dumps(recipe_schema(registry), indent=2), _sound(registry)
+
+
+def _sound(registry: Any) -> bool:
+    """Whether all modules could be imported: why one could not, may lie anywhere on this machine."""
+    return all(row.state != "broken" for row in registry.listing())

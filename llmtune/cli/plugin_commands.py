@@ -4,6 +4,7 @@ the command's keys. Packages are read by their metadata, and only where the core
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -37,9 +38,11 @@ def add_plugin_commands(commands: Any, words: Sequence[str]) -> None:
     """
     word = words[0] if words else "--help"
     if word in ("-h", "--help"):
-        for entry in sorted(_installed(), key=lambda entry: entry.name):
-            if entry.name not in commands.choices:
-                add_command(commands, entry.name, None, _summary(entry))
+        from llmtune.recipe.remembered import remembered
+
+        for name, summary in json.loads(remembered("commands", _offers)):
+            if name not in commands.choices:
+                add_command(commands, name, None, summary)
     elif not word.startswith("-") and word not in commands.choices:
         offers = [entry for entry in _installed() if entry.name == word]
         if len(offers) > 1:
@@ -49,6 +52,10 @@ def add_plugin_commands(commands: Any, words: Sequence[str]) -> None:
             _add(commands, offers[0])
         elif package := FIRST_PARTY.get(word):
             raise PluginError(f"{word}: is a command of {package}, not installed: pip install ./plugins/{word}")
+
+
+def _offers() -> tuple[str, bool]:
+    return json.dumps(sorted((entry.name, _summary(entry)) for entry in _installed())), True
 
 
 def _installed() -> list[EntryPoint]:

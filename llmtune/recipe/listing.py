@@ -10,7 +10,6 @@ from llmtune.contract.errors import listed
 from llmtune.contract.extension_points import EXTENSION_POINTS, POINTS
 from llmtune.contract.hookspecs import observe
 from llmtune.contract.records import API_VERSION, Plugin
-from llmtune.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +35,23 @@ def question(point: str) -> str:
     return POINTS[point].question if point in POINTS else str(observe.__doc__)
 
 
-def print_listing(listing: Sequence[Listed], as_json: bool = False) -> None:
-    """Print what is installed, by extension point; with `as_json` for machines."""
+def listing_text(listing: Sequence[Listed], as_json: bool = False) -> str:
+    """What is installed, by extension point; with `as_json` for machines."""
     if as_json:
         rows = [{name: value for name, value in vars(row).items() if name != "plugin"} for row in listing]
         for row in rows:
             row["requires"] = [{"requirement": text, "met": met} for text, met in row["requires"]]
         questions = [{"name": point, "question": question(point)} for point in EXTENSION_POINTS]
-        print(json.dumps({"api": API_VERSION, "extension_points": questions, "plugins": rows}, indent=1))
-        return
+        return json.dumps({"api": API_VERSION, "extension_points": questions, "plugins": rows}, indent=1)
+    parts = []
     for point in (*EXTENSION_POINTS, "observe", ""):
         rows = [row for row in listing if row.point == point]
-        if not rows and point not in EXTENSION_POINTS:
-            continue
-        title = f"{point}: {question(point)}" if point else "Not usable:"
-        say(f"\n{title}" if point != EXTENSION_POINTS[0] else title)
-        for row in rows or [None]:
-            say("  " + (_line(row) if row else "(nothing installed)"))
+        if rows or point in EXTENSION_POINTS:
+            title = f"{point}: {question(point)}" if point else "Not usable:"
+            parts.append(
+                "\n".join([title, *("  " + (_line(row) if row else "(nothing installed)") for row in rows or [None])])
+            )
+    return "\n\n".join(parts)
 
 
 def _line(row: Listed) -> str:
