@@ -138,7 +138,10 @@ def open_audio(path: str, sampling_rate: int) -> np.ndarray:
 
 
 def _small(frame: Any, most: int | None, least: int | None) -> Image:
+    """A picture of a video, turned as its file says (phones that are held upright record on a side)."""
     image = frame.to_image()
+    if turned := round(frame.rotation / 90) % 4:
+        image = image.rotate(90 * turned, expand=True)
     size = fitted(image.size, most, least)
     return image if size == image.size else image.resize(size)
 
