@@ -160,7 +160,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "trl/kto.sh": {"stage_config": {"name": "kto", "pref_beta": 0.2, "kto_chosen_weight": 1.5}, "learning_rate": 1e-6,
                    "quant_config": {"name": "bnb", "quantization_bit": 4, "double_quantization": False}},
     "trl/grpo.sh": {"stage_config": {"name": "grpo", "num_generations": 4, "temperature": 0.9, "max_new_tokens": 64},
-                    "reward_config": [{"name": "function", "function": "rewards.right_answer"}]},
+                    "reward_config": [{"name": "function", "function": "rewards:right_answer"}]},
 }  # fmt: skip
 """Files, and some keys of the recipes that they become."""
 
@@ -302,7 +302,7 @@ def test_losses_of_torchtune_keep_their_strength(loss: dict[str, Any], stage: di
     (tmp_path / "there.json").write_text(json.dumps(there))
     found = convert(tmp_path / "there.json").recipe
     assert found["stage_config"] == {"name": "dpo", **stage}
-    assert found["dataset"] == {"path": "hub:org/talks", "format": "sharegpt", "columns": {"messages": "talk"}}
+    assert found["dataset"] == {"path": "hub:org/talks", "format": "sharegpt", "columns": {"conversations": "talk"}}
 
 
 def test_references_follow_their_keys(tmp_path: Path) -> None:

@@ -37,6 +37,25 @@ AXOLOTL = {"base_model": "m", "datasets": [{"path": "rows.jsonl", "type": "chat_
         ({"datasets": [{"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "type": "chat_template"}]},
          {"dataset": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}),
         ({"rl": "dpo", "datasets": [{"path": "o/p", "type": "llama3.intel"}]}, {"template": "llama3"}),
+        ({"rl": "dpo", "datasets": [{"path": "o/p", "type": "chatml.intel"}]},
+         {"dataset": [{"path": "hub:o/p", "format": "preference", "columns": {"prompt": "question"}}],
+          "template": "chatml"}),
+        ({"rl": "dpo", "datasets": [{"path": "o/p", "type": {"field_prompt": "q", "field_chosen": "a",
+                                                             "prompt_format": "{prompt}"}}]},
+         {"dataset": [{"path": "hub:o/p", "format": "preference", "columns": {"prompt": "q", "chosen": "a"}}]}),
+        ({"rl": "kto", "datasets": [{"path": "o/p", "type": {"field_completion": "a", "field_label": "good"}}]},
+         {"dataset": [{"path": "hub:o/p", "format": "kto", "columns": {"completion": "a", "label": "good"}}]}),
+        ({"datasets": None, "pretraining_dataset": [{"path": "o/p", "text_column": "body"}]},
+         {"dataset": [{"path": "hub:o/p", "format": "text", "columns": {"text": "body"}}]}),
+        ({"cosine_min_lr_ratio": 0.1, "tokens": ["<a>"]},
+         {"lr_scheduler_config": {"name": "cosine", "min_lr_ratio": 0.1}, "new_special_tokens": ["<a>"]}),
+        ({"rl": "grpo", "micro_batch_size": 4, "gradient_accumulation_steps": 2, "datasets": [{"path": "o/p"}],
+          "trl": {"beta": 0.01, "num_generations": 4, "max_completion_length": 64, "reward_funcs": ["rw.score"],
+                  "reward_weights": [2.0]}},
+         {"stage_config": {"name": "grpo", "num_generations": 4, "beta": 0.01, "max_new_tokens": 64,
+                           "reward_weights": [2.0]},
+          "reward_config": [{"name": "function", "function": "rw:score"}],
+          "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}),
         ({"datasets": [{"path": "o/p", "type": "completion"}]},
          {"stage_config": {"name": "pt"}, "cutoff_policy": None}),
     ],
@@ -107,6 +126,22 @@ def test_converted_entries_are_read(tmp_path: Path) -> None:
     ]  # fmt: skip
     for entry in made_of(tmp_path, {**AXOLOTL, "datasets": data}).recipe["dataset"]:
         assert not check_data(entry).reasons, entry
+
+
+def test_converted_pairs_are_read(tmp_path: Path) -> None:
+    """As in Axolotl's own example: messages before two answers."""
+    said = {"role": "assistant", "content": "Yes."}
+    row = {"conversation": [{"role": "user", "content": "Why?"}], "good": said, "bad": {**said, "content": "No."}}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"path": str(tmp_path / "pairs.jsonl"), "type": "chat_template.default", "field_messages": "conversation",
+            "field_chosen": "good", "field_rejected": "bad",
+            "message_property_mappings": {"role": "role", "content": "content"}}  # fmt: skip
+    found = made_of(tmp_path, {**AXOLOTL, "rl": "dpo", "datasets": [data]})
+    (entry,) = found.recipe["dataset"]
+    checked = check_data(entry)
+    assert checked.kind == "preference" and not checked.reasons and not found.lost
+    kinds = made_of(tmp_path, {**AXOLOTL, "rl": "grpo", "datasets": [{**data, "type": "rewards.transform"}]})
+    assert "datasets[0].type" in kinds.lost
 
 
 def test_values_of_a_typed_command_are_read_as_they_are() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any
-
 from llmtune.contract.errors import listed
 from llmtune.conversion import trainer_arguments as trainer
+from llmtune.conversion import trl
+from llmtune.conversion.axolotl_data import take_datasets
 from llmtune.conversion.draft import Draft
 from llmtune.conversion.source import ForeignSource
 from llmtune.conversion.tables import table
@@ -15,18 +13,8 @@ from llmtune.data.template import template_names, template_of
 
 _STAGES = {"dpo": ("dpo", "sigmoid"), "ipo": ("dpo", "ipo"), "simpo": ("dpo", "simpo"), "orpo": ("dpo", "orpo"),
            "kto": ("kto", None), "grpo": ("grpo", None)}  # fmt: skip
-_LOADERS = ("json", "csv", "parquet", "text", "arrow")
-"""What `path` is where `data_files` names the files."""
-_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
-_OWN_TEXT = ("alpaca", "alpaca_chat", "alpaca_w_system", "instruction", "oasst")
-"""Types whose rows are written without a chat template there."""
-_WRITES = {"chatml": "chatml", "llama3": "llama3", "zephyr": "zephyr"}
-"""Types of pairs that write them with this template, whatever the tokenizer's is."""
-_ANSWERS = {"assistant", "gpt", "function_call"}
-"""Roles that train in any case."""
 _TEMPLATES = {"qwen_25": "qwen", "phi_3": "phi", "phi_35": "phi"}
 """Templates that are called otherwise there."""
-_ROLES = {"system", "user", "human", "assistant", "gpt", "tool", "observation", "function_call", "function"}
 _IDLE = (
     "model_type", "tokenizer_type", "tokenizer_config", "is_llama_derived_model", "is_mistral_derived_model",
     "strict", "debug", "tf32", "dataset_prepared_path", "dataset_processes", "eval_sample_packing",
@@ -52,7 +40,7 @@ def convert(draft: Draft, verb: str) -> None:
     _adapter(draft, verb == "train")
     _stage(draft)
     _template(draft)
-    _datasets(draft)
+    take_datasets(draft)
     if draft.given.get("learning_rate") is not None:
         rate = draft.take("learning_rate")
         draft.set("learning_rate", float(rate) if isinstance(rate, str) and "${" not in rate else rate, "learning_rate")
@@ -64,6 +52,8 @@ def convert(draft: Draft, verb: str) -> None:
         if draft.given.get("warmup_steps") is None and draft.given.get("warmup_ratio") is None:
             draft.default("warmup_ratio", 0.03, note="at most 100 steps there")
         trainer.schedule(draft, "lr_scheduler", default="cosine")
+        if draft.has("cosine_min_lr_ratio") and draft.chosen("lr_scheduler_config") == "cosine":
+            draft.rename({"cosine_min_lr_ratio": "lr_scheduler_config.min_lr_ratio"})
         draft.rename({"val_set_size": "val_size"})
         if draft.recipe.get("val_size") == 0:
             draft.recipe.pop("val_size")
@@ -164,111 +154,31 @@ def _stage(draft: Draft) -> None:
             "dpo_label_smoothing": "stage_config.dpo_label_smoothing",
         }
     )
+    if stage == "grpo":
+        _rollouts(draft)
     if rl == "simpo":
         draft.default("stage_config.pref_ftx", 1.0, note="cpo_alpha of TRL")
 
 
-def _datasets(draft: Draft) -> None:
-    """`datasets`, `test_datasets` and `pretraining_dataset` as entries of `dataset`."""
-    for there, here in (("datasets", "dataset"), ("pretraining_dataset", "dataset"), ("test_datasets", "eval_dataset")):
-        given = draft.take(there)
-        if not given:
-            draft.ask_nothing(there, why="it is not set")
-            continue
-        several = enumerate(given if isinstance(given, list) else [given])
-        made = [entry for number, each in several for entry in _entries(draft, f"{there}[{number}]", each)]
-        draft.set(here, made, there)
-        if there == "pretraining_dataset":
-            draft.set("streaming", True, note="as pretraining_dataset does; it needs max_steps")
-        elif "stage_config" not in draft.recipe and all(entry.get("format") == "text" for entry in made):
-            draft.name("stage_config", "pt", note="rows of plain text")
-    if policy := draft.take("excess_length_strategy"):
-        draft.set("cutoff_policy", {"raise": "error"}.get(policy, policy), "excess_length_strategy")
-    elif "stage_config" not in draft.recipe:
-        draft.default("cutoff_policy", "drop")
-
-
-def _entries(draft: Draft, place: str, given: Any) -> list[dict[str, Any]]:
-    """A data set as one entry for each of its files; what it says beyond a path, a type and columns is listed."""
-    row: dict[str, Any] = {"path": given} if isinstance(given, str) else dict(given)
-    paths, entry = _paths(draft, place, row), _read_as(draft, place, row)
-    split, subset = row.pop("split", None) or row.pop("train_on_split", None), row.pop("name", None)
-    if "[" in str(split) and not paths[0].startswith("hub:"):
-        draft.lost[f"{place}.split"] = f"{split} is part of a file; num_samples in the entry takes a number of rows"
-        split = None
-    entry |= {key: value for key, value in (("split", split), ("subset", subset)) if value is not None}
-    if row.pop("ds_type", None):
-        draft.idle[f"{place}.ds_type"] = "files tell their kind"
-    for key in ("roles_to_train", "train_on_eos", "train_on_eot"):
-        if (value := row.pop(key, None)) is not None:
-            said = "the assistant's turns train with their ends"
-            if value == "turn" or (isinstance(value, list) and value and set(value) <= _ANSWERS):
-                draft.idle[f"{place}.{key}"] = said
-            else:
-                draft.lost[f"{place}.{key}"] = f"{said}; a message's own weight says otherwise (docs/data.md)"
-    roles = row.pop("roles", None) or {}
-    if strange := [name for names in roles.values() for name in names if name not in _ROLES]:
-        draft.lost[f"{place}.roles"] = f"{listed(strange)}: tags in the entry name roles (user_tag, assistant_tag, ...)"
-    elif roles:
-        draft.idle[f"{place}.roles"] = "these roles are known"
-    for key, value in row.items():
-        if value not in (None, False, [], {}):
-            draft.lost[f"{place}.{key}"] = "entries of dataset have no such key (docs/data.md lists them)"
-    return [{"path": path, **entry} for path in paths]
-
-
-def _paths(draft: Draft, place: str, row: dict[str, Any]) -> list[str]:
-    """Where the rows are: files, a folder, or a set on the hub."""
-    path, files = str(row.pop("path", None) or ""), row.pop("data_files", None)
-    names = [str(file) for file in (files if isinstance(files, list) else [files] if files else [])]
-    if names and path in ("", *_LOADERS):
-        return names
-    local = path.startswith((".", "/", "~", "hub:")) or path.endswith(_ENDINGS) or Path(path).expanduser().exists()
-    if names and local:
-        return [f"{path.rstrip('/')}/{name}" for name in names]
-    if names:
-        draft.lost[f"{place}.data_files"] = "a set on the hub is read whole; download the files and name those"
-    return [path if local else f"hub:{path}"]
-
-
-def _read_as(draft: Draft, place: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The format of the rows, with its columns and tags."""
-    kind, columns = row.pop("type", None), {}
-    if isinstance(kind, dict):
-        names = ("system", "instruction", "input", "output")
-        columns = {key: name for key in names if (name := kind.get(f"field_{key}"))}
-        for key in ("system_prompt", "system_format", "format", "no_input_format"):
-            if kind.get(key):
-                said = "the chat template writes rows; a text of your own is a template (docs/data.md)"
-                draft.lost[f"{place}.type.{key}"] = said
-        kind = "alpaca"
-    word = re.split(r"[.:]", str(kind))[0]
-    found = dict(table("axolotl_types").get(word, {"format": "auto"})) if kind else {}
-    if lost := found.pop("lost", None):
-        draft.lost[f"{place}.type"] = lost
-    if word in _OWN_TEXT:
-        draft.check.append(
-            f"{place}: Axolotl writes rows of type {word} as a text of its own (### Instruction: ...), here the chat "
-            "template writes them; template: alpaca is nearest to it"
-        )
-    if word in _WRITES:
-        draft.default("template", _WRITES[word], note=f"of the type {kind}")
-    entry = {key: value for key, value in found.items() if value != "auto"}
-    if kind == "completion" and (column := row.pop("field", None)):
-        columns = {"text": column}
-    mapping, tags = row.pop("message_property_mappings", None) or {}, {}
-    for key in ("role", "content"):
-        old = row.pop(f"message_field_{key}", None)
-        if name := mapping.get(key) or old:
-            tags[f"{key}_tag"] = name
-    messages, tools = row.pop("field_messages", None), row.pop("field_tools", None)
-    if tags or messages:
-        entry["format"] = "sharegpt" if tags.get("role_tag") == "from" else "openai"
-    if messages and messages != (own := "conversations" if entry["format"] == "sharegpt" else "messages"):
-        columns[own] = messages
-    if tools:
-        columns["tools"] = tools
-    return entry | ({"tags": tags} if tags else {}) | ({"columns": columns} if columns else {})
+def _rollouts(draft: Draft) -> None:
+    """The block `trl`, whose keys are TRL's, and the answers of a step."""
+    block = draft.take("trl", {})
+    own = {key: draft.given[key] for key in ("micro_batch_size", "gradient_accumulation_steps") if key in draft.given}
+    inner = Draft({"micro_batch_size": 1, **own, **block}, "TRL", registry=draft.registry)
+    inner.recipe["stage_config"] = draft.recipe["stage_config"]
+    if "peft_config" in draft.recipe:
+        inner.recipe["peft_config"] = draft.recipe["peft_config"]
+    trl.engine(inner)
+    trl.rollouts(inner, "micro_batch_size")
+    inner.take_rest({})
+    for key, value in inner.recipe.items():
+        draft.set(key, value, *(there for there in own if inner.came[there] == key))
+        draft.notes.setdefault(key, []).extend(inner.notes.get(key, []))
+    draft.notes |= {key: said for key, said in inner.notes.items() if "." in key}
+    draft.idle |= {f"trl.{key}": why for key, why in inner.idle.items() if key in block}
+    draft.lost |= {f"trl.{key}": why for key, why in inner.lost.items() if key.partition(":")[0] in block}
+    draft.check += inner.check
+    draft.came |= {"trl": "stage_config"} if "trl" in draft.given else {}
 
 
 def _template(draft: Draft) -> None:
@@ -330,7 +240,7 @@ def _weights(draft: Draft) -> None:
 
 def _special(draft: Draft) -> None:
     """Special tokens that are given other meanings."""
-    draft.rename({"s2_attention": "shift_attn"})
+    draft.rename({"s2_attention": "shift_attn", "tokens": "new_special_tokens"})
     others = {key: value for key, value in (draft.take("special_tokens") or {}).items() if key != "pad_token"}
     draft.ask_nothing("special_tokens", why="see above" if others else "the tokenizer's own are taken")
     if others:

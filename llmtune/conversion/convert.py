@@ -16,6 +16,7 @@ from llmtune.conversion import axolotl, llama_factory, llama_factory_v1, torchtu
 from llmtune.conversion.detect import trainer_of
 from llmtune.conversion.draft import Draft
 from llmtune.conversion.source import ForeignSource, read
+from llmtune.conversion.trainer_arguments import launched
 from llmtune.conversion.writer import recipe_yaml
 from llmtune.data.plot import plotting_problem
 from llmtune.recipe import text as recipe_text
@@ -30,6 +31,10 @@ _CONVERTERS: dict[str, tuple[Callable[[Draft, str], None], Callable[[ForeignSour
     "torchtune": (torchtune.convert, torchtune.verb_of),
     "TRL": (trl.convert, trl.verb_of),
 }
+
+
+_ALONE = ("web", "doctor")
+"""Commands that no recipe belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,14 @@ def convert(
     keys = torchtune.flat(given.tree) if trainer == "torchtune" else given.tree
     draft = Draft(keys, trainer, script=given.verb)
     fill(draft, verb)
+    launched(draft, given.launcher)
+    if given.machines > 1:
+        draft.check.append(
+            f"{given.machines} machines: start the command on each, with `torchrun --nnodes {given.machines} "
+            f"--nproc-per-node {given.ranks or 1} ... -m llmtune train` (docs/distribution.md)"
+        )
     draft.follow_references()
-    draft.check += _objections(draft)
+    draft.check += [] if verb in _ALONE else _objections(draft)
     if strict and draft.lost:
         raise ErrorList([RecipeError(f"{given.origin}  {key}: {why}") for key, why in draft.lost.items()])
     target = Path(output).expanduser() if output is not None else None
@@ -142,7 +153,10 @@ def _objections(draft: Draft) -> list[str]:
 
 
 def _command(recipe: Mapping[str, Any], verb: str, given: ForeignSource, output: str | None) -> str:
-    """What to type: with the file where one is written or training asks for one, else with the keys in the command."""
+    """What to type: with the file where one is written or training asks for one, else with the keys in the command; the
+    command alone where it takes no model."""
+    if verb in _ALONE:
+        return f"llmtune {verb}"
     if verb == "train":
         ranks = f" --nproc {given.ranks}" if given.ranks and given.ranks > 1 else ""
         return f"llmtune train {shlex.quote(output or 'recipe.yaml')}{ranks}"

@@ -33,6 +33,11 @@ _QUESTIONS = {"mmlu": ("test", "en"), "ceval": ("validation", "zh"), "cmmlu": ("
 """Tasks of LLaMA-Factory: which questions of theirs `llmtune eval` asks, and in which language."""
 
 
+_VERBS = {"chat": "chat", "webchat": "chat", "api": "serve", "export": "export", "eval": "eval", "webui": "web",
+          "version": "doctor", "env": "doctor"}  # fmt: skip
+"""Commands there and here, but for `train`, which does what its file says."""
+
+
 def defaults() -> dict[str, Any]:
     """The official table's defaults: a key that has its own asks for nothing where it has no counterpart."""
     return {name: key.default for name, key in official_keys().items()}
@@ -41,8 +46,8 @@ def defaults() -> dict[str, Any]:
 def verb_of(source: ForeignSource) -> str:
     """What the file is for: train, export, predict, eval or chat."""
     tree = source.tree
-    if source.verb in ("chat", "webchat", "api", "export", "eval"):
-        return {"webchat": "chat", "api": "chat"}.get(source.verb, source.verb)
+    if source.verb in _VERBS:
+        return _VERBS[source.verb]
     if tree.get("do_train") is True:
         return "train"
     if tree.get("do_predict") is True:
@@ -128,6 +133,9 @@ def _method(draft: Draft, training: bool) -> None:
         draft.set(
             "peft_config.num_expanded_layers", draft.take("freeze_trainable_layers", 2), "freeze_trainable_layers"
         )
+        if draft.take("freeze_trainable_modules", "all") != "all":
+            draft.lose("freeze_trainable_modules", why="all of the new layers train with llama_pro")
+        draft.ask_nothing("freeze_trainable_modules", why="all of the new layers train")
         draft.check.append("llama_pro adds the layers itself: model has to be the base before it was expanded")
         return
     draft.ask_nothing("use_llama_pro", why="it is off")

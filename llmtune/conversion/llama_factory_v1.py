@@ -54,6 +54,9 @@ def convert(draft: Draft, verb: str) -> None:
         for key, value in table("defaults")["LLaMA-Factory v1"].items():
             if key not in draft.given:
                 draft.default(key, value)
+        if not draft.has("optim_config"):
+            draft.name("optim_config", "adamw", "optim_config")
+            draft.set("optim_config.weight_decay", 0.01, note="the default of torch.optim.AdamW, which v1 takes")
         if draft.take("lr_scheduler_config") is None:
             draft.name("lr_scheduler_config", "constant", "lr_scheduler_config", note="v1 keeps the rate unless told")
         if draft.take("save_steps") is None:
@@ -144,7 +147,8 @@ def _blocks(draft: Draft) -> None:
         block: dict[str, Any] = {"name": given} if isinstance(given, str) else dict(given)
         name = str(block.pop("name", ""))
         if name == "deepspeed":
-            _deepspeed(draft, block)
+            trainer.spread_as(draft, {"deepspeed": block.get("config_file") or block}, "dist_config")
+            draft.came["dist_config"] = "dist_config.name"
             continue
         if name in ("fsdpturbo", "mindspeed"):
             name = "fsdp2"
@@ -166,14 +170,6 @@ def _blocks(draft: Draft) -> None:
         draft.came[point] = f"{point}.name"
 
 
-def _deepspeed(draft: Draft, block: dict[str, Any]) -> None:
-    inner = Draft({"deepspeed": block.get("config_file") or block}, draft.trainer)
-    trainer.spreading(inner)
-    draft.recipe["dist_config"] = inner.recipe["dist_config"]
-    draft.notes["dist_config"] = inner.notes.get("dist_config", [])
-    draft.came["dist_config"] = "dist_config.name"
-
-
 def _sizes(draft: Draft) -> None:
     """`global_batch_size` as accumulation, for one rank."""
     micro, whole = draft.take("micro_batch_size", 1), draft.take("global_batch_size")
@@ -191,5 +187,6 @@ def _sizes(draft: Draft) -> None:
             "packing", True, "batching_strategy", note=f"{strategy}: rows without padding that do not see each other"
         )
     else:
-        draft.ask_nothing("batching_strategy", why="rows are padded, those of similar length together")
+        draft.default("group_by_length", False, note="rows of any length meet in a step")
+        draft.ask_nothing("batching_strategy", why="rows are padded")
     draft.ask_nothing("batching_workers", why="tokenised data are read from memory maps and need no workers")

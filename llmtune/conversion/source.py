@@ -18,7 +18,9 @@ _PROGRAMS = {
     "tune": "torchtune", "accelerate": "", "torchrun": "", "deepspeed": "", "python": "", "python3": "",
 }  # fmt: skip
 """Programs that a command line of another trainer begins with, and whose they are."""
-_RANKS = ("nproc_per_node", "nproc-per-node", "num_processes", "num-processes", "num_gpus", "num-gpus")
+_RANKS = ("nproc_per_node", "num_processes", "num_gpus")
+_SET = re.compile(r"(?:^|\s)(NPROC_PER_NODE|NNODES)=(\d+)(?=\s)")
+"""What LLaMA-Factory's command reads in the environment as options of torchrun."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class ForeignSource:
     ranks: int | None = None
     """Processes on a machine that the command line starts."""
     launcher: dict[str, Any] = field(default_factory=dict)
-    """Options of the program that starts the processes (accelerate's, torchrun's)."""
+    """Options of the program that starts the processes (accelerate's, torchrun's), and keys of accelerate's file."""
+    machines: int = 1
+    """Machines that the processes run on."""
 
 
 def read(source: str | os.PathLike[str]) -> ForeignSource:
@@ -133,19 +137,28 @@ def _command(text: str, origin: str) -> ForeignSource:
             trainer, verb, words = _PROGRAMS[verb], words[0], words[1:]
         elif inner in ("sft", "dpo", "kto", "reward", "grpo", "orpo", "cpo", "rloo"):
             trainer, verb = "TRL", inner
+    launcher |= {name.lower(): int(number) for name, number in _SET.findall(text)}
     tree, files = _flags(words)
     if "config" in tree and trainer in ("TRL", "torchtune"):
         files.append(str(tree.pop("config")))
-    made = ForeignSource(origin, tree, trainer=trainer, verb=verb, launcher=launcher)
-    ranks = next((launcher[key] for key in _RANKS if isinstance(launcher.get(key), int)), None)
+    made = ForeignSource(origin, tree, trainer=trainer, verb=verb)
     for name in files:
-        if not Path(name).expanduser().is_file():
-            raise RecipeError(
-                f"{origin}: names the file {name}, which is not there; start in the folder of the command"
-            )
-        file = _file(Path(name).expanduser().read_text(encoding="utf-8-sig"), name, name.endswith(".json"))
-        made = replace(file, tree=_merged(file.tree, made.tree), trainer=trainer, verb=verb, launcher=launcher)
-    return replace(made, ranks=ranks)
+        file = _named(name, origin)
+        made = replace(file, tree=_merged(file.tree, made.tree), trainer=trainer, verb=verb)
+    if Path(str(launcher.get("config_file", ""))).expanduser().is_file():
+        launcher = {**_named(str(launcher["config_file"]), origin).tree, **launcher}
+    machines = next((launcher[key] for key in ("nnodes", "num_machines") if isinstance(launcher.get(key), int)), 1)
+    ranks = next((launcher[key] for key in _RANKS if isinstance(launcher.get(key), int)), None)
+    if ranks and "num_processes" in launcher:  # of all machines
+        ranks = max(1, ranks // machines)
+    return replace(made, ranks=ranks, launcher=launcher, machines=machines)
+
+
+def _named(name: str, origin: str) -> ForeignSource:
+    """A file that a command names. Raises RecipeError where it is not there."""
+    if not (path := Path(name).expanduser()).is_file():
+        raise RecipeError(f"{origin}: names the file {name}, which is not there; start in the folder of the command")
+    return _file(path.read_text(encoding="utf-8-sig"), name, name.endswith(".json"))
 
 
 def _launched(program: str, words: list[str]) -> tuple[dict[str, Any], str, list[str]]:
@@ -155,6 +168,7 @@ def _launched(program: str, words: list[str]) -> tuple[dict[str, Any], str, list
     options: dict[str, Any] = {}
     while words and words[0].startswith("-"):
         name, sign, value = words.pop(0).lstrip("-").partition("=")
+        name = name.replace("-", "_")
         if name in ("m", "module") and words:
             return options, words[0], words[1:]
         if sign:

@@ -207,7 +207,8 @@ def _dataset(draft: Draft, block: str, here: str) -> None:
     if (style := draft.take(f"{block}.conversation_style")) in ("sharegpt", "openai"):
         entry["format"] = style
     if conversation := draft.take(f"{block}.conversation_column"):
-        entry["columns"] = {"messages": conversation}
+        own = "conversations" if entry.get("format") == "sharegpt" else "messages"
+        entry |= {"columns": {own: conversation}} if conversation != own else {}
     if "alpaca" in builder:
         draft.check.append(
             f"{block}: {builder} puts its own text around a row (### Instruction: ...), and the chat template around "
@@ -346,6 +347,11 @@ def _logging(draft: Draft) -> None:
             draft.set("logger_config", loggers, f"metric_logger.{_COMPONENT}")
         else:
             draft.lose(f"metric_logger.{_COMPONENT}", why=next(iter(inner.lost.values())))
+        known = draft.keys_of("logger_config", draft.chosen("logger_config"))
+        for key in ("project", "entity", "group", "name", "tags"):
+            here = {"name": "run_name"}.get(key, key)
+            if here in known and draft.has(f"metric_logger.{key}"):
+                draft.set(f"logger_config.{here}", draft.take(f"metric_logger.{key}"), f"metric_logger.{key}")
     draft.ask_nothing(
         *(
             key

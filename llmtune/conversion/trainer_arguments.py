@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,39 @@ def spreading(draft: Draft) -> None:
             "wrapping, prefetch and the form of checkpoints are llmtune's choice"
         )
     fsdp_options(draft, options, words)
+
+
+def spread_as(draft: Draft, given: dict[str, Any], *sources: str) -> None:
+    """What `spreading` makes of these keys, because of these keys there."""
+    inner = Draft(given, draft.trainer)
+    spreading(inner)
+    draft.set("dist_config", inner.recipe["dist_config"], *sources)
+    draft.notes.setdefault("dist_config", []).extend(inner.notes.get("dist_config", []))
+
+
+def launched(draft: Draft, options: Mapping[str, Any]) -> None:
+    """What the options or the file of accelerate, which starts the processes, say of training itself."""
+    if "config_file" in options and "compute_environment" not in options:
+        draft.lost["--config_file"] = (
+            f"{options['config_file']} is not there to be read; processes, mixed precision and how the model is spread "
+            "are taken from it where the command stands in its folder"
+        )
+    kind = options.get("mixed_precision")
+    if kind in ("bf16", "fp16") and not {"bf16", "fp16", "pure_bf16"} & set(draft.recipe):
+        draft.set(kind, True, note="accelerate's mixed_precision")
+    own = options.get("deepspeed_config") or {}
+    own = {**(own if isinstance(own, dict) else {}), **options}
+    zero: dict[str, Any] = {"stage": own.get("zero_stage", 2)}
+    zero |= {
+        f"offload_{what}": {"device": own.get(f"offload_{what}_device", "none")} for what in ("optimizer", "param")
+    }
+    if "dist_config" in draft.recipe:
+        return
+    if options.get("distributed_type") == "DEEPSPEED" or options.get("use_deepspeed"):
+        spread_as(draft, {"deepspeed": own.get("deepspeed_config_file") or {"zero_optimization": zero}})
+    elif options.get("distributed_type") == "FSDP" or options.get("use_fsdp"):
+        named = {key: value for key, value in options.items() if key.startswith("fsdp_") and key != "fsdp_config"}
+        spread_as(draft, {"fsdp_config": {**(options.get("fsdp_config") or {}), **named}})
 
 
 def fsdp_options(draft: Draft, options: dict[str, Any], words: list[str]) -> None:

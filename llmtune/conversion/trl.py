@@ -55,7 +55,7 @@ def convert(draft: Draft, verb: str) -> None:
     _adapter(draft)
     if row["stage"] != "sft":
         draft.name("stage_config", row["stage"], note=f"trl {script}")
-    _engine(draft)
+    engine(draft)
     _stage(draft, row["stage"])
     if not draft.has("learning_rate"):
         draft.default("learning_rate", row["learning_rate"])
@@ -138,7 +138,7 @@ _CORRECTION = {
 """How the answers of vLLM are corrected, here by keys of the stage."""
 
 
-def _engine(draft: Draft) -> None:
+def engine(draft: Draft) -> None:
     """`use_vllm`: its server follows an adapter, and no other training."""
     own = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization", "vllm_max_model_length", *_CORRECTION)
     if not draft.take("use_vllm"):
@@ -258,7 +258,7 @@ def _stage(draft: Draft, stage: str) -> None:
     elif stage == "rm":
         draft.rename({"center_rewards_coefficient": "stage_config.center_rewards_coefficient"})
     elif stage == "grpo":
-        _grpo(draft)
+        rollouts(draft)
     else:
         whole = draft.take("completion_only_loss") is False or not draft.take("assistant_only_loss")
         if whole and draft.given.get("completion_only_loss") is not True:
@@ -276,8 +276,12 @@ def _stage(draft: Draft, stage: str) -> None:
         draft.ask_nothing("assistant_only_loss", "completion_only_loss", why="only the assistant's tokens train")
 
 
-def _grpo(draft: Draft) -> None:
-    """Roll-outs, and what they are worth."""
+_REGISTRY = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+"""Rewards of TRL's own, by the names that its script knows."""
+
+
+def rollouts(draft: Draft, micro: str = "per_device_train_batch_size") -> None:
+    """Roll-outs, what they are worth, and how many there are in a step; `micro` is the key of a micro-batch's rows."""
     draft.rename(
         {
             "num_generations": "stage_config.num_generations",
@@ -285,26 +289,63 @@ def _grpo(draft: Draft) -> None:
             "num_iterations": "stage_config.num_iterations",
             "epsilon": "stage_config.epsilon",
             "epsilon_high": "stage_config.epsilon_high",
+            "delta": "stage_config.delta",
             "loss_type": "stage_config.loss_type",
             "temperature": "stage_config.temperature",
             "top_p": "stage_config.top_p",
+            "top_k": "stage_config.top_k",
+            "reward_weights": "stage_config.reward_weights",
             "max_completion_length": "stage_config.max_new_tokens",
         }
     )
     draft.default("stage_config.max_new_tokens", 512)
+    if draft.recipe["stage_config"].get("num_iterations", 1) != 1:
+        draft.check.append("steps: there each update is one, here the roll-out with all of its num_iterations updates")
+    _prompts(draft, micro)
     names = draft.take("reward_funcs") or draft.take("reward_model_name_or_path")
-    several = names if isinstance(names, list) else [names] if names else []
+    several = [str(each) for each in (names if isinstance(names, list) else [names] if names else [])]
+    given = [_reward(each) for each in several if each not in _REGISTRY]
     draft.set(
         "reward_config",
-        [
-            {"name": "function", "function": str(each)}
-            if "." in str(each) or ":" in str(each)
-            else {"name": "model", "reward_model": str(each)}
-            for each in several
-        ]
-        or [{"name": "rule"}],
+        given or [{"name": "rule"}],
         "reward_funcs",
         "reward_model_name_or_path",
-        note="" if several else "the file names no reward; a rule that compares answers is taken",
+        note="" if given else "a rule that compares answers with the column answer is taken",
     )
+    for each in several:
+        if each in _REGISTRY:
+            draft.lost[f"reward_funcs: {each}"] = (
+                "TRL's own function reads messages; a rule (numbers, a regular expression) or a function of your own "
+                "says the same (docs/how-to/rewards.md)"
+            )
     draft.check.append("reward_config: look at what answers are worth (docs/how-to/rewards.md)")
+
+
+def _reward(name: str) -> dict[str, str]:
+    """A function by its dotted name, else a model by its folder or id."""
+    module, _, function = name.replace(":", ".").rpartition(".")
+    if module and "/" not in name and not Path(name).expanduser().exists():
+        return {"name": "function", "function": f"{module}:{function}"}
+    return {"name": "model", "reward_model": name}
+
+
+def _prompts(draft: Draft, micro: str) -> None:
+    """A micro-batch there has so many answers, and here answers to so many prompts: as many prompts a step."""
+    rows, times = draft.take(micro, 8), draft.take("gradient_accumulation_steps", 1)
+    group = draft.recipe["stage_config"].get("num_generations", 8)
+    if not all(isinstance(each, int) and each > 0 for each in (rows, times, group)):
+        draft.set("per_device_train_batch_size", rows, micro)
+        draft.set("gradient_accumulation_steps", times, "gradient_accumulation_steps")
+        draft.check.append("per_device_train_batch_size: counts prompts here, and answers there")
+        return
+    answers = rows * times
+    prompts = max(1, answers // group)
+    size = next(size for size in range(min(rows, prompts), 0, -1) if prompts % size == 0)
+    note = f"prompts of {group} answers each; there {answers} answers a step of a rank"
+    draft.set("per_device_train_batch_size", size, micro, note=note)
+    draft.set("gradient_accumulation_steps", prompts // size, "gradient_accumulation_steps")
+    if answers != prompts * group:
+        draft.check.append(
+            f"per_device_train_batch_size: {answers} answers a step of a rank are no whole number of groups of "
+            f"{group}, which here lie on one rank; {prompts * group} are taken"
+        )
