@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers.image_utils import load_image
@@ -231,10 +231,12 @@ def test_inputs_are_those_of_the_processor(
     for holder in (processor, processor.tokenizer, media.tokenizer):
         holder.chat_template = written
     rows = data.draw(st.lists(conversations([*marks], tools), min_size=1, max_size=3))
-    if name in ("smolvlm", "internvl") and "video" in marks:
-        rows = rows[
-            :1
-        ]  # SmolVLM's processor counts the pictures that fill up videos of a batch, InternVL's stacks videos
+    if name in ("smolvlm", "internvl") and "video" in marks:  # which cannot be asked about several: see videos
+        rows = rows[:1]
+        contents = [message["content"] for message in rows[0]["messages"] if not isinstance(message["content"], str)]
+        parts = [part for content in contents for part in content if part["type"] != "text"]
+        lengths = {len(part["video"]) for part in parts if part["type"] == "video"}
+        assume(len(lengths) < 2 if name == "internvl" else not lengths or all("video" in part for part in parts))
     if name == "mllama" and is_torchvision_available():  # whose processor stops where the first row shows nothing
         rows.sort(key=lambda row: '"image"' not in json.dumps(row))
     said = rows

@@ -49,6 +49,7 @@ TOKENIZER_FILES = {
     f"llmtune.{name}"
     for name in (
         "inference.inspect",
+        "media.beside",
         "media.by_size",
         "media.loading",
         "media.opening",

@@ -4,6 +4,7 @@ video learns from them what a loop in transformers teaches it."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from llmtune.testing import running
 from tests.test_audio_training import by_hand
 from tests.test_media_rollouts import prepared
 from tests.test_media_training import TRAINED, losses, recipe, same
+from tests.tiny_families import MODELS as FAMILIES
 from tests.tiny_media import MODELS, draw
 
 av = pytest.importorskip("av")
+AS_THEY_ARE = {"video_fps": 4.0, "video_min_pixels": None, "video_max_pixels": None}
 RATE = 10
 """Pictures a second of all files."""
 
@@ -113,27 +116,53 @@ def asked_by_hand(folder: Path, row: dict[str, Any]) -> tuple[list[dict[str, Any
     return [{"role": "user", "content": parts}], given
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma4", "internvl", "smolvlm", "glm4v", "video_llama3"])
 def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) -> None:
     """Videos of several lengths in one batch; `video_fps` reaches the positions in time."""
     pytest.importorskip("torchvision")
     from transformers import AutoModelForImageTextToText
 
-    model = MODELS[name](tmp_path / "model")
-    processor, made = load_processor(model), []
-    for row in rows(tmp_path):
+    model = (MODELS | FAMILIES)[name](tmp_path / "model")
+    processor, made, found = load_processor(model), [], rows(tmp_path)
+    write = partial(processor.tokenizer.apply_chat_template, tokenize=False)
+    if name == "internvl":  # which takes no two lengths in a row
+        found[1] = {**found[1], "messages": [{"role": "user", "content": "how <video>"}, found[1]["messages"][1]]}
+        found[1]["videos"] = found[1]["videos"][:1]
+        (tmp_path / "rows.json").write_text(json.dumps(found))
+    for row in found:
         asked, given = asked_by_hand(tmp_path, row)
-        start = processor.apply_chat_template(asked, add_generation_prompt=True)
+        start = write(asked, add_generation_prompt=True)
         answer = {"role": "assistant", "content": [{"type": "text", "text": row["messages"][1]["content"]}]}
-        batch = dict(processor(text=[processor.apply_chat_template([*asked, answer])], **given))
+        batch = {
+            key: each
+            for key, each in processor(text=[write([*asked, answer])], **given).items()
+            if key != "video_metadata"
+        }
         labels = torch.full_like(batch["input_ids"], -100)
         first = processor(text=[start], **given)["input_ids"].shape[1]
         labels[0, first:-1] = batch["input_ids"][0, first:-1]
         made.append((batch, labels))
     expected = by_hand(AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).train(), made)
-    keys = {**TRAINED, "video_fps": 4.0, "video_min_pixels": None, "video_max_pixels": None}
-    llmtune.train(recipe(model, tmp_path, tmp_path / "run", per_device_train_batch_size=3, **keys))
+    keys = {**TRAINED, **AS_THEY_ARE, "cutoff_len": 4096}
+    llmtune.train(recipe(model, tmp_path, tmp_path / "run", **{"per_device_train_batch_size": 3, **keys}))
     same(losses(tmp_path / "run"), expected)
+
+
+def test_videos_that_a_model_cannot_be_given_together_are_found_before_training(tmp_path: Path) -> None:
+    """LLaVA-OneVision takes one length in a batch, SmolVLM's processor pictures or video in a row."""
+    pytest.importorskip("torchvision")
+    found = rows(tmp_path)
+    found[1]["videos"], found[1]["messages"][0]["content"] = ["long.mp4"], "how <video>"
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    keys = recipe(FAMILIES["llava_onevision"](tmp_path / "model"), tmp_path, tmp_path / "run", **AS_THEY_ARE)
+    with pytest.raises(llmtune.LlmtuneError, match="videos of several lengths, .* set per_device_train_batch_size: 1"):
+        llmtune.train(keys)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    llmtune.train(keys, per_device_train_batch_size=1)
+    found[0]["images"], found[0]["messages"][0]["content"] = ["0.png"], "<image><video>what"
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    with pytest.raises(llmtune.LlmtuneError, match="SmolVLMProcessor makes one thing of pictures and video"):
+        llmtune.plan(recipe(MODELS["smolvlm"](tmp_path / "smolvlm"), tmp_path, tmp_path / "run2", **AS_THEY_ARE))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])

@@ -202,6 +202,10 @@ class TokenSamples:
         """What each sequence of a sample shows; nothing where the sample shows no media."""
         return shown_in(self.row(index), self.width)
 
+    def kinds_shown(self, index: int) -> set[str]:
+        """The kinds of media that a sample shows."""
+        return {medium.kind for one in self.shown(index) for medium in one.media}
+
     def media_names(self, index: int) -> list[str]:
         """The names of the files that a sample shows, each once."""
         paths = [medium.path for one in self.shown(index) for medium in one.media]

@@ -40,6 +40,14 @@ class Video(NamedTuple):
     total: int
     """Pictures of the whole video."""
 
+    def metadata(self) -> dict[str, Any]:
+        """What a processor of transformers is told of it."""
+        height, width = self.frames.shape[1:3]
+        return {
+            "total_num_frames": self.total, "fps": self.fps, "duration": self.total / self.fps,
+            "frames_indices": self.indices, "height": height, "width": width,
+        }  # fmt: skip
+
 
 def open_image(path: str, most: int | None, least: int | None) -> Image:
     """A picture as RGB, turned as its EXIF data say, with `least` to `most` pixels. BadRow if it cannot be read."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Media, ShownText
+from llmtune.media.beside import beside, in_places
 from llmtune.media.by_size import by_size
 from llmtune.media.config import MediaConfig
 from llmtune.media.kept import KeptMedia
@@ -122,7 +123,6 @@ class MediaProcessor:
     @cached_property
     def _reader(self) -> Any:
         """The processor for tokens alone."""
-        # a model's own code may count by what a picture shows
         found = copy.copy(self.processor) if self.trust_remote_code else by_size(self.processor)
         found.tokenizer = keeping_texts(self.tokenizer, self._texts)
         return found
@@ -252,29 +252,38 @@ class MediaProcessor:
     def _called(self, rows: Sequence[ShownText], quick: bool = False, **options: Any) -> Any:
         """The processor's answer for some texts with their media; tensors of tokens have a row for each text. With
         `quick` its tokens alone, for which it is given the sizes of pictures."""
+        by_size = quick and not self.trust_remote_code  # a model's own code may count by what a picture shows
+        shows = [[self.opened(medium, by_size) for medium in row.media] for row in rows]
         kinds = {medium.kind for row in rows for medium in row.media}
-        if kinds != {"audio"}:
-            return self._answered(rows, quick, **options)
-        # Sounds are one list for all texts, and some processors (Audio Flamingo) want one of each text.
+        lengths = {len(one.frames) for some in shows for one in some if isinstance(one, Video)}
+        # Some stack these in vain (InternVL), or count what fills up shorter videos, and lose pictures (SmolVLM).
+        one_by_one = len(rows) > 1 and "video" in kinds and (len(lengths) > 1 or "image" in kinds)
+        if not one_by_one and kinds != {"audio"}:
+            return self._answered(rows, shows, quick, **options)
         places = [at for at, row in enumerate(rows) if row.media]
-        out = self._answered([rows[at] for at in places], quick, **options)
+        if one_by_one:
+            out = beside([self._answered([rows[at]], [shows[at]], quick, **options) for at in places], _PER_TOKEN)
+        else:  # Sounds are one list for all texts, and some processors (Audio Flamingo) want one of each text.
+            out = self._answered([rows[at] for at in places], [shows[at] for at in places], quick, **options)
         if len(places) == len(rows):
             return out
         return {
-            name: _in_places(value, places, len(rows)) if name in _PER_TOKEN else value for name, value in out.items()
+            name: in_places(value, places, len(rows)) if name in _PER_TOKEN else value for name, value in out.items()
         }
 
-    def _answered(self, rows: Sequence[ShownText], quick: bool, **options: Any) -> Any:
+    def _answered(
+        self, rows: Sequence[ShownText], shows: Sequence[Sequence[Any]], quick: bool, **options: Any
+    ) -> Mapping[str, Any]:
+        """The same of texts that go together, with their opened media."""
         processor = self._reader if quick else self.processor
-        quick = quick and not self.trust_remote_code
-        found = [[self.opened(medium, quick) for medium in row.media] for row in rows]
         given: dict[str, Any] = {}
+        self._check_kinds(rows)
         for kind in {medium.kind for row in rows for medium in row.media}:
             own = [[one for one, medium in zip(some, row.media, strict=True) if medium.kind == kind]
-                   for some, row in zip(found, rows, strict=True)]  # fmt: skip
+                   for some, row in zip(shows, rows, strict=True)]  # fmt: skip
             given[ARGUMENT[kind]] = own if kind == "image" else [one for some in own for one in some]
         if "videos" in given:
-            given["video_metadata"] = [_metadata(video) for video in given["videos"]]
+            given["video_metadata"] = [video.metadata() for video in given["videos"]]
             given["videos"] = [video.frames for video in given["videos"]]
             given["do_sample_frames"] = False
         if "return_tensors" not in options:  # Ovis 2, and of video SmolVLM and InternVL, take no lists
@@ -288,7 +297,20 @@ class MediaProcessor:
         try:  # `padding` outside of `text_kwargs` would be that of sounds, too
             return processor(text=[row.text for row in rows], text_kwargs=options, **given)
         except Exception as error:  # processors raise ValueError, IndexError, StopIteration, TypeError
-            raise BadRow("processor refuses", f"{type(self.processor).__name__} says: {error}") from error
+            said = f"{type(self.processor).__name__} says: {error}"
+            if len(lengths := {len(video) for video in given.get("videos", ())}) > 1:
+                said = (
+                    f"a row shows videos of {min(lengths)} to {max(lengths)} pictures; show one, or lower video_maxlen"
+                )
+            raise BadRow("processor refuses", said) from error
+
+    def _check_kinds(self, rows: Sequence[ShownText]) -> None:
+        """BadRow for pictures beside video where what is made of both has one name (SmolVLM): one would be lost."""
+        if {"image", "video"} <= {medium.kind for row in rows for medium in row.media}:
+            image, video = (self._part(f"{kind}_processor").model_input_names for kind in ("image", "video"))
+            if "pixel_values" in {*image} & {*video}:
+                said = f"{type(self.processor).__name__} makes one thing of pictures and video"
+                raise BadRow("pictures beside video", f"{said}, allowed in a row are those of one kind")
 
     def opened(self, medium: Media, quick: bool = False) -> Any:
         """What a processor is given of a medium, with `quick` of a picture a blank one of its size. BadRow if it
@@ -326,21 +348,6 @@ class MediaProcessor:
     def sampling_rate(self) -> int:
         """Samples a second that the model's sound has."""
         return int(self._hears.sampling_rate)
-
-
-def _metadata(video: Video) -> dict[str, Any]:
-    height, width = video.frames.shape[1:3]
-    return {
-        "total_num_frames": video.total, "fps": video.fps, "duration": video.total / video.fps,
-        "frames_indices": video.indices, "height": height, "width": width,
-    }  # fmt: skip
-
-
-def _in_places(value_BT: Tensor, places: Sequence[int], count: int) -> Tensor:
-    """The rows of `value_BT` at their places among `count`; the others are zeros."""
-    found = value_BT.new_zeros(count, *value_BT.shape[1:])
-    found[places] = value_BT
-    return found
 
 
 def _laid_out(value_BT: Tensor, rows: Sequence[ShownTokens], layout: TokenLayout, width: int, goes_on: bool) -> Tensor:

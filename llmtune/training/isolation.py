@@ -88,9 +88,9 @@ def check_media_reading(
     model, samples = type(objective.model).__name__, loader.samples
     if media is None or samples.kind == "prompt":
         return
-    at = min(
-        _some(samples), key=lambda each: (not any(one.media for one in samples.shown(each)), samples.lengths[each])
-    )
+    if loader.units.kind != "sample" or loader.order.batch > loader.micro_steps * loader.ranks.batch_ranks:
+        _check_videos(samples, media)
+    at = min(_some(samples), key=lambda each: (not samples.kinds_shown(each), samples.lengths[each]))
     batch = _batch(loader, [at], loader.flat)
     own, base = (_forward_keys(each) for each in (objective.model, objective.model.base_model))
     for name in (name for name, value in batch.media.items() if value.is_floating_point()):
@@ -119,6 +119,14 @@ def check_media_reading(
         )
 
 
+def _check_videos(samples: TokenSamples, media: MediaProcessor) -> None:
+    """Raise DataError where videos of two lengths cannot be given to the model together."""
+    films = [at for at in range(min(len(samples), _LOOKED_AT)) if "video" in samples.kinds_shown(at)]
+    if films:
+        ends = (pick(films, key=samples.lengths.__getitem__) for pick in (min, max))
+        media.read([each for at in ends for each in samples.shown(at)])
+
+
 def _batch(loader: BatchLoader, chosen: list[int], flat: bool) -> Batch:
     others = other_answers(loader.samples, chosen)
     return sample_batch(
@@ -132,7 +140,7 @@ def _forward_keys(model: Any) -> set[str]:
 
 def _some(samples: TokenSamples) -> list[int]:
     """Some samples that show media, and some that show none."""
-    shows = [any(each.media for each in samples.shown(at)) for at in range(min(len(samples), _LOOKED_AT))]
+    shows = [bool(samples.kinds_shown(at)) for at in range(min(len(samples), _LOOKED_AT))]
     some = {wanted: list(islice((at for at, own in enumerate(shows) if own == wanted), 3)) for wanted in (True, False)}
     return [at for pair in zip_longest(some[True], some[False]) for at in pair if at is not None]
 
