@@ -123,7 +123,7 @@ def dies(number: int) -> int:
 def test_what_goes_wrong_in_a_worker_is_said_here() -> None:
     with pytest.raises(DataError, match="^five$"):
         list(in_order(fails, iter(range(20)), 2))
-    with pytest.raises(DataError, match="preprocessing_num_workers: a process that tokenises died"):
+    with pytest.raises(DataError, match="preprocessing_num_workers: a process that prepares data died"):
         list(in_order(dies, iter(range(20)), 2))
 
 

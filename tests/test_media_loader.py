@@ -71,6 +71,7 @@ def _met(keys: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_all_ranks_stop_for_a_file_that_one_of_them_cannot_read(evaluated: bool, tmp_path: Path) -> None:
+    """What was learnt before is saved."""
     keys = {
         "model": str(MODELS["llava"](tmp_path / "model")), "dataset": str(rows(tmp_path)), "bf16": False,
         "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -81,6 +82,10 @@ def test_all_ranks_stop_for_a_file_that_one_of_them_cannot_read(evaluated: bool,
         keys |= {"eval_dataset": str(rows(tmp_path / "eval")), "eval_strategy": "steps", "eval_steps": 1}
     llmtune.plan(keys)  # tokenises the rows
     broken = tmp_path / ("eval/4.png" if evaluated else "4.png")
-    broken.write_bytes(broken.read_bytes()[:60])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:60])
     for said in in_ranks(2, tmp_path / "ranks", _met, keys):
         assert f"{broken.name} cannot be read" in said
+        assert f"; step {1 if evaluated else 2} is saved, and the same command goes on after it" in said
+    broken.write_bytes(whole)
+    assert llmtune.train(keys).metrics[-1]["step"] == 4

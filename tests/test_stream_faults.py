@@ -263,7 +263,7 @@ def test_processes_do_the_work_and_their_ends_are_noticed() -> None:
     with pytest.raises(RuntimeError, match="Untold: what it says"):
         list(pool.in_order(iter([1, "untold"])))
     assert [number for _, number in pool.in_order(iter([7]))] == [7]
-    with pytest.raises(DataError, match="preprocessing_num_workers: a process that tokenises died"):
+    with pytest.raises(DataError, match="preprocessing_num_workers: a process that prepares data died"):
         list(pool.in_order(iter([1, "die"])))
     pool.close()
 

@@ -92,8 +92,9 @@ class WorkerPool:
             yield
         except BrokenProcessPool:
             raise DataError(
-                "preprocessing_num_workers: a process that tokenises died, as when memory runs out; "
-                f"set fewer than {self.count}, or a smaller preprocessing_batch_size or buffer_size"
+                "preprocessing_num_workers: a process that prepares data died, as when memory runs out; "
+                f"set fewer than {self.count}, or a smaller preprocessing_batch_size or buffer_size; where rows show "
+                "media, a smaller image_max_pixels or video_maxlen"
             ) from None
 
     def _submitted(self, pool: ProcessPoolExecutor, items: Iterator[Any]) -> Iterator[Future[Any]]:

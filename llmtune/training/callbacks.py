@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune import __version__
-from llmtune.contract.errors import CheckpointError, PlanError, RewardError, listed
+from llmtune.contract.errors import CheckpointError, LlmtuneError, PlanError, listed
 from llmtune.contract.events import Evaluated, Event, Saved, StepDone
 from llmtune.contract.generation import GenerateConfig
 from llmtune.contract.stages import Measures, Remembers, RollsOut
@@ -238,7 +238,7 @@ class TrainingCallbacks:
             retain(root, plan.recipe.train.save_total_limit, keep)
         self.tell(Saved(step=step, folder=folder))
 
-    def save_despite(self, error: RewardError, step: int) -> None:
+    def save_despite(self, error: LlmtuneError, step: int) -> None:
         """Save what was learnt up to `step`, though the next one, or its evaluation, met `error`. Collective."""
         if step:
             self.save(step)

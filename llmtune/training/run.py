@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmtune.contract.errors import LlmtuneError, PlanError, RewardError, blaming, counted, raise_all
+from llmtune.contract.errors import DataError, LlmtuneError, PlanError, RewardError, blaming, counted, raise_all
 from llmtune.contract.generation import GenerateConfig, ReadsFiles
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.distributed.ranks import (
@@ -250,8 +250,9 @@ def _learn(
                     show(f"{lost}; from here on the best of the evaluations to come counts")
             with explain_out_of_memory(plan.device, lambda: f"step {training.at}", cost.remedies):
                 last = first_step if keeper.catch_up(first_step) else train(training, keeper)
-    except RewardError as error:
-        keeper.save_despite(error, training.done)
+    except (RewardError, DataError) as error:  # before an update: the weights are those of the last step
+        if plan.ranks.size == 1 or error.everywhere:
+            keeper.save_despite(error, training.done)
         raise
     if keeper.loggers is not None:
         keeper.loggers.end_display()
