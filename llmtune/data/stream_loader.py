@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 STEP_TOKENS = 1 << 28
 """Most tokens of a step, at 5 to 9 bytes each on every rank; the largest models are trained with a tenth of that."""
+READERS = 4
+"""Processes that read media ahead and have a micro-batch each, where the recipe names no number; the same on all ranks,
+however many processors they have, as they gather steps together."""
 EMPTY_ROWS = 1 << 14
 """Rows that follow each other and may give no sample; more are an error, so that no run looks for data for ever."""
 
@@ -204,19 +207,28 @@ class StreamLoader(BatchLoader):
         return latest
 
     def _next_step(self, reading: Reading) -> StepUnits:
-        """The next step, whose rows are counted now. Where media are read ahead, the one after it is begun."""
-        found = reading.following or self._gathered()
+        """The next step, whose rows are counted now. Where media are read ahead, those after it are begun."""
+        self._gather(reading, 1)
+        found = reading.following[0]
         if isinstance(found, Exception):
             raise found
+        reading.following.popleft()
         for pieces, bare in found.begun:
             reading.bare += bare
             together(partial(self._count, pieces))
         if self.media is not None:
-            try:
-                reading.following = self._gathered()
-            except Exception as error:
-                reading.following = error
+            busy = self.stream.config.preprocessing_num_workers or READERS
+            self._gather(reading, min(len(reading.following) + 2, -(-busy // self.micro_steps)))
         return found
+
+    def _gather(self, reading: Reading, steps: int) -> None:
+        """Gather the units of the next `steps`, or as far as none fails. Collective, as a new chunk may begin."""
+        following = reading.following
+        while len(following) < steps and not (following and isinstance(following[-1], Exception)):
+            try:
+                following.append(self._gathered())
+            except Exception as error:
+                following.append(error)
 
     def _gathered(self) -> StepUnits:
         """The units of the step that comes after those that were gathered."""

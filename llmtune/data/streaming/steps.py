@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,8 +82,9 @@ class Reading:
     step: int = 0
     latest: StepUnits | None = None
     """The step before `step`."""
-    following: StepUnits | Exception | None = None
-    """The step `step`, where media are read ahead; or what kept it from being made, which is raised in its turn."""
+    following: deque[StepUnits | Exception] = field(default_factory=deque)
+    """The step `step` and those after it, where media are read ahead; at the end maybe what kept one from being made,
+    which is raised in its turn."""
     bare: int = 0
     """Packed rows that were left out, as no token in them trains."""
 
