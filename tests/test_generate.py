@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtune import Answer, ContextFull, DivergedError, GenerateConfig, generate
+from llmtune import Answer, ContextFull, DataError, DivergedError, GenerateConfig, generate
 from llmtune.distributed.fsdp2 import reshard
 from llmtune.model.generate import alike_up_to
 from llmtune.testing.running import build, start, tiny_recipe
@@ -157,6 +157,9 @@ def test_nothing_to_answer_too_long_a_prompt_and_a_damaged_model(model: Any, tok
     assert generate(model, tokenizer, [], GREEDY) == []
     with pytest.raises(ContextFull, match="has 600 tokens"):
         generate(model, tokenizer, [[1], [5] * 600], GREEDY)
+    for prompt, said in (([], "the prompt is empty"), ([1, 99999999], "99999999 is no token, there are"), ([-1], "-1")):
+        with pytest.raises(DataError, match=said):
+            generate(model, tokenizer, [[1], prompt], GREEDY)
     damaged = tiny_model(vocab_size=len(tokenizer))
     damaged.lm_head.weight.data[7] = torch.nan
     for config in (GREEDY, WAYS["sampled"], WAYS["beams"]):

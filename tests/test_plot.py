@@ -63,3 +63,10 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_metric_is_told() -> None:
     with pytest.raises(PlanError, match="metrics: none is given; .* Logged are loss"):
         plot.plot_runs({"a": [{"step": 1, "loss": 1.0}]}, metrics=[])
+
+
+def test_another_ending_is_told(tmp_path: Path) -> None:
+    for draw in (lambda path: plot.plot_metrics(METRICS, path), lambda path: plot.plot_runs({"a": METRICS}, path)):
+        with pytest.raises(PlanError, match=r'loss.xyz: found the ending ".xyz", allowed is one of .png, .svg, .pdf'):
+            draw(tmp_path / "loss.xyz")
+    assert not list(tmp_path.iterdir())

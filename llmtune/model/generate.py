@@ -56,7 +56,8 @@ def generate(
     """Answers to prompts, which are lists of token ids or show something that `media` reads, as `Engine.generate` says.
 
     Other batches differ in rounding, so that in float32 answers are the same but for ties, and in bfloat16 mostly.
-    Raises ContextFull, and DivergedError where the model's logits are not finite.
+    Raises ContextFull, DataError for a prompt that is empty or has numbers that are no tokens, and DivergedError where
+    the model's logits are not finite.
     """
     config = config or GenerateConfig()
     if seeds is None:
@@ -68,6 +69,8 @@ def generate(
             PromptRow(ids := tokens_of(prompt), room_of(model.config, len(ids), config), seed, shown_by(prompt))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+        for row in rows:
+            require_prompt(row.ids, None if row.shown.media else vocabulary_of(model.config))
         if media is None and any(row.shown.media for row in rows):
             raise DataError("a prompt shows pictures, video or sound, and nothing was given that reads them (media)")
     # Beams that are sampled are drawn from one generator, so each prompt has a batch of its own.
@@ -299,6 +302,19 @@ def room_of(model_config: Any, prompt_tokens: int, config: GenerateConfig) -> in
             "start a new conversation (/clear), ask something shorter, or raise max_length if the model allows it"
         )
     return room_tokens
+
+
+def vocabulary_of(model_config: Any) -> int:
+    """How many tokens a model can read and say."""
+    return int(model_config.get_text_config().vocab_size)
+
+
+def require_prompt(ids: Sequence[int], words: int | None = None) -> None:
+    """DataError for a prompt without tokens, and for numbers that are none of a model's `words`."""
+    if not ids:
+        raise DataError("the prompt is empty; give the text that is to be continued")
+    if words is not None and (odd := [token for token in ids if not 0 <= token < words]):
+        raise DataError(f"{odd[0]} is no token, there are {words}")
 
 
 def require_head(model: PreTrainedModel) -> None:

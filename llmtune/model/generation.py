@@ -15,7 +15,7 @@ from llmtune.contract.errors import DataError
 from llmtune.contract.examples import Message
 from llmtune.contract.generation import Answer, Asked, GenerateConfig
 from llmtune.model.content import for_template
-from llmtune.model.generate import ContextFull, generate, has_template, stop_tokens
+from llmtune.model.generate import ContextFull, generate, has_template, require_prompt, stop_tokens
 from llmtune.model.prompts import tokens_of
 from llmtune.model.text_decoder import TextDecoder
 
@@ -224,8 +224,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     ids = list(tokenizer(text)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
         ids.pop()
-    if not ids:
-        raise DataError("the prompt is empty; give the text that is to be continued")
+    require_prompt(ids)
     return torch.tensor([ids])
 
 

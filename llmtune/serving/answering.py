@@ -25,7 +25,7 @@ from llmtune.data.formats.chats import OpenAi
 from llmtune.inference.said import THINK, Channels, SaidPiece
 from llmtune.media.files import MediaFiles
 from llmtune.media.rows import shown
-from llmtune.model.generate import ContextFull, alike_up_to, room_of
+from llmtune.model.generate import ContextFull, alike_up_to, require_prompt, room_of
 from llmtune.model.generation import plain_ids
 from llmtune.model.prompts import ends_in_media
 from llmtune.serving.bodies import ChatRequest, TextRequest
@@ -131,13 +131,12 @@ class Server:
         """The prompts of texts, or of lists of tokens."""
         given = body.prompt
         many: Sequence[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-        words = offer.words
         try:
             found = [plain_ids(offer.tokenizer, each)[0].tolist() if isinstance(each, str) else each for each in many]
+            for ids in found:
+                require_prompt(ids, offer.words)
         except DataError as error:
             raise Refused(400, f"prompt: {error}", param="prompt") from None
-        if odd := [token for ids in found for token in ids if token >= words]:
-            raise Refused(400, f"prompt: {odd[0]} is no token, there are {words}", param="prompt")
         return [AskedPrompt(tuple(ids)) for ids in found]
 
     def answering(self, body: ChatRequest | TextRequest, folder: Path | None = None) -> Answering:

@@ -21,7 +21,7 @@ from llmtune.inference.chat import generate_config
 from llmtune.inference.prompts import prompt_writer
 from llmtune.inference.reopen import fill, on_disk, open_plan, recipe_of, saved_at
 from llmtune.model.edits import named_tensors
-from llmtune.model.generate import has_template, require_head, stop_tokens
+from llmtune.model.generate import has_template, require_head, stop_tokens, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class ModelOffer:
     @property
     def words(self) -> int:
         """How many tokens the model can say."""
-        return int(self.model_config.get_text_config().vocab_size)
+        return vocabulary_of(self.model_config)
 
 
 def offers(

@@ -34,9 +34,11 @@ ACROSS = {"step": "step", "epoch": "epoch", "tokens": "tokens"}
 def plot_metrics(metrics: Metrics, path: str | Path | BinaryIO | None = None) -> Figure:
     """Loss, learning rate, gradient norm and speed against the step, as a Figure; saved to `path` if given.
 
-    The ending of `path` chooses the format (png, svg, pdf); an open file gets a PNG. Raises PlanError without
-    matplotlib.
+    The ending of `path` chooses the format (png, svg, pdf); an open file gets a PNG. Raises PlanError for another
+    ending, and without matplotlib.
     """
+    if isinstance(path, (str, Path)):
+        require_format(path)
     figure = new_figure(10, 6)
     for axes, (metric, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         draw_panel(axes, {"": metrics}, metric, title)
@@ -65,8 +67,8 @@ def plot_runs(
         raise PlanError(f"smoothing: found {smoothing}, allowed is 0 <= smoothing < 1")
     if across not in ACROSS:
         raise PlanError(f'across: found "{across}", allowed is one of {listed(ACROSS)}')
-    if path is not None and Path(path).suffix not in FORMATS:
-        raise PlanError(f'{path}: found the ending "{Path(path).suffix}", allowed is one of {listed(FORMATS)}')
+    if path is not None:
+        require_format(path)
     columns = min(2, len(metrics))
     lines = -(-len(metrics) // columns)
     figure = new_figure(5 * columns + 2, 3.6 * lines + 0.4)
@@ -78,6 +80,12 @@ def plot_runs(
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def require_format(path: str | Path) -> None:
+    """PlanError for a picture whose ending names none of the formats that are written."""
+    if (ending := Path(path).suffix) not in FORMATS:
+        raise PlanError(f'{path}: found the ending "{ending}", allowed is one of {listed(FORMATS)}')
 
 
 def _logged(known: set[str]) -> str:
