@@ -18,7 +18,7 @@ from llmtune.model.source import auto_class
 COMPARED = (
     "AudioFlamingo3", "AyaVision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Idefics2", "Idefics3", "InternVL",
     "LlavaOnevision", "LlavaNext", "Llava", "Mistral3", "Mllama", "Ovis2", "Qwen2Audio", "Qwen2VL",
-    "Qwen2_5OmniThinker", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "SmolVLM", "VideoLlama3",
+    "Qwen2_5OmniThinker", "Qwen2_5_VL", "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3_5", "SmolVLM", "VideoLlama3",
 )  # fmt: skip
 """Classes, less `ForConditionalGeneration`, whose losses and gradients are compared with a loop in transformers."""
 REFUSED_WHERE_SEEN = {
@@ -63,6 +63,8 @@ def fate(kind: str, class_name: str) -> str:
     short = class_name.removesuffix("ForConditionalGeneration")
     if short in COMPARED:
         return "compared"
+    if f"{short}Thinker" in COMPARED:
+        return "compared: its thinker, which reads and answers"
     if short in REFUSED_WHERE_SEEN:
         return f"refused: {REFUSED_WHERE_SEEN[short]}"
     try:

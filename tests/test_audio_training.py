@@ -26,8 +26,15 @@ OPENED_BY = {
     "qwen2_audio": "AutoModelForMultimodalLM",
     "audio_flamingo": "AutoModelForSeq2SeqLM",
     "omni": "AutoModelForImageTextToText",
+    "omni3": "AutoModelForImageTextToText",
+    "gemma4": "AutoModelForImageTextToText",
 }
 """The class of transformers that opens what was trained."""
+THINKERS = {
+    "omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "omni3": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+"""The part of a whole that reads and answers."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def opened(folder: Path, name: str) -> Any:
     """The model in `folder` as transformers opens it; of Qwen-Omni the part that reads and answers."""
     import transformers
 
-    kind = "Qwen2_5OmniThinkerForConditionalGeneration" if name == "omni" else OPENED_BY[name]
+    kind = THINKERS.get(name, OPENED_BY[name])
     model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).train()
     for key, parameter in model.named_parameters():  # sinusoids, frozen by their class, which loading forgets
         parameter.requires_grad_("embed_positions" not in key)
@@ -106,7 +113,7 @@ def test_all_that_trains_learns_as_by_hand(name: str, place: Path, models: Any, 
     llmtune.train(recipe(models(name), place, tmp_path / "whole", **TRAINED, **WHOLE))
     same(losses(tmp_path / "whole"), expected)
     rowwise = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}
-    other = rowwise if name == "omni" else {"packing": True, "cutoff_len": 128, **WHOLE}
+    other = rowwise if name in THINKERS else {"packing": True, "cutoff_len": 128, **WHOLE}
     llmtune.train({**recipe(models(name), place, tmp_path / "other", **TRAINED), **other})
     same(losses(tmp_path / "other"), expected)
     result = tmp_path / "whole" / "model"

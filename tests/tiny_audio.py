@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmtune.media.loading import without_video
-from tests.tiny_media import _ids, _saved, _sees_video, _text, template, tokenizer
+from tests.tiny_media import _ids, _saved, _sees_video, _text, gemma4, template, tokenizer
 
 RATE = 16000
 """Samples a second of all sounds."""
@@ -97,7 +97,54 @@ def omni(folder: Path) -> Path:
     return folder
 
 
-MODELS: dict[str, Callable[[Path], Path]] = {"qwen2_audio": qwen2_audio, "audio_flamingo": audio_flamingo, "omni": omni}
+def omni3(folder: Path) -> Path:
+    """The thinker of Qwen3-Omni, which is a mixture of experts."""
+    from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    marks = {f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "audio", "video")}
+    ends = {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")}
+    held = tokenizer(**marks, **ends)
+    sizes = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
+    processor = without_video(Qwen3OmniMoeProcessor)(
+        image_processor=Qwen2VLImageProcessorPil(**sizes), feature_extractor=ears(), tokenizer=held,
+        chat_template=template(
+            *(f"<|{kind}_bos|><|{what}|><|{kind}_eos|>" for kind, what in
+              (("vision", "IMAGE"), ("vision", "VIDEO"), ("audio", "AUDIO")))
+        ),
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    audio = {**TOWER, "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+             "output_dim": 32, "downsample_hidden_size": 8}  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+              "num_position_embeddings": 64, "deepstack_visual_indexes": [0], "patch_size": 4}  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+    config = Qwen3OmniMoeConfig(
+        thinker_config={
+            "text_config": {**_text(held), "rope_parameters": rope, **experts}, "audio_config": audio,
+            "vision_config": vision,
+            **_ids(held, audio_token_id="<|AUDIO|>", image_token_id="<|IMAGE|>", video_token_id="<|VIDEO|>",
+                   audio_start_token_id="<|audio_bos|>", vision_start_token_id="<|vision_bos|>"),
+        },
+        talker_config={
+            "text_config": {**small, **experts, "vocab_size": 64, "rope_parameters": rope,
+                            "shared_expert_intermediate_size": 16},
+            "code_predictor_config": {**small, "vocab_size": 64}, "thinker_hidden_size": 32, "accept_hidden_layer": 1,
+            "spatial_merge_size": 2,
+        },
+        code2wav_config={**small, "codebook_size": 16, "num_quantizers": 2, "decoder_dim": 16, "upsample_rates": [2, 2],
+                         "upsampling_ratios": [2]},
+    )  # fmt: skip
+    _saved(folder, config, "Qwen3OmniMoeForConditionalGeneration", processor)
+    _sees_video(folder, "Qwen2VLVideoProcessor", **sizes)
+    return folder
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "qwen2_audio": qwen2_audio, "audio_flamingo": audio_flamingo, "omni": omni, "omni3": omni3, "gemma4": gemma4,
+}  # fmt: skip
 
 
 def tone(path: Path, hertz: float, seconds: float) -> Path:
