@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import llmtune
-from llmtune.contract.errors import LoadError, PlanError
+from llmtune.contract.errors import DataError, LoadError, PlanError
+from llmtune.inference.reward import rewards_of_rows
 from llmtune.testing import running
 from llmtune.testing.points.reward_config import Judge
 from llmtune.testing.tiny import tiny_model_folder, tiny_tokenizer
@@ -188,3 +189,17 @@ def test_a_reward_model_is_spread_like_the_trained_one(spread: dict[str, Any], t
     more = {"dist_config": {"name": "fsdp2", **spread}, "gradient_accumulation_steps": micros}
     for rank in in_ranks(2, tmp_path / "ranks", found, {**given, **more, "output_dir": str(tmp_path / "two")}):
         assert rank == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_a_row_that_gets_no_reward_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of those that are longer than `cutoff_len`, a part would get another reward."""
+    run = trained(tmp_path, "full", cutoff_len=128, max_steps=1)
+    rows = [{"prompt": "Who?" * times, "chosen": "It is I.", "rejected": "No."} for times in (1, 200, 2)]
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    place = str(tmp_path / "some.json")
+    with pytest.raises(DataError, match=r"some.json:row 2: too long: has \d+ tokens, allowed are cutoff_len=128"):
+        list(rewards_of_rows(run.output_dir, place))
+    found = list(rewards_of_rows(run.output_dir, place, on_bad_record="skip"))
+    assert [row["row"].rpartition(":")[2] for row in found] == ["row 1", "row 3"]
+    assert "rows without a reward: too long 1" in capsys.readouterr().err
+    assert len(list(rewards_of_rows(run.output_dir, place, cutoff_len=2048))) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmtune.contract.errors import DataError, PlanError
 from llmtune.contract.examples import BadRow, Conversation
 from llmtune.data import prepare
 from llmtune.data.batch_loader import evaluation_batches
+from llmtune.data.report import counts_text
 from llmtune.distributed.ranks import Ranks
 from llmtune.inference.reopen import fill, open_plan, recipe_of
 from llmtune.model.content import for_template
@@ -84,12 +86,15 @@ def rewards_of_rows(path: str | Path, dataset: Any, **overrides: Any) -> Iterato
     model, tokenizer, media = plan.module, plan.tokenizer, plan.media
     data = replace(
         recipe.data, dataset=dataset, eval_dataset=None, val_size=0, streaming=False, max_samples=None,
-        tokenized_path=None, cutoff_policy="drop",
+        tokenized_path=None, cutoff_policy="error",
     )  # fmt: skip
-    samples = prepare(
+    prepared = prepare(
         data, tokenizer, seed=0, base_dir=Path.cwd(), formats=known_formats(recipe),
         learns=("preference", "conversation"), stage="a reward", access=access_of(recipe), media=media,
-    ).train  # fmt: skip
+    )  # fmt: skip
+    samples = prepared.train
+    if dropped := prepared.report.dropped:
+        print(f"llmtune: rows without a reward: {counts_text(dropped)}", file=sys.stderr)
     batches = evaluation_batches(
         samples, per_device=ROWS_AT_ONCE, ranks=Ranks(), flat=False, pad_id=tokenizer.pad_token_id, device=model.device,
         media=media,
