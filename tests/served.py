@@ -75,6 +75,8 @@ def serving(path: str, **given: Any) -> Iterator[Any]:
         run.make_app, run.uvicorn.Server = make_app, usual
     found.port, found.url = port, f"http://127.0.0.1:{port}"
     found.client = openai.OpenAI(base_url=f"{found.url}/v1", api_key=KEY, max_retries=0, timeout=120)
-    yield found
-    found.uvicorn.should_exit = True
-    thread.join()
+    try:
+        yield found
+    finally:  # else a process in which a test has failed does not end
+        found.uvicorn.should_exit = True
+        thread.join()

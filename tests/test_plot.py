@@ -43,10 +43,10 @@ def test_nothing_logged_is_said() -> None:
 
 def test_without_global_state() -> None:
     code = (
-        "import sys, matplotlib; before = matplotlib.get_backend(auto_select=False)\n"
+        "import sys, matplotlib; before = dict.__getitem__(matplotlib.rcParams, 'backend')\n"
         "from llmtune.training.plot import plot_metrics; plot_metrics([{'step': 1, 'loss': 1.0}])\n"
         "print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)\n"
-        "print(matplotlib.get_backend(auto_select=False) == before)"
+        "print(dict.__getitem__(matplotlib.rcParams, 'backend') == before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "True"]

@@ -143,6 +143,6 @@ def peft_config() -> list[Plugin]:
             config=LoraRecipe,
             build=build,
             summary="LoRA, rsLoRA and DoRA adapters (PEFT)",
-            requires=("peft>=0.19",),
+            requires=("peft>=0.21",),
         )
     ]

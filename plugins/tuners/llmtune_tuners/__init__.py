@@ -95,13 +95,13 @@ def peft_config() -> list[Plugin]:
             config=OftConfig,
             build=build,
             summary="Orthogonal fine-tuning: rotations of the inputs of layers (PEFT)",
-            requires=("peft>=0.19",),
+            requires=("peft>=0.21",),
         ),
         Plugin(
             name="peft",
             config=PeftTunerConfig,
             build=build,
             summary="Any other tuner of PEFT that adapts layers, by its name",
-            requires=("peft>=0.19",),
+            requires=("peft>=0.21",),
         ),
     ]
