@@ -295,8 +295,8 @@ def gemma4(folder: Path) -> Path:
     )  # fmt: skip
     images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
     processor = without_video(Gemma4Processor)(
-        feature_extractor=Gemma4AudioFeatureExtractor(feature_size=8), image_processor=images, tokenizer=held, video_processor=None,
-        image_seq_length=70, chat_template=template("<|image|>", "<|video|>", "<|audio|>"),
+        feature_extractor=Gemma4AudioFeatureExtractor(feature_size=8), image_processor=images, tokenizer=held,
+        video_processor=None, image_seq_length=70, chat_template=template("<|image|>", "<|video|>", "<|audio|>"),
     )  # fmt: skip
     text = {**_text(held), "head_dim": 8, "global_head_dim": 16, "sliding_window": 16,
             "vocab_size_per_layer_input": 448, "hidden_size_per_layer_input": 4,
