@@ -91,7 +91,7 @@ def describe(text: str) -> Device:
         gib = float(match[1])
         if gib > 0:
             return Device(name=f"{gib:g} GB device", memory=int(gib * GIB))
-    raise PlanError(f'--device: found "{text}", allowed are {", ".join(DEVICES)}, or an amount of memory such as 24GB')
+    raise PlanError(f'device: found "{text}", allowed are {", ".join(DEVICES)}, or an amount of memory such as 24GB')
 
 
 def chosen_device(key: str, described: str | None, anywhere: bool) -> tuple[torch.device, Device | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -19,7 +19,7 @@ from llmtune_web.desk import Desk, error_html, shown, word
 from llmtune_web.jobs import Job
 from llmtune_web.look_tabs import GIB, cards_html, duration
 from llmtune_web.recipe_tab import RecipeParts
-from llmtune_web.yaml_text import quoted
+from llmtune_web.yaml_text import Values, quoted
 
 _SELECT = """
 element.addEventListener("click", (event) => {
@@ -52,17 +52,17 @@ class ShownRun:
     summary: Any
     """What its folder tells, as `llmtune.runs` reads it; None as long as there is none."""
     job: Job | None
-    """The process, if the page has started it."""
+    """The process that writes or wrote it, if the page has started that."""
     alive: bool
     """Whether that process runs."""
+    refused: Job | None = None
+    """The process that was started last, where it has ended without making the folder its own."""
 
     @property
     def status(self) -> str:
         """As `llmtune runs list` has it, and `starting` until the process has made the folder its own."""
-        if self.alive and self.job is not None:
-            began = self.summary.started if self.summary else None  # in whole seconds
-            if began is None or datetime.fromisoformat(began).timestamp() < int(self.job.started):
-                return "starting"
+        if self.alive and self.job is not None and not _began(self.summary, self.job):
+            return "starting"
         return self.summary.status if self.summary else "failed"
 
 
@@ -71,15 +71,29 @@ def shown_runs(desk: Desk) -> dict[str, ShownRun]:
 
     Of those without a folder that have ended, which failed at once or were deleted, the last one that was started.
     """
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, list[Job]] = {}
     for job in desk.jobs.all():
         if job.words[0] == "train":
-            jobs.setdefault(job.output, job)
-    alive = {name for name, job in jobs.items() if desk.jobs.runs(job)}  # before their folders are read: it may end
+            jobs.setdefault(job.output, []).append(job)
+    alive = {name for name, own in jobs.items() if desk.jobs.runs(own[0])}  # before their folders are read: it may end
     known = desk.runs()
     fresh = [name for at, name in enumerate(jobs) if name not in known and (at == 0 or name in alive)]
     names = [*fresh, *known]
-    return {name: ShownRun(name, known.get(name), jobs.get(name), name in alive) for name in names}
+    return {name: _shown_run(name, known.get(name), jobs.get(name, []), name in alive) for name in names}
+
+
+def _shown_run(name: str, summary: Any, jobs: Sequence[Job], alive: bool) -> ShownRun:
+    """A run of a folder that `jobs` were to write, the newest first."""
+    if summary is None or alive or not jobs or _began(summary, jobs[0]):
+        return ShownRun(name, summary, jobs[0] if jobs else None, alive)
+    wrote = next((job for job in jobs if _began(summary, job)), None)
+    return ShownRun(name, summary, wrote, alive, refused=jobs[0])
+
+
+def _began(summary: Any, job: Job) -> bool:
+    """Whether the run in a folder is one that `job`, or what came after it, has begun."""
+    began = summary.started if summary else None  # in whole seconds
+    return began is not None and datetime.fromisoformat(began).timestamp() >= int(job.started)
 
 
 class RunsView:
@@ -93,14 +107,21 @@ class RunsView:
         runs = shown_runs(self.desk)
         run = runs.get(name) or next(iter(runs.values()), None)
         name = run.name if run else ""
-        seen = {each: runs[each].summary for each in [name, *beside] if each in runs and runs[each].summary}
+        named = {each.removeprefix("runs/"): each for each in runs}  # as they are listed
+        named |= {each: each for each in runs}
+        strange = [
+            f'Compare with: found "{each}", allowed are the runs in the list' for each in beside if each not in named
+        ]
+        names = [name, *(named[each] for each in beside if each in named)]
+        seen = {each: runs[each].summary for each in names if each in runs and runs[each].summary}
         return (
-            name, listing_html(runs.values(), name), about_html(run),
+            name, listing_html(runs.values(), name), about_html(run) + refused_html(self.desk, run),
             gr.Button(visible=run is not None and run.alive),
             gr.Button(visible=run is not None and run.job is not None and not run.alive and run.status in _CONTINUES),
             gr.Dropdown(choices=logged(seen.values())),
             gr.Dropdown(choices=[each for each in runs if each != name]),
-            shown(curves_html)(seen, metric), compared_html(seen), log_html(self.desk, run), details_html(run),
+            shown(curves_html)(seen, metric), error_html("\n".join(strange)) + compared_html(seen),
+            log_html(self.desk, run), details_html(run),
         )  # fmt: skip
 
     def begin(self, file: str, text: str, fresh: bool, metric: str, beside: list[str]) -> tuple[Any, ...]:
@@ -110,12 +131,22 @@ class RunsView:
                 raise llmtune.PlanError("\n".join(problems))
             path = self.desk.folder.shown(self.desk.folder.write_recipe(file, text))
             output = self.desk.output_dir(file, text)
+            if not fresh and self._is_finished(output, text):
+                raise llmtune.PlanError(
+                    f"output_dir: {output} holds a finished run; tick “Start over” to replace it, or name another"
+                )
             words = ["train", word(path), f"output_dir={quoted(output)}", *(["--fresh"] if fresh else [])]
             self.desk.jobs.start(words, output)
         except (LlmtuneError, OSError) as error:
             return gr.skip(), error_html(error), *[gr.skip()] * (VIEW + 1)
         beside = [each for each in beside if each != output]
         return gr.Tabs(selected="runs"), gr.skip(), output, *self.look(output, metric, beside)
+
+    def _is_finished(self, output: str, text: str) -> bool:
+        """Whether a folder has a finished run that the recipe does not replace."""
+        run = shown_runs(self.desk).get(output)
+        replaces = Values(text).at("overwrite_output_dir") or "null"
+        return run is not None and run.status == "done" and replaces.lower() in ("null", "false")
 
     def select(self, event: gr.EventData, metric: str, beside: list[str]) -> tuple[Any, ...]:
         """Another run is chosen."""
@@ -227,6 +258,13 @@ def about_html(run: ShownRun | None) -> str:
     }  # fmt: skip
     said = "".join(error_html(each) for each in [found.error, *found.problems] if each and not run.alive)
     return title + cards_html({name: (value, "") for name, value in facts.items()}) + said
+
+
+def refused_html(desk: Desk, run: ShownRun | None) -> str:
+    """Why the last start of a run did not begin."""
+    if run is None or run.refused is None:
+        return ""
+    return error_html(f"The last start ended early, and the run is as it was:\n{desk.jobs.log(run.refused)}")
 
 
 def logged(runs: Iterable[Any]) -> list[str]:

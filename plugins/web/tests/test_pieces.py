@@ -153,6 +153,33 @@ def test_a_runs_status_is_told_by_its_folder_and_its_process(tmp_path: Path) -> 
     assert shown == {"runs/d": "failed", "runs/a": "interrupted"}  # without a folder, only the last one
 
 
+def test_a_start_that_a_run_refuses_looks_like_no_success(tmp_path: Path) -> None:
+    from llmtune_web.runs_tab import RunsView
+
+    record = {"status": "done", "packages": {"llmtune": "0.1.0"}, "started": "2026-01-01T00:00:00+00:00", "steps": 4}
+    for name in ("runs/a", "runs/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    desk = Desk.at(Folder.of(tmp_path))
+    text = "model: m\ndataset: d\noutput_dir: runs/a\n"
+    told = RunsView(desk).begin("r.yaml", text, False, "loss", [])[1]
+    assert "runs/a holds a finished run; tick “Start over” to replace it" in told and not desk.jobs.all()
+
+    began = datetime.fromisoformat(record["started"]).timestamp()
+    desk.jobs.at.mkdir(exist_ok=True)
+    for number, said in enumerate(("step 4 of 4", "llmtune: it cannot be")):  # the run's own process, and a later one
+        job = Job(f"2026-{number}", ("train",), "runs/a", 1, "0", began - 1 + 60 * number)
+        (desk.jobs.at / f"{job.name}.json").write_text(json.dumps(asdict(job)))
+        (desk.jobs.at / f"{job.name}.log").write_text(said)
+    look = RunsView(desk).look("runs/a", "loss", ["b", "nonsense"])
+    about, compared, log = look[2], look[8], look[9]
+    assert "lt-done" in about and "lt-error" in about and "it cannot be" in about
+    assert "step 4 of 4" in log and "it cannot be" not in log
+    assert (
+        "found &quot;nonsense&quot;, allowed are the runs in the list" in compared and "the same settings" in compared
+    )
+
+
 def test_others_need_a_password(plain: pytest.MonkeyPatch) -> None:
     assert with_environment(Web()).host == "127.0.0.1"
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org"):
