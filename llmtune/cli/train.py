@@ -102,6 +102,7 @@ def _train_or_launch(options: Any) -> int:
             )
         if launcher.starts(request):
             return launcher.launch(request)
+    sys.argv[1:] = map(hidden, sys.argv[1:])  # which trackers write down by themselves
     load_libraries()
     from llmtune.cost import estimate
     from llmtune.training.report import print_outcome

@@ -99,6 +99,8 @@ def make_plan(
     if model is not None and prepared.evaluation is not None:
         with collect(problems):
             questions = evaluated(recipe, parts, registry, model, prepared.evaluation)
+    for part in (part for point in _ASKED for part in parts.at(point)) if model is not None else ():
+        problems += plugin_objections(part, model.context, model.module)
     for part in parts.at("optim_config") if model is not None else ():
         problems += optimizer_objections(part, recipe.train, model, parts.one("stage_config"))
     if model is not None and asks_engine(recipe.train, parts):
@@ -119,6 +121,10 @@ def make_plan(
         *evaluator_notes(parts, recipe.train),
     )
     return with_checkpointing(plan.noted(*notes))
+
+
+_ASKED = ("init_config", "lr_scheduler_config", "logger_config", "reward_config")
+"""Points whose plugins are asked what they have against a recipe once its model is planned."""
 
 
 def sample_objections(recipe: Recipe, parts: Parts, ranks: Ranks, prepared: Prepared) -> Iterator[str]:

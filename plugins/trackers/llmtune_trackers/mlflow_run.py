@@ -41,7 +41,7 @@ class MlflowRun(TrackerRun):
         given = urlsplit(self.config.tracking_uri or "")
         if given.password or (given.username and given.scheme.startswith("http")):  # where it may be a token
             yield (
-                "logger_config.tracking_uri: holds a password or a name; leave it out and set "
+                "tracking_uri: holds a password or a name; leave it out and set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
 

@@ -31,7 +31,7 @@ class SwanLabRun(TrackerRun):
     def check(self, context: RunContext, model: nn.Module) -> Iterable[str]:
         """An objection where SwanLab would write files that its local dashboard then does not know."""
         if self.config.swanlab_mode == "local" and find_spec("swanboard") is None:
-            yield "logger_config.swanlab_mode: local needs SwanLab's dashboard; run `pip install 'swanlab[dashboard]'`"
+            yield "swanlab_mode: local needs SwanLab's dashboard; run `pip install 'swanlab[dashboard]'`"
 
     def open_run(self, start: LoggerStart, known: bool) -> str:
         """In the cloud the id is gone on with. SwanLab's local dashboard cannot do that: it shows NAME and NAME-2."""
@@ -50,7 +50,9 @@ class SwanLabRun(TrackerRun):
             mode="online" if config.swanlab_mode == "cloud" else config.swanlab_mode, log_dir=str(folder),
             project=config.swanlab_project, workspace=config.swanlab_workspace, id=self.id, resume="allow",
             name=config.swanlab_run_name or start.run_folder.name, config=dict(start.recipe), reinit=True,
-            callbacks=callbacks, settings=swanlab.Settings(interactive=False),
+            callbacks=callbacks,
+            # It would write the command down, as the system knows it, and with it a key that the command holds.
+            settings=swanlab.Settings(interactive=False, probe=swanlab.Settings.Probe(runtime=False)),
         )  # fmt: skip
         return self.id
 

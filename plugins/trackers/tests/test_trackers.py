@@ -242,6 +242,26 @@ def test_a_server_that_is_down_raises_an_error_and_ends_in_peace(tmp_path: Path)
     logger.finish()
 
 
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_key_on_the_command_line_is_written_nowhere(name: str, tmp_path: Path) -> None:
+    """Trackers write the command down by themselves."""
+    pytest.importorskip(name)
+    keys = tiny_recipe(tmp_path / "pips", output_dir=str(tmp_path / "run"), device="cpu", bf16=False, max_steps=1)
+    (tmp_path / "recipe.json").write_text(json.dumps(keys))
+    logger = json.dumps({"name": name, **KEYS[name]} | ({"swanlab_mode": "offline"} if name == "swanlab" else {}))
+    command = [sys.executable, "-m", "llmtune", "train", str(tmp_path / "recipe.json"), f"logger_config={logger}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(name in str(path) for path in files)
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+
+
+def test_the_plan_refuses_a_password_in_an_address(tmp_path: Path) -> None:
+    keys = tiny_recipe(tmp_path, logger_config={"name": "mlflow", "tracking_uri": "http://me:hunter2@there:5000"})
+    with pytest.raises(llmtune.PlanError, match="logger_config: tracking_uri: holds a password or a name"):
+        llmtune.plan(keys)
+
+
 def test_a_password_in_an_address_is_refused() -> None:
     (objection,) = MlflowRun(MlflowConfig(tracking_uri="http://me:hunter2@there:5000")).check(None, None)
     assert "MLFLOW_TRACKING_PASSWORD" in objection and "hunter2" not in objection
