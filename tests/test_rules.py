@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,27 @@ CONTRACT = {
 }
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file as it is parsed, which half of the rules ask for."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> list[tuple[str, bool]]:
     """Every imported module of a file, and whether the import runs when the module is imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return list(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool]]:
     lazy = {
         id(node)
-        for outer in ast.walk(tree)
+        for outer in ast.walk(tree(path))
         if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
         or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))
         for node in ast.walk(outer)
     }
-    for node in ast.walk(tree):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) not in lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -126,7 +137,7 @@ def test_the_core_does_not_spell_a_plugins_name() -> None:
         "accuracy", "peft", "vllm",
     }  # fmt: skip
     texts = {
-        path: {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        path: {node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant)}
         for path in CORE
         if path.parent.name != "conversion"  # translates other trainers' words, and has to write ours
     }
@@ -155,7 +166,7 @@ def test_a_model_is_looked_for_on_the_recipes_hub() -> None:
     calls = [
         (path, node)
         for path in CORE
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "resolve_model"
     ]
     assert calls and not [f"{path}:{node.lineno}" for path, node in calls if len(node.args) != 2]
@@ -170,7 +181,7 @@ def test_no_function_is_long() -> None:
     long = [
         f"{path.name}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
         for path in [*CORE, *(path for plugin in PLUGINS for path in plugin.glob("llmtune_*/**/*.py"))]
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 70
     ]
     assert not long
