@@ -311,7 +311,7 @@ def test_a_model_that_shows_pictures_to_whole_rows_is_refused_in_the_plan(
         llmtune.plan(recipe(models("mllama"), place, tmp_path / "run", packing=True))
 
 
-@pytest.mark.parametrize("name", ["llava_next"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "idefics3", "mllama", "gemma4"])
 def test_answers_about_pictures_are_preferred_as_by_hand(name: str, place: Path, models: Any, tmp_path: Path) -> None:
     """SimPO (arXiv 2405.14734, equation 6): means of log-probabilities, compared pair by pair."""
     from PIL import Image

@@ -17,6 +17,7 @@ from llmtune.media.config import MediaConfig
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import open_video
 from llmtune.testing import running
+from tests.media_by_hand import decided_by_what_is_shown
 from tests.test_audio_training import by_hand
 from tests.test_media_rollouts import prepared
 from tests.test_media_training import TRAINED, losses, recipe, same
@@ -195,3 +196,39 @@ def test_what_a_model_that_sees_video_says_is_read_as_by_hand(name: str, tmp_pat
             logits = plain(**inputs).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
             expected = logits.gather(1, ids[0, :, None])[:, 0]
             torch.testing.assert_close(batch.extra["old_logps"][mine], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma4"])
+@torch.no_grad()
+def test_what_a_model_that_sees_video_answers_is_what_transformers_answers(name: str, tmp_path: Path) -> None:
+    """Asked about rows together, of videos of several lengths, and in a conversation; by hand one by one."""
+    pytest.importorskip("torchvision")
+    from transformers import AutoModelForImageTextToText
+
+    model, found = decided_by_what_is_shown(MODELS[name](tmp_path / "model")), rows(tmp_path)
+    shots = found[1]["videos"].pop()
+    found[1]["messages"][0]["content"] = "how <video>"
+    found.append({"messages": [{"role": "user", "content": "and <video>"}, found[1]["messages"][1]], "videos": [shots]})
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    plain: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+    processor, expected = load_processor(model), []
+    never = [*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids]
+    for row in found:
+        asked, given = asked_by_hand(tmp_path, row)
+        text = processor.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        inputs = {key: each for key, each in processor(text=[text], **given).items() if key != "video_metadata"}
+        said = plain.generate(
+            **inputs, do_sample=False, max_new_tokens=8, suppress_tokens=[each for each in never if each],
+            eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id,
+        )  # fmt: skip
+        expected.append(processor.tokenizer.decode(said[0, inputs["input_ids"].shape[1] :]).strip())
+    keys: dict[str, Any] = {"device": "cpu", "do_sample": False, "max_new_tokens": 8, **AS_THEY_ARE}
+    keys |= {"skip_special_tokens": False}
+    done = llmtune.predict(
+        model, tmp_path / "rows.json", output_dir=str(tmp_path / "out"), per_device_eval_batch_size=3, **keys
+    )
+    assert [row["predict"] for row in done.rows] == expected
+    assert len(set(expected)) > 2
+    chat = llmtune.open_chat(model, **keys)
+    parts = [{"type": "text", "text": "how "}, {"type": "video", "video": str(tmp_path / "long.mp4")}]
+    assert chat.ask(parts) == expected[1]
