@@ -273,7 +273,8 @@ def test_an_adapter_on_4_bits_learns_as_in_peft(
     assert any(".lora_A" in key for key, _ in opened.named_parameters())
 
 
-def test_towers_learn_on_two_ranks_what_they_learn_on_one(place: Path, models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["idefics3", "mllama", "llava_next"])
+def test_towers_learn_on_two_ranks_what_they_learn_on_one(name: str, place: Path, models: Any, tmp_path: Path) -> None:
     """A rank whose batch shows nothing takes part in what the towers exchange."""
     keys = {
         **TRAINED,
@@ -281,8 +282,8 @@ def test_towers_learn_on_two_ranks_what_they_learn_on_one(place: Path, models: A
         "gradient_accumulation_steps": 4,
         "init_config": "init_on_meta",
     }
-    in_ranks(2, tmp_path / "ranks", _train, recipe(models("idefics3"), place, tmp_path / "two", **keys))
-    same(losses(tmp_path / "two"), by_hand(models("idefics3"), place))
+    in_ranks(2, tmp_path / "ranks", _train, recipe(models(name), place, tmp_path / "two", **keys))
+    same(losses(tmp_path / "two"), by_hand(models(name), place))
 
 
 def _train(keys: dict[str, Any]) -> None:
