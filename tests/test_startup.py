@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.cli.commands import parser
-from llmtune.recipe.remembered import remembered
+from llmtune.recipe.remembered import _imported_from, remembered
 
 FOREIGN = Path(__file__).parent / "foreign"
 HEAVY = {
@@ -123,6 +123,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_what_is_remembered_is_never_of_before(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
+    own = str(package / "told_of")
+    assert own in _imported_from()
+    monkeypatch.setattr("llmtune.recipe.remembered._imported_from", lambda: {own})  # not all that other tests have
 
     def make() -> tuple[str, bool]:
         made.append(1)
