@@ -165,6 +165,12 @@ def test_what_cannot_be_asked_is_said_before_weights_are_read(
         evaluate(run.output_dir, device="cpu", **keys)
 
 
+def test_questions_that_cannot_be_had_are_told(run: llmtune.Run, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(TASK.format(rows=tmp_path / "nothere.jsonl", kind="loglikelihood_rolling"))
+    with pytest.raises(llmtune.LoadError, match="task: the questions of .*t.yaml cannot be read"):
+        evaluate(run.output_dir, device="cpu", task=str(tmp_path / "t.yaml"))
+
+
 def test_each_benchmark_has_its_own_folder() -> None:
     places = [_file("no-run", SimpleNamespace(config=SimpleNamespace(save_dir=each)), "mmlu")  # type: ignore[arg-type]
               for each in ("one", "two", None)]  # fmt: skip

@@ -262,6 +262,11 @@ def test_what_could_not_be_uploaded_is_uploaded_by_the_same_command(
         run.export(tmp_path / "new", export_hub_model_id="me/a/b")
 
 
+def test_a_type_of_gguf_counts_with_that_format(run: llmtune.Run, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="export_gguf_type: found q4_0, which counts with export_format: gguf"):
+        run.export(tmp_path / "x", export_gguf_type="q4_0")
+
+
 def test_a_folder_that_cannot_be_is_refused_before_the_merge(
     run: llmtune.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,9 @@ def test_settings_that_differ_are_compared_and_the_rest_is_not(make: Make) -> No
     assert found.surroundings == {"device": ["cpu", "cpu", "cuda", "cpu"]}
     assert found.note == "Losses may be over other tokens, and not comparable: the runs differ in dataset."
     assert "eval_rewards/accuracies" in str(found)
+    dropout = make("e", [1.0], peft_config={"name": "lora", "r": 8, "lora_dropout": 0.05})  # which is the default
+    written = RunList.below(*(run.folder for run in found.runs if run.folder.name in "ab"), dropout).compare()
+    assert "peft_config.lora_dropout" not in written.settings and written.settings["peft_config.r"] == [8, 16, 8]
     alike = RunList.below(*(run.folder for run in found.runs if run.folder.name in "ad")).compare()
     assert alike.settings == {} and alike.note is None and "The runs have the same settings." in str(alike)
 

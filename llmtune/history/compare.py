@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.contract.errors import listed
+from llmtune.contract.extension_points import POINTS
+from llmtune.contract.schema import defaults
 from llmtune.history.cells import best_text, labels, loss_text, memory_text, steps_text, time_text, value_text
 from llmtune.history.summary import RunSummary
+from llmtune.recipe.registry import Registry
 from llmtune.terminal import Shown, table_text
 
 PLACES = {"output_dir", "export_dir", "overwrite_output_dir", "resume_from_checkpoint", "token", "logger_config"}
@@ -31,8 +34,13 @@ class RunComparison(Shown):
 
     @property
     def settings(self) -> dict[str, list[Any]]:
-        """Each setting in which the runs differ, with its value in each; None where a run does not have it."""
-        return differing([_settings(run) for run in self.runs], PLACES)
+        """Each setting in which the runs differ, with its value in each; None where a run does not have it. A plugin's
+        key that a run leaves out has its default there."""
+        found = [_settings(run) for run in self.runs]
+        for name in [name for name, values in differing(found, PLACES).items() if "." in name and None in values]:
+            for each in found:
+                _fill(each, *name.split(".", 1))
+        return differing(found, PLACES)
 
     @property
     def surroundings(self) -> dict[str, list[Any]]:
@@ -121,6 +129,18 @@ def differing(settings: Sequence[Mapping[str, Any]], but: Set[str] = frozenset()
 
 def _settings(run: RunSummary) -> dict[str, Any]:
     return _flat(run.files.settings)
+
+
+def _fill(settings: dict[str, Any], point: str, key: str) -> None:
+    """Write the default of a plugin's key where the run has that plugin, and leaves the key out."""
+    plugin = settings.get(f"{point}.name", settings.get(point))
+    if f"{point}.{key}" not in settings and isinstance(plugin, str):
+        settings.setdefault(f"{point}.name", plugin)
+        settings.pop(point, None)
+        offered = Registry().offered(point, plugin) if point in POINTS else None
+        value = defaults(offered.config).get(key) if offered else None
+        if value is not None:
+            settings[f"{point}.{key}"] = list(value) if isinstance(value, tuple) else value
 
 
 def _surroundings(run: RunSummary) -> dict[str, Any]:

@@ -63,6 +63,11 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
         upload.send()
         return target
     _require_new(target)
+    if "export_gguf_type" in overrides and keys.export_format != "gguf":
+        raise PlanError(
+            f"export_gguf_type: found {keys.export_gguf_type}, which counts with export_format: gguf, and not "
+            f"{keys.export_format}; set that, or remove the key"
+        )
     if keys.export_quantization_bit:
         gptq_python()
     with appearing(target) as folder:

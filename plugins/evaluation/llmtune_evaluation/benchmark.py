@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from llmtune import AskedModel, PlanError, RunContext
+from llmtune import AskedModel, LoadError, PlanError, RunContext
 
 NAMES = {
     "mmlu_test": "mmlu", "mmlu_validation": "mmlu", "ceval": "ceval-valid", "ceval_validation": "ceval-valid",
@@ -95,7 +95,7 @@ class Benchmark:
         task: Any = self.task if file else self.name
         if self.download_mode:
             task = {**_told(task), "dataset_kwargs": {"download_mode": self.download_mode}}
-        with _quiet():
+        with _quiet(), _reachable(self.task):
             found: Any = simple_evaluate(
                 HarnessModel(model, self.batch_size), tasks=[task], num_fewshot=self.n_shot, limit=self.limit,
                 task_manager=self._tasks, apply_chat_template=self.apply_chat_template, log_samples=False,
@@ -212,6 +212,19 @@ class _Lenient(yaml.SafeLoader):
 
 
 _Lenient.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+@contextlib.contextmanager
+def _reachable(task: str) -> Iterator[None]:
+    """LoadError where the questions of a task cannot be had."""
+    try:
+        yield
+    except OSError as error:  # what data sets raise of the hub, of files and of the connection
+        said = " ".join(str(error).split())
+        raise LoadError(
+            f"task: the questions of {task} cannot be read ({said}); fetch them where there is a network and set "
+            "HF_HUB_OFFLINE=1, or name a YAML file of a task on local data"
+        ) from error
 
 
 @contextlib.contextmanager
