@@ -1,7 +1,9 @@
-"""The plan counts what pictures need: their tensors, and what towers that train keep of them."""
+"""The plan counts what pictures and sounds need: their tensors, what towers that train keep of them, and FLOPs."""
 
 from __future__ import annotations
 
+import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,13 @@ import pytest
 import torch
 
 import llmtune
+from llmtune.cost.flops import count
 from llmtune.planning.media_memory import saved_per_piece, tower_layers
 from llmtune.planning.micro_batch import largest
+from tests.tiny_audio import qwen2_audio, tone
+from tests.tiny_audio import rows as sounds
 from tests.tiny_media import MODELS
+from tests.tiny_media import rows as pictures
 
 pytest.importorskip("PIL")
 
@@ -20,7 +26,7 @@ pytest.importorskip("PIL")
 @pytest.fixture(scope="module")
 def planned(place: Path) -> Any:
     """The plan of a model of tests/tiny_media.py, by its name and further keys."""
-    folder = cache(lambda name: MODELS[name](place / name))
+    folder = cache(lambda name: {**MODELS, "qwen2_audio": qwen2_audio}[name](place / name))
 
     def made(name: str, **keys: Any) -> Any:
         always = {"bf16": False, "per_device_train_batch_size": 2, "activation_checkpointing": "none"}
@@ -76,3 +82,44 @@ def test_what_a_tower_that_trains_keeps_is_about_what_a_real_one_keeps(planned: 
     more = plan.cost.quick.most.activations - frozen.cost.quick.most.activations
     assert more >= 0.99 * counted
     assert frozen.cost.quick.most.activations > batch.media.tensor_bytes
+
+
+TRAINS = {
+    "towers and projector": {"freeze_vision_tower": False, "freeze_multi_modal_projector": False},
+    "the language model": {},
+    "the projector": {"train_mm_proj_only": True},
+    "an adapter": {"peft_config": {"name": "lora", "r": 4, "target_modules": "all"}},
+}
+
+
+@pytest.mark.parametrize("trains", TRAINS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "qwen2_audio"])
+def test_products_of_towers_and_projector_count_by_what_passes_them(
+    planned: Any, place: Path, name: str, trains: str
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from llmtune.training.building import build_objective
+
+    (place / name).mkdir(exist_ok=True)
+    every = json.loads((sounds if name == "qwen2_audio" else pictures)(place / name).read_text())
+    if name == "qwen2_audio":  # whose projector sees each sound as filled up to the length that the tower hears
+        for at in range(len(every)):
+            tone(place / name / f"{at}.wav", 440, 2.0)
+    showing = [row for row in every if row.keys() & {"images", "audios"}]
+    (place / name / "showing.json").write_text(json.dumps(showing))
+    keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(showing), **TRAINS[trains]}
+    plan = planned(name, dataset=str(place / name / "showing.json"), flash_attn="sdpa", **keys)
+    objective = build_objective(plan.model).train()
+    batches = plan.data.batches.step(0, plan.device)  # of one row each, which leaves no padding
+    objective(batches[0])  # the first call compares head and logits
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            objective(batch).total.backward()
+    counted = counter.get_flop_counts()["Global"]
+    expected = sum(flops for operation, flops in counted.items() if not re.search("attention|bmm", str(operation)))
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    shape = largest(plan)
+    assert count(plan.model, shape, causal=0).total * tokens == pytest.approx(expected, rel=0.05)
+    more = planned(name, dataset=str(place / name / "rows.json"))  # rows of text alone add no media
+    assert largest(more).media_share * more.data.batches.units.tokens.sum() == pytest.approx(shape.media_share * tokens)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from llmtune.contract.structure import transformer_layers
+from llmtune.contract.structure import text_layers, transformer_layers
+from llmtune.model.modalities import parts_of
 from llmtune.model.sizes import sizes_of
 from llmtune.planning.memory_formulas import RECOMPUTED
 
@@ -49,17 +50,28 @@ class Flops:
 
 
 def count(plan: ModelPlan, batch: MicroBatch, causal: float | None = None) -> Flops:
-    """FLOPs per token of the plan's data. `causal` replaces the tokens that one attends to on average."""
-    layers, sizes = transformer_layers(plan.module), sizes_of(plan.module.config)
+    """FLOPs per token of the plan's data. `causal` replaces the tokens that one attends to on average.
+
+    A tower's matrices meet patches of pictures or moments of sound, a projector's the tokens that stand for them.
+    """
+    layers, sizes = text_layers(plan.module), sizes_of(plan.module.config)
+    blocks = tuple(f"{name}." for name, _ in transformer_layers(plan.module))
     trained = [place for place, (_, layer) in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    parts = parts_of(plan.module)
+    order = {name: at for at, name in enumerate(parts)}
+    seeing = [name for name, each in plan.module.named_parameters() if each.requires_grad]
+    seeing = [order[name] for name in seeing if parts[name] != "language_model"]  # where gradients begin before it
     embedding = plan.module.get_input_embeddings()
-    below = embedding is not None and any(p.requires_grad for p in embedding.parameters())
+    below = bool(seeing) or (embedding is not None and any(p.requires_grad for p in embedding.parameters()))
     first = 0 if below else min(trained, default=len(layers))
     forward = backward = inside = 0.0
-    for place, numbers, trains, share in _matrices(plan, [name for name, _ in layers], batch):
-        forward += 2 * numbers * share
-        backward += 2 * numbers * share * ((place >= first) + trains)
-        inside += 2 * numbers if first <= place < len(layers) else 0.0
+    met = {"vision_tower": batch.pieces_share, "multi_modal_projector": batch.media_share, "language_model": 1.0}
+    for name, place, numbers, trains, share in _matrices(plan, [name for name, _ in layers], batch):
+        part = parts[name]
+        passes_on = place >= first if part == "language_model" else order[name] > min(seeing, default=len(order))
+        forward += 2 * numbers * share * met[part]
+        backward += 2 * numbers * share * met[part] * (passes_on + trains)
+        inside += 2 * numbers * met[part] if passes_on and name.startswith(blocks) else 0.0
     attended = batch.attended if causal is None else causal
     windows = (*sizes.windows, *[None] * len(layers))[: len(layers)]
     scores = [4 * sizes.queries * min(attended, window or attended) for window in windows]
@@ -71,9 +83,9 @@ def count(plan: ModelPlan, batch: MicroBatch, causal: float | None = None) -> Fl
     )
 
 
-def _matrices(plan: ModelPlan, layers: list[str], batch: MicroBatch) -> Iterator[tuple[int, float, bool, float]]:
-    """(place among the layers, numbers that a token meets, whether they train, share of the tokens that meet them) of
-    all matrices but lookup tables. Quantised ones have their original size; what is in no layer comes last."""
+def _matrices(plan: ModelPlan, layers: list[str], batch: MicroBatch) -> Iterator[tuple[str, int, float, bool, float]]:
+    """(name, place among the layers, numbers that a token meets, whether they train, share of the tokens that meet
+    them) of all matrices but lookup tables. Quantised ones have their original size; what is in no layer comes last."""
     ledger, visited = plan.ledger, sizes_of(plan.module.config).visited
     originals = {now: ledger.shapes[name] for name, placed in ledger.rules.items() for now in placed.where.values()}
     head = plan.module.get_output_embeddings()
@@ -88,4 +100,4 @@ def _matrices(plan: ModelPlan, layers: list[str], batch: MicroBatch) -> Iterator
         place = next((i for i, prefix in enumerate(layers) if name.startswith(prefix + ".")), len(layers))
         met = visited if re.search(r"\bexperts\b", name) else 1.0
         share = supervised if id(parameter) in heads else 1.0
-        yield place, math.prod(size) * met, parameter.requires_grad, share
+        yield name, place, math.prod(size) * met, parameter.requires_grad, share

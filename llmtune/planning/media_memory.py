@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from llmtune.model.modalities import parts_of
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from llmtune.planning.model_plan import ModelPlan
 
 
+_LOOKED_AT, _OPENED = 64, 4
+"""Rows among which some that show media are looked for, and of how many the files are opened."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MediaSizes:
     """Sizes of the media of a micro-batch."""
@@ -25,19 +31,35 @@ class MediaSizes:
     """Bytes of the tensors that the model is given of them."""
     pieces: int = 0
     """What the towers' layers see: patches of pictures, moments of sound."""
+    places: int = 0
+    """Tokens that stand for them."""
 
     def times(self, factor: int) -> MediaSizes:
         """Those of as many such rows."""
-        return MediaSizes(tensor_bytes=factor * self.tensor_bytes, pieces=factor * self.pieces)
+        return MediaSizes(**{name: factor * value for name, value in vars(self).items()})
 
 
 def sizes_of_media(batches: UnitBatches, unit: int, model: ModelPlan) -> MediaSizes:
     """The sizes of what a unit of a run's data shows. Opens its files."""
     if model.media is None or not batches.samples.media_kinds:
         return MediaSizes()
-    tensors = replace(batches, media=model.media).batch([unit]).media
+    batch = replace(batches, media=model.media).batch([unit])
+    tensors, places = batch.media, int(np.isin(batch.input_ids.numpy(), model.media.placeholders).sum())
     found = sum(each.numel() * each.element_size() for each in tensors.values())
-    return MediaSizes(tensor_bytes=found, pieces=pieces(tensors, model.module.config))
+    return MediaSizes(tensor_bytes=found, pieces=pieces(tensors, model.module.config), places=places)
+
+
+def pieces_per_token(batches: UnitBatches, model: ModelPlan) -> tuple[float, float]:
+    """Pieces that towers see for each token of the data, of some rows as a sample, and the share of tokens that stand
+    for media. Opens the files of these rows."""
+    if model.media is None or not batches.samples.media_kinds:
+        return 0.0, 0.0
+    stands, bare = model.media.placeholders, replace(batches, media=None)
+    share = float(np.isin(batches.samples.ids, stands).mean())
+    spread = np.linspace(0, len(batches.units) - 1, _LOOKED_AT).astype(int)
+    shows = (unit for unit in dict.fromkeys(spread.tolist()) if np.isin(bare.batch([unit]).input_ids, stands).any())
+    some = [sizes_of_media(batches, unit, model) for unit in islice(shows, _OPENED)]
+    return share * sum(each.pieces for each in some) / max(1, sum(each.places for each in some)), share
 
 
 def pieces(tensors: Mapping[str, Tensor], config: Any) -> int:

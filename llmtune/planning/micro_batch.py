@@ -9,7 +9,7 @@ import numpy as np
 
 from llmtune.contract.stages import RollsOut
 from llmtune.data.batch_loader import row_lengths
-from llmtune.planning.media_memory import MediaSizes, sizes_of_media
+from llmtune.planning.media_memory import MediaSizes, pieces_per_token, sizes_of_media
 
 if TYPE_CHECKING:
     from llmtune.planning.plan import Plan
@@ -39,6 +39,10 @@ class MicroBatch:
     """Earlier tokens, itself included, that a token attends to on average."""
     media: MediaSizes = field(default_factory=MediaSizes)
     """What its rows show, each as much as the longest."""
+    media_share: float = 0.0
+    """The share of the data's tokens that stand for media."""
+    pieces_share: float = 0.0
+    """What the towers' layers see, for each token of the data."""
 
     @property
     def tokens(self) -> int:
@@ -58,6 +62,7 @@ def largest(plan: Plan) -> MicroBatch:
     targets = np.minimum(units.sums(samples.supervised), units.tokens)
     longest = np.sort(units.tokens if flat else rows)[-size:]
     documents = (units.tokens if units.kind == "row" else samples.stops - samples.starts).astype(float)
+    pieces, stands = pieces_per_token(batches, plan.model)
     share, total = plan.ranks.dims.context, float(units.tokens.sum())
     width = samples.width if units.kind == "sample" else 1
     return MicroBatch(
@@ -71,4 +76,6 @@ def largest(plan: Plan) -> MicroBatch:
         mean_tokens=(total / len(units) + answer) * size,
         attended=float((documents * (documents + 1)).sum()) / 2 / max(total, 1.0),
         media=sizes_of_media(batches, int(np.argmax(rows)), plan.model).times(size),
+        media_share=stands,
+        pieces_share=pieces,
     )
