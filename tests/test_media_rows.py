@@ -101,6 +101,29 @@ def test_addresses_are_fetched_once_and_kept(folder: Path, tmp_path: Path, monke
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
+def test_a_download_that_ends_early_or_never_is_not_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Short(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"0" * 60)
+
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Short) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address, files = f"http://127.0.0.1:{server.server_port}/a.png", MediaFiles(folder=folder, fetches=True)
+        with pytest.raises(BadRow, match="ended 40 bytes before the file's end"):
+            files.find("image", address)
+        monkeypatch.setattr("llmtune.media.files._MOST_SECONDS", -1.0)
+        with pytest.raises(BadRow, match="60 bytes took longer than"):
+            files.find("image", address)
+        server.shutdown()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_content_that_a_row_holds_is_whole_in_the_cache_or_the_cache_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

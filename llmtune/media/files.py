@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import io
+import time
 import urllib.parse
 import urllib.request
 import uuid
@@ -22,7 +23,8 @@ from llmtune.folders import cache_root, flush
 
 LARGEST_DOWNLOAD = 2**28
 """Bytes of a file that is fetched from an address: 256 MiB."""
-_SECONDS = 30.0
+_SECONDS, _MOST_SECONDS = 30.0, 600.0
+"""How long an address may say nothing, and how long all of a file may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class MediaFiles:
             try:
                 asked = urllib.request.Request(address, headers={"User-Agent": "llmtune"})  # some refuse Python's own
                 with urllib.request.urlopen(asked, timeout=_SECONDS) as answer:
-                    content = answer.read(LARGEST_DOWNLOAD + 1)
+                    content = _downloaded(answer)
             except (OSError, ValueError, HTTPException) as error:
                 raise BadRow("media cannot be fetched", f"{address[:80]}: {error}") from None
             if len(content) > LARGEST_DOWNLOAD:
@@ -102,6 +104,18 @@ class MediaFiles:
             flush(fetched)
             fetched.replace(place)
         return str(place)
+
+
+def _downloaded(answer: Any) -> bytes:
+    """What a server sends, up to one byte more than is allowed. OSError where it ends early, or goes on for ever."""
+    content, until = bytearray(), time.monotonic() + _MOST_SECONDS
+    while len(content) <= LARGEST_DOWNLOAD and (part := answer.read1(2**16)):
+        content += part
+        if time.monotonic() > until:
+            raise OSError(f"{len(content):,} bytes took longer than {_MOST_SECONDS:.0f} seconds")
+    if answer.length and len(content) <= LARGEST_DOWNLOAD:
+        raise OSError(f"the connection ended {answer.length:,} bytes before the file's end")
+    return bytes(content)
 
 
 def _saved(source: Any) -> Any:
