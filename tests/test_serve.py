@@ -266,13 +266,24 @@ def test_more_than_the_server_takes_is_told_to_come_again(served: Any, monkeypat
         ({"messages": [{"role": "system", "content": "a"}]}, "nothing is asked"),
         (
             {"messages": [{"role": "user", "content": "Paris " * 600}]},
-            "the limit for prompt and answer together is 512",
+            "the limit for prompt and answer together is 512; start a new conversation, ask",
         ),
+        ({"max_tokens": 512}, r"max_tokens: found 512, the prompt has (\d+) tokens and leaves room for \d+"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls: found false, allowed is true"),
+        ({"extra_body": {"chat_template_kwargs": {"depth": 1}}}, "the chat template of first reads no depth"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_openais_form(served: Any, keys: dict[str, Any], said: str) -> None:
     with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=said):
         ask(served, **keys)
+
+
+def test_a_body_that_is_no_json_is_told(served: Any) -> None:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(served.url + "/v1/completions", b"{bad", headers), timeout=60)
+    told = json.loads(error.value.read())["error"]
+    assert told["message"].startswith("body: is no JSON: ") and told["param"] is None
 
 
 def test_calls_of_tools_and_thoughts_are_told_apart(served: Any) -> None:

@@ -299,7 +299,7 @@ def room_of(model_config: Any, prompt_tokens: int, config: GenerateConfig) -> in
     if room_tokens < 1:
         raise ContextFull(
             f"the conversation has {prompt_tokens} tokens, the limit for prompt and answer together is {limit}; "
-            "start a new conversation (/clear), ask something shorter, or raise max_length if the model allows it"
+            "start a new conversation, ask something shorter, or raise max_length if the model allows it"
         )
     return room_tokens
 

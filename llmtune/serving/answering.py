@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from starlette.requests import Request
 
-from llmtune.contract.errors import DataError, LlmtuneError
+from llmtune.contract.errors import DataError, LlmtuneError, listed
 from llmtune.contract.examples import BadRow, Conversation, ShownText
 from llmtune.contract.generation import AnswerRequest, GenerateConfig, NewToken, Serving
 from llmtune.data.formats.chats import OpenAi
@@ -111,7 +112,13 @@ class Server:
             )  # fmt: skip
         _check_form(body)
         tools = [each.model_dump(exclude_none=True) for each in body.tools or ()] if body.tool_choice != "none" else []
-        row = {"messages": body.messages, "tools": tools, "chat_template_kwargs": body.chat_template_kwargs or {}}
+        variables = body.chat_template_kwargs or {}
+        own = offer.renderer.template_kwargs.get("chat_template")
+        template = offer.tokenizer.get_chat_template(own, tools or None)
+        if unread := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]:
+            said = f"chat_template_kwargs: the chat template of {offer.name} reads no {listed(unread)}; leave it out"
+            raise Refused(400, said, param="chat_template_kwargs")
+        row = {"messages": body.messages, "tools": tools, "chat_template_kwargs": variables}
         try:
             asked = shown(OpenAi().convert(row), {}, MediaFiles(folder=folder) if folder and offer.media else None)
             assert isinstance(asked, Conversation)
@@ -169,7 +176,11 @@ class Server:
                 room = room_of(offer.model_config, len(prompt.ids), config)
             except ContextFull as error:
                 raise Refused(400, f"{error}", param="messages", code="context_length_exceeded") from None
-            room = min(room, limit or room, *_beside(offer, len(prompt.ids)))
+            room = min([room, *_beside(offer, len(prompt.ids))])
+            if most is not None and most > room:
+                said = f"max_tokens: found {most}, the prompt has {len(prompt.ids)} tokens and leaves room for {room}"
+                raise Refused(400, said, param="max_tokens", code="context_length_exceeded")
+            room = min(room, limit or room)
             for number in range(body.n or 1):
                 channels = None if prompt.channels is None else prompt.channels()
                 request = AnswerRequest(
@@ -191,6 +202,11 @@ def _check_form(body: ChatRequest) -> None:
         found = "required" if body.tool_choice == "required" else "a function"
         fix = "name one tool alone in tools, and ask for its call in a message"
         raise Refused(400, f"tool_choice: found {found}, allowed are auto and none: {free}{fix}", param="tool_choice")
+    if body.tools and body.parallel_tool_calls is False:
+        fix = "ask for one call at a time in a message"
+        raise Refused(
+            400, f"parallel_tool_calls: found false, allowed is true: {free}{fix}", param="parallel_tool_calls"
+        )
 
 
 def _beside(offer: ModelOffer, prompt_tokens: int) -> list[int]:

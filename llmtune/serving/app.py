@@ -39,8 +39,9 @@ def make_app(server: Server) -> FastAPI:
     """The server's application."""
     key = [] if server.config.api_key is None else [Depends(HTTPBearer(auto_error=False))]
     app = FastAPI(
-        title="llmtune", version=__version__, root_path=server.config.root_path, docs_url=None, redoc_url=None,
+        title="llmtune", version=__version__, docs_url=None, redoc_url=None,
     )  # fmt: skip
+    app.root_path = server.config.root_path  # uvicorn's own option would need it in front of every path
 
     @app.get("/health", responses=_ERRORS)
     async def health() -> dict[str, str]:
@@ -228,7 +229,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
     said = []
     for each in error.errors():
         place = ".".join(str(part) for part in each["loc"][1:] if isinstance(part, int) or part.isidentifier())
-        said.append(f"{place or 'body'}: {each['msg'].removeprefix('Value error, ')}")
+        told = each["msg"].removeprefix("Value error, ")
+        if each["type"] == "json_invalid":
+            place, told = "body", f"is no JSON: {each['ctx']['error']}, after {place} characters"
+        said.append(f"{place or 'body'}: {told}")
     param = said[0].partition(":")[0]
     return Refused(400, "; ".join(dict.fromkeys(said)), param=None if param == "body" else param).response()
 
