@@ -328,3 +328,20 @@ def test_the_template_that_a_processor_reads_is_taken(place: str, folder: Path, 
     run = llmtune.train(keys, template=str(tmp_path / "other.jinja"), output_dir=str(tmp_path / "run"), max_steps=1)
     written = AutoProcessor.from_pretrained(run.output_dir / "model").apply_chat_template(turns)
     assert written == "<|im_start|>user\n<image> what <|im_end|>\n<|im_start|>assistant\n red <|im_end|>\n"
+
+
+def test_the_way_llava_writes_has_a_template_that_ends_answers(folder: Path, tmp_path: Path) -> None:
+    """The one that is published with LLaVA 1.5 ends none, so that nothing would learn to stop."""
+    model = MODELS["llava"](tmp_path / "model")
+    turns = [{"role": "user", "content": "<image>what"}, {"role": "assistant", "content": "red"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns, "images": ["0.png"]}] * 2))
+    plan = llmtune.plan(
+        {"model": str(model), "dataset": str(tmp_path / "rows.json"), "media_dir": str(folder), "template": "llava"}
+    )
+    processor, samples = AutoProcessor.from_pretrained(model), plan.data.prepared.train
+    bos, eos = processor.tokenizer.bos_token or "", processor.tokenizer.eos_token
+    text = f"{bos}USER: <image>\nwhat ASSISTANT: red{eos}"
+    expected = processor(text=text, images=load_image(str(folder / "0.png")), add_special_tokens=False)["input_ids"][0]
+    (own,) = samples.sequences(0)
+    assert samples.ids[own].tolist() == list(expected)
+    assert processor.tokenizer.decode(samples.ids[own][samples.mask[own]]).strip() == f"red{eos}"

@@ -116,6 +116,22 @@ def test_masks_are_those_of_the_same_template_with_generation_marks(template: st
     assert itself.mask.tolist() == found.mask.tolist()
 
 
+def test_an_end_that_a_template_writes_right_after_its_mark_trains_too() -> None:
+    """As LLaVA-OneVision's does; the model would never learn to stop."""
+    inside = '{{- "<|im_end|>" -}}{%- endgeneration -%}'
+    text = marked("qwen")
+    assert inside in text
+    talk = Conversation(messages=[{"role": role, "content": "a"} for role in ("user", "assistant") * 2])
+    masks = []
+    for each in (text, text.replace(inside, '{%- endgeneration -%}{{- "<|im_end|>" -}}')):
+        tokenizer = tiny_tokenizer(each)
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+        ((found,),) = Renderer(tokenizer).encode([talk])
+        masks.append(found.mask.tolist())
+        assert len(found.end_ids) == 2
+    assert masks[0] == masks[1]
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(many=st.lists(conversations(), min_size=8, max_size=20))
 def test_conversations_of_one_shape_come_out_as_they_do_alone(many: list) -> None:

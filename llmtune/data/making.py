@@ -209,10 +209,11 @@ class Making:
             name = f'template "{template}"' if template else "the tokenizer's chat template"
             lacking = listed(missing_tokens(self.tokenizer), 8)
             fix = f"add {lacking} with new_special_tokens, or choose" if lacking else "choose"
+            other = "alpaca" if self.media is None else "llava"
             raise DataError(
                 f"template: {name} trains no end-of-turn token: no trained turn ends in one of the tokenizer's special "
                 f"tokens (its eos is {self.tokenizer.eos_token!r}); {fix} a template that writes one this tokenizer "
-                "has, such as `template: alpaca`, or put it inside the template's generation block"
+                f"has, such as `template: {other}`, or put it inside the template's generation block"
             )
 
     def _refuse(self, key: str, found: Tokenised) -> None:

@@ -258,8 +258,11 @@ class Renderer:
         return found
 
     def _marked_turns(self, conversation: Conversation, full: str, marks: Sequence[tuple[int, int]]) -> list[Turn]:
-        """What the template marks, less the answers that do not count."""
-        messages = conversation.messages
+        """What the template marks, less the answers that do not count. An end of turn that it writes right after a mark
+        trains, too, or the model would never learn to stop."""
+        messages, eos = conversation.messages, self.tokenizer.eos_token
+        if eos:
+            marks = [(start, stop + len(eos) * full.startswith(eos, stop)) for start, stop in marks]
         begin = 0
         if self.mask_history and (last := _learnt(messages, True)[0]):
             begin = common(self.render(conversation, messages[:last]), full)
