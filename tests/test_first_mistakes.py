@@ -128,6 +128,8 @@ def test_a_registry_that_names_a_file_which_is_not_there(tmp_path: Path) -> None
 def test_a_misspelt_generation_key_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "somewhere", "--prompt", "hi", "temprature=0.1"]) == 2
     assert 'temprature: no such key. Did you mean "temperature"?' in capsys.readouterr().err
+    assert main(["chat", "somewhere", "--prompt", "hi", "learning_rate=-1"]) == 2
+    assert "llmtune: command line learning_rate: found -1," in " ".join(capsys.readouterr().err.split())
 
 
 def test_results_can_be_read_by_others(tmp_path: Path) -> None:

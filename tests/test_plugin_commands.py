@@ -41,7 +41,7 @@ def test_a_command_gets_its_keys_checked(site: Path, tmp_path: Path, capsys: pyt
     assert main(["tally", f"path={tmp_path / 'a.txt'}", "least=3"]) == 1
     assert main(["tally", "least=-1", "wrod=x"]) == 2
     said = capsys.readouterr().err
-    assert "command line  least: found -1, allowed is a whole number >= 0" in said
+    assert "command line least: found -1, allowed is a whole number >= 0" in said
     assert 'wrod: no such key. Did you mean "word"?' in said and "path: required" in said
     assert main(["tally", "a.txt"]) == 2 and 'found "a.txt", allowed is key=value' in capsys.readouterr().err
     assert main(["tally", "path=nowhere"]) == 3 and "found nothing at nowhere" in capsys.readouterr().err

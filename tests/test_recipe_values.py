@@ -71,7 +71,7 @@ def test_no_evaluation_on_the_command_line_goes_before_the_files_steps(tmp_path:
         assert recipe.train.eval_steps is None
         assert load_recipe(dict(recipe.resolved)).train == recipe.train
     (message,) = refused(path, "eval_strategy=no", "eval_steps=10")
-    assert message.startswith("command line  eval_steps: found 10")
+    assert message.startswith("command line eval_steps: found 10")
 
 
 def test_the_command_line_is_not_blamed_on_the_file(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_command_line_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     assert message.endswith("or this to false")
     path = write(tmp_path, "model: m\npeft_config:\n  name: lora\n  r: 4\n")
     (message,) = refused(path, "peft_config={name: lora, r: 0}", "seed=x")[1:]
-    assert message.startswith("command line  peft_config.r: found 0")
+    assert message.startswith("command line peft_config.r: found 0")
 
 
 def test_report_to_none_says_what_none_is() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from llmtune import __version__
 from llmtune.cli import convert, data, doctor, extend, runs, serve, train, use
 from llmtune.cli.plugin_commands import add_plugin_commands
-from llmtune.contract.errors import LlmtuneError
+from llmtune.contract.errors import LlmtuneError, keywords_from
 from llmtune.terminal import say
 
 
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
         options = _options(sys.argv[1:] if arguments is None else arguments)
-        return options.command(options) or 0
+        with keywords_from("command line"):
+            return options.command(options) or 0
     except LlmtuneError as error:
         _record_for_launcher(error)
         _say(error)

@@ -65,7 +65,7 @@ def _check(options: Any) -> int:
     for key, value in parse_overrides(options.overrides).items():
         plugin, _, own = key.partition(".")
         if not own:
-            raise RecipeError(f"command line  {key}: which plugin is meant? Write NAME.{key}=VALUE")
+            raise RecipeError(f"command line {key}: which plugin is meant? Write NAME.{key}=VALUE")
         parameters.setdefault(plugin, {})[own] = value
     from llmtune.cli.libraries import load_libraries
 

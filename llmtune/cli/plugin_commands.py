@@ -108,5 +108,5 @@ def _run(config: type[DataclassInstance], options: Any) -> int | None:
     from llmtune.recipe.recipe import parse_overrides
 
     made, problems = decode(config, parse_overrides(options.overrides))
-    raise_all([RecipeError(f"command line  {problem.key}: {problem.message}") for problem in problems])
+    raise_all([RecipeError(f"command line {problem.key}: {problem.message}") for problem in problems])
     return made.run()

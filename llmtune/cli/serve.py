@@ -32,7 +32,7 @@ def _serve(options: Any) -> None:
     given = parse_overrides(options.overrides)
     own = {field.name for field in fields(ServeConfig)}
     names = own | {field.name for field in fields(GenerateConfig)}
-    require_no_slip([key for key in given if key.partition(".")[0] not in names], names, "command line  ")
+    require_no_slip([key for key in given if key.partition(".")[0] not in names], names, "command line ")
     serve_config({key: value for key, value in given.items() if key.partition(".")[0] in own})
     load_libraries()
     try:

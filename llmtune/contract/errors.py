@@ -8,6 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+KEYWORDS = ContextVar("KEYWORDS", default="keyword argument")
+"""What errors call the place of overrides that are given as a mapping."""
+
+
+@contextmanager
+def keywords_from(place: str) -> Iterator[None]:
+    """Errors in the block say that overrides were given at `place`: a command hands its words on as keywords."""
+    before = KEYWORDS.set(place)
+    try:
+        yield
+    finally:
+        KEYWORDS.reset(before)
 
 
 class LlmtuneError(Exception):

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.contract.errors import LlmtuneError, PlanError, RecipeError, did_you_mean, listed, raise_all
+from llmtune.contract.errors import KEYWORDS, LlmtuneError, PlanError, RecipeError, did_you_mean, listed, raise_all
 from llmtune.contract.generation import GenerateConfig, ReadsFiles
 from llmtune.contract.schema import field_types
 from llmtune.conversion.convert import Conversion, asked_by, typed_keys
@@ -98,7 +98,7 @@ def with_block(given: Mapping[str, Any]) -> dict[str, Any]:
     if not fits:
         fields = [field for plugin in rows for field in field_types(plugin.config)]
         strange = next(key for key in own if key not in fields) if set(own) - set(fields) else next(iter(own))
-        raise RecipeError(f"command line  {strange}: no such key.{did_you_mean(strange, [*fields, *known])}")
+        raise RecipeError(f"{KEYWORDS.get()} {strange}: no such key.{did_you_mean(strange, [*fields, *known])}")
     if len(fits) > 1:
         raise RecipeError(f"eval_config: {listed([plugin.name for plugin in fits])} have such keys; name one of them")
     return {**rest, POINT: {"name": fits[0].name, **own}}

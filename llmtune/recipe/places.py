@@ -36,7 +36,9 @@ class Places:
         """`recipes/my.yaml:14:3  peft_config.rnak: no such key ...`"""
         if message.startswith("found") and any(isinstance(part, str) and is_secret(part) for part in split(key)):
             message = "found something else than text (not shown); put the value in quotes"
-        return RecipeError(f"{self.of(key)}  {key}: {message}" if key else f"{self.origin}  {message}")
+        place = self.of(key)
+        gap = " " if place in self.overridden.values() else "  "  # words read on, a line of a file stands apart
+        return RecipeError(f"{place}{gap}{key}: {message}" if key else f"{self.origin}  {message}")
 
     def errors(self, key: str, message: str) -> list[RecipeError]:
         """One error for each line. A check over several keys has no key of its own: it puts one in front of each line,

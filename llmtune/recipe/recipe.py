@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmtune.contract.errors import ErrorList, LlmtuneError, RecipeError, did_you_mean, raise_all
+from llmtune.contract.errors import KEYWORDS, ErrorList, LlmtuneError, RecipeError, did_you_mean, raise_all
 from llmtune.contract.extension_points import EXTENSION_POINTS, default_plugins
 from llmtune.contract.generation import GenerationKeys
 from llmtune.contract.schema import decode, defaults, field_types, split_names
@@ -96,7 +96,7 @@ def load_recipe(
     """
     origin, found = _read(source)
     if isinstance(overrides, Mapping):
-        changes, where = dict(overrides), "keyword argument"
+        changes, where = dict(overrides), KEYWORDS.get()
     else:
         changes, where = parse_overrides(overrides or ()), "command line"
     places = Places(origin, found.places, {split(key): where for key in changes})
@@ -193,9 +193,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             made[key.strip()] = recipe_text.parse_value(value, "value")
         except RecipeError as error:
-            raise RecipeError(
-                f"command line  {key}: {error}; put the value in quotes if it is meant as text"
-            ) from error
+            raise RecipeError(f"command line {key}: {error}; put the value in quotes if it is meant as text") from error
     return made
 
 

@@ -38,6 +38,13 @@ class VllmConfig:
     vllm_answer_timeout: Annotated[float, Gt(0)] = 600.0
     """Seconds that a server may give no answer to any of the prompts it was sent."""
 
+    def __post_init__(self) -> None:
+        if self.vllm_server_base_url is not None and not self.vllm_server_base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"vllm_server_base_url: found {self.vllm_server_base_url}, allowed is an address that begins with "
+                "http:// or https://"
+            )
+
 
 def build(config: VllmConfig) -> Any:
     """The engine."""

@@ -321,6 +321,8 @@ def test_a_server_that_does_not_start_is_told_with_its_log(
         start("no-such-vllm", files)
     with pytest.raises(PlanError, match=r"vllm_server_base_url: nothing answers at http://127.0.0.1:9/health"):
         VllmServer(VllmConfig(vllm_server_base_url="http://127.0.0.1:9"), str(files / "model"), "auto")
+    with pytest.raises(ValueError, match="found 127.0.0.1:9, allowed is an address that begins with http://"):
+        VllmConfig(vllm_server_base_url="127.0.0.1:9")
 
 
 KILLED = """
