@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from llmtune.cli.arguments import KEYS, add_command, add_recipe, count
@@ -61,6 +62,7 @@ def _train(options: Any) -> int:
 
 
 def _train_or_launch(options: Any) -> int:
+    began = time.monotonic()
     from llmtune.distributed.ranks import leave, tell_the_others
     from llmtune.recipe.train_config import TrainConfig
     from llmtune.training.run_folder import occupied
@@ -109,7 +111,7 @@ def _train_or_launch(options: Any) -> int:
     from llmtune.training.run import train_here
 
     outcome = train_here(replace(recipe, fresh=options.fresh), Registry(), estimate)
-    print_outcome(outcome)
+    print_outcome(replace(outcome, seconds=time.monotonic() - began))  # with the time that imports took
     leave()
     return EXIT_INTERRUPTED if outcome.status == "interrupted" else 0
 
