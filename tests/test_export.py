@@ -313,6 +313,11 @@ def test_gptq_runs_in_a_python_of_its_own(
     first = json.loads(Path(chats).read_text().splitlines()[0])["messages"]
     ids = tiny_tokenizer().apply_chat_template(first, return_dict=False)
     assert all(len(row) <= 24 for row in told["rows"]) and told["rows"][0] == ids[:24]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "merged_plan", None)  # rows that are not there are told before it
+        with pytest.raises(llmtune.LlmtuneError, match="nothere"):
+            gone = {**keys, "export_quantization_dataset": "nothere.jsonl"}
+            run.export(tmp_path / "none", export_quantization_bit=4, **gone)
     monkeypatch.setenv("LLMTUNE_GPTQ_PYTHON", "false")
     with pytest.raises(PlanError, match="gptqmodel failed"):
         run.export(tmp_path / "failed", export_quantization_bit=4, **keys)

@@ -6,7 +6,7 @@ import gc
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from llmtune.folders import publish
 from llmtune.inference.gguf_export import architecture_of, write_gguf
 from llmtune.inference.model_card import license_of, model_card
 from llmtune.inference.modelfile import modelfile
-from llmtune.inference.quantised_export import gptq_python, quantise
+from llmtune.inference.quantised_export import calibration, gptq_python, quantise
 from llmtune.inference.reopen import adapter_folder, fill, open_plan, recipe_of, saved_at
 from llmtune.inference.upload import Upload
 from llmtune.media.processor import copy_processor
@@ -68,14 +68,16 @@ def export(path: str | Path, /, **overrides: Any) -> Path:
             f"export_gguf_type: found {keys.export_gguf_type}, which counts with export_format: gguf, and not "
             f"{keys.export_format}; set that, or remove the key"
         )
-    if keys.export_quantization_bit:
+    rows: list[list[int]] = []
+    if keys.export_quantization_bit:  # what it lacks is said before weights are read
         gptq_python()
+        rows = list(calibration(recipe, open_plan(path, **overrides).tokenizer))
     with appearing(target) as folder:
         if keys.export_format == "adapter":
             base, library = copy_adapter(path, recipe, folder, overrides), "peft"
         else:
             plan = merged_plan(path, recipe, overrides)
-            base, library = plan.files.folder, write_as(plan, recipe, folder, target.name)
+            base, library = plan.files.folder, write_as(plan, recipe, folder, target.name, rows)
         card = model_card(recipe, saved.run if saved else None, base, library, target.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if upload is not None:
@@ -113,8 +115,9 @@ def merged_plan(path: str | Path, recipe: Recipe, overrides: Mapping[str, Any]) 
     return plan
 
 
-def write_as(plan: ModelPlan, recipe: Recipe, folder: Path, name: str) -> str:
-    """Write a merged model in the format that is asked for, with a Modelfile; the library that reads it."""
+def write_as(plan: ModelPlan, recipe: Recipe, folder: Path, name: str, rows: Sequence[list[int]] = ()) -> str:
+    """Write a merged model in the format that is asked for, with a Modelfile; the library that reads it. Rounding to
+    `export_quantization_bit` is fitted to `rows`."""
     keys, model, tokenizer, variables = recipe.export, plan.module, plan.tokenizer, recipe.data.template_variables
     answers = model.get_output_embeddings() is not None
     stops = stop_tokens(model, tokenizer, variables) if answers else []
@@ -127,7 +130,7 @@ def write_as(plan: ModelPlan, recipe: Recipe, folder: Path, name: str) -> str:
     elif keys.export_quantization_bit:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as scratch:
             write(plan, Path(scratch), export_dtype(keys.infer_dtype, recipe), keys)
-            quantise(Path(scratch), folder, recipe, tokenizer)
+            quantise(Path(scratch), folder, keys.export_quantization_bit, rows)
     else:
         write(plan, folder, export_dtype(keys.infer_dtype, recipe), keys)
     if answers and not keys.export_quantization_bit and not keys.export_legacy_format:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,15 +68,14 @@ def calibration(recipe: Recipe, tokenizer: Any) -> Iterator[list[int]]:
         yield samples.sample(index)[0].tolist()
 
 
-def quantise(source: Path, target: Path, recipe: Recipe, tokenizer: Any) -> None:
-    """Write the model in `source` to `target` with `export_quantization_bit` bits a weight."""
+def quantise(source: Path, target: Path, bits: int, calibrated: Sequence[list[int]]) -> None:
+    """Write the model in `source` to `target` with `bits` a weight, fitted to these rows of token ids."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".calibration-") as scratch:
         rows = Path(scratch) / "rows.jsonl"
-        rows.write_text("".join(json.dumps(ids) + "\n" for ids in calibration(recipe, tokenizer)))
-        bits = str(recipe.export.export_quantization_bit)
+        rows.write_text("".join(json.dumps(ids) + "\n" for ids in calibrated))
         # Without our own packages: it is another environment.
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        command = [gptq_python(), "-c", _WORK, str(source), str(target), bits, str(rows)]
+        command = [gptq_python(), "-c", _WORK, str(source), str(target), str(bits), str(rows)]
         done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
