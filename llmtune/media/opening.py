@@ -84,6 +84,9 @@ def _picture(path: str) -> Iterator[Any]:
     with _reading(path), Image.open(path) as image:
         if image.format == "EPS":
             raise BadRow("broken media", f"{path} is a program that draws a picture, allowed are pictures")
+        if image.mode[0] in "IF":  # Pillow cuts what is above 255, which leaves a white picture
+            what = f"{path} has more than 8 bits for each colour of a pixel"
+            raise BadRow("broken media", f"{what}, which would be cut; save it with 8 bits")
         if image.width * image.height > MOST_PIXELS:
             what = f"{path} has {image.width:,} x {image.height:,} pixels"
             raise BadRow("huge media", f"{what}, allowed are {MOST_PIXELS:,} in all; make it smaller")
