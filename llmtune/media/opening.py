@@ -185,6 +185,9 @@ def _reading(path: str) -> Iterator[None]:
     except BadRow:
         raise
     except Exception as error:  # decoders raise whatever they like, from OSError to SyntaxError
+        if type(error).__name__ == "DecompressionBombError":  # Pillow's own bound, before the size is known here
+            what = f"allowed are {MOST_PIXELS:,} in all; make it smaller"
+            raise BadRow("huge media", f"{path} has more pixels than Pillow opens, {what}") from None
         said = str(error) or type(error).__name__
         raise BadRow("broken media", f"{path} cannot be read ({said})") from None
 

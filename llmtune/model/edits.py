@@ -262,5 +262,6 @@ def set_trainable(
             parameter.data = parameter.data.to(dtype)
             chosen.append(name)
     if not chosen:
-        raise EditError("nothing would train: the recipe's peft_config leaves no parameter trainable")
+        by = "freeze_language_model and the like leave" if frozen else "the recipe's peft_config leaves"
+        raise EditError(f"nothing would train: {by} no parameter trainable")
     return chosen
