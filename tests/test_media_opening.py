@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import wave
+import wave
 import zlib
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,18 @@ def test_videos_and_sounds_that_would_fill_the_memory_are_refused(
     monkeypatch.setattr("llmtune.media.opening.MOST_SAMPLES", 8000)
     with pytest.raises(BadRow, match="sound.wav is longer than 0 seconds, allowed are 8,000 samples"):
         open_audio(str(tmp_path / "sound.wav"), 16000)
+
+
+def test_a_sound_that_is_cut_off_is_found(tmp_path: Path) -> None:
+    with wave.open(str(tmp_path / "whole.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(2 * 16_000))
+    whole = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "piped.wav").write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])
+    assert len(open_audio(str(tmp_path / "piped.wav"), 16_000)) == len(open_audio(str(tmp_path / "whole.wav"), 16_000))
+    with pytest.raises(BadRow, match="cut.wav ends after 16,022 of the 32,044 bytes that its head names"):
+        open_audio(str(tmp_path / "cut.wav"), 16_000)
 
 
 def test_no_file_reads_others_or_runs_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,8 @@ def open_video(path: str | tuple[str, ...], config: MediaConfig) -> Video:
 def open_audio(path: str, sampling_rate: int) -> np.ndarray:
     """(samples,) float32 of a sound in one channel. BadRow if it cannot be read."""
     with _container(path) as container:
+        if container.format.name == "wav":  # of others the decoder says it
+            _require_whole_wav(path)
         if not container.streams.audio:
             raise BadRow("broken media", f"{path} holds no sound")
         resampler = _library().AudioResampler(format="flt", layout="mono", rate=sampling_rate)
@@ -146,6 +148,15 @@ def open_audio(path: str, sampling_rate: int) -> np.ndarray:
     if not samples:
         raise BadRow("broken media", f"{path} holds no sound that can be decoded")
     return np.concatenate(parts).astype(np.float32)
+
+
+def _require_whole_wav(path: str) -> None:
+    """BadRow for a file that ends before its head says, but for those of programs that did not know their end."""
+    with open(path, "rb") as file:
+        head, found = file.read(12), file.seek(0, 2)
+    named = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and found < named < 2**31 - 2**16:
+        raise BadRow("broken media", f"{path} ends after {found:,} of the {named:,} bytes that its head names")
 
 
 def _small(frame: Any, most: int | None, least: int | None) -> Image:
