@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import wave
-import wave
 import zlib
 from pathlib import Path
 from typing import Any
