@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,36 @@ def test_a_processor_that_takes_one_sound_of_each_text_says_so(folder: Path, tmp
     sound = Media("audio", str(folder / "a.wav"))
     with pytest.raises(BadRow, match="AudioFlamingo3Processor says: Got 1 text but 2 audios; they must match 1:1"):
         media.encode(ShownText("<sound><sound>", (sound, sound)), [])
+
+
+def test_a_row_whose_sound_would_be_cut_is_a_bad_row(folder: Path, tmp_path: Path) -> None:
+    """Of a processor that cuts sounds at two seconds, and of one that takes them in windows of two."""
+    import llmtune
+    from llmtune.media.loading import load_processor
+
+    tone(folder / "long.wav", 440, 2.5), tone(folder / "padded.wav", 440, 2.05)
+    model = qwen2_audio(tmp_path / "model")
+    part = load_processor(model).feature_extractor
+    whole, start = (
+        part(sound, sampling_rate=16000)["input_features"]
+        for sound in (heard(folder / "long.wav"), heard(folder / "long.wav")[:32000])
+    )
+    assert np.array_equal(whole, start)  # what is refused is lost indeed
+    found = MediaProcessor(folder=model, tokenizer=load_processor(model).tokenizer)
+    found.opened(Media("audio", str(folder / "padded.wav")))
+    with pytest.raises(BadRow, match=r"long.wav takes 2.5 seconds, of which the model hears 2; cut it") as caught:
+        found.opened(Media("audio", str(folder / "long.wav")))
+    assert caught.value.reason == "sound beyond hearing"
+    windows = audio_flamingo(tmp_path / "windows")
+    all_of_it = MediaProcessor(folder=windows, tokenizer=load_processor(windows).tokenizer)
+    assert len(all_of_it.opened(Media("audio", str(folder / "long.wav")))) == 40000
+    asks = [{"role": "user", "content": "<audio>what is it"}, {"role": "assistant", "content": "red"}]
+    rows = [{"messages": asks, "audios": [str(folder / name)]} for name in ("a.wav", "long.wav")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    keys = {"model": str(model), "dataset": str(tmp_path / "rows.json"), "output_dir": str(tmp_path / "run")}
+    plan = llmtune.plan({**keys, "bf16": False, "on_bad_record": "skip", "media_dir": str(folder)})
+    assert "1 of 2 rows (sound beyond hearing 1)" in str(plan)
+    assert plan.media is not None and plan.media.media == {"audio": 1}
 
 
 def test_sounds_of_voxtral_are_refused(folder: Path) -> None:

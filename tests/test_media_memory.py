@@ -123,3 +123,35 @@ def test_products_of_towers_and_projector_count_by_what_passes_them(
     assert count(plan.model, shape, causal=0).total * tokens == pytest.approx(expected, rel=0.05)
     more = planned(name, dataset=str(place / name / "rows.json"))  # rows of text alone add no media
     assert largest(more).media_share * more.data.batches.units.tokens.sum() == pytest.approx(shape.media_share * tokens)
+
+
+def test_a_plan_tells_media_and_their_tokens_from_all(planned: Any, place: Path) -> None:
+    """Of one data set, of a mix that draws some rows twice, of a stream, and of text."""
+    model = planned("llava").model
+    folders = [place / name for name in ("one", "two")]
+    for folder, rows in zip(folders, (3, 9), strict=True):
+        folder.mkdir()
+        pictures(folder, rows)
+
+    def counted(samples: Any) -> tuple[dict[str, int], int, int]:
+        ids = [token for at in range(len(samples)) for token in samples.sample(at)[0].tolist()]
+        shown = sum(len(one.media) for at in range(len(samples)) for one in samples.shown(at))
+        return {"image": shown}, sum(map(model.media.placeholders.count, ids)), len(ids)
+
+    mix = {"dataset": [{"path": str(folder / "rows.json")} for folder in folders]}
+    stream = {"streaming": True, "max_steps": 2}
+    cases = {"an epoch shows": [{}, mix, {**mix, "mix_strategy": "interleave_over"}], "the first rows show": [stream]}
+    for begin, keys in [(begin, keys) for begin, some in cases.items() for keys in some]:
+        plan = planned("llava", **keys)
+        share = plan.media
+        assert (share.media, share.tokens, share.of) == counted(plan.data.batches.samples)
+        assert 0 < share.tokens < share.of
+        count = f"{share.media['image']:,} images; {share.tokens:,} of {share.of:,} tokens stand for them"
+        assert f"Media       {begin} {count}" in str(plan)
+        assert plan.cost.as_dict()["media"] == {"media": share.media, "tokens": share.tokens, "of": share.of}
+    (place / "text.json").write_text(
+        json.dumps([row for row in json.loads((place / "rows.json").read_text()) if "images" not in row])
+    )
+    text = planned("llava", dataset=str(place / "text.json"))
+    assert text.media is None and text.cost.as_dict()["media"] is None
+    assert "\nMedia" not in str(text)

@@ -92,6 +92,7 @@ class Figures:
             "ranks": self.plan.ranks.size,
             "layout": asdict(self.plan.ranks.dims),
             "micro_batch": asdict(self.shape),
+            "media": asdict(self.plan.media) if self.plan.media is not None else None,
             "memory": _plain(self.memory),
             "method": "traced" if self.traced else "formulas",
             "formulas": _plain(self.quick),

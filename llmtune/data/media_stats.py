@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmtune.contract.errors import listed
+from llmtune.contract.errors import counted, listed
+from llmtune.contract.examples import MEDIA_KINDS
 
 if TYPE_CHECKING:
     from llmtune.data.tokens import TokenSamples
@@ -73,11 +74,39 @@ class MediaStats:
         return "\n".join([*lines, *([str(self.pictures)] if self.pictures else [])])
 
 
+@dataclass(frozen=True, kw_only=True)
+class MediaShare:
+    """How much of some samples media are. Opens no file."""
+
+    media: Mapping[str, int]
+    """Media that samples show, by their kind: one that two sequences of a sample show counts twice."""
+    tokens: int
+    """Tokens that stand for media."""
+    of: int
+    """All tokens of the samples."""
+
+    @staticmethod
+    def of_samples(samples: TokenSamples, media: MediaProcessor) -> MediaShare:
+        """Count what samples show."""
+        tokens = int(media_tokens(samples, media).sum())
+        return MediaShare(media=dict(samples.media_count), tokens=tokens, of=samples.tokens)
+
+    def __str__(self) -> str:
+        each = listed([counted(self.media[kind], kind) for kind in MEDIA_KINDS if kind in self.media])
+        share = self.tokens / max(1, self.of)
+        return f"{each}; {self.tokens:,} of {self.of:,} tokens stand for them ({share:.0%})"
+
+
+def media_tokens(samples: TokenSamples, media: MediaProcessor) -> np.ndarray:
+    """(samples,) tokens of each sample that stand for media."""
+    places = np.flatnonzero(np.isin(samples.ids, media.placeholders))
+    found = np.searchsorted(places, samples.stops) - np.searchsorted(places, samples.starts)
+    return found.reshape(-1, samples.width).sum(1)
+
+
 def count_media(samples: TokenSamples, media: MediaProcessor) -> MediaStats:
     """Count what samples show. Opens the heads of pictures' files, each once."""
-    stands = np.isin(samples.ids, media.placeholders)
-    before = np.append(0, np.cumsum(stands, dtype=np.int64))
-    tokens = (before[samples.stops] - before[samples.starts]).reshape(-1, samples.width).sum(1)
+    tokens = media_tokens(samples, media)
     total: Counter[str] = Counter()
     most: Counter[str] = Counter()
     files: dict[str, None] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -191,11 +192,16 @@ class TokenSamples:
         return told_columns(self.row(index), self.media_kinds)
 
     @cached_property
+    def media_count(self) -> Counter[str]:
+        """How many media samples show, by their kind: one that two sequences of a sample show counts twice."""
+        if self.columns is None or MEDIA_COLUMN.encode() not in self.columns.tobytes():
+            return Counter()
+        return Counter(each.kind for index in range(len(self)) for one in self.shown(index) for each in one.media)
+
+    @cached_property
     def media_kinds(self) -> tuple[str, ...]:
         """The kinds of media that samples show."""
-        shown = {*self.shows}
-        if self.columns is not None and MEDIA_COLUMN.encode() in self.columns.tobytes():
-            shown |= {each.kind for index in range(len(self)) for one in self.shown(index) for each in one.media}
+        shown = {*self.shows, *self.media_count}
         return tuple(kind for kind in MEDIA_KINDS if kind in shown)
 
     def shown(self, index: int) -> list[ShownText]:

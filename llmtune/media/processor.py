@@ -24,6 +24,7 @@ from llmtune.contract.examples import BadRow, Media, ShownText
 from llmtune.media.beside import beside, in_places
 from llmtune.media.by_size import by_size
 from llmtune.media.config import MediaConfig
+from llmtune.media.hearing import Hearing
 from llmtune.media.kept import KeptMedia
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import Video, open_audio, open_blank, open_image, open_video
@@ -289,7 +290,7 @@ class MediaProcessor:
         if "return_tensors" not in options:  # Ovis 2, and of video SmolVLM and InternVL, take no lists
             given |= {f"{kind}_kwargs": {"return_tensors": "pt"} for kind in ("images", "videos") if kind in given}
         if "audio" in given:
-            given["sampling_rate"] = self.sampling_rate
+            given["sampling_rate"] = self._hearing.rate
         bos = self.tokenizer.bos_token
         if bos and any(row.text.startswith(bos) for row in rows):
             options["add_special_tokens"] = False
@@ -333,7 +334,7 @@ class MediaProcessor:
             return open_video(medium.path, self.config)
         assert isinstance(medium.path, str)
         if medium.kind == "audio":
-            return open_audio(medium.path, self.sampling_rate)
+            return self._hearing.whole(open_audio(medium.path, self._hearing.rate), medium.path)
         read = open_blank if quick else open_image
         return read(medium.path, self.config.image_max_pixels, self.config.image_min_pixels)
 
@@ -342,12 +343,14 @@ class MediaProcessor:
 
         if kind == "video":
             return Video(np.zeros((2, 32, 32, 3), np.uint8), self.config.video_fps, [0, 1], 2)
-        return np.zeros(self.sampling_rate, np.float32) if kind == "audio" else Image.new("RGB", (32, 32))
+        return np.zeros(self._hearing.rate, np.float32) if kind == "audio" else Image.new("RGB", (32, 32))
 
-    @property
-    def sampling_rate(self) -> int:
-        """Samples a second that the model's sound has."""
-        return int(self._hears.sampling_rate)
+    @cached_property
+    def _hearing(self) -> Hearing:
+        return Hearing(self.processor, self._hears, self._heard)
+
+    def _heard(self, sound: np.ndarray) -> Mapping[str, Any]:
+        return self._answered([self._blank("audio").shown], [[sound]], False, return_tensors="pt")
 
 
 def _laid_out(value_BT: Tensor, rows: Sequence[ShownTokens], layout: TokenLayout, width: int, goes_on: bool) -> Tensor:

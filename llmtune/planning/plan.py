@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmtune import __version__
+from llmtune.data.media_stats import MediaShare
 from llmtune.planning.show import data_lines, edit_lines, epoch_text, further_lines, model_lines, parameter_lines
 from llmtune.terminal import Shown
 
@@ -73,6 +75,12 @@ class Plan(Shown):
         train = self.recipe.train
         return train.warmup_steps or math.ceil(train.warmup_ratio * self.steps)
 
+    @cached_property
+    def media(self) -> MediaShare | None:
+        """What an epoch shows, of a stream its first rows; None where that is text alone."""
+        samples, reads = self.data.batches.samples, self.model.media
+        return MediaShare.of_samples(samples, reads) if reads is not None and samples.media_count else None
+
     def every(self, interval: float | None) -> int | None:
         """Steps from one time to the next, for an interval in steps or, below 1, as a share of all; None for none."""
         if interval is None or interval >= 1:
@@ -100,9 +108,11 @@ class Plan(Shown):
         trainable, everything = self.model.parameters()
         epoch = epoch_text(self.data, self.recipe.data.packing)
         warm = min(self.warmup_steps, self.steps) or "none"
+        shown = "the first rows show" if self.data.prepared.stream is not None else "an epoch shows"
         numbers = [
             ("Parameters", f"{trainable:,} trainable of {everything:,} ({trainable / everything:.2%})"),
             *data_lines(self.data, self.ranks, self.parts.one("stage_config").built),
+            *([("Media", f"{shown} {self.media}")] if self.media is not None else []),
             ("Steps", f"{self.steps} ({epoch}{warm} of them warm-up)"),
             ("Output", f"{self.output_dir}"),
         ]
