@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from llmtune.contract.errors import CheckpointError, PlanError
+from llmtune.contract.schema import Ge, checks_arguments
 from llmtune.terminal import in_notebook, preformatted, quiet_imports, show_doing
 from llmtune.training import run_folder
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from llmtune.inference.predict import Predictions
     from llmtune.recipe.recipe import Recipe
     from llmtune.recipe.registry import Registry
+
+
+Count = Annotated[int, Ge(1)]
 
 
 class Run:
@@ -59,6 +63,7 @@ class Run:
 
         return read_metrics(self.output_dir)
 
+    @checks_arguments
     def plot(self, path: str | Path | None = None) -> Any:
         """Curves of loss, learning rate, gradient norm and speed; a matplotlib Figure, saved if `path` is given."""
         from llmtune.training.plot import plot_metrics
@@ -79,6 +84,7 @@ class Run:
             self._plan = plan
         return self._plan
 
+    @checks_arguments
     def chat(
         self, text: str | Sequence[Mapping[str, Any]], *, images: Sequence[Any] = (), videos: Sequence[Any] = (),
         audios: Sequence[Any] = (), **generation: Any,
@@ -103,6 +109,7 @@ class Run:
 
         return asked(self._conversation, text, image=images, video=videos, audio=audios)
 
+    @checks_arguments
     def reward(
         self, answer: str | Sequence[Mapping[str, Any]], question: str | None = None, *, images: Sequence[Any] = (),
         videos: Sequence[Any] = (), audios: Sequence[Any] = (),
@@ -117,13 +124,16 @@ class Run:
         asked = [] if question is None else [{"role": "user", "content": question}]
         messages = [*asked, {"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         plan = self._opened()
-        writer = prompt_writer(recipe_of(self.output_dir, **self._trust), plan)
+        recipe = recipe_of(self.output_dir, **self._trust)
+        writer = prompt_writer(recipe, plan, default_system=recipe.data.default_system)
         return reward_of(plan.module, writer, messages, image=images, video=videos, audio=audios)
 
-    def predict(self, dataset: Any = None, *, nproc: int | None = None, **keys: Any) -> Predictions:
+    @checks_arguments
+    def predict(self, dataset: Any = None, *, nproc: Count | None = None, **keys: Any) -> Predictions:
         """Answer the rows of `dataset` (left out: of the recipe's `eval_dataset`); see `llmtune.predict`."""
         return predict(self.output_dir, dataset, nproc=nproc, **{**self._trust, **keys})
 
+    @checks_arguments
     def export(self, export_dir: str | Path, **keys: Any) -> Path:
         """Merge the adapter into its base and write a plain model; keys as `llmtune export` takes them."""
         from llmtune.inference.export import export
@@ -159,8 +169,9 @@ def _recipe_and_registry(recipe: Any, overrides: Mapping[str, Any]) -> tuple[Any
     return load_recipe(recipe, overrides), Registry()
 
 
+@checks_arguments
 def train(
-    recipe: str | Path | Mapping[str, Any], *, nproc: int | None = None, fresh: bool = False, **overrides: Any
+    recipe: str | Path | Mapping[str, Any], *, nproc: Count | None = None, fresh: bool = False, **overrides: Any
 ) -> Run:
     """Train as the recipe says (a file or a mapping; keywords override keys) and return the run.
 
@@ -222,11 +233,12 @@ def _train_in_processes(recipe: Recipe, launcher: Launcher, nproc: int | None) -
     return Run(folder, trust_remote_code=recipe.model.trust_remote_code)
 
 
+@checks_arguments
 def plan(
     recipe: str | Path | Mapping[str, Any],
     *,
-    nproc: int | None = None,
-    ranks: int | None = None,
+    nproc: Count | None = None,
+    ranks: Count | None = None,
     device: str | None = None,
     **overrides: Any,
 ) -> PricedPlan:
@@ -268,6 +280,7 @@ def plan_for(
     return PricedPlan(**vars(previewed(made)))
 
 
+@checks_arguments
 def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any, Any]:
     """The composed model, with weights, and its tokenizer: for notebooks and own loops. One process."""
     from llmtune.distributed.ranks import Ranks, pick_device
@@ -287,7 +300,8 @@ def build(recipe: str | Path | Mapping[str, Any], **overrides: Any) -> tuple[Any
     return build_objective(made).model, made.tokenizer
 
 
-def predict(model: str | Path, dataset: Any = None, *, nproc: int | None = None, **keys: Any) -> Predictions:
+@checks_arguments
+def predict(model: str | Path, dataset: Any = None, *, nproc: Count | None = None, **keys: Any) -> Predictions:
     """Answer every row of `dataset` with a run, a checkpoint, a model folder or a hub id.
 
     The answers go to a file, which a second call continues; `rows` of the result has them in the order of the data.
@@ -317,6 +331,7 @@ def predict(model: str | Path, dataset: Any = None, *, nproc: int | None = None,
     return Predictions(Request.of(model, keys).folder)
 
 
+@checks_arguments
 def load(run_dir: str | Path, *, trust_remote_code: bool = False) -> Run:
     """Reopen a run; `trust_remote_code` lets its model's own code run. Raises CheckpointError if there is none."""
     if not (Path(run_dir) / "run.json").exists():

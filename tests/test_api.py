@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,33 @@ def test_a_run_shows_what_happened(run: llmtune.Run) -> None:
     assert [path.name for path in (run.output_dir / "loggers").iterdir()] == ["tensorboard"]
     record = json.loads((run.output_dir / "run.json").read_text())
     assert record["plugins"]["peft_config lora"].startswith("llmtune-lora ")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda run: run.chat(None), "text: found null, allowed is text or a list of a mapping"),
+        (lambda run: run.chat("<image>", images="a.png"), 'images: found "a.png", allowed is a list'),
+        (lambda run: run.reward("a", ["q"]), r"question: found \['q'\], allowed is text or null"),
+        (lambda run: run.export(5), "export_dir: found 5, allowed is text or a path"),
+        (lambda run: run.plot(5), "path: found 5, allowed is text or a path or null"),
+        (lambda run: run.predict("x", nproc=0), "nproc: found 0, allowed is a whole number >= 1 or null"),
+        (lambda run: run.predict("x", output_dir=5), "output_dir: found 5, allowed is text"),
+        (lambda run: run.predict("x", device="gpu"), 'device: found "gpu", allowed is one of "auto", "cpu", "cuda"'),
+        (lambda run: llmtune.load(run), "run_dir: found Run.*, allowed is text or a path"),
+        (lambda run: llmtune.train(5), "recipe: found 5, allowed is text or a path or a mapping"),
+        (lambda run: llmtune.plan({}, ranks="2"), 'ranks: found "2", allowed is a whole number >= 1'),
+        (lambda run: llmtune.plan({}, ranks=2, device=80), "device: found 80, allowed is text or null"),
+    ],
+)
+def test_an_argument_of_another_type_is_told(run: llmtune.Run, call: Callable[[llmtune.Run], Any], said: str) -> None:
+    with pytest.raises(llmtune.RecipeError, match=said):
+        call(run)
+
+
+def test_a_message_without_a_content_is_told(run: llmtune.Run) -> None:
+    with pytest.raises(llmtune.DataError, match="needed is a last one of the role user, and its content"):
+        run.chat([{"role": "user"}])
 
 
 def test_the_adapter_loads_in_peft_and_answers_alike(run: llmtune.Run, tiny_tied_llama: str) -> None:

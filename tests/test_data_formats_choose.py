@@ -142,12 +142,12 @@ def test_columns_that_are_nobodys_misspelling() -> None:
 def test_a_stage_says_what_it_learns_from() -> None:
     formats = formats_of(None, Registry())
     check_kind("preference", ("preference",), "dpo", "pairs.json", formats)
-    said = (
-        "x: holds preferences, and sft learns from conversations, texts; choose stage_config dpo or rm for these rows"
-    )
+    said = "x: holds preferences, and sft takes conversations, texts; choose stage_config dpo or rm for these rows"
     with pytest.raises(DataError, match=said):
         check_kind("preference", ("conversation", "text"), "sft", "x", formats)
-    with pytest.raises(DataError, match="stage_config another one for these rows"):
+    with pytest.raises(
+        DataError, match="dpo takes preferences; name the format with data_config if they were read wrongly"
+    ):
         check_kind("unheard of", ("preference",), "dpo", "x", formats)
 
 

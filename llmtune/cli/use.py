@@ -53,7 +53,7 @@ def add_commands(commands: Any) -> None:
         commands, "reward", _reward, "Give the rewards of a trained reward model, a line of JSON for each row"
     )
     reward.add_argument("run", metavar="RUN", help="the folder of a run with stage_config rm, or a reward model's")
-    add_overrides(reward, "dataset=FILE of conversations or preferences, recipe keys")
+    add_overrides(reward, "dataset=FILE of conversations, labelled answers or preferences, recipe keys")
 
 
 def _chat(options: Any) -> None:

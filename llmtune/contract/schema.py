@@ -12,16 +12,20 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import os
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from llmtune.contract.errors import did_you_mean, listed
+from llmtune.contract.errors import RecipeError, did_you_mean, listed, raise_all
+
+P = typing.ParamSpec("P")
+R = typing.TypeVar("R")
 
 __all__ = [
     "Commas",
@@ -31,6 +35,7 @@ __all__ = [
     "Lt",
     "NullIs",
     "Problem",
+    "checks_arguments",
     "decode",
     "defaults",
     "document",
@@ -160,6 +165,27 @@ def convert(annotation: Any, value: Any) -> Any:
     return result
 
 
+def checks_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function that people call: RecipeError for arguments that are not what its annotations say."""
+    signature = inspect.signature(function)
+    # One by one, as what it returns may be named for type checkers only.
+    kinds = {
+        name: eval(each.annotation, function.__globals__)
+        for name, each in signature.parameters.items()
+        if each.annotation is not each.empty and each.kind is not each.VAR_KEYWORD
+    }
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **keys: P.kwargs) -> R:
+        given = signature.bind(*args, **keys).arguments
+        wrong = [name for name, kind in kinds.items() if name in given and not _fit(kind, given[name])[0]]
+        said = [f"{name}: found {_show(given[name])}, allowed is {describe(kinds[name])}" for name in wrong]
+        raise_all([RecipeError(each) for each in said])
+        return function(*args, **keys)
+
+    return checked
+
+
 def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is Any:
@@ -181,7 +207,7 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
         return False, None
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in args), value
-    if origin in (tuple, list):
+    if origin in (tuple, list, Sequence):
         if not isinstance(value, (list, tuple)):
             return False, None
         item = args[0] if args else Any
@@ -192,19 +218,21 @@ def _fit(annotation: Any, value: Any) -> tuple[bool, Any]:
         )
         if origin is tuple and Ellipsis not in args and len(args) != len(value):
             return False, None
-        return all(fits for fits, _ in pairs), origin(result for _, result in pairs)
-    if origin is dict or annotation is dict:
+        kept = tuple if origin is tuple else list
+        return all(fits for fits, _ in pairs), kept(result for _, result in pairs)
+    if origin in (dict, Mapping) or annotation is dict:
         if not isinstance(value, Mapping):
             return False, None
-        kept = {key: _fit(args[1] if args else Any, one) for key, one in value.items()}
-        return all(fits for fits, _ in kept.values()), {key: one for key, (_, one) in kept.items()}
+        found = {key: _fit(args[1] if args else Any, one) for key, one in value.items()}
+        return all(fits for fits, _ in found.values()), {key: one for key, (_, one) in found.items()}
     if annotation is type(None) or annotation is None:
         return value is None, None
     if annotation is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number, float(value) if number else None
     if annotation is Path:
-        return isinstance(value, (str, Path)), Path(value) if isinstance(value, (str, Path)) else None
+        path = isinstance(value, (str, os.PathLike))
+        return path, Path(value) if path else None
     if isinstance(annotation, type):
         return isinstance(value, annotation) and not (annotation is not bool and isinstance(value, bool)), value
     raise TypeError(f"llmtune's recipes do not know the type {annotation!r}")
@@ -242,12 +270,12 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         shown = ", ".join(_show(choice) for choice in args)
         return shown if len(args) == 1 else f"one of {shown}"
-    if origin in (tuple, list):
-        items = [describe(item) for item in args if item is not Ellipsis]
+    if origin in (tuple, list, Sequence):
+        items = [describe(item) for item in args if item not in (Ellipsis, Any)]
         if len(items) > 1:
             return f"a list of {len(items)}: {', '.join(items)}"
         return f"a list of {items[0]}" if items else "a list"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return "a mapping" if args[1] is Any else f"a mapping of names to {describe(args[1])}"
     return getattr(annotation, "__name__", str(annotation))
 

@@ -58,9 +58,9 @@ def asked(conversation: ChatSession, text: str | Sequence[Mapping[str, Any]], **
         return conversation.ask(with_shown(text, **files))
     messages: list[Message] = [dict(each) for each in text] or [{}]
     *before, last = messages
-    if last.get("role") != "user":
-        raise DataError("the messages end with no question, needed is a last one of the role user")
-    if isinstance(last.get("content"), str):
+    if last.get("role") != "user" or "content" not in last:
+        raise DataError("the messages end with no question, needed is a last one of the role user, and its content")
+    if isinstance(last["content"], str):
         last["content"] = with_shown(last["content"], **files)
     elif any(files.values()):
         raise DataError("files are given beside messages whose last one has parts; name them as parts of it")

@@ -94,10 +94,11 @@ class Request:
         overrides = {key: value for key, value in given.items() if key not in {*OWN, *GENERATION}}
         recipe = recipe_of(path, **overrides)
         recipe = replace(recipe, data=_data(recipe.data, given.get("dataset"), overrides))
+        own = _decoded(TrainConfig, {key: plain(given[key], key) for key in OWN if key != "dataset" and key in given})
         return cls(
-            recipe=recipe, folder=Path(given.get("output_dir") or _folder(path, recipe)).expanduser(),
+            recipe=recipe, folder=Path(own.output_dir or _folder(path, recipe)).expanduser(),
             config=generate_config(recipe, {key: given[key] for key in GENERATION & given.keys()}),
-            device=given.get("device", "auto"), replaces=bool(given.get("overwrite_output_dir")), overrides=overrides,
+            device=own.device, replaces=own.overwrite_output_dir, overrides=overrides,
         )  # fmt: skip
 
 
@@ -142,16 +143,19 @@ def predict(path: str | Path, /, **given: Any) -> Predictions:
 
 def _data(data: DataConfig, dataset: Any, overrides: Mapping[str, Any]) -> DataConfig:
     """The data keys of the recipe for another data set, which is read from its beginning to its end."""
-    made, problems = decode(
-        DataConfig, {"dataset": data.eval_dataset if dataset is None else plain(dataset, "dataset")}
-    )
-    raise_all([RecipeError(f"{problem.key}: {problem.message}") for problem in problems])
+    made = _decoded(DataConfig, {"dataset": data.eval_dataset if dataset is None else plain(dataset, "dataset")})
     if made.dataset is None:
         raise RecipeError("dataset: not given, needed is what to answer: dataset=FILE")
     return replace(
         data, dataset=made.dataset, eval_dataset=None, val_size=0, tokenized_path=None,
         max_samples=overrides.get("max_samples"), streaming=overrides.get("streaming", False),
     )  # fmt: skip
+
+
+def _decoded(config: type, keys: Mapping[str, Any]) -> Any:
+    made, problems = decode(config, keys)
+    raise_all([RecipeError(f"{problem.key}: {problem.message}".removeprefix(": ")) for problem in problems])
+    return made
 
 
 def _folder(path: str | Path, recipe: Recipe) -> Path:

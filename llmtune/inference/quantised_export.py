@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.contract.errors import PlanError
 from llmtune.data import prepare
 from llmtune.planning.data_plan import access_of
-from llmtune.recipe.parts import known_formats
+from llmtune.recipe.parts import formats_to_read
 
 if TYPE_CHECKING:
     from llmtune.recipe.recipe import Recipe
@@ -61,7 +61,7 @@ def calibration(recipe: Recipe, tokenizer: Any) -> Iterator[list[int]]:
         cutoff_len=keys.export_quantization_maxlen, train_on_prompt=True, mask_history=False, packing=False,
     )  # fmt: skip
     samples = prepare(
-        data, tokenizer, seed=0, base_dir=Path.cwd(), formats=known_formats(recipe),
+        data, tokenizer, seed=0, base_dir=Path.cwd(), formats=formats_to_read(recipe),
         learns=("conversation", "text", "tokens"), stage="calibration", access=access_of(recipe),
     ).train  # fmt: skip
     for index in range(min(len(samples), keys.export_quantization_nsamples)):

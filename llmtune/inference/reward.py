@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.contract.errors import DataError, PlanError
-from llmtune.contract.examples import BadRow, Conversation
+from llmtune.contract.examples import BadRow
 from llmtune.data import prepare
 from llmtune.data.batch_loader import evaluation_batches
 from llmtune.data.report import counts_text
 from llmtune.distributed.ranks import Ranks
 from llmtune.inference.reopen import fill, open_plan, recipe_of
-from llmtune.model.content import for_template
 from llmtune.planning.data_plan import access_of
-from llmtune.recipe.parts import known_formats
+from llmtune.recipe.parts import formats_to_read
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from llmtune.contract.stages import Batch
     from llmtune.data.prompts import PromptWriter
 
@@ -34,35 +31,27 @@ ROWS_AT_ONCE = 8
 def reward_of(model: Any, writer: PromptWriter, messages: Messages, **files: Sequence[Any]) -> float:
     """The reward of a conversation that ends with the answer in question; `files` are what it shows, by their kind.
 
-    Raises PlanError where the model gives none, and DataError for a conversation that cannot be read.
+    It is read as a row of the run's data is. Raises PlanError where the model gives none, and DataError for a
+    conversation that cannot be read.
     """
     require_rewards(model)
     try:
         conversation = writer.read([dict(each) for each in messages], files=files)
-        given = _shown(writer, conversation) if conversation.media else _text(writer, messages)
+        if not conversation.messages or conversation.messages[-1]["role"] != "assistant":
+            raise DataError("the messages end with no answer, needed is a last one of the role assistant")
+        (found,) = writer.renderer.encode([conversation])
+        if isinstance(found, BadRow):
+            raise found
+        row = found[-1]  # there is one for each answer where the template drops the thoughts before
+        ids = row.ids.tolist()
+        given = {"input_ids": torch.tensor([ids])}
+        if row.shown is not None:
+            assert writer.media is not None
+            given |= writer.media.prompt_tensors([row.shown], [ids], len(ids))
     except BadRow as bad:
         raise DataError(bad.detail) from bad
     with torch.no_grad():
         return float(model(**{name: each.to(model.device) for name, each in given.items()}).logits[0, 0])
-
-
-def _text(writer: PromptWriter, messages: Messages) -> dict[str, Tensor]:
-    """What the model is given of texts."""
-    variables = writer.config.template_variables
-    turns = for_template(writer.tokenizer, messages, variables)
-    made: Any = writer.tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True, **variables)
-    return {"input_ids": made["input_ids"]}
-
-
-def _shown(writer: PromptWriter, conversation: Conversation) -> dict[str, Tensor]:
-    """What the model is given of a conversation that shows something, as rows of a data set are read."""
-    (found,) = writer.renderer.encode([conversation])
-    if isinstance(found, BadRow):
-        raise found
-    (row,) = found
-    assert writer.media is not None and row.shown is not None
-    ids = row.ids.tolist()
-    return {"input_ids": torch.tensor([ids]), **writer.media.prompt_tensors([row.shown], [ids], len(ids))}
 
 
 def require_rewards(model: Any) -> None:
@@ -77,8 +66,8 @@ def rewards_of_rows(path: str | Path, dataset: Any, **overrides: Any) -> Iterato
     """Each row of `dataset` with its reward, or with that of both its answers: `row` (`file:3`), and `reward`, or
     `chosen` and `rejected`.
 
-    The rows are rendered as the run of `path` rendered its own. Raises PlanError where the model gives no rewards, and
-    DataError for rows that cannot be used.
+    An answer that is labelled is scored as a conversation is. The rows are rendered as the run of `path` rendered its
+    own. Raises PlanError where the model gives no rewards, and DataError for rows that cannot be used.
     """
     recipe, plan = recipe_of(path, **overrides), open_plan(path, **overrides)
     require_rewards(plan.module)
@@ -86,13 +75,13 @@ def rewards_of_rows(path: str | Path, dataset: Any, **overrides: Any) -> Iterato
     model, tokenizer, media = plan.module, plan.tokenizer, plan.media
     data = replace(
         recipe.data, dataset=dataset, eval_dataset=None, val_size=0, streaming=False, max_samples=None,
-        tokenized_path=None, cutoff_policy="error",
+        tokenized_path=None, cutoff_policy="error", mask_history=True, train_on_prompt=False,
     )  # fmt: skip
     prepared = prepare(
-        data, tokenizer, seed=0, base_dir=Path.cwd(), formats=known_formats(recipe),
-        learns=("preference", "conversation"), stage="a reward", access=access_of(recipe), media=media,
+        data, tokenizer, seed=0, base_dir=Path.cwd(), formats=formats_to_read(recipe),
+        learns=("preference", "conversation", "labelled"), stage="a reward", access=access_of(recipe), media=media,
     )  # fmt: skip
-    samples = prepared.train
+    samples = replace(prepared.train, labels=None)  # of labelled rows the answers are what is scored
     if dropped := prepared.report.dropped:
         print(f"llmtune: rows without a reward: {counts_text(dropped)}", file=sys.stderr)
     batches = evaluation_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.environment import named_plugins
@@ -175,6 +175,11 @@ def known_formats(recipe: Recipe | None = None) -> Formats:
     parts = find_parts(recipe, registry, problems, ("data_config",))
     raise_all(problems)
     return formats_of(parts, registry)
+
+
+def formats_to_read(recipe: Recipe) -> Formats:
+    """The same where rows are not trained on, so that no other stage would take them."""
+    return replace(known_formats(recipe), stages=lambda kind: ())
 
 
 def launcher_of(recipe: Recipe, registry: Registry) -> Launcher:

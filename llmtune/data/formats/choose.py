@@ -252,8 +252,9 @@ def check_kind(kind: str, learns: Sequence[str], stage: str, source: str, format
     """DataError if a stage cannot learn from rows of this kind; it names the stages that can."""
     if kind not in learns:
         allowed = listed([NOUNS.get(each, each) for each in learns])
-        others = " or ".join(formats.stages(kind)) or "another one"
+        others = formats.stages(kind)
+        fix = f"choose stage_config {' or '.join(others)} for these rows, or " if others else ""
         raise DataError(
-            f"{source}: holds {NOUNS.get(kind, kind)}, and {stage} learns from {allowed}; choose stage_config {others} "
-            "for these rows, or name the format with data_config if they were read wrongly"
+            f"{source}: holds {NOUNS.get(kind, kind)}, and {stage} takes {allowed}; {fix}name the format with "
+            "data_config if they were read wrongly"
         )

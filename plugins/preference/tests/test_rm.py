@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import llmtune
-from llmtune import PlanError
+from llmtune import DataError, PlanError
 from llmtune.testing import Law, laws, running
 
 LORA = {"peft_config": {"name": "lora", "lora_dropout": 0.0}, "learning_rate": 0.01}
@@ -141,6 +141,27 @@ def test_a_run_gives_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert row["row"].endswith("chat.jsonl:1") and row["reward"] == pytest.approx(good, rel=1e-5)
     rows = scored(run.output_dir, given["dataset"])
     assert len(rows) == 24 and all(row["chosen"] > row["rejected"] for row in rows)
+    (tmp_path / "label.jsonl").write_text(json.dumps({"messages": messages, "label": False}) + "\n")
+    (row,) = scored(run.output_dir, tmp_path / "label.jsonl")
+    assert row["reward"] == pytest.approx(good, rel=1e-5)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "It is 8."}) + "\n")
+    command = [sys.executable, "-m", "llmtune", "reward", str(run.output_dir), f"dataset={tmp_path / 'text.jsonl'}"]
+    said = " ".join(subprocess.run(command, capture_output=True, text=True, check=False).stderr.split())
+    assert "text.jsonl: holds texts, and a reward takes preferences" in said and "stage_config" not in said
+
+
+def test_messages_are_read_as_rows_are(tmp_path: Path) -> None:
+    run = llmtune.train(keys(tmp_path, max_steps=1, default_system="Be brief."))
+    messages = [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "It is 8."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (row,) = scored(run.output_dir, tmp_path / "chat.jsonl")
+    system = {"role": "system", "content": "Be brief."}
+    others = [{"role": "human", "content": "How much?"}, {"role": "gpt", "content": "It is 8."}]
+    for said in (messages, [system, *messages], others):
+        assert run.reward(said) == pytest.approx(row["reward"], rel=1e-5)
+    for asked in ([], messages[:1]):
+        with pytest.raises(DataError, match="the messages end with no answer"):
+            run.reward(asked)
 
 
 def scored(run: Path, dataset: Any) -> list[dict[str, Any]]:
