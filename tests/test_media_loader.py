@@ -81,7 +81,7 @@ def test_all_ranks_stop_for_a_file_that_one_of_them_cannot_read(evaluated: bool,
         (tmp_path / "eval").mkdir()
         keys |= {"eval_dataset": str(rows(tmp_path / "eval")), "eval_strategy": "steps", "eval_steps": 1}
     llmtune.plan(keys)  # tokenises the rows
-    broken = tmp_path / ("eval/4.png" if evaluated else "4.png")
+    broken = tmp_path / ("eval/4.png" if evaluated else "5.png")  # the plan opens those of the first rows
     whole = broken.read_bytes()
     broken.write_bytes(whole[:60])
     for said in in_ranks(2, tmp_path / "ranks", _met, keys):
