@@ -203,7 +203,9 @@ def test_a_template_without_end_of_turn_is_refused(tmp_path: Path) -> None:
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     fails(tmp_path, alpaca(2), r"trains no end-of-turn token.*eos is '<\|im_end\|>'.*template: alpaca", plain)
     # Marks that stop before the end-of-turn token: the model would never learn to stop.
-    early = CHATML_MARKED.replace(" + '<|im_end|>' }}{%- endgeneration %}{{ '", " }}{%- endgeneration %}{{ ' <|im_end|>")
+    early = CHATML_MARKED.replace(
+        " + '<|im_end|>' }}{%- endgeneration %}{{ '", " }}{%- endgeneration %}{{ ' <|im_end|>"
+    )
     assert early != CHATML_MARKED
     fails(tmp_path, alpaca(2), "trains no end-of-turn token.*inside the template's generation block", early)
     # ChatML's markers are only letters to a tokenizer that does not know them.
