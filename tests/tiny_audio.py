@@ -53,22 +53,30 @@ def audio_flamingo(folder: Path) -> Path:
     return _saved(folder, config, "AudioFlamingo3ForConditionalGeneration", processor)
 
 
-def omni(folder: Path) -> Path:
-    """The whole of Qwen2.5-Omni: the thinker, which reads and answers, and what speaks."""
-    from transformers import Qwen2_5OmniConfig, Qwen2_5OmniProcessor
+_OMNI_SIZES = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
+
+
+def _reads_all(kind: Any) -> tuple[Any, Any]:
+    """The tokenizer and the processor, of this class, of a Qwen-Omni."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     marks = {f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "audio", "video")}
     ends = {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")}
     held = tokenizer(**marks, **ends)
-    sizes = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
-    processor = without_video(Qwen2_5OmniProcessor)(
-        image_processor=Qwen2VLImageProcessorPil(**sizes), feature_extractor=ears(), tokenizer=held,
+    return held, without_video(kind)(
+        image_processor=Qwen2VLImageProcessorPil(**_OMNI_SIZES), feature_extractor=ears(), tokenizer=held,
         chat_template=template(
             *(f"<|{kind}_bos|><|{what}|><|{kind}_eos|>" for kind, what in
               (("vision", "IMAGE"), ("vision", "VIDEO"), ("audio", "AUDIO")))
         ),
     )  # fmt: skip
+
+
+def omni(folder: Path) -> Path:
+    """The whole of Qwen2.5-Omni: the thinker, which reads and answers, and what speaks."""
+    from transformers import Qwen2_5OmniConfig, Qwen2_5OmniProcessor
+
+    held, processor = _reads_all(Qwen2_5OmniProcessor)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     audio = {**TOWER, "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
              "n_window": 20, "output_dim": 32}  # fmt: skip
@@ -93,26 +101,15 @@ def omni(folder: Path) -> Path:
         },
     )  # fmt: skip
     _saved(folder, config, "Qwen2_5OmniForConditionalGeneration", processor)
-    _sees_video(folder, "Qwen2VLVideoProcessor", **sizes)
+    _sees_video(folder, "Qwen2VLVideoProcessor", **_OMNI_SIZES)
     return folder
 
 
 def omni3(folder: Path) -> Path:
     """The thinker of Qwen3-Omni, which is a mixture of experts."""
     from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    marks = {f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "audio", "video")}
-    ends = {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")}
-    held = tokenizer(**marks, **ends)
-    sizes = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
-    processor = without_video(Qwen3OmniMoeProcessor)(
-        image_processor=Qwen2VLImageProcessorPil(**sizes), feature_extractor=ears(), tokenizer=held,
-        chat_template=template(
-            *(f"<|{kind}_bos|><|{what}|><|{kind}_eos|>" for kind, what in
-              (("vision", "IMAGE"), ("vision", "VIDEO"), ("audio", "AUDIO")))
-        ),
-    )  # fmt: skip
+    held, processor = _reads_all(Qwen3OmniMoeProcessor)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
     audio = {**TOWER, "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
              "output_dim": 32, "downsample_hidden_size": 8}  # fmt: skip
@@ -138,7 +135,7 @@ def omni3(folder: Path) -> Path:
                          "upsampling_ratios": [2]},
     )  # fmt: skip
     _saved(folder, config, "Qwen3OmniMoeForConditionalGeneration", processor)
-    _sees_video(folder, "Qwen2VLVideoProcessor", **sizes)
+    _sees_video(folder, "Qwen2VLVideoProcessor", **_OMNI_SIZES)
     return folder
 
 

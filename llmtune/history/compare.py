@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from llmtune.contract.errors import listed
@@ -32,14 +33,17 @@ class RunComparison(Shown):
     width: int = 100
     """Columns that the text takes at most, where one run fits into them."""
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, list[Any]]:
         """Each setting in which the runs differ, with its value in each; None where a run does not have it. A plugin's
         key that a run leaves out has its default there."""
         found = [_settings(run) for run in self.runs]
-        for name in [name for name, values in differing(found, PLACES).items() if "." in name and None in values]:
-            for each in found:
-                _fill(each, *name.split(".", 1))
+        if lacking := [name for name, values in differing(found, PLACES).items() if "." in name and None in values]:
+            registry = Registry()
+            for name in lacking:
+                point, _, key = name.partition(".")
+                for each in found:
+                    _fill(each, point, key, registry)
         return differing(found, PLACES)
 
     @property
@@ -131,13 +135,13 @@ def _settings(run: RunSummary) -> dict[str, Any]:
     return _flat(run.files.settings)
 
 
-def _fill(settings: dict[str, Any], point: str, key: str) -> None:
+def _fill(settings: dict[str, Any], point: str, key: str, registry: Registry) -> None:
     """Write the default of a plugin's key where the run has that plugin, and leaves the key out."""
     plugin = settings.get(f"{point}.name", settings.get(point))
     if f"{point}.{key}" not in settings and isinstance(plugin, str):
         settings.setdefault(f"{point}.name", plugin)
         settings.pop(point, None)
-        offered = Registry().offered(point, plugin) if point in POINTS else None
+        offered = registry.offered(point, plugin) if point in POINTS else None
         value = defaults(offered.config).get(key) if offered else None
         if value is not None:
             settings[f"{point}.{key}"] = list(value) if isinstance(value, tuple) else value
