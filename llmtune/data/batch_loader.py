@@ -17,7 +17,7 @@ from llmtune.data.sequence import TokenSequence
 from llmtune.data.tokens import shown_in, told_columns
 from llmtune.data.units import SampleSlice, Units, make_units
 from llmtune.distributed.ranks import together
-from llmtune.media.processor import ShownTokens
+from llmtune.media.read import ShownTokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from llmtune.data.config import DataConfig
     from llmtune.data.tokens import TokenSamples
     from llmtune.distributed.ranks import Ranks
-    from llmtune.media.processor import MediaProcessor, ReadMedia, TokenLayout
+    from llmtune.media.processor import MediaProcessor
+    from llmtune.media.read import ReadMedia, TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from llmtune.contract.stages import Batch
     from llmtune.data.streaming.stream import Stream
     from llmtune.distributed.ranks import Ranks
-    from llmtune.media.processor import MediaProcessor, ReadMedia
+    from llmtune.media.processor import MediaProcessor
+    from llmtune.media.read import ReadMedia
 
 
 STEP_TOKENS = 1 << 28

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from llmtune.media.hearing import Hearing
 from llmtune.media.kept import KeptMedia
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import Video, open_audio, open_blank, open_image, open_video
+from llmtune.media.read import PER_TOKEN, ReadMedia, ShownTokens, TokenLayout
 from llmtune.media.spans import by_replacements, by_runs, keeping_texts
 
 if TYPE_CHECKING:
@@ -40,60 +41,7 @@ ARGUMENT = {"image": "images", "video": "videos", "audio": "audio"}
 _BEFORE, _AFTER = "beforehand", "afterwards"
 BLANK = ""
 """The path of a medium that shows nothing."""
-_ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
-"""What of its answer is no tensor that only media need."""
 _REPLACED = "return_text_replacement_offsets"
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
-"""What has a number (or several) for each token. Features of sounds may have the same shape by chance."""
-_GOES_ON = ("cross_attention_mask",)
-"""What of it an answer has as the token that it follows has it. The others are kinds of tokens, of which 0 is text."""
-TokenLayout = Literal["padded", "left", "flat"]
-"""How a batch lays rows of tokens out: padded to the longest on the right or on the left, or end to end."""
-
-
-class ShownTokens(NamedTuple):
-    """The tokens of a row of a batch, and what it shows."""
-
-    ids: np.ndarray
-    """(tokens,) integers."""
-    shown: ShownText = ShownText("")
-    given: int | None = None
-    """How many of the tokens are the first ones of the text; those after them are an answer of another origin, which
-    stands for no media. None: all are the text's, and all of its."""
-
-
-class ReadMedia(NamedTuple):
-    """What a processor made of the texts and media of a batch's rows. Travels between processes."""
-
-    made: Mapping[str, Any]
-    """Its tensors by their names; none where no row shows any media."""
-
-    def tensors(self, rows: Sequence[ShownTokens], layout: TokenLayout, width: int = 0) -> Mapping[str, Tensor]:
-        """What the model is given of a batch besides its tokens, of rows that show what was read, in the same order;
-        padded to `width`, or to the longest if that is longer.
-
-        Raises:
-            DataError: the processor gives other tokens than when the data were tokenised, as where a file has changed.
-        """
-        import torch
-
-        if not self.made:
-            return {}
-        made, mask = self.made["input_ids"], self.made["attention_mask"].bool()
-        for row, own, real in zip(rows, made, mask, strict=True):
-            found = own[real].tolist()[: row.given]
-            if row.shown.media and found != row.ids[: row.given].tolist():
-                raise DataError(
-                    f"media: {row.shown.media[0].path} has changed since the data were tokenised, or its processor "
-                    "has; set overwrite_cache: true"
-                )
-        given = {name: each for name, each in self.made.items() if name not in _ROWS and isinstance(each, torch.Tensor)}
-        return {
-            name: _laid_out(value, rows, layout, width, name in _GOES_ON)
-            if name in _PER_TOKEN and value.shape[:2] == made.shape
-            else value
-            for name, value in given.items()
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,13 +211,13 @@ class MediaProcessor:
             return self._answered(rows, shows, quick, **options)
         places = [at for at, row in enumerate(rows) if row.media]
         if one_by_one:
-            out = beside([self._answered([rows[at]], [shows[at]], quick, **options) for at in places], _PER_TOKEN)
+            out = beside([self._answered([rows[at]], [shows[at]], quick, **options) for at in places], PER_TOKEN)
         else:  # Sounds are one list for all texts, and some processors (Audio Flamingo) want one of each text.
             out = self._answered([rows[at] for at in places], [shows[at] for at in places], quick, **options)
         if len(places) == len(rows):
             return out
         return {
-            name: in_places(value, places, len(rows)) if name in _PER_TOKEN else value for name, value in out.items()
+            name: in_places(value, places, len(rows)) if name in PER_TOKEN else value for name, value in out.items()
         }
 
     def _answered(
@@ -351,27 +299,6 @@ class MediaProcessor:
 
     def _heard(self, sound: np.ndarray) -> Mapping[str, Any]:
         return self._answered([self._blank("audio").shown], [[sound]], False, return_tensors="pt")
-
-
-def _laid_out(value_BT: Tensor, rows: Sequence[ShownTokens], layout: TokenLayout, width: int, goes_on: bool) -> Tensor:
-    """A number (or several) for each token as the batch lays tokens out. An answer of another origin has 0, or where it
-    `goes_on` the numbers of the token that it follows; rows that show nothing have 0."""
-    import torch
-
-    values = []
-    for row, own in zip(rows, value_BT, strict=True):
-        value = own.new_zeros(len(row.ids), *own.shape[1:])
-        if row.shown.media:
-            given = len(row.ids) if row.given is None else row.given
-            value[:given] = own[:given]
-            if goes_on:
-                value[given:] = own[given - 1]
-        values.append(value)
-    if layout == "flat":
-        return torch.cat(values)[None]
-    side = "left" if layout == "left" else "right"
-    values.append(value_BT.new_zeros(width, *value_BT.shape[2:]))
-    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side=side)[:-1]
 
 
 def media_processor(

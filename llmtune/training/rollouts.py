@@ -16,7 +16,7 @@ from llmtune.contract.generation import ShownPrompt, asking
 from llmtune.data.batches import collate, to_device
 from llmtune.data.sequence import TokenSequence
 from llmtune.distributed.ranks import fail_together, failing_together, from_all
-from llmtune.media.processor import ShownTokens
+from llmtune.media.read import ShownTokens
 from llmtune.model.prompts import shown_by, tokens_of
 from llmtune.recipe.parts import BuiltPlugin, reward_names
 

@@ -18,7 +18,7 @@ from llmtune.data.units import Units
 from llmtune.data.workers import Ahead, WorkerPool
 
 if TYPE_CHECKING:
-    from llmtune.media.processor import ReadMedia
+    from llmtune.media.read import ReadMedia
 
 
 @dataclass(frozen=True, kw_only=True)
