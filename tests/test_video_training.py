@@ -4,6 +4,9 @@ video learns from them what a loop in transformers teaches it."""
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 import llmtune
+from llmtune.contract.examples import BadRow
 from llmtune.media.config import MediaConfig
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import open_video
@@ -34,7 +38,7 @@ def film(path: Path, seconds: float, size: tuple[int, int] = (32, 24)) -> Path:
     """A video of noise, of which no two pictures look alike."""
     drawn = np.random.default_rng(3).integers(0, 255, (int(seconds * RATE), size[1] // 8, size[0] // 8, 3), np.uint8)
     with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=RATE)
+        stream = container.add_stream("mpeg2video" if path.suffix == ".ts" else "mpeg4", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for picture in drawn:
             frame = av.VideoFrame.from_ndarray(picture.repeat(8, 0).repeat(8, 1), format="rgb24")
@@ -68,6 +72,79 @@ def test_the_pictures_of_a_video_are_those_that_transformers_takes(
     frames, told = taken(path, found.indices)
     np.testing.assert_array_equal(found.frames, frames)
     assert (found.total, found.fps) == (told.total_num_frames, told.fps)
+
+
+def told(name: bytes, skipped: int, form: str, value: int) -> Callable[[bytes], bytes]:
+    """What writes a number so many bytes after a name in a file's head."""
+
+    def write(content: bytes) -> bytes:
+        changed = bytearray(content)
+        struct.pack_into(form, changed, content.index(name) + len(name) + skipped, value)
+        return bytes(changed)
+
+    return write
+
+
+LIES = {
+    "avi": [told(b"strh", 36, "<I", 5), told(b"strh", 36, "<I", 10**6), told(b"avih", 20, "<I", 10**6)],
+    "mp4": [told(b"stts", 8, ">I", 5), told(b"stts", 8, ">I", 2**30), told(b"mdhd", 16, ">I", 1),
+            told(b"mdhd", 16, ">I", 2**31 - 1), told(b"mvhd", 16, ">I", 2**31 - 1)],
+    "mkv": [told(bytes.fromhex("23E38384"), 0, ">I", 10**6), told(bytes.fromhex("23E38384"), 0, ">I", 4 * 10**9)],
+}  # fmt: skip
+"""Heads that tell of 5 pictures, or of a million, of a thousand a second, or one in four seconds."""
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_the_pictures_of_a_video_are_those_that_are_there_whatever_its_head_says(kind: str, tmp_path: Path) -> None:
+    path = film(tmp_path / f"film.{kind}", 3.0)
+    honest = open_video(str(path), MediaConfig())
+    assert (honest.indices, honest.total, honest.fps) == ([0, 5, 11, 17, 23, 29], 30, RATE)
+    np.testing.assert_array_equal(honest.frames, taken(film(tmp_path / "film.mp4", 3.0), honest.indices)[0])
+    for number, lie in enumerate(LIES[kind]):
+        lying = tmp_path / f"{number}.{kind}"
+        lying.write_bytes(lie(path.read_bytes()))
+        assert lying.read_bytes() != path.read_bytes()
+        found = open_video(str(lying), MediaConfig())
+        assert (found.indices, found.total, found.fps) == (honest.indices, honest.total, honest.fps)
+        np.testing.assert_array_equal(found.frames, honest.frames)
+
+
+def test_packets_that_show_nothing_are_no_pictures(tmp_path: Path) -> None:
+    """As those of a recording that begins in the midst of pictures that hang on one before them."""
+    with av.open(film(tmp_path / "whole.ts", 3.0)) as whole, av.open(tmp_path / "late.ts", "w") as late:
+        stream = late.add_stream_from_template(whole.streams.video[0])
+        packets = [packet for packet in whole.demux(video=0) if packet.size]
+        shown = 30 - next(number for number, packet in enumerate(packets) if number >= 5 and packet.is_keyframe)
+        assert shown < 25
+        for packet in packets[5:]:
+            packet.stream = stream
+            late.mux(packet)
+    found = open_video(str(tmp_path / "late.ts"), MediaConfig(video_fps=100.0))
+    assert (found.total, found.indices) == (shown, list(range(shown)))
+    whole_frames = open_video(str(tmp_path / "whole.ts"), MediaConfig(video_fps=100.0)).frames
+    np.testing.assert_array_equal(found.frames, whole_frames[-shown:])
+
+
+def test_a_video_whose_pictures_are_huge_later_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with av.open(tmp_path / "grows.mov", "w") as container:
+        stream = container.add_stream("mjpeg", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuvj420p"
+        large = av.CodecContext.create("mjpeg", "w")
+        large.width, large.height, large.pix_fmt, large.time_base = 320, 240, "yuvj420p", Fraction(1, RATE)
+        for number, codec in enumerate([stream] * 3 + [large] * 3):
+            picture = np.full((codec.height, codec.width, 3), 40 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuvj420p")
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            for packet in codec.encode(frame):
+                packet.stream = stream
+                container.mux(packet)
+    config = MediaConfig(video_fps=100.0)
+    assert open_video(str(tmp_path / "grows.mov"), config, 3 * (32 * 24 + 320 * 240)).total == 6
+    with pytest.raises(BadRow, match="grows.mov has more than 232,703 pixels, all its pictures together"):
+        open_video(str(tmp_path / "grows.mov"), config, 3 * (32 * 24 + 320 * 240) - 1)
+    monkeypatch.setattr("llmtune.media.opening.MOST_PIXELS", 320 * 240 - 1)
+    with pytest.raises(BadRow, match="grows.mov cannot be read"):
+        open_video(str(tmp_path / "grows.mov"), config)
 
 
 def test_pictures_of_a_video_have_the_sizes_of_the_recipe(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,12 @@ _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 MOST_PIXELS = 2**27
 """Pixels of a picture that is still opened: 134 million, 400 MB once it is decoded. A file of some kilobytes may claim
 more."""
+_GUARDS = {"protocol_whitelist": "none", "max_pixels": str(MOST_PIXELS)}
+"""What a file may not make its reader do while it looks at the beginning: open others, or fill the memory."""
 MOST_VIDEO_PIXELS = 2**30
 """Pixels that are kept of a video, all its pictures together: 3 GB."""
+_HEAD_ERRS = 0.05
+"""By how much of it a time that a head says may differ from that of the packets, which have rounded ones."""
 MOST_SAMPLES = 2**28
 """Samples of a sound that is still opened: 1 GB, four and a half hours at 16,000 a second."""
 
@@ -105,28 +109,75 @@ def fitted(size: tuple[int, int], most: int | None, least: int | None) -> tuple[
     return max(1, rounded(width * factor)), max(1, rounded(height * factor))
 
 
-def open_video(path: str | tuple[str, ...], config: MediaConfig) -> Video:
-    """Pictures of a video, `video_fps` a second and at most `video_maxlen`. BadRow if it cannot be read."""
+def open_video(path: str | tuple[str, ...], config: MediaConfig, most_decoded: int | None = None) -> Video:
+    """Pictures of a video, `video_fps` a second and at most `video_maxlen`. BadRow if it cannot be read, or if it has
+    more than `most_decoded` pixels, those of pictures that are not taken among them."""
     most, least = config.video_max_pixels, config.video_min_pixels
     if not isinstance(path, str):  # pictures that somebody has taken already
         taken = _spread(len(path), config.video_maxlen)
         images = (open_image(path[at], most, least) for at in taken)
         return Video(_stacked(images, len(taken), path[0]), config.video_fps, taken, len(path))
-    with _container(path) as container:
-        if not container.streams.video:
-            raise BadRow("broken media", f"{path} holds no video")
-        stream = container.streams.video[0]
-        total = stream.frames or sum(1 for packet in container.demux(stream) if packet.pts is not None)
-        fps = float(stream.average_rate or stream.guessed_rate or 24)
-        wanted = min(config.video_maxlen, max(1, math.floor(total / fps * config.video_fps)))
-        taken = _spread(total, wanted)
-        if stream.width * stream.height > MOST_PIXELS:
-            size = f"{path} has pictures of {stream.width:,} x {stream.height:,} pixels"
-            raise BadRow("huge media", f"{size}, allowed are {MOST_PIXELS:,}; make it smaller")
-        container.seek(0)
-        frames = islice(enumerate(container.decode(stream)), taken[-1] + 1)
-        found = _stacked((_small(frame, most, least) for at, frame in frames if at in taken), len(taken), path)
-    return Video(found, fps, taken[: len(found)], total)
+    with _film(path) as (container, stream):
+        times = film_times(container, stream)
+    total = times.count
+    for _ in range(2):  # Some packets hold no picture that is shown: how many there are, decoding tells.
+        fps = times.fps(total)
+        taken = _spread(total, min(config.video_maxlen, max(1, math.floor(total / fps * config.video_fps))))
+        numbers, wanted = count(), {*taken}
+        with _film(path) as (container, stream):
+            container.seek(0)
+            frames = _no_more(container.decode(stream), path, most_decoded)
+            found = _stacked(
+                (_small(each, most, least) for each in frames if next(numbers) in wanted), len(taken), path
+            )
+        if (decoded := next(numbers)) == total:
+            return Video(found, fps, taken, total)
+        total = decoded
+    raise BadRow("broken media", f"{path} has another number of pictures each time that it is decoded")
+
+
+def _no_more(frames: Iterable[Any], path: str, most: int | None) -> Iterator[Any]:
+    """The pictures of a video. BadRow where all of them together have more pixels than `most`."""
+    pixels = 0
+    for frame in frames:
+        pixels += frame.width * frame.height
+        if most is not None and pixels > most:
+            what = f"{path} has more than {most:,} pixels, all its pictures together"
+            raise BadRow("huge media", f"{what}; make it smaller, or cut it")
+        yield frame
+
+
+class FilmTimes(NamedTuple):
+    """How many pictures a video has and how long it takes, by its packets: its head may say anything."""
+
+    count: int
+    """Packets, of which most hold a picture that is shown."""
+    seconds: float | None
+    """None where packets have no times."""
+    told: float | None
+    """Pictures a second, as the head says."""
+
+    def fps(self, count: int) -> float:
+        """How many of `count` pictures there are a second: as the head says, unless that is far from the truth."""
+        found = count / self.seconds if self.seconds else None
+        if self.told and (found is None or abs(self.told / found - 1) < _HEAD_ERRS):
+            return self.told
+        return found or 24.0
+
+
+def film_times(container: Any, stream: Any) -> FilmTimes:
+    """What the packets of a video say, none of which is decoded."""
+    said = ((packet.dts if packet.pts is None else packet.pts, packet.duration) for packet in container.demux(stream)
+            if packet.size and not packet.is_discard)  # fmt: skip
+    rows = np.array([[math.nan if time is None else time, duration or 0] for time, duration in said]).reshape(-1, 2)
+    timed = rows[~np.isnan(rows[:, 0])]
+    told, ticks, seconds = stream.average_rate or stream.guessed_rate, np.ptp(timed[:, 0]) if len(timed) else 0, None
+    if ticks:
+        # The last one takes as long as it says, if the others do; else as long as they do.
+        last = timed[timed[:, 0].argmax(), 1]
+        honest = abs(timed[:, 1].sum() - ticks - last) <= _HEAD_ERRS * ticks
+        seconds = float(ticks + (last if honest else ticks / (len(timed) - 1))) * float(stream.time_base)
+    return FilmTimes(len(rows), seconds, float(told) if told else None)
 
 
 def open_audio(path: str, sampling_rate: int) -> np.ndarray:
@@ -204,10 +255,24 @@ def _reading(path: str) -> Iterator[None]:
 
 
 @contextmanager
+def _film(path: str) -> Iterator[tuple[Any, Any]]:
+    """The opened file of a video, and its pictures, none of which is decoded if it is huge, whatever the head says."""
+    with _container(path) as container:
+        if not container.streams.video:
+            raise BadRow("broken media", f"{path} holds no video")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > MOST_PIXELS:
+            size = f"{path} has pictures of {stream.width:,} x {stream.height:,} pixels"
+            raise BadRow("huge media", f"{size}, allowed are {MOST_PIXELS:,}; make it smaller")
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+        yield container, stream
+
+
+@contextmanager
 def _container(path: str) -> Iterator[Any]:
     """The opened file of a video or sound. Other files that it lists are not read: they might be anywhere."""
     av = _library()
-    with _reading(path), open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+    with _reading(path), open(path, "rb") as file, av.open(file, options=_GUARDS) as container:
         yield container
 
 
