@@ -70,7 +70,9 @@ def inputs_by_hand(folder: Path, place: Path) -> tuple[dict[str, Any], torch.Ten
             **options,
         )
 
-    batch = dict(made(rows))
+    # Where torchvision is installed, Mllama's wants the first and last row to show some.
+    more = [rows[0]] if "cross_attention_mask" in processor.model_input_names else []
+    batch = {key: value[len(more) : len(more) + len(rows)] for key, value in made([*more, *rows, *more]).items()}
     labels = torch.full_like(batch["input_ids"], -100)
     for number, row in enumerate(rows):
         for at, message in enumerate(row):

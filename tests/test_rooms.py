@@ -54,6 +54,7 @@ TOKENIZER_FILES = {
         "media.loading",
         "media.opening",
         "media.processor",
+        "media.read",
         "model.source",
         "model.gguf",
         "model.hub",

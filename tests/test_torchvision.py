@@ -54,7 +54,8 @@ def test_what_needs_torchvision_learns_as_in_transformers_and_pictures_are_taken
     chosen += ["tests/test_media_families.py"]
     chosen += [
         "-k",
-        "pixtral or mistral3 or sees_video or videos_that or less_their_part_for_video or inputs_are_those",
+        "pixtral or mistral3 or sees_video or videos_that or less_their_part_for_video or inputs_are_those"
+        " or (mllama and all_that_trains)",
     ]
     command = [sys.executable, "-m", "pytest", *chosen, "-n", "0", "-p", "no:cacheprovider", "-q"]
     root = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ def beside(made: Sequence[Mapping[str, Any]], per_token: Sequence[str]) -> dict[
             found[name] = torch.cat([_filled(row.get(name, own[0].new_zeros(1, 1, *size[1:])), size) for row in made])
             continue
         sizes = {tuple(value.shape[1:]) for value in own}
-        if len(sizes) > 1 and not any("mask" in other for other in made[0] if other not in per_token):
+        if len(sizes) > 1 and not any("mask" in other for row in made for other in row if other not in per_token):
             raise DataError(
                 f"rows of one batch show videos of several lengths, whose {name} cannot lie beside each other for this "
                 "model; set per_device_train_batch_size: 1 and packing: false (and per_device_eval_batch_size: 1)"
@@ -45,8 +45,10 @@ def _filled(value: Tensor, size: Sequence[int]) -> Tensor:
     return torch.nn.functional.pad(value, more[::-1])
 
 
-def in_places(value_BT: Tensor, places: Sequence[int], count: int) -> Tensor:
-    """The rows of `value_BT` at their places among `count`; the others are zeros."""
+def in_places(value_BT: Tensor, places: Sequence[int], count: int, absent: Tensor | None = None) -> Tensor:
+    """The rows of `value_BT` at their places among `count`; the others have `absent` everywhere, or zeros."""
     found = value_BT.new_zeros(count, *value_BT.shape[1:])
+    if absent is not None:
+        found[:] = absent
     found[places] = value_BT
     return found

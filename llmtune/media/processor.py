@@ -207,18 +207,37 @@ class MediaProcessor:
         lengths = {len(one.frames) for some in shows for one in some if isinstance(one, Video)}
         # Some stack these in vain (InternVL), or count what fills up shorter videos, and lose pictures (SmolVLM).
         one_by_one = len(rows) > 1 and "video" in kinds and (len(lengths) > 1 or "image" in kinds)
-        if not one_by_one and kinds != {"audio"}:
-            return self._answered(rows, shows, quick, **options)
         places = [at for at, row in enumerate(rows) if row.media]
+        if not (one_by_one or kinds == {"audio"} or (self._by_row and 0 < len(places) < len(rows))):
+            return self._answered(rows, shows, quick, **options)
         if one_by_one:
             out = beside([self._answered([rows[at]], [shows[at]], quick, **options) for at in places], PER_TOKEN)
-        else:  # Sounds are one list for all texts, and some processors (Audio Flamingo) want one of each text.
+        else:  # Of sounds some (Audio Flamingo) want one of each text; Mllama stops at a first row without a picture.
             out = self._answered([rows[at] for at in places], [shows[at] for at in places], quick, **options)
         if len(places) == len(rows):
             return out
+        absent = self._absent if self._by_row else {}
         return {
-            name: in_places(value, places, len(rows)) if name in PER_TOKEN else value for name, value in out.items()
+            name: in_places(value, places, len(rows), absent.get(name))
+            if name in PER_TOKEN or name in absent
+            else value
+            for name, value in out.items()
         }
+
+    @property
+    def _by_row(self) -> bool:
+        """Whether what is made of pictures has an entry for each row, as where a row's tokens attend to them."""
+        return "cross_attention_mask" in self.processor.model_input_names
+
+    @cached_property
+    def _absent(self) -> dict[str, Tensor]:
+        """What such an entry is for a picture that is not there, by the names of its tensors: what the processor fills
+        a row up with beside another that shows one more."""
+        one = self._blank("image").shown
+        two = ShownText(one.text + self.written("image"), one.media * 2)
+        shows = [[self.opened(medium) for medium in row.media] for row in (one, two)]
+        made = self._answered([one, two], shows, False, padding=True, return_tensors="pt")
+        return {name: value[0, 1] for name, value in made.items() if name not in PER_TOKEN}
 
     def _answered(
         self, rows: Sequence[ShownText], shows: Sequence[Sequence[Any]], quick: bool, **options: Any
