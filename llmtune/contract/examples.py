@@ -31,6 +31,8 @@ class Media:
     kind: Literal["image", "video", "audio"]
     path: str | tuple[str, ...]
     """The file; of a video that comes in pictures, their files."""
+    content: str = ""
+    """A hash of what its files held when the data were tokenised; empty where nobody took it."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -47,15 +49,20 @@ class ShownText:
 
     def as_json(self) -> dict[str, Any]:
         """What JSON can hold."""
-        return {"text": self.text, "media": [[each.kind, each.path] for each in self.media]}
+        return {"text": self.text, "media": [[each.kind, each.path, each.content] for each in self.media]}
 
     @staticmethod
     def read(held: Mapping[str, Any] | None) -> ShownText:
         """What `as_json` gave; None is a text without media."""
         if held is None:
             return ShownText("")
-        media = [Media(kind, path if isinstance(path, str) else tuple(path)) for kind, path in held["media"]]
-        return ShownText(held["text"], tuple(media))
+        return ShownText(
+            held["text"],
+            tuple(
+                Media(kind, path if isinstance(path, str) else tuple(path), content)
+                for kind, path, content in held["media"]
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,13 +127,13 @@ class Making:
             "name": dataset.name,
             "files": files,
             "hub": dataset.hub,
+            "media_dir": None if self.media is None else str(media_files(self.config, self.base_dir, dataset).folder),
             **named,
         }
 
     def facts(self) -> dict[str, Any]:
         """What tokens depend on, besides the data."""
         config, tokenizer = self.config, self.tokenizer
-        folder = media_folder(config, self.base_dir)
         template = tokenizer.chat_template
         dated = "strftime_now" in str(template)
         spelled = (type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str())
@@ -147,9 +147,7 @@ class Making:
             "concatenated": self.tokeniser.cutoff is None,
             "prompts": self.tokeniser.prompts,
             "day": date.today().isoformat() if dated else None,
-            "media": None
-            if self.media is None
-            else {**self.media.facts(), "media_dir": str(folder) if folder else None},
+            "media": None if self.media is None else self.media.facts(),
             **{key: vars(config)[key] for key in _KEYS},
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -107,19 +106,13 @@ def media_tokens(samples: TokenSamples, media: MediaProcessor) -> np.ndarray:
 def count_media(samples: TokenSamples, media: MediaProcessor) -> MediaStats:
     """Count what samples show. Opens the heads of pictures' files, each once."""
     tokens = media_tokens(samples, media)
-    total: Counter[str] = Counter()
-    most: Counter[str] = Counter()
-    files: dict[str, None] = {}
-    showing = 0
-    for index in range(len(samples)):
-        shown = [medium for one in samples.shown(index) for medium in one.media]
-        kinds = Counter(medium.kind for medium in shown)
-        showing += bool(shown)
-        total += kinds
-        most |= kinds
-        files |= {medium.path: None for medium in shown if medium.kind == "image" and isinstance(medium.path, str)}
+    counts = np.zeros((0, len(MEDIA_KINDS)), np.int32) if samples.media is None else samples.media
+    most = zip(MEDIA_KINDS, counts.max(0, initial=0).tolist(), strict=True)
+    pictured = np.flatnonzero(counts[:, MEDIA_KINDS.index("image")]).tolist()
+    files = dict.fromkeys(file for index in pictured for file in samples.pictures(index))
     return MediaStats(
-        samples=showing, media=dict(total), most=dict(most), tokens=int(tokens.sum()),
+        samples=int(counts.any(1).sum()), media=dict(samples.media_count),
+        most={kind: count for kind, count in most if count}, tokens=int(tokens.sum()),
         text_tokens=samples.tokens - int(tokens.sum()), most_tokens=int(tokens.max(initial=0)),
         pictures=_sizes([*files], media.config.image_max_pixels, media.config.image_min_pixels),
     )  # fmt: skip

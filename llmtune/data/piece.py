@@ -3,14 +3,80 @@ processes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmtune.contract.examples import MEDIA_KINDS, ShownText
 from llmtune.data.report import Bad, Losses
 from llmtune.data.sequence import TokenSequence
+from llmtune.data.tokens import MEDIA_COLUMN
+
+
+class KeptColumns(NamedTuple):
+    """The columns that a sample keeps."""
+
+    told: bytes
+    """A JSON object."""
+    hashed: int
+    """A hash of 64 bits of the object, in which media are what their files hold, wherever those lie."""
+    media: tuple[int, ...]
+    """How many media of each of `MEDIA_KINDS` its sequences show."""
+
+    @staticmethod
+    def of(extra: Mapping[str, Any], shown: Sequence[ShownText | None]) -> KeptColumns:
+        """Of some columns, and what each sequence shows."""
+        if not any(shown):
+            told = as_json(extra)
+            return KeptColumns(told, _hash(told), (0,) * len(MEDIA_KINDS))
+        held = [each and each.as_json() for each in shown]
+        held_anywhere = [
+            each and [each.text, *((medium.kind, medium.content) for medium in each.media)] for each in shown
+        ]
+        kinds = [medium.kind for each in shown if each for medium in each.media]
+        return KeptColumns(
+            as_json({**extra, MEDIA_COLUMN: held}),
+            _hash(as_json({**extra, MEDIA_COLUMN: held_anywhere})),
+            tuple(map(kinds.count, MEDIA_KINDS)),
+        )
+
+
+def _hash(told: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest())
+
+
+def as_json(columns: Mapping[str, Any]) -> bytes:
+    """The columns of a row, what JSON does not know as text."""
+    return json.dumps(columns, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+
+
+class PackedColumns(NamedTuple):
+    """`KeptColumns` of some samples in arrays, as `TokenSamples` has them."""
+
+    columns: np.ndarray
+    """(bytes,) uint8, the objects end to end."""
+    column_stops: np.ndarray
+    """(samples, 2) int64, where the object of each sample begins and ends."""
+    column_hashes: np.ndarray
+    """(samples,) uint64."""
+    media: np.ndarray
+    """(samples, kinds) int32."""
+
+    @staticmethod
+    def of(columns: Sequence[KeptColumns]) -> PackedColumns:
+        """Those of each sample, in their order."""
+        sizes = np.array([len(each.told) for each in columns], np.int64)
+        ends = np.cumsum(sizes)
+        return PackedColumns(
+            np.frombuffer(b"".join(each.told for each in columns), np.uint8), np.stack([ends - sizes, ends], 1),
+            np.array([each.hashed for each in columns], np.uint64),
+            np.array([each.media for each in columns], np.int32),
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -24,8 +90,8 @@ class Piece:
     sequences: list[TokenSequence] = field(default_factory=list)
     labels: list[bool] = field(default_factory=list)
     """One a sample, where rows are labelled."""
-    columns: list[bytes] = field(default_factory=list)
-    """One a sample, where rows have columns that are kept: JSON objects."""
+    columns: list[KeptColumns] = field(default_factory=list)
+    """One a sample, where rows have columns that are kept."""
     rows: list[int] = field(default_factory=list)
     """For each sample, the place of its row in `numbers`."""
     numbers: list[int] = field(default_factory=list)
@@ -59,8 +125,7 @@ class Piece:
             lengths=lengths,
             trained=total[starts + lengths] - total[starts],
             labels=np.array(self.labels, bool) if self.labels else None,
-            columns=np.frombuffer(b"".join(self.columns), np.uint8) if self.columns else None,
-            column_sizes=np.array([len(each) for each in self.columns], np.int64) if self.columns else None,
+            columns=PackedColumns.of(self.columns) if self.columns else None,
             rows=np.array(self.rows, np.int64),
             numbers=np.array(self.numbers, np.int64),
             read=self.read,
@@ -84,21 +149,10 @@ class Packed:
     trained: np.ndarray
     """(sequences,) int64."""
     labels: np.ndarray | None
-    columns: np.ndarray | None
-    """(bytes,) uint8, the objects end to end."""
-    column_sizes: np.ndarray | None
-    """(samples,) int64."""
+    columns: PackedColumns | None
     rows: np.ndarray
     numbers: np.ndarray
     read: int
     bad: Sequence[Bad]
     losses: Losses
     ends: Counter[int]
-
-    @property
-    def column_stops(self) -> np.ndarray | None:
-        """(samples, 2) int64, where the object of each sample begins and ends."""
-        if self.column_sizes is None:
-            return None
-        ends = np.cumsum(self.column_sizes)
-        return np.stack([ends - self.column_sizes, ends], 1)

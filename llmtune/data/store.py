@@ -12,21 +12,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from llmtune.contract.examples import MEDIA_KINDS
 from llmtune.data.hashes import file_hash
 from llmtune.data.piece import Packed
 from llmtune.data.report import Losses, SourceReport
-from llmtune.data.tokens import TokenSamples
+from llmtune.data.tokens import CONTENT, TokenSamples
 
 TYPES = {
     "ids": np.int32, "mask": np.bool_, "weights": np.float32, "starts": np.int64, "stops": np.int64,
     "trained": np.int64, "labels": np.bool_, "rows": np.int64, "columns": np.uint8, "column_stops": np.int64,
-    "sets": np.int32, "files": np.int32, "numbers": np.int64,
+    "column_hashes": np.uint64, "media": np.int32, "sets": np.int32, "files": np.int32, "numbers": np.int64,
 }  # fmt: skip
 """Arrays of `TokenSamples`; `files` and `numbers` say for each row where it stands."""
 
-_CONTENT = ("ids", "mask", "weights", "starts", "stops", "labels", "columns", "column_stops")
-"""What the digest covers: whatever training depends on."""
-_OPTIONAL = ("weights", "labels", "columns", "column_stops")
+_OPTIONAL = ("weights", "labels", "columns", "column_stops", "column_hashes", "media")
 """What not all samples have."""
 ABOUT = "about.json"
 BAD_ROWS = "bad_rows.jsonl"
@@ -84,9 +83,10 @@ class StoreWriter:
         self._write("numbers", piece.numbers)
         if piece.labels is not None:
             self._write("labels", piece.labels)
-        if piece.columns is not None and (stops := piece.column_stops) is not None:
-            self._write("column_stops", (stops + self.written["columns"]).reshape(-1))
-            self._write("columns", piece.columns)
+        if (columns := piece.columns) is not None:
+            columns = columns._replace(column_stops=columns.column_stops + self.written["columns"])
+            for name, values in columns._asdict().items():
+                self._write(name, values.reshape(-1))
         if len(piece.rows):
             self.width = piece.width
         self.tokens += len(piece.ids)
@@ -103,7 +103,7 @@ class StoreWriter:
             file.close()
         digest = hashlib.sha256(
             "".join(
-                f"{name}{self._hashes[name].hexdigest()}" for name in sorted(_CONTENT) if name in self._hashes
+                f"{name}{self._hashes[name].hexdigest()}" for name in sorted(CONTENT) if name in self._hashes
             ).encode()
         )
         about = {
@@ -165,8 +165,9 @@ def open_store(folder: Path, checked: bool = False) -> Tokenised:
             raise ValueError(f"{folder / f'{name}.bin'} is not as it was written")
     arrays: dict[str, Any] = empty | mapped
     files, numbers, origins = arrays.pop("files"), arrays.pop("numbers"), about["origins"]
-    if "column_stops" in arrays:
-        arrays["column_stops"] = arrays["column_stops"].reshape(-1, 2)
+    for name, width in (("column_stops", 2), ("media", len(MEDIA_KINDS))):
+        if name in arrays:
+            arrays[name] = arrays[name].reshape(-1, width)
     samples = TokenSamples(
         **arrays,
         set_names=tuple(about["set_names"]),

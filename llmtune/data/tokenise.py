@@ -3,7 +3,6 @@ in any process."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,13 @@ from llmtune.contract.examples import (
     UnpairedPreference,
 )
 from llmtune.data.formats import Chosen, read_row
-from llmtune.data.piece import Piece
+from llmtune.data.piece import KeptColumns, Piece
 from llmtune.data.reading import Row
 from llmtune.data.render import Renderer
 from llmtune.data.report import SHOWN, Bad
 from llmtune.data.sequence import TokenSequence
 from llmtune.data.template import require_template
-from llmtune.data.tokens import MEDIA_COLUMN
+from llmtune.media.content import with_contents
 from llmtune.media.rows import NAMES
 
 if TYPE_CHECKING:
@@ -143,7 +142,10 @@ class Tokeniser:
             piece.sequences += sample
             piece.labels += [example.label] if isinstance(example, UnpairedPreference) else []
             if self.media is not None or isinstance(example, Preference | Prompt):
-                piece.columns.append(as_json(_kept(example, sample)))
+                extra = example.extra if isinstance(example, Preference | Prompt) else {}
+                piece.columns.append(
+                    KeptColumns.of(extra, [each.shown and with_contents(each.shown) for each in sample])
+                )
             piece.rows.append(len(piece.numbers))
         if kept:
             piece.numbers.append(row.number)
@@ -187,19 +189,6 @@ def asked(conversation: Conversation, row: Mapping[str, Any]) -> Prompt:
         messages=messages, tools=conversation.tools, template_kwargs=conversation.template_kwargs,
         extra={**({} if said is None else {"answer": said}), **columns}, media=conversation.media,
     )  # fmt: skip
-
-
-def _kept(example: Example, sample: Sequence[TokenSequence]) -> Mapping[str, Any]:
-    """The columns that a sample keeps."""
-    extra = example.extra if isinstance(example, Preference | Prompt) else {}
-    if all(each.shown is None for each in sample):
-        return extra
-    return {**extra, MEDIA_COLUMN: [each.shown and each.shown.as_json() for each in sample]}
-
-
-def as_json(columns: Mapping[str, Any]) -> bytes:
-    """The columns of a row, what JSON does not know as text."""
-    return json.dumps(columns, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
 
 def _conversations(example: Example) -> list[Conversation]:

@@ -17,6 +17,8 @@ from llmtune.media.rows import COLUMNS
 
 MEDIA_COLUMN = "llmtune.media"
 """The column in which a sample keeps the texts and the media of its sequences, where it shows any."""
+CONTENT = ("ids", "mask", "weights", "starts", "stops", "labels", "column_hashes")
+"""The arrays that training depends on: two runs that have them alike learn the same, wherever the files lie."""
 
 
 def shown_in(row: Mapping[str, Any], width: int) -> list[ShownText]:
@@ -62,6 +64,11 @@ class TokenSamples:
     no sample has any."""
     column_stops: np.ndarray | None = None
     """(samples, 2) int64, where the object of each sample begins and ends in `columns`."""
+    column_hashes: np.ndarray | None = None
+    """(samples,) uint64, a hash of each object in which media are what their files hold, wherever those lie."""
+    media: np.ndarray | None = None
+    """(samples, kinds) int32, how many media of each of `MEDIA_KINDS` a sample shows; None where no sample has columns.
+    """
     width: int = 1
     kind: str = "conversation"
     """`conversation` (also of text and tokens), `preference`, `labelled` or `prompt`."""
@@ -109,18 +116,20 @@ class TokenSamples:
         counts = [len(part.ids) for part in parts]
         shifts = np.repeat(np.cumsum(counts) - counts, [len(part.starts) for part in parts])
         rows = np.repeat(rows_before or [0], [len(part) for part in parts] if rows_before else 1)
-        weights = labels = columns = column_stops = None
+        weights = labels = columns = column_stops = column_hashes = media = None
         if any(part.weights is not None for part in parts):
             filled = [np.ones(len(p.ids), np.float32) if p.weights is None else p.weights for p in parts]
             weights = np.concatenate(filled)
         if any(part.labels is not None for part in parts):
             labels = np.concatenate([part.labels for part in parts if part.labels is not None])
         if any(part.columns is not None for part in parts):
-            held = [(p.columns, p.column_stops) for p in parts if p.columns is not None and p.column_stops is not None]
-            sizes = [len(each) for each, _ in held]
-            columns = np.concatenate([each for each, _ in held])
+            held: list[Any] = [part for part in parts if part.columns is not None]
+            sizes = [len(part.columns) for part in held]
             before = (np.cumsum(sizes) - sizes).tolist()
-            column_stops = np.concatenate([stops + n for (_, stops), n in zip(held, before, strict=True)])
+            columns, column_hashes, media = (
+                np.concatenate([vars(part)[name] for part in held]) for name in ("columns", "column_hashes", "media")
+            )
+            column_stops = np.concatenate([part.column_stops + n for part, n in zip(held, before, strict=True)])
         return replace(
             parts[0],
             ids=np.concatenate([part.ids for part in parts]),
@@ -135,6 +144,8 @@ class TokenSamples:
             columns=columns,
             precomputed={},
             column_stops=column_stops,
+            column_hashes=column_hashes,
+            media=media,
             width=max((part.width for part in parts if len(part)), default=1),
             digest="",
             **more,
@@ -194,9 +205,10 @@ class TokenSamples:
     @cached_property
     def media_count(self) -> Counter[str]:
         """How many media samples show, by their kind: one that two sequences of a sample show counts twice."""
-        if self.columns is None or MEDIA_COLUMN.encode() not in self.columns.tobytes():
+        if self.media is None:
             return Counter()
-        return Counter(each.kind for index in range(len(self)) for one in self.shown(index) for each in one.media)
+        counts = zip(MEDIA_KINDS, self.media.sum(0).tolist(), strict=True)
+        return Counter({kind: count for kind, count in counts if count})
 
     @cached_property
     def media_kinds(self) -> tuple[str, ...]:
@@ -210,7 +222,8 @@ class TokenSamples:
 
     def kinds_shown(self, index: int) -> set[str]:
         """The kinds of media that a sample shows."""
-        return {medium.kind for one in self.shown(index) for medium in one.media}
+        counts = [0] * len(MEDIA_KINDS) if self.media is None else self.media[index].tolist()
+        return {kind for kind, count in zip(MEDIA_KINDS, counts, strict=True) if count}
 
     def media_names(self, index: int) -> list[str]:
         """The names of the files that a sample shows, each once."""
@@ -242,11 +255,10 @@ class TokenSamples:
         return self.place(row) if self.place is not None else f"row {row}"
 
     def hashed(self) -> str:
-        """SHA-256 of the arrays."""
+        """SHA-256 of what training depends on."""
         digest = hashlib.sha256()
-        for array in (
-            self.ids, self.mask, self.starts, self.stops, self.weights, self.labels, self.columns, self.column_stops
-        ):  # fmt: skip
+        for name in CONTENT:
+            array = vars(self)[name]
             digest.update(b"" if array is None else array.tobytes())
         return digest.hexdigest()
 
@@ -263,6 +275,8 @@ class TokenSamples:
             sets=self.sets[chosen] if self.sets is not None else None,
             labels=self.labels[chosen] if self.labels is not None else None,
             column_stops=self.column_stops[chosen] if self.column_stops is not None else None,
+            column_hashes=self.column_hashes[chosen] if self.column_hashes is not None else None,
+            media=self.media[chosen] if self.media is not None else None,
             precomputed={name: values[parts] for name, values in self.precomputed.items()},
             digest=hashlib.sha256(self.digest.encode() + chosen.tobytes()).hexdigest() if self.digest else "",
         )

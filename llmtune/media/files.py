@@ -10,8 +10,8 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -147,7 +147,32 @@ def _decoded(url: str, kind: str) -> bytes:
 
 
 def _place(name: str) -> Path:
-    return cache_root() / "media" / name[:2] / name
+    return _kept_in() / name[:2] / name
+
+
+def _kept_in() -> Path:
+    return cache_root() / "media"
+
+
+def is_kept(path: str) -> bool:
+    """Whether a file is one that the cache keeps of what a row held itself, or was fetched for it."""
+    return Path(path).is_relative_to(_kept_in())
+
+
+@contextmanager
+def blamed(kinds: Sequence[str], at: int, paths: Sequence[str] = ()) -> Iterator[None]:
+    """Say in a BadRow which of the media of these kinds is meant, where there are several of its kind: `at` that place.
+    Of the `paths` of its files those in the cache, which nobody has written, are left out."""
+    try:
+        yield
+    except BadRow as bad:
+        kind, detail = kinds[at], bad.detail
+        name = f"{kind} {kinds[: at + 1].count(kind)}" if kinds.count(kind) > 1 else f"the {kind}"
+        for path in filter(is_kept, paths):
+            detail = detail.replace(path, f"what {name} holds")
+        if detail == bad.detail and kinds.count(kind) > 1:
+            detail = f"{name}: {detail}"
+        raise BadRow(bad.reason, detail) from None
 
 
 def _kept(content: bytes) -> str:

@@ -24,6 +24,7 @@ from llmtune.contract.examples import BadRow, Media, ShownText
 from llmtune.media.beside import beside, in_places
 from llmtune.media.by_size import by_size
 from llmtune.media.config import MediaConfig
+from llmtune.media.content import opened_each
 from llmtune.media.hearing import Hearing
 from llmtune.media.kept import KeptMedia
 from llmtune.media.loading import load_processor
@@ -202,7 +203,7 @@ class MediaProcessor:
         """The processor's answer for some texts with their media; tensors of tokens have a row for each text. With
         `quick` its tokens alone, for which it is given the sizes of pictures."""
         by_size = quick and not self.trust_remote_code  # a model's own code may count by what a picture shows
-        shows = [[self.opened(medium, by_size) for medium in row.media] for row in rows]
+        shows = [opened_each(row.media, lambda medium: self.opened(medium, by_size)) for row in rows]
         kinds = {medium.kind for row in rows for medium in row.media}
         lengths = {len(one.frames) for some in shows for one in some if isinstance(one, Video)}
         # Some stack these in vain (InternVL), or count what fills up shorter videos, and lose pictures (SmolVLM).

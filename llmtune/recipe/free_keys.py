@@ -24,7 +24,8 @@ FREE = {
     "activation_checkpointing", "offload_activations", "use_reentrant_gc",
     "upcast_lmhead_output", "print_param_status",
     "torch_compile", "ddp_timeout", "preprocessing_num_workers",
-    "preprocessing_batch_size", "overwrite_cache", "tokenized_path", "data_shared_file_system", "do_predict",
+    "preprocessing_batch_size", "overwrite_cache", "tokenized_path", "data_shared_file_system", "media_dir",
+    "do_predict",
     *field_types(GenerationKeys),
     *(name for name, point in POINTS.items() if not point.changes_training),
 }  # fmt: skip

@@ -127,26 +127,13 @@ def _places(plan: Plan) -> Iterator[Path]:
         )
         for name in further_models(stage.built)
     }
+    reads = plan.data.batches.media  # of whose work on pictures tokens tell nothing
     for samples in _parts(plan):
         facts = {
             "data": samples.digest or samples.hashed(), "models": models, "stage": [stage.label, stage.package],
-            "keys": _stage(plan).precomputed, "media": _shown(plan, samples),
+            "keys": _stage(plan).precomputed, "media": reads.facts() if samples.media_kinds and reads else None,
         }  # fmt: skip
         yield cache_root() / "data" / f"{key_of(facts)}.precomputed.safetensors"
-
-
-def _shown(plan: Plan, samples: TokenSamples) -> list[Any] | None:
-    """What tokens do not tell of the media of samples: how they are opened, and the states of their files. Some models
-    have the same tokens for every picture."""
-    media = plan.data.batches.media
-    if media is None or not samples.media_kinds:
-        return None
-    shown = [medium.path for at in range(len(samples)) for one in samples.shown(at) for medium in one.media]
-    files = sorted({file for path in shown for file in ([path] if isinstance(path, str) else path)})
-    with suppress(OSError):  # one that is not there is told when its sample is read
-        states = [(file, (state := os.stat(file)).st_size, state.st_mtime_ns) for file in files]
-        return [media.facts(), states]
-    return [media.facts(), files]
 
 
 def _facts(plan: ModelPlan, points: tuple[str, ...]) -> dict[str, Any]:

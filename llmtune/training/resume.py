@@ -152,8 +152,8 @@ def compare(plan: Plan, manifest: Manifest) -> None:
     restore = "restore it, or start over with --fresh or in another output_dir"
     if manifest.data and manifest.data != plan.data.digest:
         raise CheckpointError(
-            "dataset: the tokens to train on are not those the run was started with (the files, the tokenizer or the "
-            f"template have changed); {restore}"
+            "dataset: the tokens to train on are not those the run was started with (the files, what rows show, the "
+            f"tokenizer or the template have changed); {restore}"
         )
     if manifest.revision != plan.model.files.revision:
         raise CheckpointError(

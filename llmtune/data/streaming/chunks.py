@@ -88,11 +88,11 @@ class PieceMaker:
     def _samples(self, packed: Packed, source: int, places: dict[int, int]) -> TokenSamples:
         starts = np.cumsum(packed.lengths) - packed.lengths
         numbers = packed.numbers[packed.rows].tolist()
+        columns = {} if packed.columns is None else packed.columns._asdict()
         return TokenSamples(
             ids=packed.ids, mask=packed.mask, weights=packed.weights, starts=starts, stops=starts + packed.lengths,
-            trained=packed.trained, labels=packed.labels, columns=packed.columns,
-            column_stops=packed.column_stops, rows=np.array([places[each] for each in numbers], np.int64),
-            sets=np.full(len(numbers), source, np.int32), width=packed.width, kind=self.kind,
+            trained=packed.trained, labels=packed.labels, rows=np.array([places[each] for each in numbers], np.int64),
+            sets=np.full(len(numbers), source, np.int32), width=packed.width, kind=self.kind, **columns,
         )  # fmt: skip
 
 

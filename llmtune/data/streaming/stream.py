@@ -52,7 +52,8 @@ class Stream:
     row_tokens: float
     """Tokens that a row becomes, on average over the first ones."""
     digest: str
-    """SHA-256 of names, sizes and edges of the files, and of all that tokens depend on besides."""
+    """SHA-256 of names, sizes and edges of the files, of what the first rows show, and of all that tokens depend on
+    besides."""
 
     def shuffled(self, batch: int) -> ShuffledRows:
         """All rows from the beginning, for steps of `batch` units."""
@@ -116,7 +117,7 @@ def open_stream(make: Making, seed: int) -> Streamed:
     sizes = [look.rows for look in looks]
     stream = Stream(
         config=config, datasets=datasets, limits=limits, held=held, seed=seed, maker=maker,
-        digest=_digest(make, datasets),
+        digest=_digest(make, datasets, first.samples),
         rows=None if None in sizes or config.mix_strategy != "concat" else sum(size or 0 for size in sizes),
         row_tokens=first.samples.tokens / max(1, first.read.total()),
     )  # fmt: skip
@@ -222,11 +223,12 @@ def least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _digest(make: Making, datasets: Sequence[Dataset]) -> str:
+def _digest(make: Making, datasets: Sequence[Dataset], first: TokenSamples) -> str:
     content = [
         [each.name, each.format, each.columns, each.tags, describe(each), make.formats.facts(each)] for each in datasets
     ]
-    facts = json.dumps([_ORDER, make.facts(), content], sort_keys=True, default=str)
+    shown = [first.hashed()] if first.media_kinds else []
+    facts = json.dumps([_ORDER, make.facts(), content, *shown], sort_keys=True, default=str)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
