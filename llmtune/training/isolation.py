@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from dataclasses import replace
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ FIRST, SECOND = 9, 7
 _ALONE = Ranks(0, 1)
 _LOOKED_AT = 1000
 """Samples among which some that show media, and some that show none, are looked for."""
+_OF_A_KIND = 3
 
 
 def check_isolation(objective: Objective, device: torch.device, packing: bool) -> None:
@@ -58,7 +59,7 @@ def check_media_isolation(objective: Objective, device: torch.device, loader: Ba
     samples = loader.samples
     if not loader.flat or not samples.media_kinds:
         return
-    chosen = _some(samples)
+    chosen = _some(loader)
     batches = [_batch(loader, order, flat=True) for order in (chosen, chosen[::-1])]
     found = _hidden_states(objective, [*batches, *(_batch(loader, [at], flat=False) for at in chosen)], device)
     alone = dict(zip(chosen, found[2:], strict=True))
@@ -90,7 +91,7 @@ def check_media_reading(
         return
     if loader.units.kind != "sample" or loader.order.batch > loader.micro_steps * loader.ranks.batch_ranks:
         _check_videos(samples, media)
-    at = min(_some(samples), key=lambda each: (not samples.kinds_shown(each), samples.lengths[each]))
+    at, *_ = _some(loader)
     batch = _batch(loader, [at], loader.flat)
     own, base = (_forward_keys(each) for each in (objective.model, objective.model.base_model))
     for name in (name for name, value in batch.media.items() if value.is_floating_point()):
@@ -138,11 +139,17 @@ def _forward_keys(model: Any) -> set[str]:
     return set(inspect.signature(type(model).forward).parameters)
 
 
-def _some(samples: TokenSamples) -> list[int]:
-    """Some samples that show media, and some that show none."""
-    shows = [bool(samples.kinds_shown(at)) for at in range(min(len(samples), _LOOKED_AT))]
-    some = {wanted: list(islice((at for at, own in enumerate(shows) if own == wanted), 3)) for wanted in (True, False)}
-    return [at for pair in zip_longest(some[True], some[False]) for at in pair if at is not None]
+def _some(loader: BatchLoader) -> list[int]:
+    """The shortest samples that show media, of each kind, and the shortest that show none, in turn: two, and more as
+    far as they have no more tokens than the longest row to train on."""
+    samples, lengths = loader.samples, loader.samples.lengths[:_LOOKED_AT]
+    by_length = np.argsort(lengths, kind="stable").tolist()
+    shown = {at: samples.kinds_shown(at) for at in by_length}
+    groups = [[at for at in by_length if kind in shown[at]][:_OF_A_KIND] for kind in samples.media_kinds]
+    groups.append([at for at in by_length if not shown[at]][:_OF_A_KIND])
+    found = list(dict.fromkeys(at for turn in zip_longest(*groups) for at in turn if at is not None))
+    fitting = int(np.searchsorted(np.cumsum(lengths[found]), loader.units.tokens.max(), "right"))
+    return found[: max(2, fitting)]
 
 
 def check_media_split(objective: Objective, ranks: Ranks, device: torch.device, loader: BatchLoader) -> None:
@@ -150,7 +157,7 @@ def check_media_split(objective: Objective, ranks: Ranks, device: torch.device, 
     samples, name = loader.samples, type(objective.model).__name__
     if not samples.media_kinds:
         return
-    whole = _batch(loader, _some(samples), flat=True)
+    whole = _batch(loader, _some(loader), flat=True)
     piece, begin = split_row(whole, ranks), f"dist_config: cp_size is {ranks.dims.context}, but {name} "
     expected, found = _hidden_states(objective, [whole, piece], device)
     expected = expected[piece.piece_start :][: len(found)]
