@@ -162,7 +162,7 @@ def test_files_without_marks_lead_the_first_question(folder: Path) -> None:
         (asks("<image>") | {"images": ["~nobody-here/0.png"]}, "bad media", "home directory"),
         (asks("What?", "<image>") | {"images": ["0.png"]}, "media in an answer", "message 2 .* shows 1 image"),
         (asks("<image>") | {"images": ["0.png"], "image": "1.png"}, "two columns of media", "images and image"),
-        (asks("a \ue010 b"), "private-use characters", "U\\+E010"),
+        (asks("a \ufdd0 b"), "noncharacters", "U\\+FDD0"),
         (
             asks([{"type": "text", "text": "<image> or"}, {"type": "image", "image": "1.png"}]) | {"images": ["0.png"]},
             "marks beside parts", "parts name, and others by marks in its text",

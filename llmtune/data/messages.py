@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llmtune.contract.errors import listed
 from llmtune.contract.examples import BadRow
-from llmtune.media.marks import BOUNDARY, MARKS, joined_parts, kinds_in
+from llmtune.media.marks import MARKS, check_unmarked, joined_parts
 
 _KINDS = {
     type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
@@ -53,17 +53,19 @@ def content_of(value: Any, place: str) -> Content:
         BadRow: `value` is neither, a part is of another type, or the parts stand in an order that no template writes.
     """
     if isinstance(value, str):
-        return Content(_unmarked(value, place))
+        return Content(value)
     if not isinstance(value, list) or not all(isinstance(part, Mapping) and "type" in part for part in value):
         raise BadRow("content is not text", f"{place} is {kind(value)}, allowed is text")
     if other := sorted({str(part["type"]) for part in value} - set(_PARTS) - set(_MEDIA)):
         allowed = listed((*_PARTS, *_MEDIA))
         raise BadRow("unknown part", f"{place} holds parts of type {listed(other)}, allowed are {allowed}")
     shown = tuple(_source(part, _MEDIA[part["type"]]) for part in value if part["type"] in _MEDIA)
-    value = [{"type": "text", "text": MARKS[_MEDIA[part["type"]]]} if part["type"] in _MEDIA
-             else {**part, "text": _unmarked(part["text"], place)} if isinstance(part.get("text"), str) else part
-             for part in value]  # fmt: skip
-    parts = [(part["type"], _said(part, f"part {at} of {place}")) for at, part in enumerate(value, start=1)]
+    parts = [
+        ("text", MARKS[_MEDIA[part["type"]]])
+        if part["type"] in _MEDIA
+        else (part["type"], _said(part, f"part {at} of {place}"))
+        for at, part in enumerate(value, start=1)
+    ]
     order = [name for name, said in parts if not isinstance(said, str) or said.strip()]
     if order != sorted(order, key=_PARTS.index):
         what = f"{place} has parts in the order {listed(order)}, allowed is {listed(_PARTS)}"
@@ -71,12 +73,6 @@ def content_of(value: Any, place: str) -> Content:
     found = {name: [said for own, said in parts if own == name] for name in _PARTS}
     text = joined_parts(found["text"]) if shown else "".join(found["text"])
     return Content(text, "".join(found["reasoning"]), tuple(found["tool_call"]), shown)
-
-
-def _unmarked(text: str, place: str) -> str:
-    if BOUNDARY in text or kinds_in(text):
-        raise BadRow("private-use characters", f"{place} holds U+E010 to U+E013, which stand for media")
-    return text
 
 
 def _source(part: Mapping[str, Any], shows: str) -> Any:
@@ -94,6 +90,8 @@ def _said(part: Mapping[str, Any], place: str) -> Any:
     if not isinstance(value, str) and not (part["type"] == "tool_call" and isinstance(value, Mapping)):
         what = f"{place} ({part['type']}) says {kind(value)}; needed is text under one of {listed(keys)}"
         raise BadRow("content is not text", what)
+    if isinstance(value, str):
+        check_unmarked(value, place)
     return value
 
 

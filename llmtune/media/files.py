@@ -126,6 +126,8 @@ def _saved(source: Any) -> Any:
         return source
     if not isinstance(source, Image.Image):
         return source
+    if source.mode[0] in "IF":
+        raise BadRow("bad media", f"an image has more than 8 bits for each colour ({source.mode}); convert it first")
     content = io.BytesIO()
     ImageOps.exif_transpose(source).convert("RGB").save(content, "PNG")
     return content.getvalue()

@@ -1,5 +1,5 @@
-"""Where media stand in a message: a private-use character for each, so that a content stays one text until a template
-asks for its parts."""
+"""Where media stand in a message: a character for each that Unicode keeps out of all texts (a noncharacter), so that a
+content stays one text until a template asks for its parts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from llmtune.contract.examples import MEDIA_KINDS, Message
+from llmtune.contract.examples import MEDIA_KINDS, BadRow, Message
 
-MARKS = {kind: chr(0xE010 + number) for number, kind in enumerate(MEDIA_KINDS)}
+MARKS = {kind: chr(0xFDD0 + number) for number, kind in enumerate(MEDIA_KINDS)}
 """The character that stands for a medium of each kind."""
-BOUNDARY = chr(0xE013)
+BOUNDARY = chr(0xFDD3)
 """The character that stands between two parts of a content where no medium does: templates that trim texts, or begin a
 line for each, write two parts otherwise than one."""
 _KIND = {mark: kind for kind, mark in MARKS.items()}
@@ -25,6 +25,12 @@ def joined_parts(parts: Sequence[str]) -> str:
         told_apart = bool(before) and bool(part) and (before in _KIND or part in _KIND)
         text += part if told_apart else BOUNDARY + part
     return text
+
+
+def check_unmarked(text: str, place: str) -> None:
+    """BadRow where a text that somebody wrote holds what would be taken for a mark."""
+    if BOUNDARY in text or _ANY.search(text):
+        raise BadRow("noncharacters", f"{place} holds U+FDD0 to U+FDD3, which stand for media and are no characters")
 
 
 def kinds_in(text: str) -> list[str]:

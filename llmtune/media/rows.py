@@ -19,18 +19,23 @@ from llmtune.contract.examples import (
     Text,
     UnpairedPreference,
 )
-from llmtune.media.files import MediaFiles
-from llmtune.media.marks import MARKS, as_parts, kinds_in, kinds_text
+from llmtune.media.files import MediaFiles, blamed
+from llmtune.media.marks import MARKS, as_parts, check_unmarked, kinds_in, kinds_text
 
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
 """Columns of files, by what they hold."""
 NAMES = tuple(name for names in COLUMNS.values() for name in names)
+_SIDES = ("chosen", "rejected")
 _TEXT_ONLY = "and the model reads text only, or the command asks in text only"
 
 
 def columns_in(row: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The files that a row's columns name, by their kind. BadRow where two columns name files of one kind."""
     found: dict[str, list[Any]] = {}
+    for name in (f"{side}_{name}" for side in _SIDES for name in NAMES):
+        if row.get(name) and row[name] != row.get(name.partition("_")[2]):
+            what = f"{name} shows what the other answer does not see"
+            raise BadRow("media of one answer", f"{what}; both answer the same question, so name its files in images")
     for kind, names in COLUMNS.items():
         filled = [name for name in names if row.get(name)]
         if len(filled) > 1:
@@ -60,6 +65,9 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
         return example
     asked = example.prompt if isinstance(example, Preference) else example.messages
     answers = [*example.chosen, *example.rejected] if isinstance(example, Preference) else []
+    for number, message in enumerate([*asked, *answers], start=1):
+        if not message.get("media"):
+            check_unmarked(message["content"], f"message {number} ({message['role']})")
     _without_files([message["content"] for message in [*asked, *answers]], columns, files)
     if not columns and not any(kinds_in(message["content"]) for message in [*asked, *answers]):
         return example
@@ -82,8 +90,7 @@ def shown(example: Example, columns: Mapping[str, Sequence[Any]], files: MediaFi
 def _shown_text(example: Text, columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> Text:
     if files is None:
         raise BadRow("not only text", f"the row holds {_all(columns)}, {_TEXT_ONLY}")
-    if kinds_in(example.text):
-        raise BadRow("private-use characters", "the text holds U+E010 to U+E012, which stand for media")
+    check_unmarked(example.text, "the text")
     asked = [_spelt({"role": "user", "content": example.text}, columns)]
     ((message,), media) = _matched(_led(asked, columns), columns, files)
     return replace(example, text=message["content"], media=tuple(media))
@@ -142,6 +149,7 @@ def _matched(
     """The messages without their own lists of files, and the file of each mark."""
     waiting = {kind: list(sources) for kind, sources in columns.items()}
     bare, media, marks = [], [], dict.fromkeys(columns, 0)
+    kinds = [kind for message in messages for kind in kinds_in(message["content"])]
     for message in messages:
         own = iter(message.get("media", ()))
         for kind in kinds_in(message["content"]):
@@ -150,7 +158,8 @@ def _matched(
                 marks[kind] = marks.get(kind, 0) + 1
                 source = waiting[kind].pop(0) if waiting.get(kind) else None
             if source is not None:
-                media.append(files.find(kind, source))
+                with blamed(kinds, len(media)):
+                    media.append(files.find(kind, source))
         bare.append({key: value for key, value in message.items() if key != "media"})
     for kind, count in marks.items():
         _check_counts(kind, count, len(columns.get(kind, ())))

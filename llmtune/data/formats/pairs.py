@@ -103,6 +103,10 @@ def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message
     while same and chosen[same - 1]["role"] not in ("user", "tool"):
         same -= 1
     prompt, sides = chosen[:same], (chosen[same:], rejected[same:])
+    one, other = next((pair for pair in zip(chosen, rejected, strict=False) if pair[0] != pair[1]), ({}, {}))
+    if not prompt and one.get("media") != other.get("media"):
+        what = "chosen and rejected begin with questions that show other pictures, video or sound"
+        raise BadRow("media of one answer", f"{what}; both have to answer the same question")
     if not prompt:
         raise BadRow("no common prompt", "chosen and rejected do not begin with the same question")
     for name, side in zip(("chosen", "rejected"), sides, strict=True):

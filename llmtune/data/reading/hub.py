@@ -23,8 +23,27 @@ if TYPE_CHECKING:
 def hub_rows(dataset: Dataset, before: int, *, streaming: bool = False) -> Iterator[Row]:
     """Rows of a hub data set after the first `before`, downloaded whole, or as they come where `streaming`."""
     table: Any = load(dataset, streaming)
-    for number, data in enumerate(table.skip(before) if before else table, start=before + 1):
-        yield Row(without_nulls(data), number)
+    from datasets.features.features import require_decoding
+
+    table = table.skip(before) if before else table
+    shows = table.features is not None and require_decoding(table.features)
+    if shows:  # what its files hold, as they are: pictures that are opened would be written anew, sounds cannot be
+        table = (table if streaming else table.to_iterable_dataset()).decode(False)
+    for number, data in enumerate(table, start=before + 1):
+        yield Row(without_nulls(_with_bytes(data) if shows else data), number)
+
+
+def _with_bytes(value: Any) -> Any:
+    """The value, in which files that the library has only named (`{bytes: null, path: ...}`) are read: they lie in its
+    own folders or still on the hub."""
+    import fsspec
+
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"] is not None:
+            with fsspec.open(value["path"], "rb") as file:
+                return {**value, "bytes": file.read()}
+        return {key: _with_bytes(part) for key, part in value.items()}
+    return [_with_bytes(part) for part in value] if isinstance(value, list) else value
 
 
 def hub_content(dataset: Dataset) -> str:
