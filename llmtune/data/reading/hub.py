@@ -40,7 +40,8 @@ def _with_bytes(value: Any) -> Any:
 
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"] is not None:
-            with fsspec.open(value["path"], "rb") as file:
+            opened: Any = fsspec.open(value["path"], "rb")
+            with opened as file:
                 return {**value, "bytes": file.read()}
         return {key: _with_bytes(part) for key, part in value.items()}
     return [_with_bytes(part) for part in value] if isinstance(value, list) else value
