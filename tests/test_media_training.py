@@ -71,8 +71,10 @@ def inputs_by_hand(folder: Path, place: Path) -> tuple[dict[str, Any], torch.Ten
         )
 
     # Where torchvision is installed, Mllama's wants the first and last row to show some.
-    more = [rows[0]] if "cross_attention_mask" in processor.model_input_names else []
-    batch = {key: value[len(more) : len(more) + len(rows)] for key, value in made([*more, *rows, *more]).items()}
+    if folder.name == "mllama" and find_spec("torchvision"):
+        batch = {key: value[1:-1] for key, value in made([rows[0], *rows, rows[0]]).items()}
+    else:
+        batch = dict(made(rows))
     labels = torch.full_like(batch["input_ids"], -100)
     for number, row in enumerate(rows):
         for at, message in enumerate(row):

@@ -228,7 +228,9 @@ class MediaProcessor:
     @property
     def _by_row(self) -> bool:
         """Whether what is made of pictures has an entry for each row, as where a row's tokens attend to them."""
-        return "cross_attention_mask" in self.processor.model_input_names
+        with suppress(AttributeError):  # Qwen-Omni's asks for its part for video, which needs torchvision
+            return "cross_attention_mask" in self.processor.model_input_names
+        return False
 
     @cached_property
     def _absent(self) -> dict[str, Tensor]:
