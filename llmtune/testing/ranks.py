@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -100,6 +101,7 @@ def _one(
     )
     import torch
 
+    gc.freeze()  # what was imported before the fork stays: it is neither searched for garbage nor copied
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # what a rank writes is read at once, and has to survive no power cut
     try:
