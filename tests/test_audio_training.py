@@ -53,7 +53,7 @@ def opened(folder: Path, name: str) -> Any:
     """The model in `folder` as transformers opens it; of Qwen-Omni the part that reads and answers."""
     import transformers
 
-    kind = THINKERS.get(name, OPENED_BY[name])
+    kind = THINKERS.get(name, OPENED_BY.get(name, "AutoModelForImageTextToText"))
     model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).train()
     for key, parameter in model.named_parameters():  # sinusoids, frozen by their class, which loading forgets
         parameter.requires_grad_("embed_positions" not in key)

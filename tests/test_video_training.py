@@ -22,9 +22,10 @@ from llmtune.media.loading import load_processor
 from llmtune.media.opening import open_video
 from llmtune.testing import running
 from tests.media_by_hand import decided_by_what_is_shown
-from tests.test_audio_training import by_hand
+from tests.test_audio_training import by_hand, opened
 from tests.test_media_rollouts import prepared
 from tests.test_media_training import TRAINED, losses, recipe, same
+from tests.tiny_audio import omni, omni3
 from tests.tiny_families import MODELS as FAMILIES
 from tests.tiny_media import MODELS, draw
 
@@ -32,6 +33,7 @@ av = pytest.importorskip("av")
 AS_THEY_ARE = {"video_fps": 4.0, "video_min_pixels": None, "video_max_pixels": None}
 RATE = 10
 """Pictures a second of all files."""
+SEEING = {**MODELS, **FAMILIES, "omni": partial(omni, patch=28), "omni3": partial(omni3, patch=28)}
 
 
 def film(path: Path, seconds: float, size: tuple[int, int] = (32, 24)) -> Path:
@@ -194,21 +196,14 @@ def asked_by_hand(folder: Path, row: dict[str, Any]) -> tuple[list[dict[str, Any
     return [{"role": "user", "content": parts}], given
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma4", "internvl", "smolvlm", "glm4v", "video_llama3"])
-def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) -> None:
-    """Videos of several lengths in one batch; `video_fps` reaches the positions in time."""
-    pytest.importorskip("torchvision")
-    from transformers import AutoModelForImageTextToText
-
-    model = (MODELS | FAMILIES)[name](tmp_path / "model")
-    processor, made, found = load_processor(model), [], rows(tmp_path)
+def rows_by_hand(folder: Path, place: Path) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """(what the model is given, labels (1, T) with -100 where nothing is learnt) of each row."""
+    processor, made = load_processor(folder), []
+    rate = {"fps": 4.0} if "Omni" in type(processor).__name__ else {}  # others take it from what is said of each video
     write = partial(processor.tokenizer.apply_chat_template, tokenize=False)
-    if name == "internvl":  # which takes no two lengths in a row
-        found[1] = {**found[1], "messages": [{"role": "user", "content": "how <video>"}, found[1]["messages"][1]]}
-        found[1]["videos"] = found[1]["videos"][:1]
-        (tmp_path / "rows.json").write_text(json.dumps(found))
-    for row in found:
-        asked, given = asked_by_hand(tmp_path, row)
+    for row in json.loads((place / "rows.json").read_text()):
+        asked, given = asked_by_hand(place, row)
+        given |= rate if row["videos"] else {}
         start = write(asked, add_generation_prompt=True)
         answer = {"role": "assistant", "content": [{"type": "text", "text": row["messages"][1]["content"]}]}
         batch = {
@@ -220,7 +215,22 @@ def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) ->
         first = processor(text=[start], **given)["input_ids"].shape[1]
         labels[0, first:-1] = batch["input_ids"][0, first:-1]
         made.append((batch, labels))
-    expected = by_hand(AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).train(), made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", "qwen3_vl", "gemma4", "internvl", "smolvlm", "glm4v", "video_llama3", "omni", "omni3"]
+)
+def test_a_model_that_sees_video_learns_as_by_hand(name: str, tmp_path: Path) -> None:
+    """Videos of several lengths in one batch; `video_fps` reaches the positions in time."""
+    pytest.importorskip("torchvision")
+    model, found = SEEING[name](tmp_path / "model"), rows(tmp_path)
+    if name == "internvl":  # which takes no two lengths in a row
+        found[1] = {**found[1], "messages": [{"role": "user", "content": "how <video>"}, found[1]["messages"][1]]}
+        found[1]["videos"] = found[1]["videos"][:1]
+        (tmp_path / "rows.json").write_text(json.dumps(found))
+    made = rows_by_hand(model, tmp_path)
+    expected = by_hand(opened(model, name), made)
     keys = {**TRAINED, **AS_THEY_ARE, "cutoff_len": 4096}
     llmtune.train(recipe(model, tmp_path, tmp_path / "run", **{"per_device_train_batch_size": 3, **keys}))
     same(losses(tmp_path / "run"), expected)

@@ -53,10 +53,13 @@ def audio_flamingo(folder: Path) -> Path:
     return _saved(folder, config, "AudioFlamingo3ForConditionalGeneration", processor)
 
 
-_OMNI_SIZES = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
+def _omni_sizes(patch: int) -> dict[str, Any]:
+    """Of pictures; of video the processors of Qwen-Omni have sizes of their own, which make 32 tokens of two pictures
+    with patches of 28, and 1,600 with those of 4."""
+    return {"patch_size": patch, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
 
 
-def _reads_all(kind: Any) -> tuple[Any, Any]:
+def _reads_all(kind: Any, patch: int) -> tuple[Any, Any]:
     """The tokenizer and the processor, of this class, of a Qwen-Omni."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -64,7 +67,7 @@ def _reads_all(kind: Any) -> tuple[Any, Any]:
     ends = {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")}
     held = tokenizer(**marks, **ends)
     return held, without_video(kind)(
-        image_processor=Qwen2VLImageProcessorPil(**_OMNI_SIZES), feature_extractor=ears(), tokenizer=held,
+        image_processor=Qwen2VLImageProcessorPil(**_omni_sizes(patch)), feature_extractor=ears(), tokenizer=held,
         chat_template=template(
             *(f"<|{kind}_bos|><|{what}|><|{kind}_eos|>" for kind, what in
               (("vision", "IMAGE"), ("vision", "VIDEO"), ("audio", "AUDIO")))
@@ -72,16 +75,16 @@ def _reads_all(kind: Any) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def omni(folder: Path) -> Path:
+def omni(folder: Path, patch: int = 4) -> Path:
     """The whole of Qwen2.5-Omni: the thinker, which reads and answers, and what speaks."""
     from transformers import Qwen2_5OmniConfig, Qwen2_5OmniProcessor
 
-    held, processor = _reads_all(Qwen2_5OmniProcessor)
+    held, processor = _reads_all(Qwen2_5OmniProcessor, patch)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     audio = {**TOWER, "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
              "n_window": 20, "output_dim": 32}  # fmt: skip
     vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
-              "window_size": 16, "fullatt_block_indexes": [1], "patch_size": 4}  # fmt: skip
+              "window_size": 4 * patch, "fullatt_block_indexes": [1], "patch_size": patch}  # fmt: skip
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Qwen2_5OmniConfig(
         thinker_config={
@@ -101,20 +104,20 @@ def omni(folder: Path) -> Path:
         },
     )  # fmt: skip
     _saved(folder, config, "Qwen2_5OmniForConditionalGeneration", processor)
-    _sees_video(folder, "Qwen2VLVideoProcessor", **_OMNI_SIZES)
+    _sees_video(folder, "Qwen2VLVideoProcessor", **_omni_sizes(patch))
     return folder
 
 
-def omni3(folder: Path) -> Path:
+def omni3(folder: Path, patch: int = 4) -> Path:
     """The thinker of Qwen3-Omni, which is a mixture of experts."""
     from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeProcessor
 
-    held, processor = _reads_all(Qwen3OmniMoeProcessor)
+    held, processor = _reads_all(Qwen3OmniMoeProcessor, patch)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
     audio = {**TOWER, "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
              "output_dim": 32, "downsample_hidden_size": 8}  # fmt: skip
     vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
-              "num_position_embeddings": 64, "deepstack_visual_indexes": [0], "patch_size": 4}  # fmt: skip
+              "num_position_embeddings": 64, "deepstack_visual_indexes": [0], "patch_size": patch}  # fmt: skip
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
@@ -135,7 +138,7 @@ def omni3(folder: Path) -> Path:
                          "upsampling_ratios": [2]},
     )  # fmt: skip
     _saved(folder, config, "Qwen3OmniMoeForConditionalGeneration", processor)
-    _sees_video(folder, "Qwen2VLVideoProcessor", **_OMNI_SIZES)
+    _sees_video(folder, "Qwen2VLVideoProcessor", **_omni_sizes(patch))
     return folder
 
 

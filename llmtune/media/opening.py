@@ -44,6 +44,11 @@ class Video(NamedTuple):
     total: int
     """Pictures of the whole video."""
 
+    @property
+    def taken_fps(self) -> float:
+        """Pictures a second of these pictures."""
+        return len(self.indices) / self.total * self.fps
+
     def metadata(self) -> dict[str, Any]:
         """What a processor of transformers is told of it."""
         height, width = self.frames.shape[1:3]

@@ -43,6 +43,8 @@ _BEFORE, _AFTER = "beforehand", "afterwards"
 BLANK = ""
 """The path of a medium that shows nothing."""
 _REPLACED = "return_text_replacement_offsets"
+_SECONDS = "video_second_per_grid"
+"""What the processors of Qwen-Omni say as if two pictures a second, or one, were taken of every video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,10 +255,9 @@ class MediaProcessor:
             own = [[one for one, medium in zip(some, row.media, strict=True) if medium.kind == kind]
                    for some, row in zip(shows, rows, strict=True)]  # fmt: skip
             given[ARGUMENT[kind]] = own if kind == "image" else [one for some in own for one in some]
-        if "videos" in given:
-            given["video_metadata"] = [video.metadata() for video in given["videos"]]
-            given["videos"] = [video.frames for video in given["videos"]]
-            given["do_sample_frames"] = False
+        if videos := given.get("videos", []):
+            given |= {"video_metadata": [video.metadata() for video in videos], "do_sample_frames": False}
+            given["videos"] = [video.frames for video in videos]
         if "return_tensors" not in options:  # Ovis 2, and of video SmolVLM and InternVL, take no lists
             given |= {f"{kind}_kwargs": {"return_tensors": "pt"} for kind in ("images", "videos") if kind in given}
         if "audio" in given:
@@ -266,14 +267,16 @@ class MediaProcessor:
             options["add_special_tokens"] = False
         given |= {name: options.pop(name) for name in ("return_tensors", _REPLACED) if name in options}
         try:  # `padding` outside of `text_kwargs` would be that of sounds, too
-            return processor(text=[row.text for row in rows], text_kwargs=options, **given)
+            out = processor(text=[row.text for row in rows], text_kwargs=options, **given)
         except Exception as error:  # processors raise ValueError, IndexError, StopIteration, TypeError
             said = f"{type(self.processor).__name__} says: {error}"
-            if len(lengths := {len(video) for video in given.get("videos", ())}) > 1:
-                said = (
-                    f"a row shows videos of {min(lengths)} to {max(lengths)} pictures; show one, or lower video_maxlen"
-                )
+            if len(many := {len(video.frames) for video in videos}) > 1:
+                said = f"a row shows videos of {min(many)} to {max(many)} pictures; show one, or lower video_maxlen"
             raise BadRow("processor refuses", said) from error
+        if _SECONDS in out and "return_tensors" in given:
+            step = self._part("video_processor").temporal_patch_size
+            out[_SECONDS] = out[_SECONDS].new_tensor([step / video.taken_fps for video in videos])
+        return out
 
     def _check_kinds(self, rows: Sequence[ShownText]) -> None:
         """BadRow for pictures beside video where what is made of both has one name (SmolVLM): one would be lost."""
