@@ -48,7 +48,7 @@ SLOW = (
     "test_media_rollouts_trl", "test_media_stages", "test_media_pairs", "test_audio_training", "test_video_training",
     "test_torchvision", "test_media_families", "test_optim_contract", "test_benchmark", "test_foreign_adapters",
     "test_media_inputs", "test_media_answers", "test_media_predict", "test_serve_media", "test_media_talk",
-    "test_media_preferences",
+    "test_media_preferences", "test_media_spread",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 

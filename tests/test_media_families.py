@@ -51,22 +51,27 @@ def rows_by_hand(folder: Path, place: Path) -> list[tuple[dict[str, Any], torch.
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_that_trains_learns_as_by_hand(name: str, place: Path, tmp_path: Path) -> None:
-    """In one batch, and packed, which a model may refuse."""
+def test_all_classes_learn_as_by_hand(name: str, place: Path, tmp_path: Path) -> None:
+    """All parts in one batch; the language model alone with layers that are computed again, packed, which a model may
+    refuse, else row by row."""
     from transformers import AutoModelForImageTextToText
 
     if name in NEED_TORCHVISION and not find_spec("torchvision"):
         pytest.skip("its processor needs torchvision: see test_torchvision")
     model = MODELS[name](tmp_path / "model")
-    plain = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).train()
+    plain, partly = (AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).train() for _ in range(2))
     assert type(plain).__name__.removesuffix("ForConditionalGeneration") in COMPARED
-    expected = by_hand(plain, rows_by_hand(model, place))
-    same(learnt(model, place, tmp_path / "whole", **TRAINED), expected)
+    by_rows = rows_by_hand(model, place)
+    same(learnt(model, place, tmp_path / "whole", **TRAINED), by_hand(plain, by_rows))
+    for key, parameter in partly.named_parameters():
+        parameter.requires_grad_("language_model" in key or "text_model" in key or key == "lm_head.weight")
+    other: dict[str, Any] = {"packing": True}
     if name in UNPACKED:
         with pytest.raises(llmtune.PlanError, match=UNPACKED[name]):
-            llmtune.plan(recipe(model, place, tmp_path / "packed", packing=True))
-    else:
-        same(learnt(model, place, tmp_path / "packed", packing=True, **TRAINED), expected)
+            llmtune.plan(recipe(model, place, tmp_path / "packed", **other))
+        other = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    again = learnt(model, place, tmp_path / "other", activation_checkpointing="full", **other)
+    same(again, by_hand(partly, by_rows))
 
 
 def test_a_model_that_sees_what_it_is_to_say_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_what_needs_torchvision_learns_as_in_transformers_and_pictures_are_taken
     environment: dict[str, str],
 ) -> None:
     chosen = ["tests/test_media_inputs.py", "tests/test_media_training.py", "tests/test_video_training.py"]
-    chosen += ["tests/test_media_families.py", "tests/test_media_preferences.py"]
+    chosen += [f"tests/test_media_{name}.py" for name in ("families", "preferences", "spread")]
     wanted = ["pixtral", "mistral3", "sees_video", "videos_that", "less_their_part_for_video", "inputs_are_those"]
     wanted += ["mllama and all_that_trains", "preferences_about and qwen2_5_vl"]
     chosen += ["-k", " or ".join(f"({one})" for one in wanted)]
