@@ -73,10 +73,12 @@ def test_parts_of_a_content_name_their_files(folder: Path) -> None:
     parts = [
         {"type": "text", "text": "See"}, {"type": "image", "image": "0.png"},
         {"type": "image_url", "image_url": {"url": data}}, {"type": "image", "path": str(folder / "1.png")},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data.partition(",")[2]}},
+        {"type": "image", "source": {"type": "url", "url": data}},
     ]  # fmt: skip
     found = read(folder, asks(parts))
     assert [Path(str(medium.path)).read_bytes() for medium in found.media] == [
-        (folder / name).read_bytes() for name in ("0.png", "0.png", "1.png")
+        (folder / name).read_bytes() for name in ("0.png", "0.png", "1.png", "0.png", "0.png")
     ]
     bare = asks([{"type": "image"}, {"type": "text", "text": "What?"}]) | {"images": [{"bytes": None, "path": "1.png"}]}
     assert names(read(folder, bare)) == ["1.png"]
@@ -163,6 +165,10 @@ def test_files_without_marks_lead_the_first_question(folder: Path) -> None:
         (asks("What?", "<image>") | {"images": ["0.png"]}, "media in an answer", "message 2 .* shows 1 image"),
         (asks("<image>") | {"images": ["0.png"], "image": "1.png"}, "two columns of media", "images and image"),
         (asks("a \ufdd0 b"), "noncharacters", "U\\+FDD0"),
+        (
+            asks([{"type": "image", "source": {"type": "file", "file_id": "a"}}]), "unknown source",
+            "part 1 of .* has a source of type file, allowed are base64 and url; or write .*image_url",
+        ),
         (
             asks([{"type": "text", "text": "<image> or"}, {"type": "image", "image": "1.png"}]) | {"images": ["0.png"]},
             "marks beside parts", "parts name, and others by marks in its text",

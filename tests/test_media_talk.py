@@ -141,11 +141,14 @@ def test_the_terminal_shows_files_and_a_conversation_that_is_kept_is_a_row_to_tr
     first = theirs.answer([{"role": "user", "content": [red, {"type": "text", "text": "what is it"}]}])
     shown = lines(llmtune.open_chat(models("llava"), **GREEDY), [
         "/image", "/image gone.png", "/image red.png", "what is it", "/image blue.png", "<image> and <image>",
-        "/image blue.png", "and <image> here", f"/save {kept}",
+        "and <image> here", f"/save {kept}", "/image red.png", "/image",
     ])  # fmt: skip
     told = ["/image needs a file: /image FILE", "There is no file gone.png.", "red.png goes with what you ask next."]
     assert shown.startswith("\n".join([*told, first, ""]))
     assert "found 2 marks <image> for 1 image" in shown
+    waits = place / "blue.png"
+    assert f"What you ask next shows {waits}; /image alone takes that back.\n" in shown
+    assert shown.endswith(f"Taken back: {place / 'red.png'}.\n")
     row = json.loads(kept.read_text())
     assert row["messages"][0]["content"] == [red, {"type": "text", "text": "what is it"}]
     assert row["messages"][2]["content"][1] == blue and len(row["messages"]) == 4
@@ -169,4 +172,6 @@ def test_a_model_that_reads_text_says_so(place: Path, tiny_llama: str) -> None:
     talk = llmtune.open_chat(tiny_llama, template="chatml", **GREEDY)
     with pytest.raises(DataError, match=f"{tiny_llama} reads text only, and 1 image was given"):
         asked(talk, "what", image=[place / "red.png"])
+    with pytest.raises(DataError, match="reads text only, and 2 images were given"):
+        asked(talk, "what", image=[place / "red.png"] * 2)
     assert talk.ask("a mark <image> is text here")

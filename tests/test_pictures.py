@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,14 @@ def test_pictures_show_what_their_rows_say(tmp_path: Path) -> None:
             assert min(expected, key=lambda shape: abs(expected[shape] - filled(corner))) == said["shape"][at]
         ending = "" if said["count"][at] == "one" else "s"
         assert said["all"][at] == f"{said['count'][at]} {said['color'][at]} {said['shape'][at]}{ending}"
+
+
+def test_the_script_says_what_it_writes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llmtune.testing.pictures"]
+    for words, code in ((["--help"], 0), ([], 2), (["--colour"], 2)):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == code and "writes `FOLDER/model`" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_picture_that_is_held_out_is_trained_on(tmp_path: Path) -> None:

@@ -193,12 +193,20 @@ REFUSED = [
     (shows("file:///etc/passwd"), "'file:///etc/passwd', allowed is a data URL; .* key allowed_local_media_path"),
     (shows("/etc/passwd"), "'/etc/passwd', allowed is a data URL"),
     ({"type": "image_url"}, "image_url without url"),
-    ("hello", "a part of type str, allowed are text, image_url, input_audio"),
+    ("hello", "a part of type str, allowed are text, image_url, video_url, audio_url"),
     ({"type": ["text"]}, "a part of type .'text'., allowed are text"),
     (shows("https://[::1"), "which is none .Invalid IPv6 URL"),
     (shows("file://[::1"), "which is none .Invalid IPv6 URL"),
-    ({"type": "image", "image": "/etc/passwd"}, "a part of type image, allowed are text, image_url, input_audio"),
-    ({"type": "video_url", "video_url": {"url": "x"}}, "a part of type video_url, allowed are"),
+    (
+        {"type": "image", "source": {"type": "url", "url": "file:///etc/passwd"}},
+        "'file:///etc/passwd', allowed is a data",
+    ),
+    ({"type": "image", "source": {"type": "file"}}, "message 1 has a source of type file, .*; or write .*image_url"),
+    (
+        {"type": "image", "image": "/etc/passwd"},
+        "a part of type image, allowed are text, image_url, video_url, audio_url",
+    ),
+    ({"type": "video_url", "video_url": {"url": "x"}}, "m reads text and image, and 1 video was given"),
     (shows(url_of(b"no picture")), "no picture that can be read, allowed are PNG, JPEG, WEBP, GIF"),
     (shows(url_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), "no picture that can be read"),
     (shows("data:image/png;base64,%%%"), "no base64"),
@@ -217,7 +225,9 @@ def test_what_is_not_safe_is_refused(served: Any, part: dict[str, Any], said: st
 
 def test_so_many_pictures_and_bytes_are_taken(served: Any) -> None:
     picture = shows(url_of(png("red")))
-    assert ask(served, content(picture, picture)).choices
+    theirs = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": url_of(png("red"))[22:]}}
+    one, other = (ask(served, content(picture, each)).choices[0].message.content for each in (picture, theirs))
+    assert one == other
     with pytest.raises(openai.BadRequestError, match="3 images were given, this server takes 2 at a time"):
         ask(served, content(picture, picture, picture))
     with pytest.raises(openai.APIStatusError, match="more than 2000000 bytes"):

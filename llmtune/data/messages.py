@@ -59,7 +59,11 @@ def content_of(value: Any, place: str) -> Content:
     if other := sorted({str(part["type"]) for part in value} - set(_PARTS) - set(_MEDIA)):
         allowed = listed((*_PARTS, *_MEDIA))
         raise BadRow("unknown part", f"{place} holds parts of type {listed(other)}, allowed are {allowed}")
-    shown = tuple(_source(part, _MEDIA[part["type"]]) for part in value if part["type"] in _MEDIA)
+    shown = tuple(
+        _source(part, _MEDIA[part["type"]], f"part {at} of {place}")
+        for at, part in enumerate(value, start=1)
+        if part["type"] in _MEDIA
+    )
     parts = [
         ("text", MARKS[_MEDIA[part["type"]]])
         if part["type"] in _MEDIA
@@ -75,12 +79,25 @@ def content_of(value: Any, place: str) -> Content:
     return Content(text, "".join(found["reasoning"]), tuple(found["tool_call"]), shown)
 
 
-def _source(part: Mapping[str, Any], shows: str) -> Any:
+def _source(part: Mapping[str, Any], shows: str, place: str) -> Any:
     """What says which file a part means: `image: path`, `url`, `path`, `image_url: {url}`, `input_audio: {data}`."""
     value = next((part[key] for key in (part["type"], shows, "url", "path", "base64") if part.get(key)), None)
     if isinstance(value, Mapping) and part["type"] == "input_audio" and isinstance(value.get("data"), str):
         return f"data:audio/{value.get('format', 'wav')};base64,{value['data']}"
-    return value
+    return url_of_source(part, place) if value is None and part.get("source") else value
+
+
+def url_of_source(part: Mapping[str, Any], place: str) -> str:
+    """The URL of a part in Anthropic's shape: its `source` is `{type: base64, media_type: ..., data: ...}`, or `{type:
+    url, url: ...}`. BadRow for any other."""
+    source = part["source"]
+    if isinstance(source, Mapping) and isinstance(source.get("data"), str):
+        return f"data:{source.get('media_type')};base64,{source['data']}"
+    if isinstance(source, Mapping) and isinstance(source.get("url"), str):
+        return source["url"]
+    found = f"of type {source.get('type')}" if isinstance(source, Mapping) else f"that is {kind(source)}"
+    wanted = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+    raise BadRow("unknown source", f"{place} has a source {found}, allowed are base64 and url; or write {wanted}")
 
 
 def _said(part: Mapping[str, Any], place: str) -> Any:

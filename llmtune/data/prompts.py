@@ -18,7 +18,7 @@ from llmtune.data.formats.chats import OpenAi
 from llmtune.data.render import Renderer
 from llmtune.data.tool_format import read_tool_format
 from llmtune.media.files import MediaFiles
-from llmtune.media.marks import kinds_in, kinds_text
+from llmtune.media.marks import given_text, kinds_in
 from llmtune.media.rows import shown, with_files
 from llmtune.model.generation import encode
 
@@ -100,7 +100,7 @@ class PromptWriter:
         if unseen := [kind for kind in kinds if kind not in sees]:
             what = f"{self.name} reads {' and '.join(['text', *sees]) if sees else 'text only'}"
             fix = "; that part needs torchvision, where the model has one" if "video" in unseen and sees else ""
-            raise BadRow("media the model cannot read", f"{what}, and {kinds_text(unseen)} was given{fix}")
+            raise BadRow("media the model cannot read", f"{what}, and {given_text(unseen)}{fix}")
         named = {kind: some for kind, some in (files or {}).items() if some}
         found = shown(asked, named, None if self.media is None else self.files)
         assert isinstance(found, Conversation)

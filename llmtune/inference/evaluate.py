@@ -98,7 +98,9 @@ def with_block(given: Mapping[str, Any]) -> dict[str, Any]:
     if not fits:
         fields = [field for plugin in rows for field in field_types(plugin.config)]
         strange = next(key for key in own if key not in fields) if set(own) - set(fields) else next(iter(own))
-        raise RecipeError(f"{KEYWORDS.get()} {strange}: no such key.{did_you_mean(strange, [*fields, *known])}")
+        others = f" Known: {listed(sorted({*fields}), 40)}, and what `llmtune schema` lists"
+        near = did_you_mean(strange, [*fields, *known]) or others
+        raise RecipeError(f"{KEYWORDS.get()} {strange}: no such key.{near}")
     if len(fits) > 1:
         raise RecipeError(f"eval_config: {listed([plugin.name for plugin in fits])} have such keys; name one of them")
     return {**rest, POINT: {"name": fits[0].name, **own}}

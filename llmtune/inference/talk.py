@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.contract.errors import DataError, PlanError, did_you_mean
+from llmtune.contract.errors import DataError, PlanError, did_you_mean, listed
 from llmtune.contract.examples import MEDIA_KINDS
 from llmtune.data.prompts import with_shown
 from llmtune.inference.chat import open_chat
@@ -32,7 +32,8 @@ COMMANDS = ("/reset", "/clear", "/system", "/save", "/base", *SHOWS, "/help", "/
 HELP = """/reset forgets the conversation, /system TEXT sets the system message,
 /save FILE adds the conversation to a file as a row to train on,
 /base switches the adapter off or on, /exit leaves, /help shows this.
-/image FILE goes with what you ask next, as do /video FILE and /audio FILE.
+/image FILE goes with what you ask next, as do /video FILE and /audio FILE;
+/image alone takes back the pictures that wait.
 \""" begins and ends a text of several lines, \\ at the end of a line goes on.
 Ctrl-C stops an answer, Ctrl-D leaves."""
 TOOLS_HELP = "Where the model calls a tool, type the result, and it goes on from that."
@@ -139,7 +140,8 @@ class _Terminal:
 
     def _show(self, kind: str, name: str) -> str:
         if not name:
-            return f"/{kind} needs a file: /{kind} FILE"
+            back = self.files.pop(kind, [])
+            return f"Taken back: {listed(back)}." if back else f"/{kind} needs a file: /{kind} FILE"
         file = Path(name).expanduser()
         if ":" not in name[:8] and not file.is_file():
             return f"There is no file {file}."
@@ -162,9 +164,21 @@ class _Terminal:
         return f"Added the conversation to {name}."
 
     def answer(self, text: str) -> None:
-        """Writes the answer, or those of both models."""
+        """Writes the answer, or those of both models. What was to be shown waits on where the question is refused."""
         files, self.files = self.files, {}
-        asked = with_shown(text, **files)
+        try:
+            self._answer(with_shown(text, **files))
+        except DataError:
+            self.files = files
+            raise
+
+    def still_shown(self) -> str:
+        """Which files wait for the next question, if any."""
+        names = [name for named in self.files.values() for name in named]
+        back = " and ".join(f"/{kind}" for kind in self.files)
+        return f"What you ask next shows {listed(names)}; {back} alone takes that back.\n" if names else ""
+
+    def _answer(self, asked: Said) -> None:
         if self.beside is not None:
             self.write(self.beside.answers(asked, columns=self.guides))
             return
@@ -244,7 +258,7 @@ def chat_loop(
         except KeyboardInterrupt:
             talk.write(" [stopped]\n")
         except DataError as error:  # no room for an answer, or nothing to go on from
-            talk.write(f"{error}\n")
+            talk.write(f"{error}\n{talk.still_shown()}")
 
 
 def say_answer(

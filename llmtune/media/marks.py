@@ -74,3 +74,8 @@ def kinds_text(kinds: Sequence[str]) -> str:
     """How many there are of each kind, in words: `2 images and 1 video`."""
     counts = [(kind, kinds.count(kind)) for kind in MEDIA_KINDS if kind in kinds]
     return " and ".join(f"{count} {kind}{'s' if count > 1 and kind != 'audio' else ''}" for kind, count in counts)
+
+
+def given_text(kinds: Sequence[str]) -> str:
+    """The same as a sentence's end: `1 image was given`, `2 images were given`."""
+    return f"{kinds_text(kinds)} {'was' if len(kinds) == 1 else 'were'} given"

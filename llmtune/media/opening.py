@@ -122,14 +122,14 @@ def open_video(path: str | tuple[str, ...], config: MediaConfig, most_decoded: i
         taken = _spread(len(path), config.video_maxlen)
         images = (open_image(path[at], most, least) for at in taken)
         return Video(_stacked(images, len(taken), path[0]), config.video_fps, taken, len(path))
-    with _film(path) as (container, stream):
+    with open_film(path) as (container, stream):
         times = film_times(container, stream)
     total = times.count
     for _ in range(2):  # Some packets hold no picture that is shown: how many there are, decoding tells.
         fps = times.fps(total)
         taken = _spread(total, min(config.video_maxlen, max(1, math.floor(total / fps * config.video_fps))))
         numbers, wanted = count(), {*taken}
-        with _film(path) as (container, stream):
+        with open_film(path) as (container, stream):
             container.seek(0)
             frames = _no_more(container.decode(stream), path, most_decoded)
             found = _stacked(
@@ -260,9 +260,10 @@ def _reading(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _film(path: str) -> Iterator[tuple[Any, Any]]:
-    """The opened file of a video, and its pictures, none of which is decoded if it is huge, whatever the head says."""
-    with _container(path) as container:
+def open_film(path: str, format: str | None = None) -> Iterator[tuple[Any, Any]]:
+    """The opened file of a video, and its pictures, none of which is decoded if it is huge, whatever the head says.
+    `format` is FFmpeg's name of the only kind that it may be. BadRow if it cannot be read."""
+    with _container(path, format) as container:
         if not container.streams.video:
             raise BadRow("broken media", f"{path} holds no video")
         stream = container.streams.video[0]
@@ -274,10 +275,10 @@ def _film(path: str) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _container(path: str) -> Iterator[Any]:
+def _container(path: str, format: str | None = None) -> Iterator[Any]:
     """The opened file of a video or sound. Other files that it lists are not read: they might be anywhere."""
     av = _library()
-    with _reading(path), open(path, "rb") as file, av.open(file, options=_GUARDS) as container:
+    with _reading(path), open(path, "rb") as file, av.open(file, format=format, options=_GUARDS) as container:
         yield container
 
 

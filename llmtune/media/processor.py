@@ -59,6 +59,8 @@ class MediaProcessor:
     trust_remote_code: bool = False
     keeps_bytes: int = 0
     """Most bytes of opened media that are kept for whoever asks for them again."""
+    most_decoded: int | None = None
+    """Most pixels of a video that are decoded, all its pictures together; None is any number."""
 
     @cached_property
     def processor(self) -> Any:
@@ -175,15 +177,19 @@ class MediaProcessor:
 
     def read(self, rows: Sequence[ShownText]) -> ReadMedia:
         """The media of a batch's rows, opened and processed; DataError where one cannot be."""
+        try:
+            return self.made(rows)
+        except BadRow as bad:
+            raise DataError(f"media: {bad}; it could be read when the data were tokenised") from bad
+
+    def made(self, rows: Sequence[ShownText]) -> ReadMedia:
+        """The same of rows that are read for the first time; BadRow where one cannot be."""
         if not any(row.media for row in rows):
             return ReadMedia({})
         begin = self.begin  # of texts of which some have it, and some get it, all have it
         texts = [f"{begin}{row.text}" if row.text and not row.text.startswith(begin) else row.text for row in rows]
         rows = [ShownText(text, row.media) for text, row in zip(texts, rows, strict=True)]
-        try:
-            return ReadMedia(dict(self._called(rows, padding=True, padding_side="right", return_tensors="pt")))
-        except BadRow as bad:
-            raise DataError(f"media: {bad}; it could be read when the data were tokenised") from bad
+        return ReadMedia(dict(self._called(rows, padding=True, padding_side="right", return_tensors="pt")))
 
     def tensors(self, rows: Sequence[ShownText], ids: Sequence[Any], layout: TokenLayout) -> Mapping[str, Tensor]:
         """What the model is given of a batch besides its tokens, which are those of the texts."""
@@ -195,11 +201,14 @@ class MediaProcessor:
         ids: Sequence[Sequence[int]],
         width: int,
         given: Sequence[int] | None = None,
+        read: ReadMedia | None = None,
     ) -> Mapping[str, Tensor]:
-        """The same of prompts that are padded on the left to `width` tokens, of which the first ones may be `given`."""
+        """The same of prompts that are padded on the left to `width` tokens, of which the first ones may be `given`.
+        What they show may have been `read`."""
         counts = given or map(len, ids)
         some = [count if count < len(own) else None for count, own in zip(counts, ids, strict=True)]
-        return self.read(rows).tensors([*map(ShownTokens, map(np.asarray, ids), rows, some)], "left", width)
+        read = read or self.read(rows)
+        return read.tensors([*map(ShownTokens, map(np.asarray, ids), rows, some)], "left", width)
 
     def _called(self, rows: Sequence[ShownText], quick: bool = False, **options: Any) -> Any:
         """The processor's answer for some texts with their media; tensors of tokens have a row for each text. With
@@ -304,7 +313,7 @@ class MediaProcessor:
         if medium.path == BLANK:
             return self._opened_blank(medium.kind)
         if medium.kind == "video":
-            return open_video(medium.path, self.config)
+            return open_video(medium.path, self.config, self.most_decoded)
         assert isinstance(medium.path, str)
         if medium.kind == "audio":
             return self._hearing.whole(open_audio(medium.path, self._hearing.rate), medium.path)

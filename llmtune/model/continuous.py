@@ -138,6 +138,8 @@ class RowBatch:
             more = [*found, self.waiting[0]]
             if found and len(more) * max(len(row.ids) for row in more) > READ_TOKENS:
                 break
+            if more[0].request.shown != more[-1].request.shown:  # what shows something is read by itself
+                break
             if not self._has_room([*self.rows, *more]):
                 break
             found.append(self.waiting.popleft())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import re
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from llmtune.media.rows import shown
 from llmtune.model.generate import ContextFull, alike_up_to, require_prompt, room_of
 from llmtune.model.generation import plain_ids
 from llmtune.model.prompts import ends_in_media
+from llmtune.serving.ahead import ReadAhead
 from llmtune.serving.bodies import ChatRequest, TextRequest
 from llmtune.serving.choices import Choice
 from llmtune.serving.config import ServeConfig
@@ -36,6 +38,9 @@ from llmtune.serving.errors import Refused
 from llmtune.serving.media import RequestMedia
 from llmtune.serving.metrics import Metrics
 from llmtune.serving.models import ModelOffer, named
+
+VIEWERS = 4
+"""Threads that read what requests show, each with a tokenizer and a processor of its own: some 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Server:
         self.offers, self.serving, self.config = offers, serving, config
         self.metrics, self.started, self.taken = Metrics(), int(time.time()), 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="llmtune-read")  # tokenizers have settings
+        self._viewers, self._own = ThreadPoolExecutor(VIEWERS, thread_name_prefix="llmtune-view"), threading.local()
 
     def offer(self, name: str) -> ModelOffer:
         """The model of a name."""
@@ -88,20 +94,32 @@ class Server:
         self.metrics.running.set(self.taken)
 
     async def read(self, body: ChatRequest | TextRequest, held: ExitStack) -> Answering:
-        """All answers to a request, not yet begun. Its prompts are read in a thread, as long ones take seconds. `held`
-        keeps the files that they show."""
-        folder = None
+        """All answers to a request, not yet begun. Its prompts are read in a thread, as long ones take seconds; those
+        that show something in other threads, as these take longer. `held` keeps what they show."""
+        loop = asyncio.get_running_loop()
         if isinstance(body, ChatRequest) and any(isinstance(each.get("content"), list) for each in body.messages):
             made = TemporaryDirectory(prefix="llmtune-serve-", ignore_cleanup_errors=True)
             folder = Path(held.enter_context(made))
-            body = await asyncio.to_thread(self._with_files, body, folder)
-        return await asyncio.get_running_loop().run_in_executor(self._reader, self.answering, body, folder)
+            body, ahead = await asyncio.to_thread(self._with_files, body, folder)
+            if ahead is not None:
+                held.callback(ahead.forget, folder)
+                return await loop.run_in_executor(self._viewers, self.answering, body, folder)
+        return await loop.run_in_executor(self._reader, self.answering, body)
 
-    def _with_files(self, body: ChatRequest, folder: Path) -> ChatRequest:
-        offer = self.offer(body.model)
+    def _with_files(self, body: ChatRequest, folder: Path) -> tuple[ChatRequest, ReadAhead | None]:
+        """The request with files in place of what it shows, and where what becomes of them is kept, if it shows
+        anything."""
+        offer, media = self.offer(body.model), RequestMedia(self.config, folder)
         reads = () if offer.media is None else offer.media.reads
-        taken = RequestMedia(self.config, folder).taken(body.messages, offer.reader, reads)
-        return body.model_copy(update={"messages": taken})
+        taken = media.taken(body.messages, offer.reader, reads)
+        return body.model_copy(update={"messages": taken}), offer.ahead if media.kinds else None
+
+    def _viewing(self, offer: ModelOffer) -> ModelOffer:
+        """The model with a renderer of this thread's own."""
+        own = vars(self._own)
+        if offer.name not in own:
+            own[offer.name] = offer.own_renderer(self.config.max_decoded_pixels)
+        return replace(offer, renderer=own[offer.name])
 
     def chat_prompt(self, offer: ModelOffer, body: ChatRequest, folder: Path | None) -> AskedPrompt:
         """The prompt of a conversation, as rows of a data set are read and rendered; what it shows is in `folder`."""
@@ -120,7 +138,7 @@ class Server:
             raise Refused(400, said, param="chat_template_kwargs")
         row = {"messages": body.messages, "tools": tools, "chat_template_kwargs": variables}
         try:
-            asked = shown(OpenAi().convert(row), {}, MediaFiles(folder=folder) if folder and offer.media else None)
+            asked = shown(OpenAi().convert(row), {}, MediaFiles(folder=folder) if folder else None)
             assert isinstance(asked, Conversation)
             if all(message["role"] == "system" for message in asked.messages):
                 raise BadRow("no question", "nothing is asked: there are system messages only")
@@ -149,6 +167,7 @@ class Server:
     def answering(self, body: ChatRequest | TextRequest, folder: Path | None = None) -> Answering:
         """All answers to a request, not yet begun; what it shows is in `folder`."""
         offer, most = self.offer(body.model), body.max_tokens
+        offer = self._viewing(offer) if folder else offer
         top = body.logprobs if isinstance(body, TextRequest) else None
         if isinstance(body, ChatRequest):
             most = body.max_completion_tokens or most

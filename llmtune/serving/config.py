@@ -35,15 +35,18 @@ class ServeConfig:
     max_body_mb: Annotated[float, Gt(0)] = 8
     """Largest body of a request in megabytes."""
     max_media: Annotated[int, Ge(0)] = 16
-    """Most pictures and sounds that a request shows."""
+    """Most pictures, videos and sounds that a request shows."""
     max_media_pixels: Annotated[int, Ge(1)] = 2**25
-    """Most pixels of a picture that a request shows, before it is made smaller: a file of some kilobytes may hold
-    billions."""
+    """Most pixels of a picture that a request shows, or of each picture of a video, before it is made smaller: a file
+    of some kilobytes may hold billions."""
     max_media_seconds: Annotated[float, Gt(0)] = 600
-    """Most seconds of a sound that a request shows."""
+    """Most seconds of a sound or a video that a request shows."""
+    max_decoded_pixels: Annotated[int, Ge(1)] = 2**33
+    """Most pixels of all videos that a request shows, whose pictures are all decoded whatever is taken of them: five
+    minutes of 1280 x 720 at 30 pictures a second."""
     allowed_media_domains: list[str] = field(default_factory=list)
-    """Domains that pictures are fetched from (`https` alone) where a request names an address; none by default, as the
-    server would ask for a stranger what only it can reach."""
+    """Domains that what is shown is fetched from (`https` alone) where a request names an address; none by default, as
+    the server would ask for a stranger what only it can reach."""
     allowed_local_media_path: str | None = None
     """Folder whose files a request may show by a `file://` address; null is none."""
     timeout: Annotated[float, Gt(0)] = 600

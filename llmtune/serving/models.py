@@ -22,6 +22,8 @@ from llmtune.inference.prompts import prompt_writer
 from llmtune.inference.reopen import fill, on_disk, open_plan, recipe_of, saved_at
 from llmtune.model.edits import named_tensors
 from llmtune.model.generate import has_template, require_head, stop_tokens, vocabulary_of
+from llmtune.planning.prompts import writer_of
+from llmtune.serving.ahead import AheadProcessor, ReadAhead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +53,10 @@ class ModelOffer:
     """What reads media that conversations show; None where they are text."""
     reader: str
     """What errors call who reads them."""
+    ahead: ReadAhead | None
+    """Where an engine finds what requests show, read by threads that have a renderer of their own."""
+    own_renderer: Callable[[int], Renderer]
+    """Makes one, which leaves all that it reads in `ahead`; of videos it decodes so many pixels at most."""
 
     @property
     def name(self) -> str:
@@ -102,15 +108,22 @@ def _name(path: str) -> str:
 def _offer(recipe: Recipe, plan: ModelPlan, config: GenerateConfig, served: ServedModel) -> ModelOffer:
     require_head(plan.module)
     data, tokenizer = recipe.data, plan.tokenizer
-    renderer = None
+    renderer = ahead = None
     if has_template(tokenizer, data.template_variables):
         renderer = prompt_writer(recipe, plan, default_system=config.default_system).renderer
     media, reader = _media(None if renderer is None else renderer.media, served.name)
     if media is not None:  # tokenizers have settings, and the engine has a thread of its own
-        served = replace(served, media=replace(media, tokenizer=deepcopy(tokenizer)))
+        ahead = ReadAhead(replace(media, tokenizer=deepcopy(tokenizer)))
+        served = replace(served, media=ahead)
+
+    def own_renderer(most_decoded: int) -> Renderer:
+        assert media is not None and ahead is not None
+        own = AheadProcessor.of(media, ahead, most_decoded)
+        return writer_of(recipe, own.tokenizer, own, default_system=config.default_system).renderer
+
     return ModelOffer(
         served=served, tokenizer=tokenizer, model_config=plan.module.config, config=config, renderer=renderer,
-        media=media, reader=reader,
+        media=media, reader=reader, ahead=ahead, own_renderer=own_renderer,
         calls=None if renderer is None else call_format(renderer, data.tool_format),
         stop=frozenset(stop_tokens(plan.module, tokenizer, data.template_variables)),
     )  # fmt: skip

@@ -195,4 +195,7 @@ def accuracy(given: list[tuple[str, str, str]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     write_all(Path(sys.argv[1]))
