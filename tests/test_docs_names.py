@@ -128,6 +128,15 @@ def test_keys_are_keys_of_recipes(page: Path) -> None:
 
 
 @cache
+def options_and_keys() -> tuple[Mapping[str, set[str]], set[str]]:
+    """The options of every command, those of packages among them, and the keys that may follow one."""
+    options, keys = dict(options_of(parser())), {*top_level_keys(), *field_types(llmtune.GenerateConfig)}
+    for entry in entry_points(group=GROUP):
+        options[entry.name] = {"--help"}
+        keys |= field_types(entry.load()).keys()
+    return options, keys
+
+
 def options_of(command: argparse.ArgumentParser) -> Mapping[str, set[str]]:
     """The options of every command and of every command below it, by the command's name."""
     found: dict[str, set[str]] = {}
@@ -141,10 +150,7 @@ def options_of(command: argparse.ArgumentParser) -> Mapping[str, set[str]]:
 
 @pages
 def test_commands_have_the_options_and_keys_that_are_written(page: Path) -> None:
-    options, keys = options_of(parser()), {*top_level_keys(), *field_types(llmtune.GenerateConfig)}
-    for entry in entry_points(group=GROUP):
-        options |= {entry.name: {"--help"}}
-        keys |= field_types(entry.load()).keys()
+    options, keys = options_and_keys()
     blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     for line in [*(line for block in blocks for line in block.splitlines()), *code_of(page)]:
         if command := re.match(r"llmtune ([a-z]+)\b", line):

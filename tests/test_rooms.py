@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.test_rules import nodes
+
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     "folders": "Where llmtune keeps what it makes.",
@@ -107,16 +109,15 @@ def public() -> Mapping[str, str]:
 @cache
 def imports(module: str) -> tuple[Import, ...]:
     """All that a module imports, wherever it stands in the file; a submodule by its own name."""
-    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     inside = {
         id(node)
-        for outer in ast.walk(tree)
+        for outer in nodes(modules()[module])
         if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(outer)
     }
     return tuple(
         Import(name, node.lineno, id(node) in inside)
-        for node in ast.walk(tree)
+        for node in nodes(modules()[module])
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in _names(module, node)
     )
@@ -201,7 +202,7 @@ def test_a_class_has_a_name_of_its_own() -> None:
     places: dict[str, set[Path]] = {}
     files = [*modules().values(), *(path for path in (ROOT / "plugins").glob("*/llmtune_*/**/*.py"))]
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name.lstrip("_"), set()).add(path)
     assert not {name for name, paths in places.items() if len(paths) > 1}
@@ -263,9 +264,8 @@ QUESTIONS_PER_1000_LINES = 1
 def test_objects_of_our_own_are_not_asked_what_they_have() -> None:
     lines, questions = 0, 0
     for module, path in modules().items():
-        text = path.read_text(encoding="utf-8")
-        calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        calls = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
         names = [call.id for call in calls if isinstance(call, ast.Name)]
-        lines += len(text.splitlines())
+        lines += len(path.read_text(encoding="utf-8").splitlines())
         questions += sum(name in ("getattr", "hasattr") for name in names) if module not in FOREIGN else 0
     assert questions <= QUESTIONS_PER_1000_LINES * lines / 1000
