@@ -20,6 +20,7 @@ from llmtune.training.isolation import check_media_isolation
 from tests.media_by_hand import Plain, shaken
 from tests.test_media_stages import ASKED, BETTER, STREAMED, WORSE, labelled, recipe, shown
 from tests.test_parity import train_each
+from tests.tiny_families import MODELS as FAMILIES
 from tests.tiny_media import MODELS
 
 pytest.importorskip("PIL")
@@ -130,30 +131,33 @@ def test_orpo_on_pictures_equals_its_formula(place: Path, gemma: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_reward_model_of_pictures_learns_its_margins_as_by_hand(place: Path, gemma: Path) -> None:
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_a_reward_model_of_pictures_learns_its_margins_as_by_hand(name: str, place: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
+    model = (MODELS | FAMILIES)[name](place / f"{name}-judged")
     keys = {"stage": {"name": "rm"}, "written": pairs(margin=0.3), "learning_rate": 1e-30}
-    found = first(place, "rm", gemma, **keys)
-    judge: Any = AutoModelForSequenceClassification.from_pretrained(place / "run-rm" / "model", dtype=torch.float32)
+    found = first(place, f"rm-{name}", model, **keys)
+    done = place / f"run-rm-{name}"
+    judge: Any = AutoModelForSequenceClassification.from_pretrained(done / "model", dtype=torch.float32)
     judge.eval()
-    plain, scores = Plain(gemma, gemma, place), []
+    plain, scores = Plain(model, model, place), []
     with torch.no_grad():
         for asked, *both in zip(ASKED, BETTER, WORSE, strict=True):
             turns = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in both]
             scores.append([judge(**plain.inputs([asked.turn(place), turn])).logits.item() for turn in turns])
     ahead = torch.tensor([better - worse - 0.3 for better, worse in scores])
     assert found["loss"] == pytest.approx(-logsigmoid(ahead).mean().item(), rel=1e-5)
-    run = llmtune.load(place / "run-rm")
+    run = llmtune.load(done)
     for asked, better, (expected, _) in zip(ASKED, BETTER, scores, strict=True):
         files = [place / name for name in asked.images]
         assert run.reward(better, asked.text, images=files) == pytest.approx(expected, abs=1e-5)
-    rows = list(rewards_of_rows(place / "run-rm", str(place / "rm.json"), device="cpu"))
+    rows = list(rewards_of_rows(done, str(place / f"rm-{name}.json"), device="cpu"))
     assert [[row["chosen"], row["rejected"]] for row in rows] == [pytest.approx(both, abs=1e-5) for both in scores]
 
 
 def test_rows_with_pictures_learn_on_two_ranks_what_they_learn_on_one(place: Path, gemma: Path, other: Path) -> None:
-    """Where each rank has rows of its own, of a stream too, and where they share every layer's products."""
+    """Where each rank has rows of its own, of a stream too and packed, and where they share every layer's products."""
     llava = MODELS["llava"](place / "llava")
     kto = {"name": "kto", "pref_beta": BETA, "ref_model": str(other)}
     streamed = {**STREAMED, "save_steps": None, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
@@ -163,7 +167,7 @@ def test_rows_with_pictures_learn_on_two_ranks_what_they_learn_on_one(place: Pat
         "tensor": recipe(llava, place, "tensor", shown(place), stage_config="sft", on_bad_record="skip", max_steps=2),
     }
     spread: dict[str, dict[str, Any]] = {
-        "kto": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        "kto": {"packing": True, "cutoff_len": 100},
         "stream": {"per_device_train_batch_size": 1},
         "tensor": {"dist_config": {"name": "fsdp2", "tp_size": 2}},
     }
