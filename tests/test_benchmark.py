@@ -154,6 +154,7 @@ def test_benchmarks_are_measured_during_training_and_change_nothing(folder: Path
         ({"task": "mmlu_test", "lang": "zh"}, PlanError, 'lang: found "zh", but mmlu is asked in "en"'),
         ({"task": "arc_easy", "lang": "zh"}, PlanError, 'lang: found "zh", but arc_easy has no language to choose'),
         ({"task": "nowhere.yaml"}, PlanError, "task: there is no file nowhere.yaml"),
+        ({"lerning": 1}, RecipeError, r"lerning: no such key\. Known: .*task.*, and what `llmtune schema` lists"),
         ({"tsak": "mmlu"}, RecipeError, r"tsak: no such key\. Did you mean .task"),
         ({}, PlanError, "task: not given"),
     ],

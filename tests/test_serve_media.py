@@ -306,9 +306,11 @@ def test_sounds_are_wav_or_mp3_of_some_length(tmp_path: Path) -> None:
     from llmtune.serving.config import ServeConfig
 
     def heard(data: bytes, seconds: float = 600) -> Any:
-        part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "mp3"}}
+        given = {"data": base64.b64encode(data).decode(), "format": "mp3"}
+        parts = {"type": "input_audio", "input_audio": given}, {"type": "audio_url", "audio_url": {"url": url_of(data)}}
         config = replace(ServeConfig(), max_media_seconds=seconds)
-        return media.RequestMedia(config, tmp_path).taken(content(part), "m", ["audio"])
+        (found,) = media.RequestMedia(config, tmp_path).taken(content(*parts), "m", ["audio"])
+        return [Path(part["audio"]).read_bytes() for part in found["content"][:2]] == [data, data]
 
     wav = tiny_audio.tone(tmp_path / "a.wav", 440, 2.0).read_bytes()
     assert heard(wav) and heard(mp3(tmp_path / "a.mp3"))
