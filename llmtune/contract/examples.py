@@ -65,6 +65,11 @@ class ShownText:
         )
 
 
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""What of a processor's tensors has a number (or several) for each token of a text. Others may have the same shape by
+chance, as features of sounds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """Messages whose assistant turns are learnt."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llmtune.contract.examples import PER_TOKEN
 from llmtune.contract.stages import Batch
 from llmtune.data.sequence import TokenSequence
 
@@ -153,7 +154,7 @@ def split_row(batch: Batch, ranks: Ranks) -> Batch:
         row_inputs={"input_ids": ids, "position_ids": places} if batch.media else {},
         piece_start=start,
         media={
-            name: _filled(value, value.new_zeros(fill, *value.shape[2:])) if value.shape[:2] == (1, length) else value
+            name: _filled(value, value.new_zeros(fill, *value.shape[2:])) if name in PER_TOKEN else value
             for name, value in batch.media.items()
         },
         document_starts=torch.cat([batch.document_starts, last]),

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmtune.contract.errors import DataError
+from llmtune.contract.examples import PER_TOKEN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def beside(made: Sequence[Mapping[str, Any]], per_token: Sequence[str]) -> dict[str, Any]:
+def beside(made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One answer of a processor from its answers for single rows: numbers of tokens in a row for each text, and what is
     made of media one after the other. Where there is a mask of it, what is smaller is filled up with zeros, as the
     processor does; DataError where there is none."""
@@ -21,12 +22,12 @@ def beside(made: Sequence[Mapping[str, Any]], per_token: Sequence[str]) -> dict[
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in made for name in row if isinstance(row[name], torch.Tensor)):
         own = [row[name] for row in made if name in row]
-        if name in per_token:
+        if name in PER_TOKEN:
             size = (width, *own[0].shape[2:])
             found[name] = torch.cat([_filled(row.get(name, own[0].new_zeros(1, 1, *size[1:])), size) for row in made])
             continue
         sizes = {tuple(value.shape[1:]) for value in own}
-        if len(sizes) > 1 and not any("mask" in other for row in made for other in row if other not in per_token):
+        if len(sizes) > 1 and not any("mask" in other for row in made for other in row if other not in PER_TOKEN):
             raise DataError(
                 f"rows of one batch show videos of several lengths, whose {name} cannot lie beside each other for this "
                 "model; set per_device_train_batch_size: 1 and packing: false (and per_device_eval_batch_size: 1)"

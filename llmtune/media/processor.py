@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.contract.errors import DataError
-from llmtune.contract.examples import BadRow, Media, ShownText
+from llmtune.contract.examples import PER_TOKEN, BadRow, Media, ShownText
 from llmtune.media.beside import beside, in_places
 from llmtune.media.by_size import by_size
 from llmtune.media.config import MediaConfig
@@ -29,7 +29,7 @@ from llmtune.media.hearing import Hearing
 from llmtune.media.kept import KeptMedia
 from llmtune.media.loading import load_processor
 from llmtune.media.opening import Video, open_audio, open_blank, open_image, open_video
-from llmtune.media.read import PER_TOKEN, ReadMedia, ShownTokens, TokenLayout
+from llmtune.media.read import ReadMedia, ShownTokens, TokenLayout
 from llmtune.media.spans import by_replacements, by_runs, keeping_texts
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class MediaProcessor:
         if not (one_by_one or kinds == {"audio"} or (self._by_row and 0 < len(places) < len(rows))):
             return self._answered(rows, shows, quick, **options)
         if one_by_one:
-            out = beside([self._answered([rows[at]], [shows[at]], quick, **options) for at in places], PER_TOKEN)
+            out = beside([self._answered([rows[at]], [shows[at]], quick, **options) for at in places])
         else:  # Of sounds some (Audio Flamingo) want one of each text; Mllama stops at a first row without a picture.
             out = self._answered([rows[at] for at in places], [shows[at] for at in places], quick, **options)
         if len(places) == len(rows):

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from llmtune.contract.errors import DataError
-from llmtune.contract.examples import ShownText
+from llmtune.contract.examples import PER_TOKEN, ShownText
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _ROWS = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
 """What of its answer is no tensor that only media need."""
-PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
-"""What has a number (or several) for each token. Features of sounds may have the same shape by chance."""
 _GOES_ON = ("cross_attention_mask",)
-"""What of it an answer has as the token that it follows has it. The others are kinds of tokens, of which 0 is text."""
+"""What of `PER_TOKEN` an answer has as the token that it follows has it. The others are kinds of tokens, of which 0 is
+text."""
 TokenLayout = Literal["padded", "left", "flat"]
 """How a batch lays rows of tokens out: padded to the longest on the right or on the left, or end to end."""
 
@@ -61,9 +60,7 @@ class ReadMedia(NamedTuple):
                 )
         given = {name: each for name, each in self.made.items() if name not in _ROWS and isinstance(each, torch.Tensor)}
         return {
-            name: _laid_out(value, rows, layout, width, name in _GOES_ON)
-            if name in PER_TOKEN and value.shape[:2] == made.shape
-            else value
+            name: _laid_out(value, rows, layout, width, name in _GOES_ON) if name in PER_TOKEN else value
             for name, value in given.items()
         }
 

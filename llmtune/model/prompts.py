@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.contract.errors import DataError
-from llmtune.contract.examples import ShownText
+from llmtune.contract.examples import PER_TOKEN, ShownText
 from llmtune.contract.generation import Asked, MediaReader, ShownPrompt
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def read_but_last(model: Any, prompts: PromptBatch, **options: Any) -> tuple[Any
         raise DataError(f"{type(model).__name__} {what}; ask it with `llmtune chat` or `llmtune predict`")
     # The only way to positions in three dimensions that all kinds of models share.
     places = model._prepare_position_ids_for_generation(ids_BT, {"attention_mask": real_BT, **tensors})
-    given = {name: value[:, :-1] if of_tokens(value, ids_BT) else value for name, value in tensors.items()}
+    given = {name: value[:, :-1] if name in PER_TOKEN else value for name, value in tensors.items()}
     found = model.base_model(
         input_ids=ids_BT[:, :-1], attention_mask=real_BT[:, :-1], position_ids=places[..., :-1], use_cache=True,
         **given, **options,
@@ -128,8 +128,3 @@ def sees_empty_places(model: Any) -> bool:
     """Whether tokens before the first picture of a row see the empty places that rows with more pictures make in its
     batch, as cross attention of transformers masks none (Mllama)."""
     return "cross_attention_mask" in inspect.signature(model.base_model.forward).parameters
-
-
-def of_tokens(value: Tensor, ids_BT: Tensor) -> bool:
-    """Whether a tensor has something for each token."""
-    return value.shape[:2] == ids_BT.shape and not value.is_floating_point()
