@@ -54,8 +54,9 @@ def test_columns_of_the_hub_are_read_as_their_files_are(place: Path, monkeypatch
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes(bytes(3200))
     written = [(place / f"{number}.png").read_bytes() for number in (0, 1)]
+    paths = [str(place / "1.png"), str(place / "none.png"), "https://a.b/c.png", "1.png"]
     held = {
-        "images": [[{"bytes": written[0], "path": None}, {"bytes": None, "path": str(place / "1.png")}]],
+        "images": [[{"bytes": written[0], "path": None}, *({"bytes": None, "path": path} for path in paths)]],
         "audio": [{"bytes": sound.getvalue(), "path": "a.wav"}],
         "text": ["what"],
     }
@@ -64,7 +65,8 @@ def test_columns_of_the_hub_are_read_as_their_files_are(place: Path, monkeypatch
     for name, kind in kinds.items():
         table = table.cast_column(name, kind)
     (row,) = from_the_hub(table, monkeypatch)
-    assert [each["bytes"] for each in row["images"]] == written
+    assert [each.get("bytes") for each in row["images"]] == [*written, None, None, None]
+    assert [each["path"] for each in row["images"][1:]] == paths  # which who reads the row may open, or may not
     assert row["audio"]["bytes"] == sound.getvalue()
 
 

@@ -77,8 +77,10 @@ class Making:
     def chosen(self, dataset: Dataset, rows: Sequence[Any], learns: Sequence[str]) -> Chosen:
         """The format of a data set whose first readable rows are `rows`, and where its media are."""
         chosen = self.formats.of(dataset, rows, learns)
-        files = None if self.media is None else media_files(self.config, self.base_dir, dataset)
-        return replace(chosen, media=files)
+        return replace(chosen, media=None if self.media is None else self._files_of(dataset))
+
+    def _files_of(self, dataset: Dataset) -> MediaFiles:
+        return media_files(self.config, self.base_dir, dataset)
 
     def tokenised(self, key: str, entries: Sequence[Source]) -> Tokenised:
         """The data sets of one key, from the cache or made now."""
@@ -127,8 +129,8 @@ class Making:
             "name": dataset.name,
             "files": files,
             "hub": dataset.hub,
-            "media_dir": None if self.media is None else str(media_files(self.config, self.base_dir, dataset).folder),
             **named,
+            **({} if self.media is None else {"media_dir": str(self._files_of(dataset).folder)}),
         }
 
     def facts(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,28 +24,43 @@ if TYPE_CHECKING:
 def hub_rows(dataset: Dataset, before: int, *, streaming: bool = False) -> Iterator[Row]:
     """Rows of a hub data set after the first `before`, downloaded whole, or as they come where `streaming`."""
     table: Any = load(dataset, streaming)
-    from datasets.features.features import require_decoding
+    for number, data in enumerate(_undecoded(table.skip(before) if before else table), start=before + 1):
+        yield Row(without_nulls(data), number)
 
-    table = table.skip(before) if before else table
-    shows = table.features is not None and require_decoding(table.features)
-    if shows:  # what its files hold, as they are: pictures that are opened would be written anew, sounds cannot be
-        table = (table if streaming else table.to_iterable_dataset()).decode(False)
-    for number, data in enumerate(table, start=before + 1):
-        yield Row(without_nulls(_with_bytes(data) if shows else data), number)
+
+def _undecoded(table: Any) -> Iterator[Any]:
+    """Rows in which pictures, sounds and videos are what their files hold: opened ones would have to be written anew,
+    and to open a sound takes a package."""
+    features = getattr(table, "features", None)  # unknown of some streams
+    if not any(map(_shows, (features or {}).values())):
+        yield from table
+    else:
+        lazy = table.to_iterable_dataset() if hasattr(table, "to_iterable_dataset") else table
+        yield from map(_with_bytes, lazy.decode(False))
+
+
+def _shows(feature: Any) -> bool:
+    """Whether a column, or a part of it, has to be opened."""
+    inner = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return hasattr(feature, "decode_example") or any(map(_shows, filter(None, inner)))
 
 
 def _with_bytes(value: Any) -> Any:
-    """The value, in which files that the library has only named (`{bytes: null, path: ...}`) are read: they lie in its
-    own folders or still on the hub."""
+    """The value, in which files that the library has only named (`{bytes: null, path: ...}`) are read, in its own
+    folders or from the hub. Others are left to who opens what rows name."""
     import fsspec
 
-    if isinstance(value, dict):
-        if value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"] is not None:
-            opened: Any = fsspec.open(value["path"], "rb")
-            with opened as file:
-                return {**value, "bytes": file.read()}
+    if isinstance(value, list):
+        return [_with_bytes(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    path = value["path"] if value.keys() == {"bytes", "path"} and value["bytes"] is None else None
+    if path is None or not (Path(path).is_absolute() or "hf://" in path):
         return {key: _with_bytes(part) for key, part in value.items()}
-    return [_with_bytes(part) for part in value] if isinstance(value, list) else value
+    opened: Any = fsspec.open(path, "rb")
+    with suppress(OSError), opened as file:
+        return {**value, "bytes": file.read()}
+    return value
 
 
 def hub_content(dataset: Dataset) -> str:
@@ -55,7 +71,7 @@ def hub_content(dataset: Dataset) -> str:
     if known:
         return str(known)
     digest = hashlib.sha256()
-    for row in table:
+    for row in _undecoded(table):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
