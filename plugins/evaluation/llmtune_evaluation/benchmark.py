@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,6 +31,10 @@ ANSWER_TOKENS = 256
 """Most tokens of an answer where the task does not say."""
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty")
 """Keys of generation that a task may have."""
+
+RESAMPLES = 1000
+"""How often answers are drawn again for a standard error that has no formula: the harness's 100,000 take minutes, and
+bring 2% of it."""
 
 
 @cache
@@ -100,7 +105,7 @@ class Benchmark:
                 HarnessModel(model, self.batch_size), tasks=[task], num_fewshot=self.n_shot, limit=self.limit,
                 task_manager=self._tasks, apply_chat_template=self.apply_chat_template, log_samples=False,
                 random_seed=self.seed, numpy_random_seed=self.seed, torch_random_seed=self.seed,
-                fewshot_random_seed=self.seed,
+                fewshot_random_seed=self.seed, bootstrap_iters=RESAMPLES,
             )  # fmt: skip
         if found is None:  # the harness gives results to the first process of a machine
             return {}
@@ -229,13 +234,15 @@ def _reachable(task: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness's own lines stay out of the way."""
+    """The harness's own lines stay out of the way. Nor does it fork: this process has threads, of trackers for one, and
+    a lock that one of them holds meanwhile is never let go in a fork, which ends no more."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         # The harness asks git for the commit of the folder that it is called in; where there is none, git says so.
-        with patch.object(evaluator, "get_git_commit_hash", lambda: None):
+        commit = patch.object(evaluator, "get_git_commit_hash", lambda: None)
+        with commit, patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
             yield
     finally:
         logger.setLevel(level)
