@@ -16,12 +16,17 @@ from llmtune.model.skeleton import build_skeleton
 from llmtune.model.source import auto_class
 
 COMPARED = (
-    "AudioFlamingo3", "AyaVision", "DeepseekVL", "Gemma3", "Gemma4", "Glm4v", "Idefics2", "Idefics3", "InternVL",
-    "LlavaOnevision", "LlavaNext", "Llava", "Mistral3", "Mllama", "Ovis2", "Qwen2Audio", "Qwen2VL",
-    "Qwen2_5OmniThinker", "Qwen2_5_VL", "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3_5", "SmolVLM", "VideoLlama3",
+    "Aria", "AudioFlamingo3", "AyaVision", "Cohere2Vision", "DeepseekOcr2", "DeepseekVL", "DeepseekVLHybrid",
+    "Ernie4_5_VLMoe", "Exaone4_5_", "FastVlm", "Gemma3", "Gemma4", "Gemma4Unified", "Glm46V", "Glm4v", "Glm4vMoe",
+    "GlmAsr", "GlmOcr", "GraniteDocling", "HunYuanVL", "Idefics2", "Idefics3", "InternVL", "Janus", "Kimi_K25",
+    "Lfm2Vl", "LightOnOcr", "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "MiniCPMV4_6", "Mistral3",
+    "MistralLarge4", "Mllama", "Ovis2", "PaddleOCRVL", "PerceptionLM", "Qwen2Audio", "Qwen2VL", "Qwen2_5OmniThinker",
+    "Qwen2_5_VL", "Qwen3ASR", "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "SmolVLM",
+    "VideoLlama3", "VideoLlava", "VipLlava",
 )  # fmt: skip
 """Classes, less `ForConditionalGeneration`, whose losses and gradients are compared with a loop in transformers."""
 REFUSED_WHERE_SEEN = {
+    "Llama4": "transformers 5.24 cannot run it: it asks its language model for pictures",
     "PaliGemma": "sees answers before it is to say them",
     "Voxtral": "on sounds: its processor does not say which characters a token stands for",
 }

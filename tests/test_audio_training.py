@@ -28,6 +28,8 @@ OPENED_BY = {
     "omni": "AutoModelForImageTextToText",
     "omni3": "AutoModelForImageTextToText",
     "gemma4": "AutoModelForImageTextToText",
+    "glm_asr": "AutoModelForMultimodalLM",
+    "qwen3_asr": "AutoModelForMultimodalLM",
 }
 """The class of transformers that opens what was trained."""
 THINKERS = {

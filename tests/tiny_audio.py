@@ -142,8 +142,62 @@ def omni3(folder: Path, patch: int = 4) -> Path:
     return folder
 
 
+def glm_asr(folder: Path) -> Path:
+    from transformers import GlmAsrConfig, GlmAsrProcessor
+
+    held = tokenizer(("<|pad|>", "<|begin_of_audio|>", "<|end_of_audio|>"))
+    processor = GlmAsrProcessor(ears(), held, chat_template=template(audio="<|begin_of_audio|><|pad|><|end_of_audio|>"))
+    tower = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_mel_bins": 8,
+    }
+    config = GlmAsrConfig(
+        audio_config=tower, text_config={"model_type": "llama", **_text(held)}, **_ids(held, audio_token_id="<|pad|>")
+    )
+    return _saved(folder, config, "GlmAsrForConditionalGeneration", processor)
+
+
+def qwen3_asr(folder: Path) -> Path:
+    from transformers import Qwen3ASRConfig, Qwen3ASRFeatureExtractor, Qwen3ASRProcessor
+
+    held = tokenizer(
+        ("<asr_text>",),
+        audio_token="<|audio_pad|>",
+        audio_bos_token="<|audio_start|>",
+        audio_eos_token="<|audio_end|>",
+        timestamp_token="<timestamp>",
+    )
+    processor = Qwen3ASRProcessor(
+        Qwen3ASRFeatureExtractor(feature_size=8, chunk_length=2),
+        held,
+        chat_template=template(audio="<|audio_start|><|audio_pad|><|audio_end|>"),
+    )
+    tower = {
+        "num_mel_bins": 8,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "d_model": 16,
+        "output_dim": 32,
+        "downsample_hidden_size": 8,
+        "n_window": 50,
+        "n_window_infer": 100,
+        "max_source_positions": 100,
+    }
+    config = Qwen3ASRConfig(
+        audio_config=tower,
+        text_config={"model_type": "qwen3", **_text(held, head_dim=8)},
+        **_ids(held, audio_token_id="<|audio_pad|>"),
+    )
+    return _saved(folder, config, "Qwen3ASRForConditionalGeneration", processor)
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen2_audio": qwen2_audio, "audio_flamingo": audio_flamingo, "omni": omni, "omni3": omni3, "gemma4": gemma4,
+    "glm_asr": glm_asr, "qwen3_asr": qwen3_asr,
 }  # fmt: skip
 
 

@@ -72,20 +72,23 @@ def _sees_video(folder: Path, video: str, **options: Any) -> None:
     place.write_text(json.dumps({**json.loads(place.read_text()), "video_processor": options}))
 
 
-def _qwen(folder: Path, name: str, vision: Mapping[str, Any], patch: int = 4) -> Path:
+def _qwen(
+    folder: Path, name: str, vision: Mapping[str, Any], patch: int = 4, processor: str | None = None, **more: Any
+) -> Path:
+    """A kind of Qwen-VL, with the processor of another one where it has none of its own; `more` is of its text."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     held = tokenizer(("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"))
     sizes = {"patch_size": patch, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
     mark = "<|vision_start|>{}<|vision_end|>"
-    processor = without_video(getattr(transformers, f"{name}Processor"))(
+    made = without_video(getattr(transformers, f"{processor or name}Processor"))(
         image_processor=Qwen2VLImageProcessorPil(**sizes), tokenizer=held, video_processor=None,
         chat_template=template(mark.format("<|image_pad|>"), mark.format("<|video_pad|>")),
     )  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     text = {**TEXT, "rope_parameters": rope, "bos_token_id": None, "eos_token_id": held.eos_token_id,
-            "pad_token_id": held.pad_token_id}  # fmt: skip
+            "pad_token_id": held.pad_token_id, **more}  # fmt: skip
     marks = _ids(
         held, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
         vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>",
@@ -93,8 +96,8 @@ def _qwen(folder: Path, name: str, vision: Mapping[str, Any], patch: int = 4) ->
     config = getattr(transformers, f"{name}Config")(
         text_config=text, vision_config={**vision, "patch_size": patch}, tie_word_embeddings=False, **marks
     )
-    _saved(folder, config, f"{name}ForConditionalGeneration", processor)
-    _sees_video(folder, "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor", **sizes)
+    _saved(folder, config, f"{name}ForConditionalGeneration", made)
+    _sees_video(folder, "Qwen3VLVideoProcessor" if name.startswith("Qwen3VL") else "Qwen2VLVideoProcessor", **sizes)
     return folder
 
 

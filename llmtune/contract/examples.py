@@ -65,7 +65,10 @@ class ShownText:
         )
 
 
-PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+PER_TOKEN = (
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids",
+    "cross_attention_mask",
+)  # fmt: skip
 """What of a processor's tensors has a number (or several) for each token of a text. Others may have the same shape by
 chance, as features of sounds."""
 

@@ -30,7 +30,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         said = " ".join(str(error).split())[:300]
         raise DataError(
             f"model: its processor of pictures and sound cannot be made ({type(error).__name__}: {said}); most need "
-            "pip install pillow"
+            "pip install pillow, some torchvision as well"
         ) from error
     if not isinstance(found, ProcessorMixin):
         raise DataError(f"model: {folder} has no processor of pictures or sound; its rows can hold text only")

@@ -132,7 +132,7 @@ def _batch(
     with failing_together(spread):
         once.open()
     before = {} if number_B is None else prefilled(model, once, number_B, settings["max_new_tokens"])
-    with _seeded(asked[0].seed, device) if drawn_beams else nullcontext():
+    with seeded(asked[0].seed, device) if drawn_beams else nullcontext():
         said_BT = model.generate(
             input_ids=prompts.ids_BT, attention_mask=prompts.real_BT, synced_gpus=spread, **settings,
             **(before or prompts.tensors),
@@ -370,7 +370,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's generators begin at `seed` inside, and are as they were afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.contract.examples import MEDIA_KINDS
 from llmtune.contract.structure import output_heads
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from llmtune.model.config import ModelConfig
 
 Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
-_PROJECTORS = ("merger", "deepstack_merger_list", "merger_list")
-"""What models whose projector is a part of the tower call it: Qwen's."""
+_PROJECTORS = ("merger", "deepstack_merger_list", "merger_list", "connector", "patch_merger")
+"""What models whose projector is a part of the tower call it: Qwen's, Granite Docling's, HunYuan's."""
 
 
 def parts_of(model: Any) -> dict[str, Part]:
@@ -27,8 +27,8 @@ def parts_of(model: Any) -> dict[str, Part]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = {id(module) for module in decoder.modules()}
     towers = [tower for modality in ("image", "audio") if (tower := _tower(model, modality, inside)) is not None]
-    towers = towers or _towers_by_config(model)
-    if not towers:
+    towers = [*towers, *_further_towers(model, decoder)] if towers else _towers_by_config(model)
+    if not towers and not placeholders_of(config_value(model, "config")):
         return dict.fromkeys((name for name, _ in model.named_parameters(remove_duplicate=False)), "language_model")
     heads = output_heads(model)
     in_towers = {id(module) for tower in towers for module in tower.modules()}
@@ -65,6 +65,14 @@ def _tower(model: Any, modality: str, inside: set[int]) -> Any:
         return None
     # There is none in a model whose kind has one in other sizes (Gemma 4's without sound).
     return None if found is None or any(id(module) in inside for module in found.modules()) else found
+
+
+def _further_towers(model: Any, decoder: Any) -> list[Any]:
+    """Models in the model that read something else than text, of which transformers tells one of a modality: Video
+    LLaVA has another one for video, and DeepSeek-VL's larger sizes see each picture with two."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    sees = [module for module in models if module.main_input_name not in ("input_ids", "inputs_embeds")]
+    return [module for module in sees if not any(part is decoder for part in module.modules())]
 
 
 def _towers_by_config(model: Any) -> list[Any]:

@@ -56,8 +56,10 @@ def sizes_of(config: Any) -> ModelSizes:
 
 
 def _value(text: Any, name: str) -> Any:
+    """What a config says; of layers, or kinds of experts (Ernie VL), that have values of their own, the largest."""
     try:
-        return getattr(text, name, None)
+        found = getattr(text, name, None)
+        return max(found) if isinstance(found, list) and found and isinstance(found[0], int) else found
     except RuntimeError:  # transformers' word for a value that layers have of their own, from 5.24 on: the largest
         own = [getattr(layer, name, None) for layer in text.per_layer_config]
         return max((value for value in own if value is not None), default=None)

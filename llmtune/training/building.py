@@ -21,6 +21,7 @@ from llmtune.distributed.mesh import parameter_mesh
 from llmtune.distributed.ranks import first_does, join
 from llmtune.distributed.tensor_parallel import split
 from llmtune.model.loading import WeightLoader, only_first_reads
+from llmtune.model.media_types import cast_media
 from llmtune.model.picture_masks import mask_pictures_by_document
 from llmtune.model.positions import count_positions_by_document
 from llmtune.model.source import resolve_model
@@ -128,6 +129,7 @@ def make_objective(plan: ModelPlan) -> Objective:
     """The plan's model inside its stage, as it is: on the meta device, on no rank."""
     count_positions_by_document(plan.module)
     mask_pictures_by_document(plan.module)
+    cast_media(plan.module)
     ops = {name: op for _, change in plan.ledger.changes for name, op in change.ops.items()}
     autocast = plan.precision.compute if plan.precision.autocast else None
     if not (stages := plan.parts.at("stage_config")):

@@ -17,6 +17,7 @@ from llmtune.contract.errors import PlanError
 from llmtune.data.batch_loader import BatchLoader, other_answers, sample_batch
 from llmtune.data.batches import collate, split_row, to_device
 from llmtune.distributed.ranks import Ranks
+from llmtune.model.generate import seeded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,8 @@ def check_media_reading(
         said, other = _hidden_states(objective, [batch, changed], device)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         what = f"what its processor makes of {samples.origin(at)} ({type(error).__name__}: {error})"
-        raise PlanError(f"model: transformers' {model} cannot read {what}; use a model of another kind") from error
+        fix = "set packing: false" if loader.flat else "use a model of another kind"
+        raise PlanError(f"model: transformers' {model} cannot read {what}; {fix}") from error
     before = said[: later[0]]
     leak = ((before - other[: later[0]]).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-6)).max().item()
     if leak > (1e-4 if _rounding(objective) < 1e-2 else 5e-2):  # of the same shapes; experts may get other numbers
@@ -217,7 +219,8 @@ def _hidden_states(objective: Objective, batches: list[Batch], device: torch.dev
     with torch.no_grad():
         for batch in batches:
             inputs = to_device(batch, device).model_inputs()
-            result = objective(lambda inputs=inputs: model.base_model(**inputs))
+            with seeded(0, device):  # some draw noise (VibeVoice), which is to be the same
+                result = objective(lambda inputs=inputs: model.base_model(**inputs))
             # A few models are their own base model, whose result is logits.
             states = result.last_hidden_state if hasattr(result, "last_hidden_state") else result.logits
             mask = batch.attention_mask

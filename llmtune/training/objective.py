@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.contract.errors import noting
@@ -61,6 +62,17 @@ class Objective(nn.Module):
         self.stage_label = stage_label
         self.context = Context(ops)
         self.autocast = autocast
+        self.train()
+
+    def train(self, mode: bool = True) -> Objective:
+        """Train, but for layers that normalise over a batch, as of some towers (FastVLM, Granite Speech): they keep to
+        the statistics that they come with, else a row would count otherwise beside other rows, and what is frozen would
+        move."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, batch: Batch | Callable[[], Any]) -> Any:
         device = next(self.model.parameters()).device.type
@@ -247,10 +259,8 @@ class Context(StageContext):
         a model that does more to its logits than we know must not be trained on other ones."""
         if self.head(model) is None or not hasattr(model, "base_model"):
             return False
-        training = model.training
-        model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(model):
                 inputs = {"input_ids": batch.input_ids[:1, :4], "use_cache": False}
                 logits = model(**inputs).logits
                 expected = logits.float()
@@ -259,8 +269,6 @@ class Context(StageContext):
                 found = (transform(found) if transform else found).float()
         except (AttributeError, TypeError):
             return False
-        finally:
-            model.train(training)
         # A cap at 30 moves logits of 0.5 by 5e-5 of themselves: float32 tells, narrower types tell it of larger ones.
         rtol, atol = (1e-5, 1e-6) if logits.dtype == torch.float32 else (1e-2, 1e-3)
         return expected.shape == found.shape and torch.allclose(expected, found, rtol=rtol, atol=atol)
