@@ -35,7 +35,7 @@ SLOW = (
     "test_matrix", "test_nodes", "test_cost", "test_docs_capabilities", "test_tensor_parallel",
     "test_media_training", "test_resume", "test_preferences_composed", "test_stranger", "test_trackers",
     "test_families", "test_testing", "test_precomputed", "test_api", "test_predict", "test_stop", "test_distribute",
-    "test_torchvision", "test_context_parallel", "test_ray", "test_ppo", "test_expert_parallel",
+    "test_torchvision", "test_media_spread", "test_context_parallel", "test_ray", "test_ppo", "test_expert_parallel",
     "test_media_rollouts_spread", "test_grpo", "test_optim_contract", "test_rm", "test_reward_models",
     "test_resume_ranks", "test_parity", "test_terminal", "test_further_models", "test_docs", "test_notebook",
     "test_stream_order", "test_page", "test_model_options", "test_lora_contract", "test_vllm", "test_audio_training",
@@ -50,7 +50,6 @@ SLOW = (
     "test_media_answers", "test_guards_structure", "test_prequantised", "test_media_inputs", "test_media_predict",
     "test_data_pairs", "test_media_rollouts_rewards", "test_media_rollouts_trl", "test_guards_ranks",
     "test_serve_media", "test_media_talk", "test_lora_starts", "test_video_training", "test_media_preferences",
-    "test_media_spread",
 )  # fmt: skip
 """Files that take most of the time, the longest first: what `-m "not slow"` leaves out."""
 

@@ -257,6 +257,13 @@ def test_packed_rows_teach_what_rows_of_their_own_teach(name: str, place: Path, 
     same(packed, learnt(models(name), place, tmp_path / "whole", **TRAINED))
 
 
+def test_rows_that_show_nothing_to_what_alone_trains_are_told(models: Any, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns}] * 8))
+    with pytest.raises(llmtune.PlanError, match="a batch reaches nothing that trains, .* take rows that show what"):
+        llmtune.train(recipe(models("llava"), tmp_path, tmp_path / "run", train_mm_proj_only=True))
+
+
 def test_a_model_that_cannot_keep_packed_pictures_apart_is_found_before_training(
     place: Path, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

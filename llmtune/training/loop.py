@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
-from llmtune.contract.errors import DivergedError, listed, noting
+from llmtune.contract.errors import DivergedError, PlanError, listed, noting
 from llmtune.contract.losses import COUNT, means
 from llmtune.contract.optimizers import ChangesWhatTrains
 from llmtune.contract.stages import RollsOut
@@ -219,6 +219,11 @@ def forward_backward(
             sums[ROUTERS] = sums.get(ROUTERS, 0) + balance[0].detach()
         if run.layerwise is not None:
             run.layerwise.require_finite(loss, step)
+        if not loss.requires_grad:
+            raise PlanError(
+                "model: a batch reaches nothing that trains, as rows without pictures do where a projector or towers "
+                "train alone; take rows that show what these read, or train the language model, too"
+            )
         (loss * factor).backward()
         found = result.sums()
         for name, value in found.items():
