@@ -56,7 +56,9 @@ _WHERE = {
         ),
         "llmtune.model.continuous": ("ContinuousServing",),
         "llmtune.model.generate": ("generate", "ContextFull", "room_of", "stop_tokens"),
-        "llmtune.contract.structure": ("transformer_layers", "text_layers", "linear_layers", "output_heads"),
+        "llmtune.contract.structure": (
+            "transformer_layers", "language_model", "text_layers", "linear_layers", "output_heads",
+        ),
         "llmtune.model.hub": ("fetch_files",),
         "llmtune.model.adapter_files": ("peft_folder", "subfolder_of"),
         "llmtune.contract.errors": (

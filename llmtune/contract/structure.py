@@ -36,13 +36,17 @@ def transformer_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
 
 
+def language_model(model: Any) -> Any:
+    """What in a transformers model reads embeddings of tokens; another model without such a part is one itself."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
 def text_layers(model: Any) -> list[tuple[str, nn.Module]]:
     """The repeated blocks of the text decoder, without those of vision or audio towers."""
     layers = transformer_layers(model)
-    stacks = {name.rpartition(".")[0] for name, _ in layers}
-    if len(stacks) <= 1 or not hasattr(model, "get_decoder"):
+    if len({name.rpartition(".")[0] for name, _ in layers}) <= 1:
         return layers
-    decoder = {id(module) for module in model.get_decoder().modules()}
+    decoder = {id(module) for module in language_model(model).modules()}
     return [(name, layer) for name, layer in layers if id(layer) in decoder]
 
 

@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.contract.errors import PlanError
+from llmtune.contract.structure import language_model
 
 if TYPE_CHECKING:
     from llmtune.contract.records import ParallelDims
@@ -37,18 +38,19 @@ def attend_over_ranks(model: Any, dims: ParallelDims, device: torch.device) -> N
     """Let the model's attention exchange pieces of rows between the ranks of a group. Collective."""
     sizes = (dims.replicate * dims.shard, dims.context, dims.tensor)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("batch", "context", "tensor"))
-    inner = model.config._attn_implementation
+    language = language_model(model)
+    inner = language.config._attn_implementation
     name = f"llmtune_context_{inner}"
     AttentionInterface.register(name, over_ranks(ALL_ATTENTION_FUNCTIONS[inner], mesh["context"].get_group()))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
-    model.set_attn_implementation(name)
+    language.set_attn_implementation(name)
     split_embeddings(model)
 
 
 def split_embeddings(model: Any) -> None:
     """Let a model that puts media into embeddings do so for whole rows, of which its language model then gets this
     rank's piece. Rows without media are pieces already when they come."""
-    language, base = model.get_decoder() if hasattr(model, "get_decoder") else model, model.base_model
+    language, base = language_model(model), model.base_model
     if language is model or language is base:
         return
     piece: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.contract.examples import MEDIA_KINDS
-from llmtune.contract.structure import output_heads
+from llmtune.contract.structure import language_model, output_heads
 from llmtune.model.skeleton import config_value
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def parts_of(model: Any) -> dict[str, Part]:
     Towers and the language model are where transformers' own `get_encoder` and `get_decoder` find them; what lies
     between them is the projector. A model that reads text alone is a language model.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = language_model(model)
     inside = {id(module) for module in decoder.modules()}
     towers = [tower for modality in ("image", "audio") if (tower := _tower(model, modality, inside)) is not None]
     towers = [*towers, *_further_towers(model, decoder)] if towers else _towers_by_config(model)

@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llmtune.contract.structure import language_model
+
 GROUPS = 4
 """Of a row of `cutoff_len` tokens, as in the paper."""
 
@@ -34,7 +36,7 @@ def shift_attention(model: Any, cutoff_len: int) -> str:
     name = f"llmtune_shifted_{group}"
     AttentionInterface.register(name, partial(shifted_attention, group))
     AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
+    language_model(model).set_attn_implementation(name)
     return name
 
 

@@ -12,7 +12,7 @@ from llmtune.contract.errors import LlmtuneError, PlanError, blaming, raise_all
 from llmtune.contract.extension_points import POINTS
 from llmtune.contract.records import Amends, Edit, RunContext
 from llmtune.contract.stages import WithoutDropout
-from llmtune.contract.structure import transformer_layers
+from llmtune.contract.structure import language_model, transformer_layers
 from llmtune.data import choose_template
 from llmtune.media.processor import MediaProcessor, media_processor
 from llmtune.model.added_layers import layer_sources
@@ -221,9 +221,9 @@ def apply_edits(
 
 
 def choose_attention(keys: ModelConfig, ledger: Ledger) -> tuple[str, bool, tuple[str, ...]]:
-    """A kernel's attention function, unless the recipe names one itself: (its name, whether it tells documents apart by
-    their bounds, notes)."""
-    module: Any = ledger.model
+    """A kernel's attention function, unless the recipe names one: (its name, whether rows are laid end to end, as
+    it tells documents apart by their bounds and nothing else of the model mixes them, notes)."""
+    module = language_model(ledger.model)
     wanted, notes = next((change.attention for _, change in ledger.changes if change.attention), None), ()
     if wanted and keys.flash_attn != "auto":
         notes = (f"flash_attn: {keys.flash_attn} is set, so the kernel's attention is not used",)
@@ -231,4 +231,5 @@ def choose_attention(keys: ModelConfig, ledger: Ledger) -> tuple[str, bool, tupl
     elif wanted:
         module.set_attn_implementation(wanted)
     name = wanted or str(module.config._attn_implementation)
-    return name, wanted is not None or name.startswith("flash_attention"), notes
+    by_bounds = wanted is not None or name.startswith("flash_attention")
+    return name, by_bounds and packing_obstacle(ledger.model, name) is None, notes

@@ -248,13 +248,13 @@ def packing_obstacle(module: Any, attention: str) -> str | None:
     # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
     if module._is_stateful and find_spec("fla") is None:
         return "has recurrent layers, which carry what they read into the next document"
+    in_three = "mrope_section" in (getattr(module.config.get_text_config(), "rope_parameters", None) or {})
+    if in_three and not counting_modules(module):
+        return "has positions in three dimensions, in which the bounds of documents are lost"
     if attention.startswith("flash_attention"):  # is told the bounds
         return None
     if not module._supports_sdpa and not module._supports_attention_backend:
         return "has attention of its own, which knows no document bounds"
-    in_three = "mrope_section" in (getattr(module.config.get_text_config(), "rope_parameters", None) or {})
-    if in_three and not counting_modules(module):
-        return "has positions in three dimensions, in which the bounds of documents are lost"
     return None
 
 

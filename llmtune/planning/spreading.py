@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.distributed.expert_parallel import BY_EXPERT, EXCHANGE, expert_modules, expert_plan, too_old
 from llmtune.distributed.tensor_parallel import BY_INPUTS, BY_OUTPUTS, SHARED, base_layer, is_linear, styles
+from llmtune.planning.objections import packing_obstacle
 
 if TYPE_CHECKING:
     from llmtune.contract.records import ParallelDims
@@ -34,6 +35,8 @@ def context_objections(module: Any, ledger: Ledger, attention: str, dims: Parall
             f"cp_size is {size}, which needs an attention kernel that keeps documents apart by their bounds, found "
             f"{found}; {fix}"
         )
+    elif reason := packing_obstacle(module, attention):
+        yield f"cp_size is {size}, but {type(module).__name__} {reason}; set cp_size: 1"
     heads = getattr(module.config.get_text_config(), "num_attention_heads", 0)
     if heads % (tensor * size):
         groups = f"cp_size {size}" + (f" x tp_size {tensor}" if tensor > 1 else "")

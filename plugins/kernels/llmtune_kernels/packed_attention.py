@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llmtune import ModelEdit, RunContext
+from llmtune import ModelEdit, RunContext, language_model
 from llmtune_kernels.spec import KernelSpec
 
 NAME = "llmtune_packed"
@@ -201,26 +201,28 @@ def _real_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def _suits(model: Any, context: RunContext) -> str | None:
-    config = model.config
-    text = config.get_text_config()
+    config, language = model.config, language_model(model)
+    text, taken = config.get_text_config(), inspect.signature(model.base_model.forward).parameters
     chosen = getattr(config, "_attn_implementation", None)
     layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     reasons = {
         "its attention does not go through transformers' AttentionInterface":
             not getattr(model, "_supports_attention_backend", False),
         "it is an encoder-decoder": config.is_encoder_decoder,
-        "it reads more than text, and images are not attended to causally": text is not config,
+        "its pictures see themselves in both directions": text is not config and "token_type_ids" in taken,
+        "it looks at pictures by cross attention": "cross_attention_mask" in taken,
         "it soft-caps attention scores": getattr(text, "attn_logit_softcapping", None) is not None,
         "it has attention sinks":
-            any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in model.named_parameters()),
+            any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in language.named_parameters()),
         "it biases attention by distance": bool(getattr(text, "alibi", False)),
         "its attention is not causal":
             bool(getattr(text, "use_bidirectional_attention", False))
-            or any(getattr(part, "is_causal", True) is False for part in model.modules()),
+            or any(getattr(part, "is_causal", True) is False for part in language.modules()),
         f"it has layers of the type {', '.join(sorted(layers))}": bool(layers),
         f"its attention is set to {chosen}, by its authors or by the recipe's flash_attn":
             chosen not in (None, "sdpa", NAME),
-        "its convolutions reach across document bounds": any(isinstance(part, nn.Conv1d) for part in model.modules()),
+        "its convolutions reach across document bounds":
+            any(isinstance(part, nn.Conv1d) for part in language.modules()),
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), None)
 
