@@ -333,9 +333,38 @@ def exaone4_5(folder: Path) -> Path:
     return folder
 
 
+def gemma3n(folder: Path) -> Path:
+    """Here with another tower of timm's than its own, which has 300 million numbers."""
+    from transformers import Gemma3nAudioFeatureExtractor, Gemma3nConfig, Gemma3nProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    marks = {f"{end}_token": f"<{place}_of_{kind}>" for end, place, kind in
+             (("boi", "start", "image"), ("eoi", "end", "image"), ("boa", "start", "audio"), ("eoa", "end", "audio"))
+             }  # fmt: skip
+    held = tokenizer(**marks, image_token="<image_soft_token>", audio_token="<audio_soft_token>")
+    processor = Gemma3nProcessor(
+        Gemma3nAudioFeatureExtractor(feature_size=8), SiglipImageProcessorPil(size={"height": 64, "width": 64}), held,
+        image_seq_length=4, audio_seq_length=6,
+        chat_template=template("<image_soft_token>", audio="<audio_soft_token>"),
+    )  # fmt: skip
+    text = {**_text(held, head_dim=8), "num_hidden_layers": 4, "sliding_window": 16, "hidden_size_per_layer_input": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 440,
+            "num_kv_shared_layers": 1, "laurel_rank": 4, "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}  # fmt: skip
+    vision = {"architecture": "test_convnext2", "hidden_size": 128, "vocab_size": 4, "vocab_offset": 440}
+    audio = {"input_feat_size": 8, "hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1,
+             "sscp_conv_channel_size": [8, 4], "vocab_size": 4, "vocab_offset": 444}  # fmt: skip
+    config = Gemma3nConfig(
+        text_config=text, vision_config=vision, audio_config=audio, vision_soft_tokens_per_image=4,
+        audio_soft_tokens_per_image=6, **_ids(held, **{f"{name}_id": token for name, token in marks.items()}),
+        **_ids(held, image_token_id="<image_soft_token>", audio_token_id="<audio_soft_token>"),
+    )  # fmt: skip
+    return _saved(folder, config, "Gemma3nForConditionalGeneration", processor)
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl_moe": qwen3_vl_moe, "qwen3_5_moe": qwen3_5_moe, "glm4v_moe": glm4v_moe, "glm46v": glm46v,
     "glm_ocr": glm_ocr, "aria": aria, "paddleocr_vl": paddleocr_vl, "ernie": ernie, "lighton_ocr": lighton_ocr,
     "granite_docling": granite_docling, "exaone4_5": exaone4_5, "lfm2_vl": lfm2_vl, "cohere2_vision": cohere2_vision,
-    "kimi": kimi, "minicpmv": minicpmv,
+    "kimi": kimi, "minicpmv": minicpmv, "gemma3n": gemma3n,
 }  # fmt: skip

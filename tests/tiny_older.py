@@ -367,9 +367,30 @@ def gemma4_unified(folder: Path) -> Path:
     return folder
 
 
+def chameleon(folder: Path) -> Path:
+    """Its pictures become tokens of the vocabulary."""
+    from transformers import ChameleonConfig, ChameleonProcessor
+    from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+
+    names = (str(number).translate({ord(str(digit)): chr(65 + digit) for digit in range(10)}) for number in range(16))
+    held = tokenizer(
+        tuple(f"IMGIMG{name}Z" for name in names), image_token="<image>", boi_token="<racm3:break>", eoi_token="<eoss>"
+    )
+    held.sep_token, held.chat_template = "<|im_end|>", template("<image>")
+    images = ChameleonImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    codes = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "resolution": 16, "base_channels": 32,
+             "channel_multiplier": [1, 1, 1], "num_res_blocks": 1}  # fmt: skip
+    config = ChameleonConfig(
+        **_text(held) | {"num_key_value_heads": 4}, vocabulary_map=held.get_vocab(), vq_config=codes
+    )
+    return _saved(
+        folder, config, "ChameleonForConditionalGeneration", ChameleonProcessor(images, held, image_seq_length=16)
+    )
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "vipllava": vipllava, "llava_next_video": llava_next_video, "janus": janus,
     "deepseek_vl_hybrid": deepseek_vl_hybrid, "hunyuan_vl": hunyuan_vl, "mistral_large4": mistral_large4,
     "video_llava": video_llava, "perception_lm": perception_lm, "fast_vlm": fast_vlm, "deepseek_ocr2": deepseek_ocr2,
-    "gemma4_unified": gemma4_unified,
+    "gemma4_unified": gemma4_unified, "chameleon": chameleon,
 }  # fmt: skip
