@@ -1,5 +1,5 @@
-"""Every class of models that is compared learns, as adapters on 4-bit weights on two ranks, what a loop in transformers
-and PEFT teaches it; in turn packed or row by row, and adapted everywhere or in the language model alone."""
+"""Twenty-five kinds of models that see or hear learn, as adapters on 4-bit weights on two ranks, what a loop in
+transformers and PEFT teaches them; in turn packed or row by row, and adapted everywhere or in the language model alone."""
 
 from __future__ import annotations
 
