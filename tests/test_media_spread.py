@@ -1,5 +1,5 @@
 """Twenty-five kinds of models that see or hear learn, as adapters on 4-bit weights on two ranks, what a loop in
-transformers and PEFT teaches them; in turn packed or row by row, and adapted everywhere or in the language model alone."""
+transformers and PEFT teaches them; in turn packed or row by row, and adapted everywhere or in the language model."""
 
 from __future__ import annotations
 
