@@ -331,9 +331,7 @@ def test_answers_about_pictures_are_preferred_as_by_hand(name: str, place: Path,
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "smolvlm"])
-def test_rows_that_ranks_share_teach_what_whole_rows_teach(
-    name: str, place: Path, models: Any, tmp_path: Path
-) -> None:
+def test_rows_that_ranks_share_teach_what_whole_rows_teach(name: str, place: Path, models: Any, tmp_path: Path) -> None:
     keys = {**TRAINED, "kernel_config": "auto", "dist_config": {"name": "fsdp2", "cp_size": 2}}
     in_ranks(2, tmp_path / "ranks", _train, recipe(models(name), place, tmp_path / "two", **keys))
     same(losses(tmp_path / "two"), by_hand(models(name), place))
