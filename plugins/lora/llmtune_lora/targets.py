@@ -194,9 +194,10 @@ def task_of(model: nn.Module) -> str:
 
 
 def compact(model: nn.Module, chosen: Sequence[str]) -> list[str]:
-    """The shortest list of names that means exactly `chosen` to PEFT: last components if no other module has them."""
-    last = set(short(chosen))
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    """The shortest list of names that means exactly `chosen` to PEFT, to which a name means every module whose own ends
+    with its letters: last components, or full names where these would mean more."""
+    last = short(chosen)
+    meant = {name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith(tuple(last))}
     return sorted(last) if meant == set(chosen) else sorted(chosen)
 
 

@@ -19,6 +19,7 @@ RECIPES = {
     "rslora": {"use_rslora": True, "r": 4},
     "dora": {"use_dora": True},
     "saved head": {"modules_to_save": "lm_head"},
+    "saved norm": {"modules_to_save": "norm"},  # all norms of layers end with these letters
     "tied head": {"modules_to_save": "lm_head", "tie": True},
     "tied embedding": {"modules_to_save": ("embed_tokens",), "target_modules": "q_proj", "tie": True},
     "adapted embedding": {"target_modules": "q_proj, embed_tokens", "tie": True},
@@ -66,7 +67,7 @@ def test_target_names_are_not_shortened_where_that_would_name_more(tools: Any, t
     assert "model.layers.1.mlp.up_proj" in said["target_modules"] and len(said["target_modules"]) == 3
 
 
-@pytest.mark.parametrize("recipe", ["lora", "dora", "tied head", "adapted embedding"])
+@pytest.mark.parametrize("recipe", ["lora", "dora", "saved norm", "tied head", "adapted embedding"])
 def test_a_saved_adapter_is_continued(tools: Any, tmp_path: Path, recipe: str) -> None:
     source, edit, model, tensors = trained(tools, **RECIPES[recipe])
     edit.save(model, tensors, tmp_path, tools["context"]())
