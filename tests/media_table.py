@@ -20,9 +20,10 @@ COMPARED = (
     "DeepseekVLHybrid", "Ernie4_5_VLMoe", "Exaone4_5_", "FastVlm", "Gemma3", "Gemma3n", "Gemma4", "Gemma4Unified",
     "Glm46V", "Glm4v", "Glm4vMoe", "GlmAsr", "GlmOcr", "GraniteDocling", "HunYuanVL", "Idefics2", "Idefics3",
     "InternVL", "Janus", "Kimi_K25", "Lfm2Vl", "LightOnOcr", "Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision",
-    "MiniCPMV4_6", "Mistral3", "MistralLarge4", "Mllama", "Ovis2", "PaddleOCRVL", "PerceptionLM", "Qwen2Audio",
-    "Qwen2VL", "Qwen2_5OmniThinker", "Qwen2_5_VL", "Qwen3ASR", "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3VLMoe",
-    "Qwen3_5", "Qwen3_5Moe", "SmolVLM", "VideoLlama3", "VideoLlava", "VipLlava",
+    "MiniCPMV4_6", "Mistral3", "MistralLarge4", "Mllama", "Ovis2", "PaddleOCRVL", "PerceptionLM",
+    "Phi4MultimodalForCausalLM", "Qwen2Audio", "Qwen2VL", "Qwen2_5OmniThinker", "Qwen2_5_VL", "Qwen3ASR",
+    "Qwen3OmniMoeThinker", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "SmolVLM", "VideoLlama3", "VideoLlava",
+    "VipLlava",
 )  # fmt: skip
 """Classes, less `ForConditionalGeneration`, whose losses and gradients are compared with a loop in transformers."""
 REFUSED_WHERE_SEEN = {

@@ -28,6 +28,7 @@ pytest.importorskip("PIL")
 MODELS = {**tiny_families.MODELS, **tiny_newer.MODELS, **tiny_older.MODELS}
 NEED_TORCHVISION = (
     "mistral3", "lfm2_vl", "cohere2_vision", "kimi", "minicpmv", "video_llava", "mistral_large4", "gemma4_unified",
+    "phi4",
 )  # fmt: skip
 NEEDS = {
     **dict.fromkeys(NEED_TORCHVISION, ("torchvision",)),
@@ -38,10 +39,11 @@ UNPACKED = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "minicpmv"), "has recurrent layers"),
     "gemma4_unified": "reads documents beside ones that show media otherwise",
     "lfm2_vl": "cannot keep documents apart",
-    "hunyuan_vl": "cannot read what its processor makes of .* set packing: false",
+    "hunyuan_vl": "has positions in four dimensions",
 }
 """What keeps documents of a packed row from being told apart."""
-TOWER = r"model\.(visual|vision_(tower|model|encoder)|(image|video|audio)_tower|high_res_vision_model|vqmodel)\."
+TOWER = r"model\.(visual|vision_(tower|model|encoder)|(image|video|audio)_tower|high_res_vision_model|vqmodel"
+TOWER += r"|embed_tokens_extend\.(image_embed\.img_processor|audio_embed\.encoder))\."
 PROJECTOR = (
     r"(.*\.(merger|deepstack_merger_list|connector|patch_merger)|model\.(multi_modal_)?projector|model\.mm_projector"
 )
@@ -81,14 +83,17 @@ def part_by_name(key: str) -> str:
     """Which part of a model a parameter is in, as people read its name."""
     if re.match(PROJECTOR, key):
         return "multi_modal_projector"
-    return "vision_tower" if re.match(TOWER, key) else "language_model"
+    if re.match(TOWER, key):
+        return "vision_tower"
+    return "multi_modal_projector" if "embed_tokens_extend" in key else "language_model"
 
 
 def opened(folder: Path) -> Any:
     """The model as transformers makes it."""
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
+    (kind,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).train()
     for module in model.modules():
         module.training &= not isinstance(module, torch.nn.BatchNorm2d)
     return model
@@ -111,10 +116,10 @@ def test_all_classes_learn_as_by_hand(name: str, place: Path, tmp_path: Path) ->
     parts = {key: part_by_name(key) for key, _ in plain.named_parameters()}
     assert parts.items() <= parts_of(plain).items()
     by_rows = rows_by_hand(model, place)
-    same(learnt(model, place, tmp_path / "whole", **TRAINED), by_hand(plain, by_rows))
+    same(learnt(model, place, tmp_path / "whole", cutoff_len=2048, **TRAINED), by_hand(plain, by_rows))
     for key, parameter in partly.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and parts[key] == "language_model")
-    other: dict[str, Any] = {"packing": True}
+    other: dict[str, Any] = {"packing": True, "cutoff_len": 2048}
     if name in UNPACKED:
         with pytest.raises(llmtune.PlanError, match=UNPACKED[name]):
             llmtune.train(recipe(model, place, tmp_path / "packed", **other))

@@ -362,9 +362,28 @@ def gemma3n(folder: Path) -> Path:
     return _saved(folder, config, "Gemma3nForConditionalGeneration", processor)
 
 
+def phi4(folder: Path) -> Path:
+    """Its towers stand in its language model, and its processor keeps no chat template."""
+    import transformers
+
+    held = tokenizer(image_token="<|image|>", audio_token="<|audio|>")
+    held.chat_template = template("<|image|>", audio="<|audio|>")
+    images = transformers.Phi4MultimodalImageProcessor(size={"height": 32, "width": 32}, patch_size=1, dynamic_hd=1)
+    processor = transformers.Phi4MultimodalProcessor(images, transformers.Phi4MultimodalFeatureExtractor(), held)
+    vision = {**VISION, "num_hidden_layers": 3, "image_size": 32, "crop_size": 32, "patch_size": 1}
+    audio = {"hidden_size": 16, "intermediate_size": 32, "num_blocks": 2, "num_attention_heads": 2,
+             "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8}  # fmt: skip
+    config = transformers.Phi4MultimodalConfig(
+        **_text(held), vision_config={**vision, **_ids(held, image_token_id="<|image|>")},
+        audio_config={**audio, **_ids(held, audio_token_id="<|audio|>")},
+    )  # fmt: skip
+    return _saved(folder, config, "Phi4MultimodalForCausalLM", processor)
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen3_vl_moe": qwen3_vl_moe, "qwen3_5_moe": qwen3_5_moe, "glm4v_moe": glm4v_moe, "glm46v": glm46v,
     "glm_ocr": glm_ocr, "aria": aria, "paddleocr_vl": paddleocr_vl, "ernie": ernie, "lighton_ocr": lighton_ocr,
     "granite_docling": granite_docling, "exaone4_5": exaone4_5, "lfm2_vl": lfm2_vl, "cohere2_vision": cohere2_vision,
     "kimi": kimi, "minicpmv": minicpmv, "gemma3n": gemma3n,
+    "phi4": phi4,
 }  # fmt: skip

@@ -248,9 +248,10 @@ def packing_obstacle(module: Any, attention: str) -> str | None:
     # Newer recurrent layers restart at document bounds where this package is installed; `check_isolation` asks them.
     if module._is_stateful and find_spec("fla") is None:
         return "has recurrent layers, which carry what they read into the next document"
-    in_three = "mrope_section" in (getattr(module.config.get_text_config(), "rope_parameters", None) or {})
-    if in_three and not counting_modules(module):
-        return "has positions in three dimensions, in which the bounds of documents are lost"
+    sections = (getattr(module.config.get_text_config(), "rope_parameters", None) or {}).get("mrope_section", ())
+    if len(sections) > 3 or (sections and not counting_modules(module)):  # HunYuan's four hold no bounds in any case
+        count = {3: "three", 4: "four"}.get(len(sections), len(sections))
+        return f"has positions in {count} dimensions, in which the bounds of documents are lost"
     if attention.startswith("flash_attention"):  # is told the bounds
         return None
     if not module._supports_sdpa and not module._supports_attention_backend:
