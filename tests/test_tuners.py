@@ -3,12 +3,14 @@ plain PEFT, merged; and a reason for each that it does not take."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from llmtune_tuners import kinds
+from llmtune_tuners.edit import TunerStart, inject, tensors_of
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
@@ -112,6 +114,21 @@ def test_a_tuner_trains_as_in_peft(kind: str, model: str, chats: str, two_ranks:
     torch.testing.assert_close(logits(plan.model.module), answer, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", sorted(kinds.TRAINS))
+def test_the_start_does_not_hang_on_weights_that_come_later(kind: str, model: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config, own = kinds.config_class(kind)(**block(kind)["options"]), tensors_of(base).keys()
+    start = TunerStart(copy.deepcopy(base).to("meta"), config)
+    torch.manual_seed(0)
+    inject(base, copy.deepcopy(config), low_cpu_mem_usage=False)
+    new = {name: tensor for name, tensor in tensors_of(base).items() if name.replace(".base_layer", "") not in own}
+    assert new
+    torch.manual_seed(0)
+    for name, tensor in new.items():
+        start.fill(name, drawn := torch.empty_like(tensor))
+        torch.testing.assert_close(drawn, tensor, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("kind", sorted(kinds.ON_QUANTISED))
 def test_on_a_quantised_base_it_is_the_tuner_on_its_rounded_weights(
     kind: str, model: str, chats: str, tmp_path: Path
@@ -170,7 +187,7 @@ def test_what_does_not_go_is_said(
         llmtune.plan(recipe(model, chats, tmp_path, **changes))
 
 
-@pytest.mark.parametrize("kind", ["HRA", "SUPERTUNING"])
+@pytest.mark.parametrize("kind", ["HRA", "GLORA"])
 def test_an_adapter_of_plain_peft_is_continued_and_used(kind: str, model: str, chats: str, tmp_path: Path) -> None:
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model), kinds.config_class(kind)(target_modules=["q_proj"])

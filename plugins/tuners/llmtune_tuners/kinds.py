@@ -11,7 +11,7 @@ from llmtune import PlanError
 
 TRAINS = frozenset({
     "BEFT", "BOFT", "C3A", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT",
-    "PEANUT", "ROAD", "SUPERTUNING", "WAVEFT",
+    "PEANUT", "ROAD", "WAVEFT",
 })  # fmt: skip
 """Each has been trained on one rank and on two, saved, read by PEFT and merged."""
 
@@ -33,7 +33,10 @@ REFUSED: dict[str, str] = {
     "POLY": "needs the number of the task beside each row; use lora",
     "TRAINABLE_TOKENS": "trains rows of the embedding; use lora with modules_to_save: embed_tokens",
     "LN_TUNING": f"{_FROM_WEIGHTS}peft_config freeze with freeze_trainable_modules naming the norms",
-    "SHIRA": "looks for its places in the weights, which have no values when the structure is made; use lora",
+    **dict.fromkeys(
+        ("SHIRA", "SUPERTUNING"),
+        "looks for its places in the weights, which have no values when the structure is made; use lora",
+    ),
     "OSF": f"{_FROM_WEIGHTS}lora",
     "DEFT": f"{_FROM_WEIGHTS}lora",
     "DELORA": f"{_FROM_WEIGHTS}lora with use_dora",
