@@ -159,6 +159,12 @@ def test_files_without_marks_lead_the_first_question(folder: Path) -> None:
         (asks("<image>") | {"images": ["https://a.b/c.png"]}, "media on the network", "media_from_network: true"),
         (asks("<image>") | {"images": ["data:image/png;base64,%%"]}, "bad data URL", "data:TYPE;base64,CONTENT"),
         (asks("<image>") | {"images": [7]}, "bad media", "an image is int"),
+        (asks("<image>") | {"images": [None]}, "bad media", "images holds null"),
+        (asks("<video>") | {"images": ["0.png"]}, "marks and files differ", "1 mark <video> and no video .*`videos`"),
+        (
+            asks([{"type": "image", "image": "0.png", "max_pixels": 9}]), "unknown key of a part",
+            "part 1 of .* asks for max_pixels, .*image_max_pixels",
+        ),
         (asks("<image>") | {"images": ["iVBORw0K" * 99]}, "bad media", "File name too long.*data:TYPE;base64,CONTENT"),
         (asks("<image>") | {"images": ["a\0b"]}, "bad media", "null byte"),
         (asks("<image>") | {"images": ["~nobody-here/0.png"]}, "bad media", "home directory"),

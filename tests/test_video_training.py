@@ -61,7 +61,7 @@ def taken(path: Path, indices: list[int]) -> tuple[np.ndarray, Any]:
     [
         ({}, [0, 5, 11, 17, 23, 29]),
         ({"video_fps": 1.0}, [0, 14, 29]),
-        ({"video_fps": 0.1}, [0]),
+        ({"video_fps": 0.1}, [0, 29]),
         ({"video_fps": 10.0, "video_maxlen": 4}, [0, 9, 19, 29]),
     ],
 )

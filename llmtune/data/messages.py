@@ -44,6 +44,12 @@ _MEDIA = {
 }  # fmt: skip
 """Types of parts that show something, and what: transformers' and OpenAI's names. They may stand amid text."""
 
+_ASKED_OF_ONE = (
+    "min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "fps", "nframes", "num_frames",
+    "min_frames", "max_frames", "video_start", "video_end",
+)  # fmt: skip
+"""What parts may ask of a processor elsewhere (qwen-vl-utils), and one recipe says here for all rows."""
+
 
 def content_of(value: Any, place: str) -> Content:
     """Text, or a list of parts. Parts of one type are joined with nothing between, as transformers' own templates do;
@@ -81,6 +87,9 @@ def content_of(value: Any, place: str) -> Content:
 
 def _source(part: Mapping[str, Any], shows: str, place: str) -> Any:
     """What says which file a part means: `image: path`, `url`, `path`, `image_url: {url}`, `input_audio: {data}`."""
+    if asked := [name for name in _ASKED_OF_ONE if part.get(name) is not None]:
+        fix = "remove it: image_max_pixels, video_fps and the like say it for all rows, and a part of a video is a file"
+        raise BadRow("unknown key of a part", f"{place} asks for {listed(asked)}, which rows cannot; {fix}")
     value = next((part[key] for key in (part["type"], shows, "url", "path", "base64") if part.get(key)), None)
     if isinstance(value, Mapping) and part["type"] == "input_audio" and isinstance(value.get("data"), str):
         return f"data:audio/{value.get('format', 'wav')};base64,{value['data']}"

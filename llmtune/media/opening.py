@@ -127,7 +127,8 @@ def open_video(path: str | tuple[str, ...], config: MediaConfig, most_decoded: i
     total = times.count
     for _ in range(2):  # Some packets hold no picture that is shown: how many there are, decoding tells.
         fps = times.fps(total)
-        taken = _spread(total, min(config.video_maxlen, max(1, math.floor(total / fps * config.video_fps))))
+        # At least two, where there are: Qwen3-VL's processor takes no single one.
+        taken = _spread(total, min(config.video_maxlen, max(2, math.floor(total / fps * config.video_fps))))
         numbers, wanted = count(), {*taken}
         with open_film(path) as (container, stream):
             container.seek(0)

@@ -43,6 +43,8 @@ def columns_in(row: Mapping[str, Any]) -> dict[str, list[Any]]:
         for name in filled:
             value = row[name]
             found[kind] = list(value) if isinstance(value, list | tuple) else [value]
+            if None in found[kind]:
+                raise BadRow("bad media", f"{name} holds null, allowed are files; an empty list or null shows nothing")
     return found
 
 
@@ -114,12 +116,13 @@ def with_files(text: str, columns: Mapping[str, Sequence[Any]]) -> str | list[di
 
 def _without_files(texts: Sequence[str], columns: Mapping[str, Sequence[Any]], files: MediaFiles | None) -> None:
     """BadRow for marks of pictures in a row that names none, before a model that reads some: it would be blind, or find
-    more places than pictures. `<video>` and `<audio>` may be what a text on web pages says."""
-    marks = sum(text.count("<image>") for text in texts)
-    if files is not None and marks and "image" not in columns:
-        what = f"found {_counted(marks, 'mark')} <image> and no image beside the text"
-        fix = "name its file: in a row with `images`, in `llmtune chat` with --image or /image"
-        raise BadRow("marks and files differ", f"{what}; {fix}")
+    more places than pictures. In a row without any files `<video>` and `<audio>` are what texts on web pages say."""
+    for kind in MEDIA_KINDS if columns else ("image",):
+        marks = sum(text.count(f"<{kind}>") for text in texts)
+        if files is not None and marks and kind not in columns:
+            what = f"found {_counted(marks, 'mark')} <{kind}> and no {kind} beside the text"
+            fix = f"name its file: in a row with `{COLUMNS[kind][0]}`, in `llmtune chat` with --{kind} or /{kind}"
+            raise BadRow("marks and files differ", f"{what}; {fix}")
 
 
 def _spelt(message: Message, columns: Mapping[str, Any]) -> Message:
