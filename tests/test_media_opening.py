@@ -125,9 +125,12 @@ def write_video(path: Path, codec: str, frames: int, picture: Any = None) -> Non
         container.mux(stream.encode())
 
 
-@pytest.mark.parametrize(("matrix", "quarters"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_a_video_is_turned_as_its_file_says(matrix: tuple[int, ...], quarters: int, tmp_path: Path) -> None:
-    """By the matrix in its head, as phones write it: quarters of a turn to the left."""
+@pytest.mark.parametrize(
+    "matrix", [(a, b, c, d) for one in (1, -1) for other in (1, -1)
+               for a, b, c, d in ((one, 0, 0, other), (0, one, other, 0))]
+)  # fmt: skip
+def test_a_video_is_turned_and_mirrored_as_its_file_says(matrix: tuple[int, ...], tmp_path: Path) -> None:
+    """By the matrix in its head, as phones write it: the pixel (x, y) stands at (a x + c y, b x + d y)."""
     seen = np.zeros((48, 64, 3), np.uint8)
     seen[:, :32], seen[:, 32:], seen[:16] = (200, 0, 0), (0, 0, 200), (0, 200, 0)
     write_video(tmp_path / "lies.mp4", "mpeg4", 2, seen)
@@ -137,7 +140,10 @@ def test_a_video_is_turned_as_its_file_says(matrix: tuple[int, ...], quarters: i
     content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (tmp_path / "lies.mp4").write_bytes(content)
     frames = open_video(str(tmp_path / "lies.mp4"), MediaConfig(video_fps=10.0)).frames
-    wanted = np.rot90(seen, quarters)
+    ys, xs = np.mgrid[:48, :64]
+    at_x, at_y = (sign_x * xs + sign_y * ys for sign_x, sign_y in (matrix[::2], matrix[1::2]))
+    wanted = np.zeros((np.ptp(at_y) + 1, np.ptp(at_x) + 1, 3), np.uint8)
+    wanted[at_y - at_y.min(), at_x - at_x.min()] = seen
     assert frames.shape == (2, *wanted.shape)
     assert np.abs(frames - wanted.astype(int)).mean() < 20
 

@@ -224,10 +224,10 @@ def _require_whole_wav(path: str) -> None:
 
 
 def _small(frame: Any, most: int | None, least: int | None) -> Image:
-    """A picture of a video, turned as its file says (phones that are held upright record on a side)."""
+    """A picture of a video, turned and mirrored as its file says (phones that are held upright record on a side)."""
     image = frame.to_image()
-    if turned := round(frame.rotation / 90) % 4:
-        image = image.rotate(90 * turned, expand=True)
+    for matrix in (each for each in frame.side_data if each.type.name == "DISPLAYMATRIX"):
+        image = _displayed(image, np.frombuffer(bytes(matrix), np.int32).reshape(3, 3))
     size = fitted(image.size, most, least)
     return image if size == image.size else image.resize(size)
 
@@ -251,6 +251,18 @@ def _stacked(images: Iterable[Image], count: int, path: str) -> np.ndarray:
 def _spread(total: int, wanted: int) -> list[int]:
     """Numbers of at most `wanted` of `total` pictures, evenly spaced, the first and the last among them."""
     return sorted({int(at) for at in np.linspace(0, total - 1, min(total, wanted))})
+
+
+def _displayed(image: Image, matrix: np.ndarray) -> Image:
+    """The picture as a display matrix has it, to a quarter of a turn: a point (x, y) is shown at (x, y) times it."""
+    from PIL import Image as Pillow
+
+    (x_x, y_x), (x_y, y_y) = matrix[:2, :2]
+    if abs(x_x) < abs(y_x):
+        image, x_x, y_y = image.transpose(Pillow.Transpose.TRANSPOSE), x_y, y_x
+    if x_x < 0:
+        image = image.transpose(Pillow.Transpose.FLIP_LEFT_RIGHT)
+    return image.transpose(Pillow.Transpose.FLIP_TOP_BOTTOM) if y_y < 0 else image
 
 
 @contextmanager
