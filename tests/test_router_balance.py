@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import llmtune
 from llmtune import PlanError
+from llmtune.data.batches import collate
+from llmtune.data.sequence import TokenSequence
 from llmtune.model.routers import routers
 from llmtune.testing.tiny import tiny_model
+from llmtune.training.router_balance import RouterBalance
 from tests.by_hand import base_by_hand, mean_and_output, train_by_hand
 from tests.spawn import in_ranks
 from tests.test_expert_parallel import FAMILIES
@@ -90,7 +94,6 @@ def test_dropout_and_a_reference_leave_the_count_right(
 ) -> None:
     """What is counted before the first backward pass is what then is learnt from; a reference is not counted."""
     from llmtune.testing.tiny import tiny_preferences
-    from llmtune.training.router_balance import RouterBalance
 
     counted: list[torch.Tensor] = []
     counts = RouterBalance._counted
@@ -112,6 +115,27 @@ def test_dropout_and_a_reference_leave_the_count_right(
     for step in range(STEPS):
         before, now = counted[4 * step : 4 * step + 2], counted[4 * step + 2 : 4 * step + 4]
         assert all(torch.equal(one, other) for one, other in zip(before, now, strict=True))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_blanks_beside_rows_are_not_counted(flat: bool) -> None:
+    """Blank pictures keep towers of a batch without pictures at work; how many there are hangs on ranks."""
+    model = tiny_model("mixtral", **FAMILIES["mixtral"]).train()
+    rows = [TokenSequence(np.arange(start, start + size), np.ones(size, bool)) for start, size in ((5, 8), (30, 5))]
+    blank = TokenSequence(np.full(6, 3), np.zeros(6, bool))
+    balance = RouterBalance(model, 1.0, 1)
+
+    def share(rows: list[TokenSequence], fillers: list[TokenSequence]) -> float:
+        micro = collate(rows, flat=flat, pad_id=0, fillers=fillers)
+        balance.begin_step(lambda number: None, [micro])
+        with balance.share(micro) as made:
+            for router, _ in routers(model):
+                router(embed(micro.input_ids).flatten(0, 1))
+        return made[0].item()
+
+    embed = model.get_input_embeddings()
+    assert share(rows, [blank]) == pytest.approx(share(rows, []), rel=1e-6)
+    assert share([], [blank]) == share([], [])
 
 
 def test_every_family_has_one_router_a_layer() -> None:

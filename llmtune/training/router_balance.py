@@ -75,13 +75,8 @@ class RouterBalance:
             self._logits = None
 
     def _counted(self, logits: list[Tensor], micro: Batch) -> tuple[Tensor, Tensor]:
-        """((E + 1,) how often each expert is chosen, and the rows; (E,) sums of probabilities) without padding."""
-        counts_LT = micro.input_ids.new_full(
-            (micro.input_ids.numel(),), float(micro.sequences > 0), dtype=torch.float32
-        )
-        if micro.attention_mask is not None:
-            counts_LT = counts_LT * micro.attention_mask.reshape(-1)
-        counts_LT = counts_LT.repeat(len(logits))
+        """((E + 1,) how often each expert is chosen, and the rows; (E,) sums of probabilities) of sequences alone."""
+        counts_LT = _in_sequences(micro).float().reshape(-1).repeat(len(logits))
         probabilities = torch.cat(logits).float().softmax(-1)
         chosen = probabilities.topk(self._top_k, dim=-1).indices.reshape(-1)
         chosen_E = torch.zeros_like(probabilities[0]).index_add(0, chosen, counts_LT.repeat_interleave(self._top_k))
@@ -90,3 +85,13 @@ class RouterBalance:
     def _everywhere(self, numbers: Tensor) -> Tensor:
         """Over all ranks; a tensor group, whose ranks compute the same, counts once."""
         return total(numbers) / self._tensor_ranks
+
+
+def _in_sequences(micro: Batch) -> Tensor:
+    """(B, T) which tokens are of a sequence: neither padding, nor of blanks that stand beside the rows."""
+    counts_BT = torch.ones_like(micro.input_ids) if micro.attention_mask is None else micro.attention_mask.clone()
+    if micro.document_starts is None:
+        counts_BT[micro.sequences :] = 0
+        return counts_BT
+    place_T = micro.piece_start + torch.arange(counts_BT.shape[1], device=counts_BT.device)
+    return counts_BT * (place_T < micro.document_starts[micro.sequences])
