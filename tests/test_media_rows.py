@@ -93,14 +93,35 @@ def test_addresses_are_fetched_once_and_kept(folder: Path, tmp_path: Path, monke
         found = files.find("image", f"{address}/0.png")
         with pytest.raises(BadRow, match="404"):
             files.find("image", f"{address}/nothing.png")
-        with pytest.raises(BadRow, match="a b.png: URL can't contain control characters"):
-            files.find("image", f"{address}/a b.png")
+        (folder / "a é.png").write_bytes((folder / "0.png").read_bytes())
+        assert Path(str(files.find("image", f"{address}/a é.png").path)).read_bytes()
         server.shutdown()
     assert Path(str(found.path)).read_bytes() == (folder / "0.png").read_bytes()
     assert files.find("image", f"{address}/0.png") == found
     with pytest.raises(BadRow, match="cannot be fetched|refused"):
         files.find("image", f"{address}/1.png")
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+
+
+def test_a_server_that_is_busy_is_asked_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy(SimpleHTTPRequestHandler):
+        codes = iter([503, 429, 200, 500, 502, 503])
+
+        def do_GET(self) -> None:
+            self.send_response(next(self.codes))
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("llmtune.media.fetching._WAITS", (0.0, 0.0))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address, files = f"http://127.0.0.1:{server.server_port}/", MediaFiles(folder=folder, fetches=True)
+        assert Path(str(files.find("image", address + "a").path)).read_bytes() == b"ok"
+        with pytest.raises(BadRow, match="503"):
+            files.find("image", address + "b")
+        server.shutdown()
 
 
 def test_a_download_that_ends_early_or_never_is_not_kept(
@@ -119,7 +140,7 @@ def test_a_download_that_ends_early_or_never_is_not_kept(
         address, files = f"http://127.0.0.1:{server.server_port}/a.png", MediaFiles(folder=folder, fetches=True)
         with pytest.raises(BadRow, match="ended 40 bytes before the file's end"):
             files.find("image", address)
-        monkeypatch.setattr("llmtune.media.files._MOST_SECONDS", -1.0)
+        monkeypatch.setattr("llmtune.media.fetching._MOST_SECONDS", -1.0)
         with pytest.raises(BadRow, match="60 bytes took longer than"):
             files.find("image", address)
         server.shutdown()

@@ -6,25 +6,18 @@ import base64
 import binascii
 import hashlib
 import io
-import time
 import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from llmtune.contract.errors import DataError
 from llmtune.contract.examples import BadRow, Media
 from llmtune.folders import cache_root, flush
-
-LARGEST_DOWNLOAD = 2**28
-"""Bytes of a file that is fetched from an address: 256 MiB."""
-_SECONDS, _MOST_SECONDS = 30.0, 600.0
-"""How long an address may say nothing, and how long all of a file may take."""
+from llmtune.media.fetching import content_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,30 +85,10 @@ class MediaFiles:
             )
         place = _place(hashlib.sha256(address.encode()).hexdigest())
         if not place.exists():
-            try:
-                asked = urllib.request.Request(address, headers={"User-Agent": "llmtune"})  # some refuse Python's own
-                with urllib.request.urlopen(asked, timeout=_SECONDS) as answer:
-                    content = _downloaded(answer)
-            except (OSError, ValueError, HTTPException) as error:
-                raise BadRow("media cannot be fetched", f"{address[:80]}: {error}") from None
-            if len(content) > LARGEST_DOWNLOAD:
-                raise BadRow("media cannot be fetched", f"{address[:80]} has more than {LARGEST_DOWNLOAD:,} bytes")
-            fetched = _beside(place, content)
+            fetched = _beside(place, content_at(address))
             flush(fetched)
             fetched.replace(place)
         return str(place)
-
-
-def _downloaded(answer: Any) -> bytes:
-    """What a server sends, up to one byte more than is allowed. OSError where it ends early, or goes on for ever."""
-    content, until = bytearray(), time.monotonic() + _MOST_SECONDS
-    while len(content) <= LARGEST_DOWNLOAD and (part := answer.read1(2**16)):
-        content += part
-        if time.monotonic() > until:
-            raise OSError(f"{len(content):,} bytes took longer than {_MOST_SECONDS:.0f} seconds")
-    if answer.length and len(content) <= LARGEST_DOWNLOAD:
-        raise OSError(f"the connection ended {answer.length:,} bytes before the file's end")
-    return bytes(content)
 
 
 def _saved(source: Any) -> Any:
