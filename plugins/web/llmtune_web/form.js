@@ -6,12 +6,13 @@ const form = () => element.querySelector(".lt-form");
 element.addEventListener("change", (event) => {
   const key = event.target.dataset.key;
   if (!key) return;
-  typing.value = null;
   trigger("input", {key, value: event.target.value});
 });
 element.addEventListener("click", (event) => {
   const key = event.target.dataset.unset;
-  if (key) trigger("input", {key, value: ""});
+  if (!key) return;
+  typing.value = null;
+  trigger("input", {key, value: ""});
 });
 element.addEventListener("toggle", (event) => {
   const name = event.target.dataset.open;
@@ -19,7 +20,9 @@ element.addEventListener("toggle", (event) => {
 }, true);
 element.addEventListener("focusin", (event) => { typing.key = event.target.dataset.key || null; typing.value = null; });
 element.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && event.target.dataset.key) event.target.blur();
+  if (event.key !== "Enter" || !event.target.dataset.key) return;
+  event.target.blur();
+  typing.value = null;  // not on change, which also comes when a field that is typed into is drawn anew
 });
 element.addEventListener("input", (event) => {
   if (event.target.dataset.key) typing.value = event.target.value;

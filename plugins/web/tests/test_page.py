@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import chdir, suppress
 from http.cookiejar import CookieJar
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ def test_form_and_yaml_stay_in_step(page: Any, folder: Path) -> None:
     assert page.locator('[data-name="warmup_ratio"]').is_visible()
     assert not page.locator('[data-name="learning_rate"]').is_visible()
     page.locator(".lt-search").fill("")
+
+
+@needs_browser
+def test_what_is_typed_while_the_form_is_drawn_anew_is_kept(browser: Any) -> None:
+    """The answer to one change draws the form while the next field is typed into."""
+    drawing = """script => {
+        const element = document.body, trigger = (name, told) => sent.push([told.key, told.value]);
+        window.sent = [];
+        window.draw = () => {
+            element.innerHTML = '<i class=lt-form><i class=lt-none></i><input class=lt-search><input data-key=a>';
+            window.drawn?.();
+        };
+        draw();
+        new Function("element", "trigger", "watch", script)(element, trigger, (name, then) => { window.drawn = then; });
+    }"""
+    page = browser.new_page()
+    page.evaluate(drawing, resources.files("llmtune_web").joinpath("form.js").read_text("utf-8"))
+    page.locator("[data-key=a]").press_sequentially("20")
+    page.evaluate("draw()")
+    page.keyboard.type("48\n")
+    assert page.evaluate("sent").pop() == ["a", "2048"]
+    page.close()
 
 
 @needs_browser
