@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llmtune import ModelEdit, PlanError, PluginError
 from llmtune.model.edits import Ledger
@@ -48,6 +49,21 @@ def test_facts_of_a_model() -> None:
     assert (context.hidden_size, context.heads, context.key_value_heads, context.head_size) == (32, 4, 2, 8)
     assert context.layers == ["model.layers.0", "model.layers.1"]
     assert (context.learning_rate, context.seed) == (0.1, 7)
+
+
+def test_layers_of_a_tower_are_no_text_layers_and_its_patches_no_matrix() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **small)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=64, **small))
+    )
+    context = optimizer_context(model, 0.1, 7)
+    assert context.text_layers == ["model.language_model.layers.0"]
+    assert set(context.layers) == {*context.text_layers, "model.vision_tower.encoder.layers.0"}
+    roles = parameter_roles(model, {})
+    assert [name for name in roles if roles[name] == "convolution"] == [
+        "model.vision_tower.embeddings.patch_embedding.weight"
+    ]
 
 
 def test_groups_have_one_role_and_one_rate_and_the_recipes_rate_is_first() -> None:

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-ParameterRole = Literal["matrix", "embedding", "head", "norm", "bias", "adapter_a", "adapter_b"]
-"""What a parameter is for: the weight of a layer (two or more dimensions), of an embedding or of an output head; the
-scale of a norm, or any other vector; a bias; a factor of a low-rank adapter, at its inputs (a) or its outputs (b)."""
+ParameterRole = Literal["matrix", "convolution", "embedding", "head", "norm", "bias", "adapter_a", "adapter_b"]
+"""What a parameter is for: the weight of a layer (a matrix or a stack of them), of a convolution, of an embedding or of
+an output head; the scale of a norm, or any other vector; a bias; a factor of a low-rank adapter, at its inputs (a) or
+its outputs (b)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class OptimizerContext:
     """Numbers of a head."""
     layers: Sequence[str] = ()
     """Names of the transformer layers, in order."""
+    text_layers: Sequence[str] = ()
+    """Those of them that read text, whose heads are told here; layers of towers have heads of their own."""
     new: frozenset[str] = frozenset()
     """Names of parameters that started from no file and train: value heads, heads of rewards, adapters."""
     seed: int = 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmtune.contract.errors import PlanError, PluginError
 from llmtune.contract.optimizers import OptimizerContext, ParameterGroup, ParameterRole
-from llmtune.contract.structure import output_heads, transformer_layers
+from llmtune.contract.structure import output_heads, text_layers, transformer_layers
 from llmtune.model.sizes import sizes_of
 
 if TYPE_CHECKING:
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from llmtune.contract.optimizers import OptimizerFactory
     from llmtune.model.edits import Ledger
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Their weights are no stacks of matrices, though they have as many dimensions."""
+
 Named = Sequence[tuple[str, nn.Parameter]]
 
 
 def parameter_roles(model: nn.Module, given: Mapping[str, ParameterRole]) -> dict[str, ParameterRole]:
     """What each parameter of `model` is for, by name: as an edit has said (`given`), else by its place."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
+    kernels = {id(parameter) for module in convolutions for parameter in module.parameters()}
     heads = tuple(f"{name}." for name in output_heads(model))
 
     def role(name: str, parameter: nn.Parameter) -> ParameterRole:
@@ -34,6 +39,8 @@ def parameter_roles(model: nn.Module, given: Mapping[str, ParameterRole]) -> dic
             return "bias" if name.endswith("bias") else "norm"
         if id(parameter) in embeddings:
             return "embedding"
+        if id(parameter) in kernels:
+            return "convolution"
         return "head" if name.startswith(heads) else "matrix"
 
     return {name: role(name, parameter) for name, parameter in model.named_parameters()}
@@ -69,7 +76,8 @@ def optimizer_context(
     size = sizes.queries // sizes.heads
     return OptimizerContext(
         learning_rate=learning_rate, hidden_size=sizes.width, heads=sizes.heads, key_value_heads=sizes.keys // size,
-        head_size=size, layers=[name for name, _ in transformer_layers(model)], seed=seed, new=new,
+        head_size=size, layers=[name for name, _ in transformer_layers(model)],
+        text_layers=[name for name, _ in text_layers(model)], seed=seed, new=new,
     )  # fmt: skip
 
 

@@ -31,14 +31,16 @@ class AdamMiniFactory:
         self.config = config
 
     def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> AdamMini:
-        """Rows of queries and keys share by head; those of other matrices, embeddings and head stand alone."""
+        """Rows of queries and keys of text layers share by head; those of all else stand alone."""
         require_parameters(groups)
         config, made = self.config, torch_groups(groups, self.config.weight_decay)
         heads: dict[int, int] = {}
+        text = tuple(f"{layer}." for layer in context.text_layers)
         for torch_group, group in zip(made, groups, strict=True):
             torch_group["role"] = group.role
             for name, parameter in group.parameters:
-                by_head = group.role == "matrix" and any(part in name.split(".") for part in BY_HEAD)
+                known = group.role == "matrix" and name.startswith(text)
+                by_head = known and any(part in name.split(".") for part in BY_HEAD)
                 if by_head and context.head_size and parameter.shape[0] % context.head_size == 0:
                     heads[id(parameter)] = parameter.shape[0] // context.head_size
         return AdamMini(made, {"betas": config.betas, "eps": config.eps}, heads)

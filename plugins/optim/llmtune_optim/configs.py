@@ -27,7 +27,7 @@ class MuonConfig:
     weight_decay: Decay = 0.0
     """Share of a matrix that decays per step, times the learning rate. Norms, biases and other vectors never decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's decay rates, for embeddings, head, norms and biases."""
+    """AdamW's decay rates, for convolutions, embeddings, head, norms and biases."""
     eps: Annotated[float, Gt(0)] = 1e-8
     """AdamW's addition to the denominator."""
 

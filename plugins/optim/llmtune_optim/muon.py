@@ -26,7 +26,7 @@ class MuonFactory:
         self.config = config
 
     def create(self, groups: Sequence[ParameterGroup], context: OptimizerContext) -> Muon:
-        """Layers' matrices and factors of adapters by Muon; embeddings, head, norms and biases by AdamW."""
+        """Layers' matrices and factors of adapters by Muon; all else, convolutions too, by AdamW."""
         config = self.config
         whole = {key: getattr(config, key) for key in ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")}
         adam = {"betas": config.betas, "eps": config.eps}

@@ -122,12 +122,21 @@ def test_adam_mini_is_the_authors(capsys) -> None:
         "self_attn.q_proj.bias": (16,), "model.norm.weight": (16,), "lm_head.weight": (20, 16),
     }  # fmt: skip
     mine, other = parameters(shapes), parameters(shapes)
-    ours = create_for(built("adam_mini", weight_decay=0.1), mine, RATE, roles=roles, heads=4, head_size=4)
+    facts = {"heads": 4, "head_size": 4, "text_layers": ["self_attn"]}
+    ours = create_for(built("adam_mini", weight_decay=0.1), mine, RATE, roles=roles, **facts)
     theirs = published.Adam_mini(other, lr=RATE, weight_decay=0.1, dim=16, n_heads=4, n_kv_heads=2, verbose=False)
     for group in theirs.param_groups:  # which decays biases, too
         if group["params"][0].dim() < 2:
             group["weight_decay"] = 0.0
     compare((mine, ours), (other, theirs))
+
+
+def test_adam_mini_knows_the_heads_of_text_layers_only() -> None:
+    named = parameters({"text.0.q_proj.weight": (8, 6), "tower.0.q_proj.weight": (8, 6)})
+    optimizer = create_for(built("adam_mini"), named, RATE, heads=2, head_size=4, text_layers=["text.0"])
+    give_gradients(named, 0)
+    optimizer.step()
+    assert [len(optimizer.state[parameter]["row_sq"].unique()) for _, parameter in named] == [2, 8]
 
 
 @pytest.mark.parametrize("keys", [{}, {"scale_parameter": True}, {"decay_rate": -0.5, "clip_threshold": 0.3}], ids=str)
@@ -184,9 +193,15 @@ def test_sgd_is_torchs(keys) -> None:
 
 @pytest.mark.parametrize("name", ["muon", "galore", "apollo"])
 def test_all_but_matrices_of_layers_is_adamw(name) -> None:
-    """An embedding, a head, a norm and a bias, beside a matrix that is not looked at."""
-    roles = {"embed.weight": "embedding", "head.weight": "head", "norm.weight": "norm", "l.bias": "bias"}
-    shapes = {"l.weight": (8, 8), "embed.weight": (12, 8), "head.weight": (12, 8), "norm.weight": (8,), "l.bias": (8,)}
+    """An embedding, a head, a norm, a bias and a convolution, beside a matrix that is not looked at."""
+    roles = {
+        "embed.weight": "embedding", "head.weight": "head", "norm.weight": "norm", "l.bias": "bias",
+        "conv.weight": "convolution",
+    }  # fmt: skip
+    shapes = {
+        "l.weight": (8, 8), "embed.weight": (12, 8), "head.weight": (12, 8), "norm.weight": (8,), "l.bias": (8,),
+        "conv.weight": (8, 3, 4, 4),
+    }  # fmt: skip
     mine, other = parameters(shapes), parameters(shapes)
     ours = create_for(built(name, weight_decay=0.1), mine, RATE, roles=roles)
     plain = create_for(built("adamw", weight_decay=0.1, fused=False), other, RATE, roles=roles)

@@ -49,7 +49,7 @@ def trained(model: nn.Module, case: str) -> tuple[list[torch.Tensor], dict[str, 
     named = list(zip(SHAPES, model.parameters(), strict=True))
     config, problems = read_keys(PLUGINS[name].config, keys)
     assert not problems
-    optimizer = create_for(PLUGINS[name].build(config), named, 1e-2, heads=3, head_size=4)
+    optimizer = create_for(PLUGINS[name].build(config), named, 1e-2, heads=3, head_size=4, text_layers=["l0"])
     for step in range(5):
         for index, (_, parameter) in enumerate(named):
             gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + index))
