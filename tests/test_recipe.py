@@ -242,6 +242,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 def test_mappings_hold_plain_values_only() -> None:
     assert load_recipe({"model": Path("a/b"), "sample_prompts": ("x",)}).model.model == os.fspath(Path("a/b"))
     assert "found a object" in errors(load_recipe, {"model": object()})[0]
+    assert "`save_to_disk`) and name it" in errors(load_recipe, {"model": "a", "dataset": object()})[0]
     assert "is not text" in errors(load_recipe, {"model": "m", "template_kwargs": {1: 2}})[0]
 
 

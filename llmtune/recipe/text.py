@@ -199,8 +199,9 @@ def plain(value: Any, origin: str, path: KeyPath = ()) -> Any:
         return [plain(item, origin, (*path, index)) for index, item in enumerate(value)]
     if hasattr(value, "__fspath__"):
         return str(value)
+    fix = "; write the rows to a file (`to_parquet`, `save_to_disk`) and name it" if "dataset" in str(path[-1:]) else ""
     raise RecipeError(
-        f"{origin}: {show(path)}: found a {type(value).__name__}; allowed are text, numbers, lists and mappings"
+        f"{origin}: {show(path)}: found a {type(value).__name__}; allowed are text, numbers, lists and mappings{fix}"
     )
 
 
