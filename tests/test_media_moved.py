@@ -59,6 +59,27 @@ def test_a_run_goes_on_where_its_pictures_were_moved_and_not_with_others(
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_row_that_was_left_out_for_its_picture_is_taken_once_that_is_mended(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
+
+    def bad() -> dict[str, int]:
+        return dict(llmtune.plan({**keys, "on_bad_record": "skip"}).data.prepared.report.sources[0].bad)
+
+    missing, broken = tmp_path / "here" / "0.png", tmp_path / "here" / "1.png"
+    away, whole = missing.rename(tmp_path / "away.png"), broken.read_bytes()
+    broken.write_bytes(whole[:60])
+    assert bad() == {"missing media": 1, "broken media": 1}
+    (about,) = (tmp_path / "cache" / "data").glob("*/about.json")
+    made = about.stat().st_mtime_ns
+    assert bad() == {"missing media": 1, "broken media": 1} and about.stat().st_mtime_ns == made, "not made again"
+    away.rename(missing)
+    assert bad() == {"broken media": 1}
+    broken.write_bytes(whole)
+    assert bad() == {}
+
+
 def test_a_picture_of_the_same_size_that_is_another_one_is_not_learnt_from(keys: dict[str, Any]) -> None:
     llmtune.plan(keys)  # tokenises the rows
     repainted(Path(keys["media_dir"]))

@@ -17,10 +17,11 @@ MEDIA_KINDS = ("image", "video", "audio")
 
 
 class BadRow(Exception):
-    """A row that cannot be used: a short reason to count by, and what was found in this one."""
+    """A row that cannot be used: a short reason to count by, what was found in this one, and the files for which it
+    cannot, as long as they stay what they are."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
+    def __init__(self, reason: str, detail: str, paths: Sequence[str] = ()) -> None:
+        self.reason, self.detail, self.paths = reason, detail, tuple(paths)
         super().__init__(f"{reason}: {detail}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.contract.errors import DataError, listed
+from llmtune.data.hashes import file_state
 from llmtune.data.store import StoreWriter, Tokenised, foreign_files, open_store, read_about
 
 CODE = "llmtune_code"
@@ -69,7 +70,7 @@ class Place:
         if self.chosen:  # may have been made by an earlier code, whose tokens were the same if its version is
             kept, wanted = ({key: facts[key] for key in facts if key != CODE} for facts in (kept, wanted))
         if kept == wanted:
-            return True
+            return self.chosen or self._just_made() or not _mended(about)
         if self.overwrite or not self.chosen:
             return False
         other = sorted(key for key in {*kept, *wanted} if kept.get(key) != wanted.get(key))
@@ -155,6 +156,11 @@ class Place:
             self.folder.rename(old)  # who has it mapped keeps it
             shutil.rmtree(old, ignore_errors=True)
         new.rename(self.folder)
+
+
+def _mended(about: Mapping[str, Any]) -> bool:
+    """Whether a file that kept rows out of a store is there now, or is another one."""
+    return any(file_state(Path(path)) != state for path, state in about.get("blamed", {}).items())
 
 
 def key_of(facts: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, remembered while the file stays as it is. The time of its last change of any kind (ctime)
     tells of an edit that kept the size and set back the time of modification. Raises OSError."""
     state = path.stat()
-    known: list[str | int] = [str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    known: list[str | int] = [str(path.absolute()), *_told_by(state)]
     memo = cache_root() / "hashes" / hashlib.sha256(str(known[0]).encode()).hexdigest()[:32]
     try:
         noted = json.loads(memo.read_text("utf-8"))
@@ -35,6 +35,18 @@ def file_hash(path: Path) -> str:
     if time.time() - max(state.st_mtime, state.st_ctime) > _SETTLED_S:
         _note(memo, [*known, found])
     return found
+
+
+def file_state(path: Path) -> list[int] | None:
+    """What tells, without reading it, that a file is no longer what it was; None where there is none."""
+    try:
+        return _told_by(path.stat())
+    except OSError:
+        return None
+
+
+def _told_by(state: os.stat_result) -> list[int]:
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
 
 def _note(memo: Path, what: list[object]) -> None:

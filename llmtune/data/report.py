@@ -24,6 +24,8 @@ class Bad(NamedTuple):
     detail: str
     row: Any
     """As it was read; None where its bytes could not be."""
+    paths: tuple[str, ...] = ()
+    """The files for which it cannot be used, as long as they stay what they are."""
 
     def __str__(self) -> str:
         """Where, why and what, without saying the place twice."""
@@ -31,7 +33,8 @@ class Bad(NamedTuple):
 
     def json_line(self) -> bytes:
         """A line of a quarantine file."""
-        text = json.dumps(self._asdict(), ensure_ascii=False, default=str) + "\n"
+        told = {name: value for name, value in self._asdict().items() if name != "paths"}
+        text = json.dumps(told, ensure_ascii=False, default=str) + "\n"
         return text.encode("utf-8", "backslashreplace")
 
 

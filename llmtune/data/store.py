@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llmtune.contract.examples import MEDIA_KINDS
-from llmtune.data.hashes import file_hash
+from llmtune.data.hashes import file_hash, file_state
 from llmtune.data.piece import Packed
 from llmtune.data.report import Losses, SourceReport
 from llmtune.data.tokens import CONTENT, TokenSamples
@@ -60,6 +60,8 @@ class StoreWriter:
     losses: Losses = field(default_factory=Losses)
     ends: Counter[int] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
+    blamed: dict[str, list[int] | None] = field(default_factory=dict)
+    """Files for which rows could not be used, each as it was."""
     _files: dict[str, BinaryIO] = field(default_factory=dict)
     _hashes: dict[str, Any] = field(default_factory=dict)
 
@@ -96,6 +98,7 @@ class StoreWriter:
         self.ends += piece.ends
         for bad in piece.bad:
             self._file("bad_rows", BAD_ROWS).write(bad.json_line())
+            self.blamed |= {path: file_state(Path(path)) for path in bad.paths}
 
     def finish(self, sources: Sequence[SourceReport], names: Sequence[str]) -> None:
         """Close the arrays and say what they are."""
@@ -111,6 +114,7 @@ class StoreWriter:
             "origins": self.origins, "digest": digest.hexdigest(), "losses": vars(self.losses),
             "ends": {str(token): count for token, count in self.ends.items()},
             "sources": [vars(source) for source in sources], "facts": self.facts, "made_by": self.made_by,
+            "blamed": self.blamed,
             "hashes": {name: found.hexdigest() for name, found in self._hashes.items()},
         }  # fmt: skip
         (self.folder / ABOUT).write_text(json.dumps(about), "utf-8")

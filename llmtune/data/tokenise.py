@@ -234,4 +234,4 @@ def _joined(example: Example, before: Any, result: list[TokenSequence] | BadRow)
 
 
 def _bad(bad: BadRow, row: Row, origin: str) -> Bad:
-    return Bad(f"{origin}{row.number}", bad.reason, bad.detail, row.data)
+    return Bad(f"{origin}{row.number}", bad.reason, bad.detail, row.data, bad.paths)

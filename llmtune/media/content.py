@@ -17,7 +17,8 @@ def with_contents(shown: ShownText) -> ShownText:
     try:
         media = tuple(replace(each, content=content_of(each)) for each in shown.media)
     except OSError as error:
-        raise BadRow("missing media", f"{error.filename} cannot be read ({error.strerror})") from None
+        said = f"{error.filename} cannot be read ({error.strerror})"
+        raise BadRow("missing media", said, [str(error.filename)]) from None
     return ShownText(shown.text, media)
 
 

@@ -75,7 +75,7 @@ class MediaFiles:
             raise BadRow("media outside of media_dir", f"{what}; name a folder that holds all files with media_dir")
         if not there:
             counts = f"paths count from {'media_dir, which is ' if self.reach == 'folder' else ''}{folder}"
-            raise BadRow("missing media", f"there is no file {found}; {counts}")
+            raise BadRow("missing media", f"there is no file {found}; {counts}", [str(found)])
         return str(found)
 
     def _fetched(self, address: str) -> str:
@@ -147,7 +147,7 @@ def blamed(kinds: Sequence[str], at: int, paths: Sequence[str] = ()) -> Iterator
             detail = detail.replace(path, f"what {name} holds")
         if detail == bad.detail and kinds.count(kind) > 1:
             detail = f"{name}: {detail}"
-        raise BadRow(bad.reason, detail) from None
+        raise BadRow(bad.reason, detail, bad.paths or paths) from None
 
 
 def _kept(content: bytes) -> str:
