@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import multiprocessing
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from subprocess import PIPE, Popen
+from typing import Any, BinaryIO, cast
 from unittest.mock import patch
 
 import yaml
@@ -32,9 +35,11 @@ ANSWER_TOKENS = 256
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty")
 """Keys of generation that a task may have."""
 
-RESAMPLES = 1000
-"""How often answers are drawn again for a standard error that has no formula: the harness's 100,000 take minutes, and
-bring 2% of it."""
+_WORK = (
+    "import pickle, sys; work, items = pickle.load(sys.stdin.buffer); "
+    "pickle.dump([work(item) for item in items], sys.stdout.buffer)"
+)
+_MOST_PROGRAMS = 16
 
 
 @cache
@@ -105,7 +110,7 @@ class Benchmark:
                 HarnessModel(model, self.batch_size), tasks=[task], num_fewshot=self.n_shot, limit=self.limit,
                 task_manager=self._tasks, apply_chat_template=self.apply_chat_template, log_samples=False,
                 random_seed=self.seed, numpy_random_seed=self.seed, torch_random_seed=self.seed,
-                fewshot_random_seed=self.seed, bootstrap_iters=RESAMPLES,
+                fewshot_random_seed=self.seed,
             )  # fmt: skip
         if found is None:  # the harness gives results to the first process of a machine
             return {}
@@ -234,15 +239,42 @@ def _reachable(task: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness's own lines stay out of the way. Nor does it fork: this process has threads, of trackers for one, and
-    a lock that one of them holds meanwhile is never let go in a fork, which ends no more."""
+    """The harness's own lines stay out of the way. Nor does it fork, for standard errors that have no formula: this
+    process has threads, of trackers for one, and a lock that one of them holds meanwhile is never let go in a fork,
+    which ends no more."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         # The harness asks git for the commit of the folder that it is called in; where there is none, git says so.
         commit = patch.object(evaluator, "get_git_commit_hash", lambda: None)
-        with commit, patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
+        with commit, patch.object(multiprocessing, "Pool", Programs):
             yield
     finally:
         logger.setLevel(level)
+
+
+@dataclass
+class Programs:
+    """What the harness takes for a pool of `count` processes. Each is a Python of its own, which unlike those that
+    multiprocessing spawns does not run the user's script again."""
+
+    count: int
+
+    def __enter__(self) -> Programs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def imap(self, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """The work of all items, in any order."""
+        count = min(self.count, _MOST_PROGRAMS, len(items))
+        with contextlib.ExitStack() as running:
+            command = [sys.executable, "-c", _WORK]
+            programs = [running.enter_context(Popen(command, stdin=PIPE, stdout=PIPE)) for _ in range(count)]
+            for at, program in enumerate(programs):
+                with cast(BinaryIO, program.stdin) as given:
+                    pickle.dump((work, items[at::count]), given)
+            for program in programs:
+                yield from pickle.load(cast(BinaryIO, program.stdout))
