@@ -67,8 +67,11 @@ def two_ranks(models: dict[str, str], chats: str, tmp_path_factory: pytest.TempP
         "mixtral": FULL,
         "qwen3_moe": {"dist_config": {"name": "fsdp2", "tp_size": 2, "ep_size": 2}},
     }
-    sizes = {"mixtral": split, "qwen3_moe": {**split, "per_device_train_batch_size": 4}}
+    whole = {**split, "per_device_train_batch_size": 4}
+    sizes = {"mixtral": split, "qwen3_moe": whole}
     each = [keys_for(models[name], chats, root / name, **sizes[name], **more) for name, more in spreads.items()]
+    rows = {"kernel_config": "auto", "dist_config": {"name": "fsdp2", "cp_size": 2}, **whole}
+    each += [keys_for(models[name], chats, root / "split rows" / name, **rows) for name in FAMILIES]
     in_ranks(2, root / "scratch", train_both, each)
     return root
 
@@ -81,7 +84,7 @@ def test_steps_are_those_of_transformers(
     train_both(list(keys.values()))
     first = keys["one micro-batch"]
     expected = train_by_hand(first, base_by_hand(first), llmtune.plan(first), theirs)
-    for folder in (*(tmp_path / name for name in SPLITS), two_ranks / family):
+    for folder in (*(tmp_path / name for name in SPLITS), two_ranks / family, two_ranks / "split rows" / family):
         assert numbers(folder) == [pytest.approx(row, rel=2e-5) for row in expected], folder.name
     without = {**first, "output_dir": str(tmp_path / "without"), "moe_aux_loss_coef": 0}
     metrics = llmtune.train(without).metrics

@@ -31,7 +31,7 @@ def option_objections(
         what = f"{type(module).__name__} has no head over a vocabulary and answers nothing"
         yield f"sample_prompts: {what}; remove them"
     if recipe.train.moe_aux_loss_coef:
-        yield from _against_balance(recipe, module, dims)
+        yield from _against_balance(recipe, module)
     if recipe.model.shift_attn:
         yield from (f"shift_attn: {sentence}" for sentence in _against_shifting(recipe, parts, module, dims))
     if recipe.model.upcast_layernorm and not precision.autocast and precision.compute.itemsize < 4:
@@ -56,7 +56,7 @@ def option_notes(recipe: Recipe, parts: Parts, module: Any, dims: ParallelDims) 
         yield "upcast_layernorm: norms are kept in float32, and travel between ranks in the type that all weights do"
 
 
-def _against_balance(recipe: Recipe, module: Any, dims: ParallelDims) -> Iterator[str]:
+def _against_balance(recipe: Recipe, module: Any) -> Iterator[str]:
     if not routers(module):
         yield (
             f"moe_aux_loss_coef: found {recipe.train.moe_aux_loss_coef}, but {type(module).__name__} has no routers "
@@ -64,8 +64,6 @@ def _against_balance(recipe: Recipe, module: Any, dims: ParallelDims) -> Iterato
         )
     elif recipe.train.torch_compile:
         yield "moe_aux_loss_coef: routers cannot be read inside compiled layers; set torch_compile: false"
-    elif dims.context > 1:
-        yield "moe_aux_loss_coef: rows that are split by cp_size have padding that would count; remove one of the two"
 
 
 def _against_shifting(recipe: Recipe, parts: Parts, module: Any, dims: ParallelDims) -> Iterator[str]:
