@@ -335,3 +335,10 @@ def test_rows_that_ranks_share_teach_what_whole_rows_teach(name: str, place: Pat
     keys = {**TRAINED, "kernel_config": "auto", "dist_config": {"name": "fsdp2", "cp_size": 2}}
     in_ranks(2, tmp_path / "ranks", _train, recipe(models(name), place, tmp_path / "two", **keys))
     same(losses(tmp_path / "two"), by_hand(models(name), place))
+
+
+def test_groups_of_shifted_attention_are_of_the_language_model_alone(place: Path, models: Any, tmp_path: Path) -> None:
+    """A tower attends to all of its picture."""
+    found: Any = llmtune.plan(recipe(models("llava"), place, tmp_path / "run", shift_attn=True)).model.module
+    assert found.config.text_config._attn_implementation.startswith("llmtune_shifted")
+    assert found.config.vision_config._attn_implementation == "sdpa"
