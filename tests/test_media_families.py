@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ProcessorMixin
 
 import llmtune
 from llmtune.media.loading import load_processor
@@ -69,7 +70,7 @@ def rows_by_hand(folder: Path, place: Path) -> list[tuple[dict[str, Any], torch.
     how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for row in conversations(place):
         written = processor.chat_template or processor.tokenizer.chat_template  # Chameleon's processor keeps none
-        batch = dict(processor.apply_chat_template(row, chat_template=written, **how))
+        batch = dict(ProcessorMixin.apply_chat_template(processor, row, chat_template=written, **how))
         ids, labels = batch["input_ids"][0].tolist(), torch.full_like(batch["input_ids"], -100)
         for at in range(len(begin), len(ids)):
             if ids[at - len(begin) : at] == begin:
