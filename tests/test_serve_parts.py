@@ -15,16 +15,19 @@ from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 import llmtune
 from llmtune.cli import main
 from llmtune.contract.errors import PlanError, RecipeError
+from llmtune.contract.examples import Media, ShownText
 from llmtune.contract.generation import AnswerRequest
 from llmtune.data.render import Renderer
 from llmtune.data.tool_calls import CALL_FORMATS, call_format
 from llmtune.data.tool_format import _write, read_tool_format, tool_format_names
 from llmtune.inference.said import Channels, Stops
+from llmtune.media.read import ReadMedia
 from llmtune.model import continuous
 from llmtune.model.continuous import AnswerRow, RowBatch, require_joinable
 from llmtune.model.generation import GenerateConfig
 from llmtune.model.text_decoder import TextDecoder
 from llmtune.serving import answering
+from llmtune.serving.ahead import ReadAhead
 from llmtune.serving.answering import Server
 from llmtune.serving.bodies import TextRequest
 from llmtune.serving.config import ServeConfig, serve_config
@@ -192,3 +195,20 @@ def test_far_too_many_prompts_are_refused_before_they_are_read() -> None:
     body = TextRequest(model="m", prompt=["a"] * 3)
     with pytest.raises(Refused, match="asks for 3 answers, the server gives 2 at a time"):
         server.places(body.answers).__enter__()
+
+
+def test_what_is_read_ahead_of_one_prompt_many_times_takes_room_once() -> None:
+    """As where requests name the same file of the server. What is larger than all room is not kept."""
+
+    def of(path: str) -> ShownText:
+        return ShownText("", (Media("image", path),))
+
+    ahead: Any = ReadAhead(SimpleNamespace(prompt_tensors=lambda *given: given[-1]), most_bytes=100)
+    small, large = (ReadMedia({"pixel_values": torch.zeros(count, dtype=torch.uint8)}) for count in (60, 101))
+    for _ in range(9):
+        ahead.keep(of("a"), small)
+    ahead.keep(of("b"), large)
+    ahead.keep(of("c"), small)
+    assert [ahead.prompt_tensors([of(path)], [[1]], 1) for path in "abc"] == [None, None, small]
+    ahead.keep(of("d"), small)
+    assert [ahead.prompt_tensors([of(path)], [[1]], 1) for path in "cd"] == [None, small]

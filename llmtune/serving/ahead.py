@@ -53,6 +53,8 @@ class ReadAhead:
     def keep(self, shown: ShownText, read: ReadMedia) -> None:
         """Have what was made of one prompt for the engine; of more than there is room for, the latest."""
         with self._lock:
+            if shown in self._held:  # asked twice at a time, about a file that stays where it is
+                self._drop(shown)
             self._held[shown] = read
             self._room -= _bytes(read)
             while self._room < 0:
