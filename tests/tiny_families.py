@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llmtune.media.loading import without_video
 from tests.tiny_media import _clip, _ids, _saved, _sees_video, _text, template, tokenizer
@@ -29,15 +30,23 @@ def paligemma(folder: Path) -> Path:
     return _saved(folder, config, "PaliGemmaForConditionalGeneration", processor)
 
 
-def mistral3(folder: Path) -> Path:
-    from transformers import Mistral3Config, PixtralProcessor
+def pixtral_processor() -> Any:
+    """What reads pictures for Mistral's newer models."""
+    from transformers import PixtralProcessor
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
     held = tokenizer(("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
     images = PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
-    processor = PixtralProcessor(
+    return PixtralProcessor(
         image_processor=images, tokenizer=held, patch_size=4, spatial_merge_size=2, chat_template=template("[IMG]")
     )
+
+
+def mistral3(folder: Path) -> Path:
+    from transformers import Mistral3Config
+
+    processor = pixtral_processor()
+    held = processor.tokenizer
     vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
               "num_attention_heads": 2, "image_size": 32, "patch_size": 4}  # fmt: skip
     config = Mistral3Config(

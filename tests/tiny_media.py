@@ -287,15 +287,20 @@ def pixtral(folder: Path) -> Path:
     return _saved(folder, config, "LlavaForConditionalGeneration", processor)
 
 
+def gemma4_tokenizer() -> Any:
+    """With the tokens around pictures and sounds that Gemma 4 has."""
+    return tokenizer(
+        ("<|video|>",), boi_token="<|image>", image_token="<|image|>", eoi_token="<image|>", boa_token="<|audio>",
+        audio_token="<|audio|>", eoa_token="<audio|>",
+    )  # fmt: skip
+
+
 def gemma4(folder: Path) -> Path:
     """The kind with a tower of sound, too, and embeddings for each layer."""
     from transformers import Gemma4AudioFeatureExtractor, Gemma4Config, Gemma4Processor
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-    held = tokenizer(
-        ("<|video|>",), boi_token="<|image>", image_token="<|image|>", eoi_token="<image|>", boa_token="<|audio>",
-        audio_token="<|audio|>", eoa_token="<audio|>",
-    )  # fmt: skip
+    held = gemma4_tokenizer()
     images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
     processor = without_video(Gemma4Processor)(
         feature_extractor=Gemma4AudioFeatureExtractor(feature_size=8), image_processor=images, tokenizer=held,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llmtune.media.loading import without_video
-from tests.tiny_families import SIGLIP
-from tests.tiny_media import _clip, _ids, _saved, _sees_video, _text, template, tokenizer
+from tests.tiny_families import SIGLIP, pixtral_processor
+from tests.tiny_media import _clip, _ids, _saved, _sees_video, _text, gemma4_tokenizer, template, tokenizer
 from tests.tiny_newer import VISION
 
 
@@ -52,21 +53,25 @@ def perception_lm(folder: Path) -> Path:
     return _saved(folder, config, "PerceptionLMForConditionalGeneration", processor)
 
 
-def fast_vlm(folder: Path) -> Path:
-    """Here with a tower that normalises over a batch, as its own does."""
-    from transformers import FastVlmConfig, LlavaProcessor
+def _llava_processor(side: int, patch: int, selected: str, additional: int) -> Any:
+    """LLaVA's, of square pictures, whose tower gives so many `additional` tokens besides those of patches."""
+    from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    held = tokenizer(("<image>",))
-    images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=held,
-        patch_size=32,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer(("<image>",)), patch_size=patch,
+        vision_feature_select_strategy=selected, num_additional_image_tokens=additional,
         chat_template=template("<image>\n"),
-    )
+    )  # fmt: skip
+
+
+def fast_vlm(folder: Path) -> Path:
+    """Here with a tower that normalises over a batch, as its own does."""
+    from transformers import FastVlmConfig
+
+    processor = _llava_processor(64, 32, "full", 0)
+    held = processor.tokenizer
     config = FastVlmConfig(
         vision_config={
             "model_type": "timm_wrapper",
@@ -82,19 +87,10 @@ def fast_vlm(folder: Path) -> Path:
 
 
 def vipllava(folder: Path) -> Path:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaProcessor, VipLlavaConfig
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig
 
-    held = tokenizer(("<image>",))
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=held,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template("<image>\n"),
-    )
+    processor = _llava_processor(16, 4, "default", 1)
+    held = processor.tokenizer
     config = VipLlavaConfig(
         vision_config=CLIPVisionConfig(**_clip()),
         text_config=LlamaConfig(**_text(held)),
@@ -274,14 +270,10 @@ def hunyuan_vl(folder: Path) -> Path:
 
 
 def mistral_large4(folder: Path) -> Path:
-    from transformers import MistralLarge4Config, PixtralProcessor
-    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+    from transformers import MistralLarge4Config
 
-    held = tokenizer(("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
-    images = PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
-    processor = PixtralProcessor(
-        image_processor=images, tokenizer=held, patch_size=4, spatial_merge_size=2, chat_template=template("[IMG]")
-    )
+    processor = pixtral_processor()
+    held = processor.tokenizer
     text = {**_text(held, num_key_value_heads=4), "moe_intermediate_size": 16, "n_routed_experts": 4,
             "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8,
             "num_experts_per_tok": 2, "index_topk": 512, "index_head_dim": 16, "index_n_heads": 2,
@@ -329,10 +321,7 @@ def gemma4_unified(folder: Path) -> Path:
         Gemma4UnifiedProcessor,
     )
 
-    held = tokenizer(
-        ("<|video|>",), boi_token="<|image>", image_token="<|image|>", eoi_token="<image|>", boa_token="<|audio>",
-        audio_token="<|audio|>", eoa_token="<audio|>",
-    )  # fmt: skip
+    held = gemma4_tokenizer()
     images = Gemma4UnifiedImageProcessor(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
     processor = without_video(Gemma4UnifiedProcessor)(
         feature_extractor=Gemma4UnifiedAudioFeatureExtractor(), image_processor=images, tokenizer=held,
